@@ -1,0 +1,86 @@
+"""Processes and randomness: noise keyed by counters, and the few collectives a round needs.
+
+Randomness is a pure function of integer keys such as (seed, round, task, sample index, stream). No generator state lives
+between calls, so nothing has to be saved, and a sample's noise does not depend on batch size or on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """First element of every key: what a random number is for. Two purposes never share numbers."""
+
+    PROMPT = 0
+    LATENT = 1
+    STEP = 2
+    EVALUATION = 3
+    STUDENT_INIT = 4
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the non-negative integers of ``key`` alone."""
+    if any(k < 0 for k in key):
+        raise ValueError(f"random keys are non-negative integers, not {key}")
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def noise(shape: Sequence[int], keys: Sequence[Sequence[int]]) -> Tensor:
+    """Standard normal noise ``[len(keys), *shape]``, float32 on the CPU; sample ``i`` depends on ``keys[i]`` alone."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])
+
+
+def world_size() -> int:
+    """Number of processes; 1 when no process group is up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of ``value`` over all processes, on every process. A NaN anywhere becomes a NaN everywhere."""
+    if world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over processes, in one collective.
+
+    A round has one optimizer step and a LoRA has few parameters, so one flat all-reduce at its end replaces a
+    DistributedDataParallel wrapper and its hooks in every backward. A parameter without gradient counts as zero.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean_over_processes(torch.cat([g.reshape(-1) for g in gradients]))
+    for parameter, mean in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = mean.view_as(parameter).clone()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """A float64 checksum of tensors, for comparing processes: equal tensors give an equal value."""
+    sums = [t.detach().double().sum() + t.detach().double().square().sum() for t in tensors]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+
+
+def assert_same_on_all_processes(value: Tensor, what: str) -> None:
+    """Raise RuntimeError on every process when ``value`` (a scalar) differs between processes."""
+    if world_size() == 1:
+        return
+    gathered = [torch.zeros_like(value) for _ in range(world_size())]
+    dist.all_gather(gathered, value)
+    odd = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
+    if odd:
+        raise RuntimeError(
+            f"{what} differs between processes: rank(s) {odd} disagree with rank 0. "
+            "Check that every machine sees the same files, config and versions."
+        )
