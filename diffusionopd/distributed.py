@@ -42,13 +42,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of ``value`` over all processes, on every process. A NaN anywhere becomes a NaN everywhere."""
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of ``value`` over all processes, on every process; NCCL needs it on the GPU, so it goes there and back."""
     if world_size() == 1:
         return value
-    total = value.clone()
+    on_gpu = dist.get_backend() == "nccl" and not value.is_cuda
+    total = value.cuda() if on_gpu else value.clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total.to(value.device)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of ``value`` over all processes, on every process. A NaN anywhere becomes a NaN everywhere."""
+    return sum_over_processes(value) / world_size()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -76,9 +82,10 @@ def assert_same_on_all_processes(value: Tensor, what: str) -> None:
     """Raise RuntimeError on every process when ``value`` (a scalar) differs between processes."""
     if world_size() == 1:
         return
-    gathered = [torch.zeros_like(value) for _ in range(world_size())]
-    dist.all_gather(gathered, value)
-    odd = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
+    table = torch.zeros(world_size(), dtype=torch.float64)
+    table[dist.get_rank()] = value.double()
+    values = sum_over_processes(table).tolist()
+    odd = [rank for rank, other in enumerate(values) if other != values[0]]
     if odd:
         raise RuntimeError(
             f"{what} differs between processes: rank(s) {odd} disagree with rank 0. "

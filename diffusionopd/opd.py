@@ -1,0 +1,168 @@
+"""On-policy distillation: one round visits every task once and ends in one optimizer step (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import Backbone
+from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.distributed import mean_over_processes
+from diffusionopd.losses import distillation_loss, policy_gradient_loss
+from diffusionopd.optim import NonFiniteError, StudentOptimizer
+from diffusionopd.rollout import Velocity, Visit, rollout
+from diffusionopd.transitions import Transition
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process rolls out for one task at once: ``B`` samples."""
+
+    task: str
+    teacher: str
+    teacher_guidance: float
+    x: Tensor  # [B, C, h, w] noise at sigma 1
+    text: TextEmbeddings  # [B, ...]
+    draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
+    prompts: tuple[int, ...] = ()  # indices into the task's prompts, for whoever looks at the pictures
+    wants_picture: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every round is run: the trajectory, which of its steps are trained, and the loss."""
+
+    transitions: Sequence[Transition]
+    trained_steps: int
+    multistep: bool = False
+    student_guidance: float = 1.0
+    loss: str = "kl"  # or policy_gradient
+    target: str = "mean"
+    self_normalize: bool = False
+    clip_range: float = 1e-4
+    beta: float = 0.0  # weight of the same distillation loss towards the bare base
+    inner_epochs: int = 1
+
+
+@dataclass
+class RoundResult:
+    """Losses in the paper's units, averaged over samples and processes, ``[batches, trained steps]``, and pictures."""
+
+    losses: Tensor
+    grad_norm: float | None
+    pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
+
+
+class Distiller:
+    """The student and its teachers on one backbone, and the round that pulls one to the others."""
+
+    def __init__(
+        self, backbone: Backbone, adapters: Adapters, optimizer: StudentOptimizer, negative: TextEmbeddings, recipe: Recipe
+    ) -> None:
+        self.backbone = backbone
+        self.adapters = adapters
+        self.optimizer = optimizer
+        self.negative = negative
+        self.recipe = recipe
+
+    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+        """Algorithm 1's inner loop: every batch of every task, then one optimizer step.
+
+        Rollout, teacher and training are one pass: a visit's loss is backpropagated at once and then forgotten. With
+        ``inner_epochs > 1`` the visits are kept and each further epoch trains on the same states with the new weights,
+        one optimizer step an epoch. Raises NonFiniteError, before the student changes, naming ``name``, task and step.
+        """
+        recipe, result = self.recipe, RoundResult(self._table(batches), None)
+        kept: list[tuple[int, Visit]] = []
+        for i, batch in enumerate(batches):
+            for visit in self._visits(batch):
+                if visit.v_teacher is not None:
+                    loss = self._loss(batch, visit, visit.v_student).mean()
+                    self.optimizer.backward(loss / result.losses.numel())
+                    result.losses[i, visit.step] = loss.detach()
+                    if recipe.inner_epochs > 1:
+                        kept.append((i, _without_graph(visit)))
+            if batch.wants_picture:
+                result.pictures.append((batch, visit.x_next))
+        result.losses, result.grad_norm = self._step(batches, result.losses, name)
+        for epoch in range(1, recipe.inner_epochs):
+            self._train_again(batches, kept, f"{name}, inner epoch {epoch + 1}")
+        return result
+
+    def _train_again(self, batches: Sequence[Batch], kept: Sequence[tuple[int, Visit]], name: str) -> None:
+        losses = self._table(batches)
+        for i, visit in kept:
+            v_student = self._student(batches[i])(visit.x, visit.transition.sigma)
+            loss = self._loss(batches[i], visit, v_student).mean()
+            self.optimizer.backward(loss / losses.numel())
+            losses[i, visit.step] = loss.detach()
+        self._step(batches, losses, name)
+
+    def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
+        losses = mean_over_processes(losses).cpu()
+        if not losses.isfinite().all():
+            self.optimizer.discard()
+            i, step = (int(n) for n in (~losses.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"{name}: the loss is {losses[i, step].item()} for task {batches[i].task!r} at step {step} "
+                f"(sigma {self.recipe.transitions[step].sigma:.4f}). The student has not been changed; resume from the last "
+                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
+            )
+        try:
+            return losses, self.optimizer.step()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last checkpoint "
+                "with a lower learning rate, or mixed_precision bf16 or no."
+            ) from error
+
+    def _loss(self, batch: Batch, visit: Visit, v_student: Tensor) -> Tensor:
+        """The recipe's loss of one visit, ``[B]``; ``v_student`` may come from newer weights than the visit."""
+        recipe, tr = self.recipe, visit.transition
+        assert visit.v_teacher is not None
+        if recipe.loss == "policy_gradient":
+            old = visit.v_student.detach()
+            loss = policy_gradient_loss(tr, visit.x, visit.x_next, v_student, old, visit.v_teacher, recipe.clip_range)
+        else:
+            loss = distillation_loss(tr, v_student, visit.v_teacher, recipe.target, recipe.self_normalize)
+        if recipe.beta > 0:
+            with torch.no_grad():
+                v_base = self._policy(None, batch, recipe.student_guidance)(visit.x, tr.sigma)
+            loss = loss + recipe.beta * distillation_loss(tr, v_student, v_base, recipe.target, recipe.self_normalize)
+            self.adapters.use(STUDENT)  # checkpointed blocks run again in backward
+        return loss
+
+    def _visits(self, batch: Batch):  # noqa: ANN202 (Iterator[Visit], see rollout)
+        return rollout(
+            batch.x,
+            self.recipe.transitions,
+            self._student(batch),
+            self._policy(batch.teacher, batch, batch.teacher_guidance),
+            trained_steps=self.recipe.trained_steps,
+            draw_noise=batch.draw_noise,
+            multistep=self.recipe.multistep,
+            finish=batch.wants_picture,
+        )
+
+    def _student(self, batch: Batch) -> Velocity:
+        return self._policy(STUDENT, batch, self.recipe.student_guidance)
+
+    def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            self.adapters.use(adapter)
+            return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+
+        return velocity
+
+    def _table(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.zeros(len(batches), self.recipe.trained_steps, device=self.backbone.device)
+
+
+def _without_graph(visit: Visit) -> Visit:
+    return Visit(visit.step, visit.transition, visit.x, visit.v_student.detach(), visit.v_teacher, visit.x_next)

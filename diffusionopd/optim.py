@@ -1,0 +1,155 @@
+"""The one optimizer step of a round: scaled backward, one all-reduce, clipping, AdamW, EMA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from diffusionopd.distributed import average_gradients
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; the student has not been touched by it."""
+
+
+class StudentOptimizer:
+    """AdamW with a constant loss scale, dynamic scaling for fp16, gradient clipping and EMA over the student's tensors.
+
+    ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves gradients
+    so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); AdamW itself is invariant to
+    the factor. Whatever this class reports, and the clipping threshold, are in the units of the unscaled loss.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        epsilon: float = 1e-8,
+        max_grad_norm: float = 1.0,
+        loss_scale: float = 1.0,
+        dynamic_scale: bool = False,
+        use_8bit: bool = False,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
+        self._adamw = _adamw_class(use_8bit)(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=epsilon)
+        device = self.parameters[0].device.type
+        self._scaler = torch.amp.GradScaler(device, enabled=dynamic_scale)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self._adamw.param_groups[0]["lr"]
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar loss."""
+        self._scaler.scale(loss * self.loss_scale).backward()
+
+    def step(self) -> float | None:
+        """Average gradients over processes, clip, step, and clear them. Returns the gradient's norm before clipping.
+
+        Raises NonFiniteError, before the student changes, for a NaN or infinite gradient. With fp16's dynamic scale an
+        overflow is ordinary: the step is skipped, the scale halves, and None is returned; it raises once the scale is
+        below 1, where the gradient itself must be broken.
+        """
+        average_gradients(self.parameters)
+        self._scaler.unscale_(self._adamw)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale
+        if not math.isfinite(norm):
+            return self._overflow(norm)
+        if norm > self.max_grad_norm:
+            # torch's clipping adds 1e-6 to the norm, which is more than these norms can be.
+            torch._foreach_mul_(gradients, self.max_grad_norm / norm)
+        self._scaler.step(self._adamw)
+        self._scaler.update()
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def _overflow(self, norm: float) -> None:
+        self._scaler.update()
+        self._adamw.zero_grad(set_to_none=True)
+        if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
+            raise NonFiniteError(f"the gradient's norm is {norm}")
+
+    def discard(self) -> None:
+        """Forget accumulated gradients without a step."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on besides the parameters, by name."""
+        tensors = {}
+        for i, parameter in enumerate(self.parameters):
+            for name, value in self._adamw.state.get(parameter, {}).items():
+                tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
+        return tensors
+
+    def state_scalars(self) -> dict[str, float]:
+        """The dynamic scale's state; empty without one."""
+        return dict(self._scaler.state_dict())
+
+    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Restore what :meth:`state_tensors` and :meth:`state_scalars` returned; the learning rate stays the configured one."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+        groups = self._adamw.state_dict()["param_groups"]
+        self._adamw.load_state_dict({"state": state, "param_groups": groups})
+        if scalars and self._scaler.is_enabled():
+            self._scaler.load_state_dict(scalars)
+
+
+class Ema:
+    """Exponential moving average of the student, updated every ``interval`` rounds (diffusers' EMAModel does the work).
+
+    Decay after n rounds: ``min((1 + n) / (10 + n), decay)``.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, interval: int) -> None:
+        self.parameters = list(parameters)
+        self.interval = interval
+        self._model = EMAModel(self.parameters, decay=decay)
+
+    def update(self, completed_rounds: int) -> None:
+        """Called after each round; acts on every ``interval``-th."""
+        if completed_rounds % self.interval == 0:
+            self._model.optimization_step = completed_rounds  # the decay's n counts rounds, not updates
+            self._model.step(self.parameters)
+
+    def swap_in(self) -> None:
+        """Put the averages into the student until :meth:`swap_out`."""
+        self._model.store(self.parameters)
+        self._model.copy_to(self.parameters)
+
+    def swap_out(self) -> None:
+        """Give the student its own weights back."""
+        self._model.restore(self.parameters)
+
+    @property
+    def shadow(self) -> list[Tensor]:
+        """The averages, in the order of the parameters."""
+        return self._model.shadow_params
+
+    def load(self, shadow: Sequence[Tensor]) -> None:
+        """Restore saved averages."""
+        for mine, saved in zip(self.shadow, shadow, strict=True):
+            mine.copy_(saved)
+
+
+def _adamw_class(use_8bit: bool) -> type[torch.optim.Optimizer]:
+    if not use_8bit:
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("train.use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return bitsandbytes.optim.AdamW8bit

@@ -1,0 +1,68 @@
+"""The student's own trajectory, visited once: at each state the student's and the teacher's velocity, then the next state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusionopd.transitions import DpmSolver2, Transition
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""``(x [B, C, h, w], sigma) -> velocity [B, C, h, w]`` of one policy: an adapter, its prompts and its guidance."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One state of the trajectory. Tensors ``[B, C, h, w]``, float32.
+
+    ``v_student`` carries the gradient when the step is trained; ``x``, ``x_next`` and ``v_teacher`` never do.
+    ``v_teacher`` is None at a step that is not trained.
+    """
+
+    step: int
+    transition: Transition
+    x: Tensor
+    v_student: Tensor
+    v_teacher: Tensor | None
+    x_next: Tensor
+
+
+def rollout(
+    x: Tensor,
+    transitions: Sequence[Transition],
+    student: Velocity,
+    teacher: Velocity,
+    *,
+    trained_steps: int,
+    draw_noise: Callable[[int], Tensor],
+    multistep: bool = False,
+    finish: bool = False,
+) -> Iterator[Visit]:
+    """Walk from ``x`` (noise at sigma 1) along the student's trajectory, yielding the visit of every step in turn.
+
+    The consumer calls backward on a visit before it asks for the next one, so memory is that of one step whatever their
+    number. The first ``trained_steps`` steps are supervised; the walk ends there unless ``finish`` asks for the picture.
+    ``draw_noise(step)`` gives the step's standard normal noise and is called for stochastic steps only. ``multistep`` takes
+    the next state from DPM-Solver++(2M); the supervision stays the one-step transition at the visited state.
+    """
+    solver = DpmSolver2() if multistep else None
+    for step, transition in enumerate(transitions if finish else transitions[:trained_steps]):
+        trained = step < trained_steps
+        v_teacher = None
+        if trained:
+            with torch.no_grad():
+                v_teacher = teacher(x, transition.sigma)
+        # The student comes last, so that its adapter is in use when the consumer calls backward (gradient checkpointing
+        # runs the forward again there).
+        with torch.set_grad_enabled(trained):
+            v_student = student(x, transition.sigma)
+        v = v_student.detach()
+        if solver is not None:
+            x_next = solver.step(transition, x, v)
+        else:
+            x_next = transition.sample(x, v, draw_noise(step) if transition.std > 0 else None)
+        yield Visit(step, transition, x, v_student, v_teacher, x_next)
+        x = x_next

@@ -1,0 +1,464 @@
+"""A distillation run: build from a config, resume, loop over rounds, save."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from ml_collections import ConfigDict
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusionopd import checkpoint, distributed
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import load_backbone, load_text_encoder, text_key
+from diffusionopd.config_schema import RunPlan, TeacherSpec, check
+from diffusionopd.distributed import Stream, noise
+from diffusionopd.evaluation import ImageGenerator, evaluate_task
+from diffusionopd.metrics import MetricsWriter
+from diffusionopd.monitor import Monitor, Picture
+from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe, RoundResult
+from diffusionopd.optim import Ema, StudentOptimizer
+from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
+from diffusionopd.rewards import KNOWN_REWARDS, RewardError, build_scorer
+from diffusionopd.text import TextCache
+from diffusionopd.transitions import schedule
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Encoding a large prompt set for the first time may keep the other processes waiting this long.
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+
+
+class RunError(ValueError):
+    """A run that must not start; the message says why and what to do."""
+
+
+def make_accelerator(config: ConfigDict, run_dir: Path) -> Accelerator:
+    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
+    trackers = [name for name in config.log_with.split(",") if name and name != "none"]
+    return Accelerator(
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
+
+
+def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
+    """Run ``config`` to its end and return the last checkpoint; with ``dry_run`` check and describe it only.
+
+    Raises ConfigError, PromptError, AdapterError, BackboneError or RunError before anything expensive, NonFiniteError and
+    CheckpointError during training; nothing saved before is touched by a failure.
+    """
+    accelerator = make_accelerator(config, Path("."))
+    plan = check(config, accelerator.num_processes, KNOWN_REWARDS)
+    accelerator.project_configuration.set_directories(str(plan.run_dir))
+    accelerator.print(plan.describe())
+    if dry_run:
+        accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+        return None
+    trainer = Trainer(config, plan, accelerator)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """Everything of one run. Building it loads the weights; :meth:`run` trains; :meth:`close` ends its threads."""
+
+    def __init__(self, config: ConfigDict, plan: RunPlan, accelerator: Accelerator) -> None:
+        self.config, self.plan, self.accelerator = config, plan, accelerator
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.device, self.dtype = accelerator.device, DTYPES[config.mixed_precision]
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        self.resumed_from = self._find_resume()
+        self.completed = _completed_rounds(self.resumed_from)
+        self._load_prompts()
+        self._fill_text_cache()
+        self._load_models()
+        self._build_optimizer()
+        self._build_metrics()
+        if self.resumed_from is not None:
+            self._load_state(self.resumed_from)
+        self._check_processes_agree()
+
+    # --- build ---------------------------------------------------------------------------------------------------
+
+    def _find_resume(self) -> Path | None:
+        """The checkpoint to resume from; RunError for a fresh start into a folder that holds a run."""
+        wanted, root = self.config.resume_from, self.plan.run_dir / "checkpoints"
+        latest = checkpoint.find_latest(root)
+        if not wanted:
+            if latest is not None:
+                raise RunError(
+                    f"{self.plan.run_dir} already holds a run with {latest.name}. Add --config.resume_from=auto to go on "
+                    "with it, or choose another --config.run_name."
+                )
+            return None
+        if wanted == "auto":
+            return latest
+        folder = Path(wanted)
+        checkpoint.verify(folder)
+        return folder
+
+    def _load_prompts(self) -> None:
+        plan, config = self.plan, self.config
+        self.prompts: dict[str, list[Prompt]] = {}
+        self.test_prompts: dict[str, list[Prompt]] = {}
+        self.samplers: dict[str, PromptSampler] = {}
+        for index, teacher in enumerate(plan.teachers):
+            prompts = load_prompts(teacher.dataset, teacher.prompt_fn, "train")
+            self.prompts[teacher.name] = prompts
+            self.samplers[teacher.name] = PromptSampler(prompts, config.seed, index, plan.groups_per_task)
+            if config.eval_freq:
+                test = load_prompts(teacher.dataset, teacher.prompt_fn, "test")
+                self.test_prompts[teacher.name] = test[: config.eval_num_prompts or None]
+
+    def _fill_text_cache(self) -> None:
+        """Encode every prompt that the rest of the run will see; the encoders are gone from memory afterwards."""
+        config, rounds = self.config, range(self.completed, self.config.num_epochs)
+        texts = [""]
+        for name, sampler in self.samplers.items():
+            texts += [self.prompts[name][i].text for i in sampler.used_by(rounds)]
+            texts += [prompt.text for prompt in self.test_prompts.get(name, [])]
+        model, revision = config.pretrained.model, config.pretrained.revision or None
+        key, length = text_key(model, revision), config.max_sequence_length
+        load = partial(
+            load_text_encoder, model, revision, dtype=self.dtype, device=self.device, max_sequence_length=length
+        )
+        self.text = TextCache(config.cache_dir, key, length, self.dtype)
+        self.text.fill(texts, load, rank=self.rank, world=self.world)
+        self.accelerator.wait_for_everyone()
+
+    def _load_models(self) -> None:
+        config = self.config
+        self.backbone = load_backbone(
+            config.pretrained.model, config.pretrained.revision or None, dtype=self.dtype, device=self.device
+        )
+        if config.activation_checkpointing:
+            self.backbone.transformer.enable_gradient_checkpointing()
+        self.adapters = Adapters(self.backbone.transformer)
+        if config.train.lora_path:
+            self.adapters.add_from(STUDENT, config.train.lora_path, trainable=True)
+        else:
+            self.adapters.add_student(
+                STUDENT,
+                rank=config.train.lora_rank,
+                alpha=config.train.lora_alpha,
+                target_modules=config.train.lora_target_modules,
+                seed=config.seed,
+            )
+        for teacher in self.plan.teachers:
+            self.adapters.add_teacher(_adapter(teacher), teacher.lora_path)
+
+    def _build_optimizer(self) -> None:
+        train, plan = self.config.train, self.plan
+        parameters = self.adapters.parameters(STUDENT)
+        self.optimizer = StudentOptimizer(
+            parameters,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            weight_decay=train.adam_weight_decay,
+            epsilon=train.adam_epsilon,
+            max_grad_norm=train.max_grad_norm,
+            loss_scale=train.loss_scale,
+            dynamic_scale=self.dtype == torch.float16,
+            use_8bit=train.use_8bit_adam,
+        )
+        self.ema = Ema(parameters, train.ema_decay, train.ema_interval) if train.ema else None
+        sigmas = self.backbone.sigmas(plan.num_steps, self.config.resolution)
+        recipe = Recipe(
+            transitions=schedule(plan.kernel, sigmas, plan.noise_level),
+            trained_steps=plan.trained_steps,
+            multistep=plan.multistep,
+            student_guidance=plan.student_guidance,
+            loss=train.loss,
+            target=train.target,
+            self_normalize=train.self_normalize,
+            clip_range=train.clip_range,
+            beta=train.beta,
+            inner_epochs=train.num_inner_epochs,
+        )
+        negative = self.text.get([""], self.device, self.dtype)
+        self.distiller = Distiller(self.backbone, self.adapters, self.optimizer, negative, recipe)
+
+    def _build_metrics(self) -> None:
+        run_dir, config = self.plan.run_dir, self.config
+        trackers = [name for name in config.log_with.split(",") if name and name != "none"]
+        self.metrics = MetricsWriter(run_dir / "metrics.jsonl" if self.is_main else None, trackers, self.accelerator)
+        self.metrics.truncate_after(self.completed)
+        self.metrics.start_trackers(config.run_project, _flat(config.to_dict()))
+        if self.is_main:
+            _write_json(run_dir / "config.json", config.to_dict())
+        rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if config.monitor_freq else {}
+        self.monitor = Monitor(self.backbone.decode, rewards, run_dir / "samples", str(self.device))
+        self.scorers = self._evaluation_scorers() if config.eval_freq else {}
+        self._held_row: dict[str, Any] | None = None
+
+    def _evaluation_scorers(self) -> dict[str, dict[str, Any]]:
+        try:
+            return {
+                t.name: {r: build_scorer(r, str(self.device)) for r in t.proxy_reward} for t in self.plan.teachers
+            }
+        except RewardError as error:
+            raise RunError(f"{error}. Or train without evaluation: --config.eval_freq=0") from error
+
+    def _check_processes_agree(self) -> None:
+        tensors = [p for name in self.adapters.configs for p in self.adapters.parameters(name)]
+        distributed.assert_same_on_all_processes(distributed.fingerprint(tensors), "the adapters' weights")
+
+    # --- loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path | None:
+        """Train to ``num_epochs`` rounds; returns the last checkpoint."""
+        config = self.config
+        self.accelerator.print(f"writing to {self.plan.run_dir}" + self._resume_note())
+        saved = self.resumed_from
+        bar = tqdm(
+            total=config.num_epochs, initial=self.completed, desc="distilling", unit="round", disable=not self.is_main
+        )
+        with bar:
+            while self.completed < config.num_epochs:
+                row = self._round(self.completed)
+                self.completed += 1
+                bar.update()
+                bar.set_postfix({k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k.startswith("loss/")})
+                if self._due(config.eval_freq):
+                    row |= self._evaluate()
+                self._hold(row)
+                if self._due(config.save_freq) or self.completed == config.num_epochs:
+                    saved = self._save()
+        self.accelerator.print(f"done: {saved}")
+        return saved
+
+    def close(self) -> None:
+        """Write what is still held, end threads and trackers."""
+        self.monitor.close()
+        self.accelerator.end_training()
+
+    def _round(self, index: int) -> dict[str, Any]:
+        """Round ``index`` (from 0); its metrics."""
+        started, config = time.perf_counter(), self.config
+        number, last = index + 1, index + 1 == config.num_epochs
+        score = bool(config.monitor_freq) and (number % config.monitor_freq == 0 or number == 1 or last)
+        grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
+        batches = [b for task, teacher in enumerate(self.plan.teachers) for b in self._batches(index, task, teacher, score or grid)]
+        result = self.distiller.round(batches, f"round {number}")
+        self._flush()
+        if self.ema is not None:
+            self.ema.update(number)
+        if result.pictures:
+            name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
+            self.monitor.watch(self._pictures(result), score=score, grid=name, title=f"student after {index} rounds")
+        return self._row(number, batches, result, time.perf_counter() - started)
+
+    def _batches(self, index: int, task: int, teacher: TeacherSpec, watched: bool) -> Iterable[Batch]:
+        """This process's batches of one task. A sample's prompt and noise depend on its global index alone."""
+        config, plan = self.config, self.plan
+        size = config.train.batch_size
+        for batch in range(plan.batches_per_task):
+            first = (batch * self.world + self.rank) * plan.batch_size
+            for start in range(first, first + plan.batch_size, size):
+                samples = list(range(start, start + size))
+                yield self._batch(index, task, teacher, samples, watched and batch == 0)
+
+    def _batch(self, index: int, task: int, teacher: TeacherSpec, samples: list[int], watched: bool) -> Batch:
+        config, seed = self.config, self.config.seed
+        shape = self.backbone.latent_shape(config.resolution)
+        groups = [sample // config.sample.num_image_per_prompt for sample in samples]
+        prompts = tuple(self.samplers[teacher.name].index(index, group) for group in groups)
+        own = groups if config.sample.same_latent else samples
+        x = noise(shape, [(Stream.LATENT, seed, index, task, i) for i in own])
+
+        def draw_noise(step: int) -> Tensor:
+            return noise(shape, [(Stream.STEP, seed, index, task, i, step) for i in samples]).to(self.device)
+
+        return Batch(
+            task=teacher.name,
+            teacher=_adapter(teacher),
+            teacher_guidance=teacher.guidance_scale,
+            x=x.to(self.device),
+            text=self.text.get([self.prompts[teacher.name][i].text for i in prompts], self.device, self.dtype),
+            draw_noise=draw_noise,
+            prompts=prompts,
+            wants_picture=watched,
+        )
+
+    def _pictures(self, result: RoundResult) -> list[Picture]:
+        return [Picture(b.task, x, [self.prompts[b.task][i] for i in b.prompts]) for b, x in result.pictures]
+
+    def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
+        by_task = {t.name: [i for i, b in enumerate(batches) if b.task == t.name] for t in self.plan.teachers}
+        return {
+            "round": number,
+            "loss": result.losses.mean().item(),
+            **{f"loss/{task}": result.losses[rows].mean().item() for task, rows in by_task.items()},
+            "grad_norm": result.grad_norm,
+            "lr": self.optimizer.lr,
+            "seconds": seconds,
+        }
+
+    def _hold(self, row: dict[str, Any]) -> None:
+        """Keep a round's metrics until its monitoring rewards, scored meanwhile, are there: one round later."""
+        self._held_row = row
+
+    def _flush(self) -> None:
+        row, self._held_row = self._held_row, None
+        scores = self.monitor.collect()
+        if row is not None:
+            self.metrics.write(row.pop("round"), **row, **scores)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold."""
+        config = self.config
+        scores = {}
+        generate = ImageGenerator(
+            self.backbone,
+            self.text,
+            num_steps=config.sample.eval_num_steps,
+            guidance_scale=config.sample.eval_guidance_scale,
+            resolution=config.resolution,
+            seed=config.seed,
+        )
+        with self._averaged(), self.adapters.using(STUDENT):
+            for task, prompts in self.test_prompts.items():
+                means = evaluate_task(
+                    generate,
+                    prompts,
+                    self.scorers[task],
+                    batch_size=config.sample.test_batch_size,
+                    rank=self.rank,
+                    world=self.world,
+                    gather=gather_object,
+                )
+                scores |= {f"eval/{task}/{name}": value for name, value in means.items()}
+        return scores
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.completed % every == 0
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def _averaged(self) -> _Swapped:
+        return _Swapped(self.ema)
+
+    def _save(self) -> Path:
+        """A checkpoint after ``completed`` rounds; every process returns or raises together."""
+        self._flush()
+        self.metrics.sync()
+        root, name = self.plan.run_dir / "checkpoints", f"checkpoint-{self.completed}"
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                protect = [self.resumed_from] if self.resumed_from else []
+                checkpoint.save(root, name, self._write_checkpoint, self.config.num_checkpoint_limit, protect)
+            except Exception as error:  # noqa: BLE001 - told to the other processes, then raised
+                failure = error
+        failures = distributed.sum_over_processes(torch.tensor(float(failure is not None))).item()
+        if failure is not None:
+            raise failure
+        if failures:
+            raise RunError(f"{root / name} could not be written by the first process; see its message")
+        return root / name
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        base = self.config.pretrained.model
+        with self._averaged():
+            self.adapters.save_peft(STUDENT, folder / "lora", base)
+            self.adapters.save_diffusers(STUDENT, folder / "diffusers", base)
+        tensors = {f"student.{i}": p for i, p in enumerate(self.optimizer.parameters)}
+        tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow if self.ema else [])}
+        scalars = {
+            "round": self.completed,
+            "num_processes": self.world,
+            "scaler": self.optimizer.state_scalars(),
+            "versions": _versions(),
+        }
+        checkpoint.save_state(folder / "state", tensors | self.optimizer.state_tensors(), scalars)
+        _write_json(folder / "config.json", self.config.to_dict())
+
+    def _load_state(self, folder: Path) -> None:
+        tensors, scalars = checkpoint.load_state(folder / "state")
+        parts: dict[str, dict[int, Tensor]] = {"student": {}, "ema": {}}
+        for key, tensor in tensors.items():
+            part, number = key.split(".")[:2]
+            if part in parts:
+                parts[part][int(number)] = tensor
+        student = [parts["student"][i] for i in range(len(parts["student"]))]
+        if [t.shape for t in student] != [p.shape for p in self.optimizer.parameters]:
+            raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
+        with torch.no_grad():
+            for parameter, saved in zip(self.optimizer.parameters, student, strict=True):
+                parameter.copy_(saved)
+        if self.ema is not None:
+            # A run that had no EMA until now starts its average from the student.
+            self.ema.load([parts["ema"].get(i, student[i]) for i in range(len(student))])
+        optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        self.optimizer.load_state(optimizer, scalars["scaler"])
+
+    def _resume_note(self) -> str:
+        if self.resumed_from is None:
+            return ""
+        old = json.loads((self.resumed_from / "config.json").read_text(encoding="utf-8"))
+        before, now = _flat(old), _flat(json.loads(json.dumps(self.config.to_dict())))
+        changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
+        note = f", resuming after round {self.completed} from {self.resumed_from}"
+        return note + ("; changed since then: " + ", ".join(changed) if changed else "")
+
+
+class _Swapped:
+    """Context in which the student's tensors hold their moving averages; does nothing without EMA."""
+
+    def __init__(self, ema: Ema | None) -> None:
+        self.ema = ema
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.swap_in()
+
+    def __exit__(self, *_: object) -> None:
+        if self.ema is not None:
+            self.ema.swap_out()
+
+
+def _adapter(teacher: TeacherSpec) -> str:
+    """The adapter's name: a task may be called anything, a module attribute may not."""
+    return "teacher_" + "".join(c if c.isalnum() else "_" for c in teacher.name)
+
+
+def _completed_rounds(folder: Path | None) -> int:
+    return 0 if folder is None else int(checkpoint.load_state(folder / "state")[1]["round"])
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) or value is None else str(value)
+    return flat
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

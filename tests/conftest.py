@@ -1,0 +1,81 @@
+"""Fixtures: an untrained SD3 of the tiny world's size, in the very folder format that the hub uses, and LoRAs for it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import Backbone, load_backbone
+from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.tiny import models
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"]
+TARGETS += ["attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete, untrained `StableDiffusion3Pipeline` folder."""
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    models.pipeline(models.autoencoder(0), 0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def backbone(pipeline_folder: Path) -> Backbone:
+    """A fresh backbone: adapters injected by one test are not seen by the next."""
+    return load_backbone(str(pipeline_folder))
+
+
+@pytest.fixture
+def text() -> Callable[[int, int], TextEmbeddings]:
+    """`text(batch, seed)`: random embeddings of the tiny model's shape."""
+
+    def make(batch: int, seed: int = 0) -> TextEmbeddings:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(batch, 2 * models.CONTEXT, 128, generator=generator)
+        return TextEmbeddings(tokens, torch.randn(batch, 128, generator=generator))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_lora(seed, rank, alpha, targets)`: a PEFT folder with random A and B, written by PEFT itself."""
+
+    def make(seed: int = 0, rank: int = 4, alpha: float = 8, targets: list[str] | None = None, std: float = 0.05) -> Path:
+        transformer = load_backbone(str(pipeline_folder)).transformer
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or TARGETS, init_lora_weights="gaussian")
+        model = get_peft_model(transformer, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        folder = tmp_path_factory.mktemp("lora") / "lora"
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def adapters(backbone: Backbone, make_lora: Callable[..., Path]) -> Adapters:
+    """A student and two teachers of different rank on one backbone."""
+    adapters = Adapters(backbone.transformer)
+    adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
+    adapters.add_teacher("teacher_a", make_lora(1))
+    adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
+    return adapters
