@@ -1,0 +1,266 @@
+"""The files of an evaluation: one line a sample as it is scored, then the averages.
+
+    <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line
+    <folder>/average_scores.json         mean of each score; "counts" and "standard_errors" beside them
+    <folder>/evaluation_settings.json    what the pictures depend on, so that a resume cannot mix two evaluations
+    <folder>/images/%05d.jpg             by sample_id, when pictures are saved
+
+Several processes write a part file each; process 0 merges them. File and key names are those of the upstream release.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusionopd.rewards import NOT_APPLICABLE
+
+RESULTS = "evaluation_results.jsonl"
+AVERAGES = "average_scores.json"
+SETTINGS = "evaluation_settings.json"
+PART = "evaluation_results.part{rank}.jsonl"
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be run or continued; the message says what, where and the remedy."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One scored sample: `sample_id` is prompt index times images per prompt, plus the image's number."""
+
+    sample_id: int
+    prompt: str
+    metadata: dict[str, Any]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A score over the `count` samples of an evaluation to which it applies."""
+
+    mean: float
+    standard_error: float
+    count: int
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a results file, in file order; `[]` if there is none.
+
+    A last line cut short by a kill is left out.
+
+    Raises:
+        EvaluationError: any other line that is no record.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):  # a whole line ends in a line feed, so the last piece is empty
+                break
+            raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from None
+    return records
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it into place: readers see the old file or the new, whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def summarise(records: Iterable[Record], images_per_prompt: int = 1) -> dict[str, Summary]:
+    """Mean, standard error and count of every score, over the samples to which it applies.
+
+    The standard error is that of the mean over prompts: several images of a prompt are averaged first, because they are
+    not independent draws. It is 0 for a single prompt.
+    """
+    by_score: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        for name, value in record.scores.items():
+            if value != NOT_APPLICABLE:
+                by_prompt = by_score.setdefault(name, {})
+                by_prompt.setdefault(record.sample_id // images_per_prompt, []).append(value)
+    return {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
+
+
+def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
+    values = [value for values in values_by_prompt for value in values]
+    prompts = [sum(values) / len(values) for values in values_by_prompt]
+    error = float(np.std(prompts, ddof=1)) / math.sqrt(len(prompts)) if len(prompts) > 1 else 0.0
+    return Summary(mean=math.fsum(values) / len(values), standard_error=error, count=len(values))
+
+
+def averages_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """Upstream's flat `{score: mean}`, with counts and standard errors under keys of their own."""
+    means: dict[str, Any] = {name: summary.mean for name, summary in summaries.items()}
+    means["counts"] = {name: summary.count for name, summary in summaries.items()}
+    means["standard_errors"] = {name: summary.standard_error for name, summary in summaries.items()}
+    return means
+
+
+def read_averages(path: Path) -> dict[str, Summary]:
+    """The summaries of an `average_scores.json`, ours or upstream's (whose errors and counts are then 0).
+
+    Raises:
+        EvaluationError: the file is missing or is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        counts, errors = content.get("counts", {}), content.get("standard_errors", {})
+        return {
+            name: Summary(float(mean), float(errors.get(name, 0.0)), int(counts.get(name, 0)))
+            for name, mean in content.items()
+            if not isinstance(mean, dict)
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} cannot be read as average scores: {error}") from error
+
+
+def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
+    """Text table of every dataset's scores: mean, standard error, number of samples."""
+    rows = [("dataset", "score", "mean", "s.e.", "n")]
+    for dataset, scores in summaries.items():
+        for name, summary in scores.items():
+            rows.append((dataset, name, f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", str(summary.count)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(_aligned(row, widths)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Cells of a table row padded to the columns' widths: two columns of names, then numbers."""
+    return [row[i].ljust(width) if i < 2 else row[i].rjust(width) for i, width in enumerate(widths)]
+
+
+@dataclass
+class ResultFolder:
+    """An evaluation's folder, as one of `world` processes sees it.
+
+    Order of calls: `open` on process 0, wait, `done` and then `append` on all, wait, `close` on process 0.
+    """
+
+    folder: Path
+    rank: int = 0
+    world: int = 1
+    _own: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._own = self.folder / (RESULTS if self.world == 1 else PART.format(rank=self.rank))
+
+    def open(self, settings: Mapping[str, Any], texts: Sequence[str], resume: bool, need_images: bool) -> None:
+        """Make the folder ready for appending; what an earlier run left is kept with `resume`, else removed.
+
+        Args:
+            settings: JSON values that pictures and scores depend on; must equal those of the run being resumed.
+            texts: the prompt of each sample id.
+            resume: keep scored samples.
+            need_images: a sample whose picture is not there counts as not done.
+
+        Raises:
+            EvaluationError: settings or prompts other than the earlier run's, more samples there than wanted now.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records = self._merge() if resume else []
+        if records:
+            self._check_settings(settings)
+            self._check_prompts(records, texts)
+        if need_images:
+            records = [record for record in records if self.image_path(record.sample_id).is_file()]
+        for path in [self.folder / AVERAGES, *self._parts()]:
+            path.unlink(missing_ok=True)
+        if not resume:
+            for path in (self.folder / "images").glob("*.jpg"):
+                path.unlink()
+        write_text_atomically(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        self._write(records)
+
+    def done(self) -> set[int]:
+        """Ids of the samples that need no work; to be called after `open`."""
+        return {record.sample_id for record in read_records(self.folder / RESULTS)}
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add records to this process's file at once, so that a kill loses at most the batch in work."""
+        with self._own.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(record) for record in records))
+
+    def save_image(self, sample_id: int, pixels: np.ndarray) -> None:
+        """Write the picture, uint8 `[H, W, 3]`, whole or not at all."""
+        path = self.image_path(sample_id)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        Image.fromarray(pixels).save(partial, format="JPEG", quality=95)
+        os.replace(partial, path)
+
+    def image_path(self, sample_id: int) -> Path:
+        """Where the picture of a sample is or will be."""
+        return self.folder / "images" / f"{sample_id:05d}.jpg"
+
+    def close(self, images_per_prompt: int) -> None:
+        """Merge the parts, sorted by sample, and write the averages."""
+        records = self._merge()
+        self._write(records)
+        for part in self._parts():
+            part.unlink()
+        averages = averages_json(summarise(records, images_per_prompt))
+        write_text_atomically(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(PART.format(rank="*")))
+
+    def _merge(self) -> list[Record]:
+        """Every record of the folder once, sorted by sample."""
+        found = {r.sample_id: r for path in [self.folder / RESULTS, *self._parts()] for r in read_records(path)}
+        return [found[sample_id] for sample_id in sorted(found)]
+
+    def _write(self, records: Iterable[Record]) -> None:
+        write_text_atomically(self.folder / RESULTS, "".join(_line(record) for record in records))
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"{self.folder} holds results but no readable {SETTINGS} ({error}), so it cannot be resumed; "
+                "use another output folder, or leave out --resume to start over"
+            ) from error
+        now = json.loads(json.dumps(settings))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+            raise EvaluationError(
+                f"{self.folder} holds results of another evaluation: {differences}. "
+                "Use another output folder, or leave out --resume to start over"
+            )
+
+    def _check_prompts(self, records: Sequence[Record], texts: Sequence[str]) -> None:
+        beyond = [record.sample_id for record in records if record.sample_id >= len(texts)]
+        if beyond:
+            raise EvaluationError(
+                f"{self.folder} already holds {len(records)} samples, up to number {max(beyond)}, but only "
+                f"{len(texts)} are wanted now; raise --limit, use another output folder, or leave out --resume "
+                "to start over"
+            )
+        other = [record.sample_id for record in records if record.prompt != texts[record.sample_id]]
+        if other:
+            raise EvaluationError(
+                f"{self.folder}: the prompt of sample {other[0]} has changed since it was scored; "
+                "use another output folder, or leave out --resume to start over"
+            )
+
+
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"

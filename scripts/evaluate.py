@@ -1,0 +1,148 @@
+"""Generate the pictures of test sets with one model and score them.
+
+    python scripts/evaluate.py --checkpoint_path logs/mopd --dataset geneval ocr --output_dir logs/mopd/evaluation
+    python scripts/evaluate.py --base --config config/tiny.py:mopd --dataset compose ocr scene --output_dir logs/base
+
+Start it with `accelerate launch` (scripts/single_node/eval.sh) to share the pictures among processes. A run's own
+settings (base model, resolution, steps, guidance) are found beside its checkpoint; flags go before them.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from diffusionopd.adapters import load_lora
+from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
+from diffusionopd.evaluation import Job, find_checkpoint, run
+from diffusionopd.results import EvaluationError, format_table
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
+# Scoring is shared by samples, not by time: a process may wait this long for the slowest.
+TIMEOUT = timedelta(hours=12)
+
+
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; flags left out are None, to be told from flags given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint_path", help="run folder, checkpoint-<n>, its lora/, or <run>/checkpoints/latest")
+    which.add_argument("--lora_hf_path", help="LoRA on the hub: organisation/name[/sub/folder]")
+    which.add_argument("--lora", help="LoRA as a PEFT folder or a diffusers .safetensors file")
+    which.add_argument("--teacher", help="this teacher of the config, at its own guidance")
+    which.add_argument("--base", action="store_true", help="the base model without a LoRA")
+    parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
+    parser.add_argument("--output_dir", required=True, help="gets the files; a folder each for several datasets")
+    parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
+    parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
+    parser.add_argument("--model", help=f"base model, hub id or folder (default {DEFAULT_MODEL})")
+    parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE (default 40)")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; 1 is without (default 4.5)")
+    parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
+    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens a prompt is cut or padded to (default 128)")
+    parser.add_argument("--mixed_precision", choices=DTYPES, help="of the model (default fp16 on a GPU, no on a CPU)")
+    parser.add_argument("--seed", type=int, default=42, help="of the initial noise")
+    parser.add_argument("--limit", type=int, help="score the first prompts only")
+    parser.add_argument("--num_images_per_prompt", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures a process makes at a time")
+    parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
+    parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
+    parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
+    return parser.parse_args(arguments)
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """A configuration, as nested dicts: `config/file.py:name` or a run's `config.json`. Raises `EvaluationError`."""
+    file, _, name = source.partition(":")
+    if not Path(file).is_file():
+        raise EvaluationError(f"there is no configuration file {file}")
+    try:
+        if file.endswith(".json"):
+            return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        get_config = runpy.run_path(file)["get_config"]
+        return (get_config(name) if name else get_config()).to_dict()
+    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
+        raise EvaluationError(f"{source} is no configuration ({error!r}); expected config/<file>.py:<name>") from error
+
+
+def find_config(flags: argparse.Namespace) -> dict[str, Any]:
+    """The configuration named by flag, else the one saved with the checkpoint, else an empty one."""
+    if flags.config:
+        return read_config(flags.config)
+    if flags.checkpoint_path:
+        saved = find_checkpoint(flags.checkpoint_path) / "config.json"
+        if saved.is_file():
+            return read_config(str(saved))
+    return {}
+
+
+def find_teacher(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The teacher of that name in the configuration. Raises `EvaluationError` if there is none."""
+    teachers = config.get("train", {}).get("teachers", [])
+    for teacher in teachers:
+        if teacher["name"] == name:
+            return teacher
+    named = ", ".join(teacher["name"] for teacher in teachers) or "none; name a configuration with --config"
+    raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
+
+
+def make_job(flags: argparse.Namespace) -> Job:
+    """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
+    config = find_config(flags)
+    sample, pretrained = config.get("sample", {}), config.get("pretrained", {})
+    guidance_scale, source = sample.get("eval_guidance_scale", 4.5), flags.lora_hf_path or flags.lora
+    if flags.teacher:
+        teacher = find_teacher(flags.teacher, config)
+        source = teacher["lora_path"]
+        guidance_scale = teacher.get("guidance_scale", sample.get("teacher_guidance_scale", guidance_scale))
+    if flags.checkpoint_path:
+        source = str(find_checkpoint(flags.checkpoint_path))
+    tasks = config.get("train", {}).get("teachers", [])
+
+    def chosen(flag: Any, default: Any) -> Any:
+        return default if flag is None else flag
+
+    return Job(
+        model=flags.model or pretrained.get("model") or DEFAULT_MODEL,
+        revision=flags.revision or pretrained.get("revision") or None,
+        benchmarks=[find_benchmark(dataset, flags.rewards, flags.limit, tasks) for dataset in flags.dataset],
+        lora=load_lora(source) if source else None,
+        output=Path(flags.output_dir),
+        num_steps=chosen(flags.num_inference_steps, sample.get("eval_num_steps", 40)),
+        guidance_scale=chosen(flags.guidance_scale, guidance_scale),
+        resolution=chosen(flags.resolution, config.get("resolution", 512)),
+        max_sequence_length=chosen(flags.max_sequence_length, config.get("max_sequence_length", 128)),
+        dtype=DTYPES[flags.mixed_precision] if flags.mixed_precision else None,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        images_per_prompt=flags.num_images_per_prompt,
+        save_images=flags.save_images,
+        resume=flags.resume,
+        cache_dir=flags.cache_dir,
+    )
+
+
+def main() -> None:
+    """Flags to job to table; a mistake of the user's ends in one line, not in a traceback."""
+    try:
+        job = make_job(parse_flags())
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+        scores = run(job, state)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    state.print(f"\n{format_table(scores)}\n\nwritten to {job.output}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Evaluation end to end on an untrained model, and its parts on a stand-in for one."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusionopd.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
+from diffusionopd.distributed import Stream, generator
+from diffusionopd.evaluation import EvaluationError, Job, evaluate, evaluate_task, find_checkpoint, sample_images
+from diffusionopd.prompts import Prompt, PromptError
+from diffusionopd.results import RESULTS, read_records
+from diffusionopd.rewards import RewardError, to_uint8
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]
+
+MINE = Benchmark("mine", PROMPTS, ("ocr",))
+
+
+def generate(prompts, samples):
+    """Pictures that depend on the sample alone, as the real ones do."""
+    return torch.stack([torch.rand(3, 16, 16, generator=generator(Stream.EVALUATION, *sample)) for sample in samples])
+
+
+class Mean:
+    """Mean level, and the prompt's number; counts the pictures that it is shown."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def score(self, images, prompts, metadata):
+        self.seen += len(prompts)
+        number = np.array([entry["number"] for entry in metadata])
+        return {"mean": to_uint8(images).mean(axis=(1, 2, 3)), "number": np.where(number == 3, -10.0, number)}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_batch_size_or_processes(tmp_path):
+    summaries = {}
+    for batch_size in (1, 4, 32):
+        folder = tmp_path / str(batch_size)
+        summaries[batch_size] = evaluate(
+            generate, PROMPTS, {"mean": Mean()}, folder, batch_size=batch_size, save_images=True, images_per_prompt=2
+        )
+    barrier = threading.Barrier(2, timeout=60)
+
+    def process(rank: int) -> dict:
+        return evaluate(
+            generate, PROMPTS, {"mean": Mean()}, tmp_path / "shared", batch_size=3, save_images=True,
+            images_per_prompt=2, rank=rank, world=2, barrier=lambda: barrier.wait() and None,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        summaries["first"], summaries["second"] = pool.map(process, (0, 1))
+    wanted = files_of(tmp_path / "1")
+    assert len(wanted) == 22 + 3
+    for name in ("4", "32", "shared"):
+        assert files_of(tmp_path / name) == wanted
+    assert len({str(summary) for summary in summaries.values()}) == 1
+    assert summaries[1]["mean"].count == 22 and summaries[1]["number"].count == 20
+
+
+def test_killed_and_resumed_gives_the_same_files(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    evaluate(generate, PROMPTS, {"mean": Mean()}, whole, batch_size=3, save_images=True)
+
+    def dying(prompts, samples):
+        if samples[0][0] >= 6:
+            raise KeyboardInterrupt
+        return generate(prompts, samples)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dying, PROMPTS, {"mean": Mean()}, broken, batch_size=3, save_images=True)
+    results = broken / RESULTS
+    results.write_bytes(results.read_bytes()[:-7])  # the kill came in the middle of a line
+    scorer = Mean()
+    evaluate(generate, PROMPTS, {"mean": scorer}, broken, batch_size=3, save_images=True, resume=True)
+    assert scorer.seen == 11 - 5
+    assert files_of(broken) == files_of(whole)
+
+
+def test_a_finished_evaluation_makes_nothing_again(tmp_path):
+    first = evaluate(generate, PROMPTS, {"mean": Mean()}, tmp_path, batch_size=4)
+    scorer = Mean()
+    assert evaluate(generate, PROMPTS, {"mean": scorer}, tmp_path, batch_size=4, resume=True) == first
+    assert scorer.seen == 0
+
+
+def test_a_resume_with_other_rewards_is_refused(tmp_path):
+    evaluate(generate, PROMPTS, {"mean": Mean()}, tmp_path, batch_size=4)
+    with pytest.raises(EvaluationError, match="rewards was"):
+        evaluate(generate, PROMPTS, {"mean": Mean(), "other": Mean()}, tmp_path, batch_size=4, resume=True)
+
+
+def test_in_memory_evaluation_equals_the_one_with_files(tmp_path):
+    files = evaluate(generate, PROMPTS, {"mean": Mean()}, tmp_path, batch_size=4)
+    means = evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3)
+    assert means == {name: summary.mean for name, summary in files.items()}
+
+
+def test_in_memory_evaluation_by_two_processes():
+    other: list = []
+    evaluate_task(
+        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=1, world=2, gather=lambda r: other.extend(r) or r
+    )
+    both = evaluate_task(
+        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2, gather=lambda records: records + other
+    )
+    assert both == pytest.approx(evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3), rel=1e-12)
+    with pytest.raises(ValueError, match="gather"):
+        evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, world=2)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_the_euler_method_written_out(backbone, text):
+    positive, negative = text(3, 1), text(1, 2)
+    latents = torch.randn(3, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(0))
+    images = sample_images(backbone, positive, negative, latents, 4, 2.0, resolution=64)
+    sigmas = backbone.sigmas(4, 64).tolist()
+    x = latents
+    with torch.no_grad():
+        for i in range(4):
+            v, v_negative = (
+                backbone.velocity(x, sigmas[i], positive),
+                backbone.velocity(x, sigmas[i], negative.expand(3)),
+            )
+            x = x + (sigmas[i + 1] - sigmas[i]) * (v_negative + 2.0 * (v - v_negative))
+        wanted = backbone.decode(x)
+    assert images.shape == (3, 3, 64, 64)
+    torch.testing.assert_close(images, wanted, atol=1e-5, rtol=0)
+
+
+# ---- what is evaluated -----------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("dataset/drawbench", "assets/tiny/dataset/ocr", "mine"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "test.txt").write_text("one\ntwo\nthree\n")
+    task = {
+        "name": "ocr", "dataset": "assets/tiny/dataset/ocr", "prompt_fn": "general_ocr", "proxy_reward": {"ocr": 1.0},
+    }  # fmt: skip
+    assert find_benchmark("drawbench").rewards == BENCHMARKS["drawbench"][1]
+    assert len(find_benchmark("drawbench", limit=2).prompts) == 2
+    assert find_benchmark("ocr", tasks=[task]).rewards == ("tiny_ocr",)
+    assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
+    task |= {"dataset": "mine"}
+    assert find_benchmark("ocr", tasks=[task]).rewards == ("ocr",)
+    chosen = find_benchmark(str(tmp_path / "mine"), ["jpeg_compressibility"])
+    assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
+    with pytest.raises(BenchmarkError, match="--rewards"):
+        find_benchmark("mine")
+    with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
+        find_benchmark("nonesuch")
+    with pytest.raises(RewardError, match="did you mean"):
+        find_benchmark("mine", ["jpeg_compressability"])
+    with pytest.raises(PromptError, match="does not exist"):
+        find_benchmark("geneval")
+    with pytest.raises(BenchmarkError, match="limit of 0"):
+        find_benchmark("mine", ["ocr"], limit=0)
+
+
+def test_checkpoints_are_found_however_they_are_named(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-30"
+    (checkpoint / "lora").mkdir(parents=True)
+    (checkpoint / "lora" / "adapter_config.json").write_text("{}")
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint.parent / "latest").write_text("checkpoint-30\n")
+    for path in ("run", "run/checkpoints", "run/checkpoints/latest", "run/latest", "run/checkpoints/checkpoint-30",
+                 "run/checkpoints/checkpoint-30/lora"):  # fmt: skip
+        assert find_checkpoint(str(tmp_path / path)).samefile(checkpoint), path
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "adapter_config.json").write_text("{}")
+    assert find_checkpoint(str(alone)) == alone
+    with pytest.raises(EvaluationError, match="no checkpoint at"):
+        find_checkpoint(str(tmp_path / "run" / "checkpoints" / "checkpoint-31"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_steps": 0}, {"resolution": 70}, {"guidance_scale": float("nan")}, {"seed": -1}, {"batch_size": 0}]
+)
+def test_values_that_no_picture_can_be_made_with(values):
+    with pytest.raises(EvaluationError, match=next(iter(values))):
+        Job("model", None, None, [MINE], Path("out"), **values)
+
+
+def test_a_dataset_given_twice_is_refused():
+    with pytest.raises(EvaluationError, match="each once"):
+        Job("model", None, None, [MINE, MINE], Path("out"))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def command(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(processes), "HF_HUB_OFFLINE": "1"}
+    start = [sys.executable, "scripts/evaluate.py"] if processes == 1 else ["bash", "scripts/single_node/eval.sh"]
+    arguments = [str(flag) for flag in flags]
+    return subprocess.run([*start, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts") / "mine"
+    folder.mkdir()
+    (folder / "test.txt").write_text(
+        "".join(f"a photo of {word}\n" for word in ("one", "two", "three", "four", "five"))
+    )
+    return folder
+
+
+def test_one_process_and_two_write_the_same(pipeline_folder, make_lora, dataset, tmp_path):
+    common = ["--model", pipeline_folder, "--dataset", dataset, "--rewards", "jpeg_compressibility", "--resolution", 64]
+    common += ["--num_inference_steps", 2, "--guidance_scale", 1.5, "--max_sequence_length", 14, "--save_images"]
+    common += ["--lora", make_lora(0), "--cache_dir", tmp_path / "cache"]
+    for processes, batch_size in ((1, 1), (2, 3)):
+        flags = [*common, "--output_dir", tmp_path / str(processes), "--batch_size", batch_size]
+        done = command(*flags, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert "jpeg_compressibility" in done.stdout and done.stdout.count("s.e.") == 1
+    one, two = files_of(tmp_path / "1"), files_of(tmp_path / "2")
+    assert list(one) == list(two) and len(one) == 5 + 3
+    for first, second in zip(*(read_records(tmp_path / n / RESULTS) for n in "12"), strict=True):
+        assert first.prompt == second.prompt
+        assert first.scores == pytest.approx(second.scores, abs=0.02)
+    averages = json.loads(one["average_scores.json"])
+    assert averages["counts"] == {"jpeg_compressibility": 5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base", "--dataset", "nonesuch"], "neither a folder nor one of"),
+        (["--base", "--dataset", "DATASET"], "choose with --rewards"),
+        (["--base", "--dataset", "DATASET", "--rewards", "jpg"], "unknown reward 'jpg'"),
+        (["--checkpoint_path", "logs/none", "--dataset", "DATASET"], "no checkpoint at logs/none"),
+        (["--lora", "nowhere/at/all.safetensors", "--dataset", "DATASET", "--rewards", "ocr"], "nowhere/at/all"),
+        (["--teacher", "ocr", "--dataset", "DATASET"], "name a configuration with --config"),
+        (["--teacher", "x", "--config", "config/tiny.py:mopd", "--dataset", "DATASET"], "compose, ocr, scene"),
+        (["--base", "--config", "config/tiny.py:nonesuch", "--dataset", "DATASET"], "is no configuration"),
+        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--guidance_scale", "-1"], "at least 0"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):
+    arguments = [str(dataset) if flag == "DATASET" else flag for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--output_dir", str(tmp_path / "out")])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+    assert not (tmp_path / "out").exists()

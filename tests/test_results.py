@@ -1,0 +1,141 @@
+"""Result files: resuming, merging, averages."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusionopd.results import (
+    AVERAGES,
+    RESULTS,
+    SETTINGS,
+    EvaluationError,
+    Record,
+    ResultFolder,
+    averages_json,
+    format_table,
+    read_averages,
+    read_records,
+    summarise,
+)
+
+TEXTS = [f"prompt {i}" for i in range(6)]
+
+
+def record(sample_id: int, score: float = 1.0, name: str = "a") -> Record:
+    return Record(sample_id, TEXTS[sample_id], {"tag": "x"}, {name: score})
+
+
+def opened(
+    folder: Path, resume: bool = False, settings=None, texts=TEXTS, images: bool = False, **share
+) -> ResultFolder:
+    files = ResultFolder(folder, **share)
+    files.open(settings or {"seed": 1}, texts, resume, images)
+    return files
+
+
+def test_mean_and_standard_error_leave_out_what_does_not_apply():
+    summary = summarise([record(0, 1.0), record(1, 2.0), record(2, -10.0), record(3, 6.0)])["a"]
+    assert summary.mean == 3.0 and summary.count == 3
+    assert math.isclose(summary.standard_error, np.std([1, 2, 6], ddof=1) / math.sqrt(3))
+
+
+def test_a_score_that_never_applies_has_no_average():
+    assert summarise([record(0, -10.0)]) == {}
+
+
+def test_standard_error_counts_prompts_not_pictures():
+    records = [Record(i, "p", {}, {"a": value}) for i, value in enumerate([0.0, 0.0, 1.0, 1.0])]
+    two = summarise(records, images_per_prompt=2)["a"]
+    assert two.count == 4 and two.mean == 0.5
+    assert math.isclose(two.standard_error, np.std([0, 1], ddof=1) / math.sqrt(2))
+    assert summarise(records[:1])["a"].standard_error == 0.0
+
+
+def test_averages_keep_upstreams_form(tmp_path):
+    content = averages_json(summarise([record(0, 1.0), record(1, 2.0)]))
+    assert content["a"] == 1.5
+    assert content["counts"] == {"a": 2} and content["standard_errors"]["a"] == 0.5
+    (tmp_path / AVERAGES).write_text(json.dumps({"a": 1.5}))  # as upstream writes it
+    assert read_averages(tmp_path / AVERAGES)["a"].mean == 1.5
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_averages(tmp_path / "nothing.json")
+
+
+def test_appended_lines_are_on_disk_at_once(tmp_path):
+    files = opened(tmp_path)
+    files.append([record(0)])
+    line = json.loads((tmp_path / RESULTS).read_text())
+    assert line == {"sample_id": 0, "prompt": "prompt 0", "metadata": {"tag": "x"}, "scores": {"a": 1.0}}
+
+
+def test_a_line_cut_short_is_dropped_and_one_in_the_middle_is_an_error(tmp_path):
+    files = opened(tmp_path)
+    files.append([record(0), record(1)])
+    path = tmp_path / RESULTS
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [r.sample_id for r in read_records(path)] == [0]
+    resumed = opened(tmp_path, resume=True)
+    assert resumed.done() == {0}
+    resumed.append([record(1)])
+    assert [r.sample_id for r in read_records(path)] == [0, 1]
+    path.write_bytes(b'{"broken\n' + path.read_bytes())
+    with pytest.raises(EvaluationError, match="line 1: not a result"):
+        read_records(path)
+
+
+def test_parts_of_several_processes_are_merged_and_sorted(tmp_path):
+    first, second = opened(tmp_path, world=2), ResultFolder(tmp_path, rank=1, world=2)
+    second.append([record(1), record(3)])
+    first.append([record(0), record(2)])
+    first.close(1)
+    assert [r.sample_id for r in read_records(tmp_path / RESULTS)] == [0, 1, 2, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([AVERAGES, RESULTS, SETTINGS])
+
+
+def test_parts_of_a_killed_run_survive_another_number_of_processes(tmp_path):
+    opened(tmp_path, world=3)
+    ResultFolder(tmp_path, rank=2, world=3).append([record(5)])
+    ResultFolder(tmp_path, rank=1, world=3).append([record(1)])
+    assert opened(tmp_path, resume=True).done() == {1, 5}
+
+
+def test_without_resume_an_earlier_evaluation_is_replaced(tmp_path):
+    files = opened(tmp_path)
+    files.append([record(0)])
+    files.save_image(0, np.zeros((8, 8, 3), np.uint8))
+    files.close(1)
+    again = opened(tmp_path)
+    assert again.done() == set()
+    assert not (tmp_path / AVERAGES).exists() and not again.image_path(0).exists()
+
+
+def test_a_sample_without_its_picture_is_made_again(tmp_path):
+    files = opened(tmp_path)
+    files.append([record(0), record(1)])
+    files.save_image(1, np.full((8, 8, 3), 200, np.uint8))
+    assert np.asarray(Image.open(tmp_path / "images" / "00001.jpg")).shape == (8, 8, 3)
+    assert opened(tmp_path, resume=True, images=True).done() == {1}
+
+
+def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
+    opened(tmp_path).append([record(0), record(3)])
+    with pytest.raises(EvaluationError, match="seed was 1, is 2"):
+        opened(tmp_path, resume=True, settings={"seed": 2})
+    with pytest.raises(EvaluationError, match="only 2 are wanted"):
+        opened(tmp_path, resume=True, texts=TEXTS[:2])
+    with pytest.raises(EvaluationError, match="prompt of sample 3 has changed"):
+        opened(tmp_path, resume=True, texts=[*TEXTS[:3], "another", *TEXTS[4:]])
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(EvaluationError, match="no readable"):
+        opened(tmp_path, resume=True)
+
+
+def test_table_is_aligned():
+    table = format_table({"ocr": summarise([record(0, 1.0), record(1, 2.0)])}).splitlines()
+    assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n"]
+    assert table[2].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
+    assert len({line.rstrip()[-1] for line in table}) and table[0].index("score") == table[2].index("a ")
