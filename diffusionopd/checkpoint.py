@@ -64,7 +64,7 @@ def save(
         _publish(partial, root / name)
     except BaseException as error:
         used = _tree_bytes(partial)
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
         if _is_disk_problem(error):
             raise CheckpointError(_write_failure(root, name, used, error)) from error
         raise
@@ -168,7 +168,7 @@ def _publish(partial: Path, target: Path) -> None:
             os.rename(aside, target)
         raise
     _fsync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def _point_latest(root: Path, name: str) -> None:
@@ -179,8 +179,7 @@ def _point_latest(root: Path, name: str) -> None:
         _fsync(root)
     except OSError as error:  # the checkpoint itself is in place, and find_latest does not read this file
         warnings.warn(f"cannot update {root / LATEST}: {error}", stacklevel=3)
-    finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 def _located(root: Path, path: Path) -> Path:
@@ -208,7 +207,7 @@ def _remove(folder: Path) -> None:
     except OSError as error:
         warnings.warn(f"cannot remove the old checkpoint {folder}: {error}", stacklevel=4)
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def _clean(root: Path) -> None:
@@ -217,10 +216,16 @@ def _clean(root: Path) -> None:
     for path in root.iterdir():
         owner = _LEFTOVER.fullmatch(path.name)
         if owner and not _is_alive(int(owner["pid"]), owner["host"], path):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Delete a hidden file or folder; what cannot be deleted now is tried again at the next save."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _restore_replaced(root: Path) -> None:

@@ -38,7 +38,6 @@ class MetricsWriter:
         self._pending: dict[str, list[float | Tensor]] = {}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _end_broken_line(self._path)
 
     def start_trackers(self, project: str, config: dict[str, Any], **options: Any) -> None:
         """`accelerator.init_trackers`, called by every process; a tracker that cannot start is reported and dropped."""
@@ -61,9 +60,7 @@ class MetricsWriter:
         """
         means = {name: math.fsum(parts) / len(parts) for name, parts in self._collected().items()}
         row = {"round": round_index, **means, **values}
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._append(json.dumps(_strict(row), allow_nan=False))
         if self._accelerator is not None:
             numbers = {k: float(v) for k, v in row.items() if k != "round" and isinstance(v, int | float)}
             self._try_trackers("log", numbers, step=round_index)
@@ -81,6 +78,17 @@ class MetricsWriter:
             return
         kept = [line for line in self._path.read_text("utf-8", "replace").split("\n") if _round_of(line) <= round_index]
         _write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
+
+    def _append(self, line: str) -> None:
+        """Add a line; a full disk costs lines, not the run."""
+        if self._path is None:
+            return
+        try:
+            _end_broken_line(self._path)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            warnings.warn(f"cannot write to {self._path}, this round's metrics are lost: {error}", stacklevel=3)
 
     def _collected(self) -> dict[str, list[float]]:
         pending, self._pending = self._pending, {}
@@ -174,8 +182,9 @@ def _enlarged(pictures: np.ndarray) -> np.ndarray:
 
 
 def _wrapped(caption: str, width: int, font: Any) -> list[str]:
-    """The caption as lines that fit `width` pixels, cut after a few of them."""
-    per_line = max(4, int(width / (font.getlength("abcdefghij klmnop qrstuvwxyz") / 28)))
+    """The caption as lines of about `width` pixels, by its own average letter, cut after a few of them."""
+    letter = font.getlength(caption) / max(len(caption), 1)
+    per_line = max(4, int(0.92 * width / max(letter, 1.0)))
     return textwrap.wrap(caption, per_line, max_lines=_CAPTION_LINES, placeholder="…") or [""]
 
 

@@ -188,8 +188,10 @@ class TextCache:
     def _is_whole(self, path: Path) -> bool:
         try:
             problem = _header_problem(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise TextCacheError(f"cannot read the text cache file {path}: {error}") from error
         if problem is not None:
             self._discard(path, problem)
         return problem is None
@@ -205,6 +207,8 @@ class TextCache:
             raise TextCacheError(
                 f"no embedding of prompt {prompt!r} in the text cache {self.folder}: fill it first"
             ) from None
+        except OSError as error:
+            raise TextCacheError(f"cannot read the text cache file {path} of prompt {prompt!r}: {error}") from error
         try:
             row = _deserialize(content)
         except ValueError as error:

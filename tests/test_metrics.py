@@ -1,0 +1,256 @@
+"""metrics.jsonl is one strict JSON object a round whatever happens; trackers cannot stop a run; grids are pictures."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusionopd.metrics import MetricsWriter, sample_grid
+
+
+def rows(path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not strict JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Accelerator:
+    """Records what reaches the trackers; fails on request."""
+
+    def __init__(self, failing=()):
+        self.failing, self.calls = failing, []
+
+    def init_trackers(self, project, config=None, init_kwargs=None):
+        self._record("init_trackers", project)
+
+    def log(self, values, step=None):
+        self._record("log", (step, values))
+
+    def _record(self, method, what):
+        self.calls.append((method, what))
+        if method in self.failing:
+            raise ConnectionError("tracker offline")
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_reports_are_averaged_and_forgotten_at_write(tmp_path):
+    writer = MetricsWriter(tmp_path / "new" / "metrics.jsonl")
+    for value in (1.0, 2.0, torch.tensor(6.0)):
+        writer.report("loss", value)
+    writer.report("loss/ocr", torch.tensor([[1.0, 3.0]], requires_grad=True))
+    first = writer.write(1, lr=3e-4)
+    writer.report("loss", 5)
+    writer.write(2)
+    assert first == {"round": 1, "loss": 3.0, "loss/ocr": 2.0, "lr": 3e-4}
+    assert rows(tmp_path / "new" / "metrics.jsonl") == [first, {"round": 2, "loss": 5.0}]
+
+
+def test_half_precision_reports_are_averaged_in_float32(tmp_path):
+    writer = MetricsWriter(None)
+    writer.report("loss", torch.full((4096,), 100.0, dtype=torch.float16))  # their sum is beyond float16
+    assert writer.write(1)["loss"] == 100.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, torch.tensor(math.nan), np.float64("nan")])
+def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.report("loss", bad)
+    writer.write(1, nested={"scores": [1.0, bad]}, direct=bad)
+    assert rows(path) == [{"round": 1, "loss": None, "nested": {"scores": [1.0, None]}, "direct": None}]
+
+
+def test_values_of_other_libraries_are_plain_in_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write(
+        np.int64(3), array=np.arange(2), tensor=torch.ones(2), single=np.float32(0.5), text="日本", keys={1: (2, 3)}
+    )
+    expected = {"array": [0, 1], "tensor": [1.0, 1.0], "single": 0.5, "text": "日本", "keys": {"1": [2, 3]}}
+    assert rows(path) == [{"round": 3, **expected}]
+
+
+def test_processes_without_a_file_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = MetricsWriter(None)
+    writer.report("loss", 1.0)
+    assert writer.write(1) == {"round": 1, "loss": 1.0}
+    writer.truncate_after(0)
+    writer.sync()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_line_is_on_disk_when_write_returns(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for n in range(1, 4):
+        writer.write(n)
+        assert len(rows(path)) == n
+    writer.sync()
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", ["", '{"round": 5, "lo', '{"round": 9}', "\x00\x00", '[1]\n{"loss": 1}\n', "\n\n"])
+def test_resuming_drops_later_rounds_and_broken_lines(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for n in range(1, 5):
+        writer.write(n, loss=1.0 / n)
+    kept = rows(path)[:2]
+    path.write_text(path.read_text() + tail)
+    resumed = MetricsWriter(path)
+    resumed.truncate_after(2)
+    assert rows(path) == kept
+    row = resumed.write(3, loss=0.0)
+    assert rows(path) == [*kept, row]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_line_cut_by_a_crash_is_not_glued_to_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write(1)
+    path.write_text(path.read_text() + '{"round": 2, "lo')
+    writer = MetricsWriter(path)
+    writer.write(3)
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"round": 1} and json.loads(lines[2]) == {"round": 3}
+
+
+def test_truncating_to_nothing_or_without_a_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.truncate_after(10)
+    writer.write(1)
+    writer.truncate_after(0)
+    assert path.read_text() == ""
+
+
+def test_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for n in range(1, 5):
+        writer.write(n)
+    before = path.read_text()
+    for moment in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"diffusionopd.metrics.{moment}", lambda *_args: (_ for _ in ()).throw(OSError(28, "full")))
+            with pytest.raises(OSError, match="full"):
+                writer.truncate_after(2)
+        assert path.read_text() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.warns(UserWarning, match="lost.*full"):
+            writer.write(2)
+    writer.write(3)
+    assert [row["round"] for row in rows(path)] == [1, 3]
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+def test_trackers_get_the_numbers_of_a_round(tmp_path):
+    accelerator = Accelerator()
+    writer = MetricsWriter(tmp_path / "m.jsonl", ("tensorboard",), accelerator)
+    writer.start_trackers("project", {"seed": 1})
+    writer.report("loss", 2.0)
+    writer.write(7, note="text stays in the file", steps=3)
+    assert accelerator.calls == [("init_trackers", "project"), ("log", (7, {"loss": 2.0, "steps": 3.0}))]
+
+
+def test_without_trackers_the_accelerator_is_left_alone(tmp_path):
+    accelerator = Accelerator(failing=("init_trackers", "log"))
+    writer = MetricsWriter(tmp_path / "m.jsonl", (), accelerator)
+    writer.start_trackers("project", {})
+    writer.write(1)
+    assert accelerator.calls == []
+
+
+@pytest.mark.parametrize("failing", ["init_trackers", "log"])
+def test_failing_tracker_is_reported_once_and_the_file_goes_on(tmp_path, failing):
+    path = tmp_path / "m.jsonl"
+    accelerator = Accelerator(failing=(failing,))
+    writer = MetricsWriter(path, ("wandb",), accelerator)
+    with pytest.warns(UserWarning, match="wandb.*tracker offline"):
+        writer.start_trackers("project", {})
+        writer.write(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writer.write(2)
+        writer.write(3)
+    assert [row["round"] for row in rows(path)] == [1, 2, 3]
+    assert [method for method, _ in accelerator.calls].count(failing) == 1
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def test_grid_shows_the_pictures_where_they_belong(tmp_path):
+    images = torch.zeros(5, 3, 64, 64)
+    for i in range(5):
+        images[i, i % 3] = 0.2 * (i + 1)
+    path = sample_grid(images, [f"picture {i}" for i in range(5)], tmp_path / "new" / "round-000010.png", columns=3)
+    grid = np.asarray(Image.open(path))
+    width, height = grid.shape[1] // 3, grid.shape[0] // 2
+    for i in range(5):
+        cell = grid[i // 3 * height : (i // 3 + 1) * height, i % 3 * width : (i % 3 + 1) * width]
+        expected = [0, 0, 0]
+        expected[i % 3] = round(255 * 0.2 * (i + 1))
+        assert (cell[60] == expected).all(axis=-1).sum() > 100  # a row through the picture
+        below = cell[-30:]
+        assert (below < 100).all(axis=-1).any()  # the caption is dark text on white
+    assert (grid[-height:, 2 * width :] == 255).all()  # the sixth cell is empty
+    assert [p.name for p in path.parent.iterdir()] == ["round-000010.png"]
+
+
+def test_uint8_and_float_pictures_give_the_same_grid(tmp_path):
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grids = [
+        np.asarray(Image.open(sample_grid(pictures, ["a", "b"], tmp_path / "grid.png")))
+        for pictures in (images, images.float() / 255, (images.double() / 255).requires_grad_())
+    ]
+    assert np.array_equal(grids[0], grids[1]) and np.array_equal(grids[0], grids[2])
+
+
+@pytest.mark.parametrize("caption", ["", "x" * 500, "many words " * 60, "日本語 \n\t \x00 ünïcode", "WWW " * 30])
+def test_any_caption_and_value_can_be_drawn(tmp_path, caption):
+    images = torch.tensor([math.nan, math.inf, -math.inf, 7.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    path = sample_grid(images, [caption] * 4, tmp_path / "grid.png", title="round 3")
+    assert Image.open(path).size[0] < 2 * 200
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "what"),
+    [
+        (torch.zeros(2, 3, 8, 8), ["one"], "as many captions"),
+        (torch.zeros(3, 8, 8), ["a"], r"\[B, 3, H, W\]"),
+        (torch.zeros(1, 4, 8, 8), ["a"], r"\[B, 3, H, W\]"),
+        (torch.zeros(0, 3, 8, 8), [], "at least 1"),
+    ],
+)
+def test_grids_that_cannot_be_drawn_are_refused(tmp_path, images, captions, what):
+    with pytest.raises(ValueError, match=what):
+        sample_grid(images, captions, tmp_path / "grid.png")
+
+
+def test_crash_while_drawing_leaves_the_old_grid(tmp_path, monkeypatch):
+    path = sample_grid(torch.zeros(1, 3, 8, 8), ["a"], tmp_path / "grid.png")
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_args: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        sample_grid(torch.ones(1, 3, 8, 8), ["a"], path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

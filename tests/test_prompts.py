@@ -1,0 +1,192 @@
+"""Prompt files: what is accepted, what is refused and how it is named; prompt sampling: coverage and purity."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from diffusionopd.prompts import Prompt, PromptError, PromptSampler, load_prompts
+
+
+def write(folder, name, content):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_text_file_is_one_prompt_a_line(tmp_path):
+    write(tmp_path, "train.txt", "  a sign that says 'hi'\t\n\n   \nA ünïcode 日本 prompt\r\nno newline at the end")
+    assert load_prompts(tmp_path, "general_ocr", "train") == [
+        Prompt("a sign that says 'hi'"),
+        Prompt("A ünïcode 日本 prompt"),
+        Prompt("no newline at the end"),
+    ]
+
+
+def test_geneval_file_keeps_the_whole_object_for_the_scorer(tmp_path):
+    records = [
+        {"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "a photo of two cups"},
+        {"prompt": 'line\u2028separator and "quotes"', "include": []},
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    write(tmp_path, "test_metadata.jsonl", "\n".join(lines) + "\n\n")
+    prompts = load_prompts(str(tmp_path), "geneval", "test")
+    assert [prompt.text for prompt in prompts] == [record["prompt"] for record in records]
+    assert [prompt.metadata for prompt in prompts] == records
+
+
+def test_byte_order_mark_is_ignored(tmp_path):
+    write(tmp_path, "train.txt", b"\xef\xbb\xbfa red cube\n")
+    assert load_prompts(tmp_path, "general_ocr", "train") == [Prompt("a red cube")]
+
+
+def test_repeated_prompts_are_kept(tmp_path):
+    write(tmp_path, "train.txt", "twice\ntwice\n")
+    assert len(load_prompts(tmp_path, "general_ocr", "train")) == 2
+
+
+def test_prompts_can_be_keys():
+    assert len({Prompt("a", {"x": [1]}), Prompt("a", {"x": [1]}), Prompt("b")}) == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "   \n\t\n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("prompt_fn", "name"), [("general_ocr", "test.txt"), ("geneval", "test_metadata.jsonl")])
+def test_file_without_prompts_is_named(tmp_path, prompt_fn, name, content):
+    write(tmp_path, name, content)
+    with pytest.raises(PromptError, match=rf"{name}.*no prompt"):
+        load_prompts(tmp_path, prompt_fn, "test")
+
+
+@pytest.mark.parametrize(("prompt_fn", "name"), [("general_ocr", "train.txt"), ("geneval", "train_metadata.jsonl")])
+def test_missing_file_is_named_with_what_reads_it(tmp_path, prompt_fn, name):
+    with pytest.raises(PromptError, match=rf"{name} does not exist.*{prompt_fn}"):
+        load_prompts(tmp_path / "nowhere", prompt_fn, "train")
+
+
+def test_folder_or_nul_in_place_of_a_file(tmp_path):
+    (tmp_path / "train.txt").mkdir()
+    with pytest.raises(PromptError, match="cannot be read"):
+        load_prompts(tmp_path, "general_ocr", "train")
+    with pytest.raises(PromptError, match="cannot be read"):
+        load_prompts("a\0b", "general_ocr", "train")
+
+
+def test_not_utf8_names_the_line(tmp_path):
+    write(tmp_path, "train.txt", b"fine\nalso fine\ncaf\xe9 in latin-1\n")
+    with pytest.raises(PromptError, match=r"train\.txt, line 3: not UTF-8"):
+        load_prompts(tmp_path, "general_ocr", "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{'prompt': 'single quotes'}", "not a JSON object"),
+        ('{"prompt": "cut', "not a JSON object"),
+        ('{"prompt": "a", "score": NaN}', "NaN"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "not a JSON object"),
+        ('["prompt"]', "found list"),
+        ("null", "found NoneType"),
+        ('{"Prompt": "wrong case"}', "no key 'prompt'.*'Prompt'"),
+        ("{}", "no key 'prompt'"),
+        ('{"prompt": 3}', "must be a text"),
+        ('{"prompt": null}', "must be a text"),
+        ('{"prompt": "  "}', "not blank"),
+        ('{"prompt": "half \\ud800 pair"}', "surrogate"),
+    ],
+)
+def test_malformed_line_is_named_with_file_line_and_reason(tmp_path, line, what):
+    write(tmp_path, "train_metadata.jsonl", '{"prompt": "good"}\n\n' + line + "\n")
+    with pytest.raises(PromptError, match=rf"train_metadata\.jsonl, line 3: .*{what}"):
+        load_prompts(tmp_path, "geneval", "train")
+
+
+@pytest.mark.parametrize(("prompt_fn", "split", "what"), [("ocr", "train", "general_ocr"), ("geneval", "val", "train")])
+def test_unknown_format_or_split_is_refused_with_the_known_ones(tmp_path, prompt_fn, split, what):
+    with pytest.raises(PromptError, match=what):
+        load_prompts(tmp_path, prompt_fn, split)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def prompts(count):
+    return [Prompt(f"prompt {i}") for i in range(count)]
+
+
+def walk(sampler, rounds, groups):
+    return [sampler.index(r, g) for r in range(rounds) for g in range(groups)]
+
+
+@pytest.mark.parametrize(("count", "groups"), [(7, 3), (10, 5), (1, 4), (3, 8), (64, 6)])
+def test_each_prompt_comes_once_in_every_epoch(count, groups):
+    epochs = 4
+    rounds = -(-epochs * count // groups)
+    order = walk(PromptSampler(prompts(count), 42, 0, groups), rounds, groups)
+    for epoch in range(epochs):
+        assert Counter(order[epoch * count : (epoch + 1) * count]) == Counter(range(count))
+
+
+def test_epochs_seeds_and_tasks_have_orders_of_their_own():
+    count = 50
+    orders = [
+        tuple(walk(PromptSampler(prompts(count), seed, task, 1), 2 * count, 1)) for seed in (0, 1) for task in (0, 1)
+    ]
+    halves = [half for order in orders for half in (order[:count], order[count:])]
+    assert len(set(halves)) == len(halves)
+    assert tuple(range(count)) not in halves
+
+
+def test_a_draw_depends_on_its_counters_alone():
+    """Asked in any order, by fresh samplers or by one, after a resume or not: the same prompt."""
+    count, groups, rounds = 11, 4, 9
+    reference = walk(PromptSampler(prompts(count), 3, 1, groups), rounds, groups)
+    sampler = PromptSampler(prompts(count), 3, 1, groups)
+    backwards = [sampler.index(r, g) for r in reversed(range(rounds)) for g in reversed(range(groups))]
+    assert backwards[::-1] == reference
+    fresh = [PromptSampler(prompts(count), 3, 1, groups).index(r, g) for r in range(rounds) for g in range(groups)]
+    assert fresh == reference
+
+
+def test_position_alone_counts_so_that_batch_geometry_only_regroups():
+    """Six groups a round walk the same sequence as two rounds of three."""
+    assert walk(PromptSampler(prompts(20), 5, 0, 6), 10, 6) == walk(PromptSampler(prompts(20), 5, 0, 3), 20, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_processes_divide_a_round_without_changing_it(world):
+    """Each process asks for its own contiguous share; together they are the round of one process."""
+    groups, rounds = 6, 8
+    expected = walk(PromptSampler(prompts(13), 9, 2, groups), rounds, groups)
+    samplers = [PromptSampler(prompts(13), 9, 2, groups) for _ in range(world)]
+    share = groups // world
+    together = [
+        samplers[rank].index(r, rank * share + i) for r in range(rounds) for rank in range(world) for i in range(share)
+    ]
+    assert together == expected
+
+
+@pytest.mark.parametrize("rounds", [range(0), range(1), range(3, 7), range(0, 100), range(50, 60, 3)])
+@pytest.mark.parametrize("count", [5, 40])
+def test_used_by_lists_what_the_rounds_draw(count, rounds):
+    sampler = PromptSampler(prompts(count), 1, 0, 4)
+    assert sampler.used_by(rounds) == sorted({sampler.index(r, g) for r in rounds for g in range(4)})
+
+
+def test_used_by_of_an_endless_run_is_immediate():
+    assert PromptSampler(prompts(1000), 1, 0, 6).used_by(range(10**12)) == list(range(1000))
+
+
+@pytest.mark.parametrize(("round_index", "group"), [(-1, 0), (0, -1), (0, 4), (7, 99)])
+def test_draws_outside_the_round_are_refused(round_index, group):
+    with pytest.raises(ValueError, match=r"rounds count from 0|outside the round"):
+        PromptSampler(prompts(5), 1, 0, 4).index(round_index, group)
+
+
+def test_sampler_needs_prompts_and_groups():
+    with pytest.raises(ValueError, match="at least one prompt"):
+        PromptSampler([], 1, 0, 4)
+    with pytest.raises(ValueError, match="groups_per_round"):
+        PromptSampler(prompts(3), 1, 0, 0)

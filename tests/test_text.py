@@ -1,0 +1,361 @@
+"""The text cache: exact round trips, nothing encoded twice, damage found, several writers, a disk that is full."""
+
+import multiprocessing
+import os
+import shutil
+import struct
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.text import TextCache, TextCacheError
+
+PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_collection(monkeypatch):
+    """`fill` collects garbage once a run; in a test process full of libraries each takes a quarter second."""
+    monkeypatch.setattr("diffusionopd.text.gc.collect", lambda: 0)
+
+
+class Encoder:
+    """A deterministic stand-in; remembers its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, prompts):
+        self.batches.append(list(prompts))
+        return embeddings(prompts)
+
+
+def embeddings(prompts):
+    rows = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(sum(prompt.encode()) + len(prompt))
+        rows.append((torch.randn(5, 6, generator=generator), torch.randn(3, generator=generator)))
+    return TextEmbeddings(torch.stack([tokens for tokens, _ in rows]), torch.stack([pooled for _, pooled in rows]))
+
+
+def cache(folder, model="model@1", length=128, dtype=torch.float32, **options):
+    return TextCache(folder, model, length, dtype, **options)
+
+
+def forbidden():
+    raise AssertionError("the encoder must not be loaded")
+
+
+def files(folder):
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+# --- what is stored --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_comes_back_is_what_was_encoded(tmp_path, dtype):
+    assert cache(tmp_path, dtype=dtype).fill(PROMPTS, Encoder, batch_size=3) == 4
+    got = cache(tmp_path, dtype=dtype).get(PROMPTS[::-1])
+    expected = embeddings(PROMPTS[::-1]).to(dtype=dtype)
+    assert got.tokens.dtype == dtype
+    assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.pooled, expected.pooled)
+
+
+def test_get_repeats_and_converts(tmp_path):
+    store = cache(tmp_path)
+    store.fill(PROMPTS, Encoder)
+    got = store.get(["a red cube"] * 3, "cpu", torch.float64)
+    assert got.tokens.shape == (3, 5, 6) and got.pooled.shape == (3, 3)
+    assert got.tokens.dtype == torch.float64 and torch.equal(got.tokens[0], got.tokens[2])
+
+
+def test_complete_cache_never_loads_an_encoder(tmp_path):
+    cache(tmp_path).fill(PROMPTS, Encoder)
+    assert cache(tmp_path).missing(PROMPTS) == []
+    assert cache(tmp_path).fill(PROMPTS * 2, forbidden) == 0
+
+
+def test_only_what_is_missing_is_encoded_once_each(tmp_path):
+    cache(tmp_path).fill(PROMPTS[:2], Encoder)
+    encoder = Encoder()
+    prompts = [*PROMPTS, *PROMPTS, "new"]
+    assert cache(tmp_path).missing(prompts) == [*PROMPTS[2:], "new"]
+    assert cache(tmp_path).fill(prompts, lambda: encoder, batch_size=2) == 3
+    assert encoder.batches == [PROMPTS[2:], ["new"]]
+
+
+@pytest.mark.parametrize(
+    "other", [{"model": "model@2"}, {"length": 77}, {"dtype": torch.float16}], ids=["model", "length", "dtype"]
+)
+def test_everything_an_embedding_depends_on_separates_files(tmp_path, other):
+    cache(tmp_path).fill(PROMPTS, Encoder)
+    assert cache(tmp_path, **other).missing(PROMPTS) == PROMPTS
+
+
+def test_files_are_spread_over_folders_named_by_their_hash(tmp_path):
+    store = cache(tmp_path)
+    store.fill([str(i) for i in range(40)], Encoder)
+    for path in files(tmp_path):
+        assert path.suffix == ".safetensors" and path.name.startswith(path.parent.name) and len(path.parent.name) == 2
+    assert len({path.parent for path in files(tmp_path)}) > 20
+
+
+def test_encoder_is_freed(tmp_path):
+    references = []
+
+    def load():
+        encoder = Encoder()
+        references.append(weakref.ref(encoder))
+        return encoder
+
+    cache(tmp_path).fill(PROMPTS, load)
+    assert references[0]() is None
+
+
+def test_memory_holds_a_few_prompts_and_spares_the_disk(tmp_path):
+    store = cache(tmp_path, memory_items=2)
+    store.fill(PROMPTS, Encoder)
+    store.get(PROMPTS)
+    for path in files(tmp_path):
+        path.unlink()
+    store.get(PROMPTS[-2:])
+    with pytest.raises(TextCacheError, match="a red cube"):
+        store.get(PROMPTS[:1])
+
+
+def test_returned_tensors_do_not_alias_the_cache(tmp_path):
+    store = cache(tmp_path)
+    store.fill(PROMPTS, Encoder)
+    store.get(PROMPTS[:1]).tokens.zero_()
+    assert torch.equal(store.get(PROMPTS[:1]).tokens, embeddings(PROMPTS[:1]).tokens)
+
+
+def test_absent_prompt_is_named(tmp_path):
+    with pytest.raises(TextCacheError, match="never seen.*fill"):
+        cache(tmp_path).get(["never seen"])
+    with pytest.raises(TextCacheError, match="empty batch"):
+        cache(tmp_path).get([])
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def without_last_byte(content):
+    return content[:-1]
+
+
+def with_tail(content):
+    return content + b"\0"
+
+
+def empty(content):
+    return b""
+
+
+def garbage(content):
+    return bytes(range(256)) * 4
+
+
+def huge_header(content):
+    return struct.pack("<Q", 2**62) + content[8:]
+
+
+def not_json(content):
+    return content[:8] + b"\xff" * (len(content) - 8)
+
+
+def header_of_something_else(content):
+    header = b'{"tokens":[],"pooled":{}}'
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, without_last_byte, with_tail, empty, garbage, huge_header, not_json, header_of_something_else],
+    ids=lambda damage: damage.__name__,
+)
+def test_damaged_file_is_removed_with_a_warning_and_encoded_again(tmp_path, damage):
+    store = cache(tmp_path)
+    store.fill(PROMPTS, Encoder)
+    path = store.path(PROMPTS[0])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=path.name):
+        assert store.missing(PROMPTS) == PROMPTS[:1]
+    assert not path.exists()
+    encoder = Encoder()
+    assert store.fill(PROMPTS, lambda: encoder) == 1
+    assert encoder.batches == [PROMPTS[:1]]
+    assert torch.equal(cache(tmp_path).get(PROMPTS).tokens, embeddings(PROMPTS).tokens)
+
+
+def test_every_truncation_is_found(tmp_path):
+    store = cache(tmp_path)
+    store.fill(PROMPTS[:1], Encoder)
+    path = store.path(PROMPTS[0])
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.warns(UserWarning, match="damaged"):
+            assert store.missing(PROMPTS[:1]) == PROMPTS[:1]
+
+
+@pytest.mark.parametrize("position", [-1, -50, -130])
+def test_flipped_bit_is_found_on_reading(tmp_path, position):
+    cache(tmp_path).fill(PROMPTS, Encoder)
+    store = cache(tmp_path)
+    path = store.path(PROMPTS[0])
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="checksum"), pytest.raises(TextCacheError, match="a red cube.*damaged"):
+        store.get(PROMPTS)
+    assert store.missing(PROMPTS) == PROMPTS[:1]  # so the next run repairs it
+
+
+def test_crash_while_encoding_keeps_what_was_done(tmp_path):
+    class Crashing(Encoder):
+        def __call__(self, prompts):
+            if len(self.batches) == 2:
+                raise RuntimeError("power cut")
+            return super().__call__(prompts)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        cache(tmp_path).fill(PROMPTS, Crashing, batch_size=1)
+    assert cache(tmp_path).missing(PROMPTS) == PROMPTS[2:]
+
+
+@pytest.mark.parametrize("moment", ["write_bytes", "replace"])
+def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch, moment):
+    def crash(*_args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if moment == "replace":
+            patch.setattr(os, "replace", crash)
+        else:
+            patch.setattr(Path, "write_bytes", lambda self, content: (self.touch(), crash()))
+        with pytest.raises(TextCacheError, match="No space left"):
+            cache(tmp_path).fill(PROMPTS, Encoder)
+    assert files(tmp_path) == []
+    assert cache(tmp_path).fill(PROMPTS, Encoder) == len(PROMPTS)
+
+
+def test_partial_files_of_dead_processes_are_removed_and_fresh_ones_left(tmp_path):
+    (tmp_path / "partial").mkdir()
+    old, fresh = tmp_path / "partial" / "1-old", tmp_path / "partial" / "2-fresh"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache(tmp_path).fill(PROMPTS, Encoder)
+    assert not old.exists() and fresh.exists()
+
+
+# --- the disk and the encoder ----------------------------------------------------------------------------------------
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(TextCacheError, match=r"needs about [\d,]+ bytes more, .* 1,000 free"):
+        cache(tmp_path).fill(PROMPTS, Encoder, batch_size=2)
+    assert files(tmp_path) == []
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TextCacheError, match="cannot make the text cache folder"):
+        cache(tmp_path / "file" / "cache").fill(PROMPTS, Encoder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_embedding_that_is_not_finite_is_refused(tmp_path, bad):
+    def encode(prompts):
+        result = embeddings(prompts)
+        result.tokens[prompts.index("a blue ball"), 0, 0] = bad
+        return result
+
+    with pytest.raises(TextCacheError, match="a blue ball.*not finite"):
+        cache(tmp_path).fill(PROMPTS, lambda: encode)
+    assert cache(tmp_path).missing(["a blue ball"])
+
+
+def test_overflow_of_the_stored_dtype_is_refused(tmp_path):
+    def encode(prompts):
+        result = embeddings(prompts)
+        return TextEmbeddings(result.tokens * 1e6, result.pooled)
+
+    with pytest.raises(TextCacheError, match="float16"):
+        cache(tmp_path, dtype=torch.float16).fill(PROMPTS, lambda: encode)
+
+
+def test_encoder_that_loses_prompts_is_refused(tmp_path):
+    with pytest.raises(TextCacheError, match="3 token and 3 pooled embeddings for 4"):
+        cache(tmp_path).fill(PROMPTS, lambda: lambda prompts: embeddings(prompts[1:]))
+
+
+def test_encoder_with_gradients_is_accepted(tmp_path):
+    def encode(prompts):
+        result = embeddings(prompts)
+        return TextEmbeddings(result.tokens.requires_grad_(), result.pooled.requires_grad_())
+
+    cache(tmp_path).fill(PROMPTS, lambda: encode)
+    assert not cache(tmp_path).get(PROMPTS).tokens.requires_grad
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_processes_share_the_work_whatever_the_order_they_run_in(tmp_path, world):
+    """A process that starts late sees files of the others, and still encodes exactly its own share."""
+    prompts = [f"prompt {i}" for i in range(20)]
+    encoders = [Encoder() for _ in range(world)]
+    for rank in reversed(range(world)):
+        cache(tmp_path).fill(prompts, lambda rank=rank: encoders[rank], rank=rank, world=world)
+    encoded = [prompt for encoder in encoders for batch in encoder.batches for prompt in batch]
+    assert sorted(encoded) == sorted(prompts)
+    assert cache(tmp_path).missing(prompts) == []
+
+
+def fill_in_a_process(folder, rank, world, count):
+    cache(folder).fill([f"prompt {i}" for i in range(count)], Encoder, batch_size=4, rank=rank, world=world)
+
+
+@pytest.mark.parametrize("world", [1, 2], ids=["two runs at once", "one run, two processes"])
+def test_two_writers_leave_whole_files(tmp_path, world):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=fill_in_a_process, args=(tmp_path, i % world, world, 60)) for i in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    prompts = [f"prompt {i}" for i in range(60)]
+    assert cache(tmp_path).fill(prompts, forbidden) == 0
+    assert torch.equal(cache(tmp_path).get(prompts).tokens, embeddings(prompts).tokens)
+    assert len(files(tmp_path)) == 60
+
+
+# --- conditioning ----------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_expand_index_and_join():
+    both = embeddings(["a", "b"])
+    one = both.index(1)
+    assert one.tokens.shape == (1, 5, 6) and torch.equal(one.pooled[0], both.pooled[1])
+    assert torch.equal(both.index(torch.tensor([1, 0])).tokens, both.tokens.flip(0))
+    assert torch.equal(both.index(slice(0, 1)).pooled, both.pooled[:1])
+    wide = one.expand(4)
+    assert wide.batch == 4 and wide.tokens.data_ptr() == one.tokens.data_ptr()
+    assert both.expand(2).tokens.shape == both.tokens.shape
+    assert torch.equal(TextEmbeddings.cat([both.index(0), one]).tokens, both.tokens)
+    with pytest.raises(ValueError, match="cannot expand 2 prompts to 3"):
+        both.expand(3)

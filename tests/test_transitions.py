@@ -1,0 +1,335 @@
+"""Transitions against the published formulas, spelled out in float64 with the data and noise estimates."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from diffusionopd.transitions import KERNELS, DpmSolver2, schedule, transition
+
+SHAPE = (3, 4, 5, 6)
+NOISE_LEVELS = {
+    "ode": (0.0,),
+    "flow_sde": (0.1, 0.7, 1.2),
+    "dance_sde": (0.1, 0.3, 0.7),
+    "cps": (0.1, 0.7, 1.0),
+    "ddim": (0.1, 0.7, 1.0),
+}
+CASES = [(kernel, eta) for kernel, levels in NOISE_LEVELS.items() for eta in levels]
+
+
+def shifted_sigmas(steps, shift=3.0):
+    """1 = t_0 > ... > t_N = 0 with SD3's timestep shift, in Python floats."""
+    line = [1 - i / steps for i in range(steps + 1)]
+    return [shift * s / (1 + (shift - 1) * s) for s in line]
+
+
+def normal(seed, shape=SHAPE, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def long_form(kernel, x, v, t, t_next, eta, t_second):
+    """(mean, std) of a step, from the data estimate, the noise estimate and the score."""
+    dt = t_next - t
+    x0, noise = x - t * v, x + (1 - t) * v
+    if kernel == "ode":
+        return (1 - t_next) * x0 + t_next * noise, 0.0
+    if kernel in ("flow_sde", "dance_sde"):
+        below_one = t_second if t == 1.0 else t
+        g = eta if kernel == "dance_sde" else eta * math.sqrt(t / (1 - below_one))
+        score = -(x - (1 - t) * x0) / t**2
+        return x + (v - 0.5 * g**2 * score) * dt, g * math.sqrt(-dt)
+    if kernel == "cps":
+        std = t_next * math.sin(eta * math.pi / 2)
+        return (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * noise, std
+    # DDIM's own equation 16, on the variance-preserving path, which is this path divided by hypot(1 - t, t).
+    norm_next = math.hypot(1 - t_next, t_next)
+    abar, abar_next = (1 - t) ** 2 / math.hypot(1 - t, t) ** 2, (1 - t_next) ** 2 / norm_next**2
+    std = eta * math.sqrt((1 - abar_next) / (1 - abar)) * math.sqrt(1 - abar / abar_next)
+    mean = math.sqrt(abar_next) * x0 + math.sqrt(1 - abar_next - std**2) * noise
+    return norm_next * mean, norm_next * std
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+@pytest.mark.parametrize(("kernel", "eta"), CASES)
+def test_every_step_equals_the_long_form(kernel, eta, steps):
+    sigmas = shifted_sigmas(steps)
+    x, v, noise = normal(0), normal(1), normal(2)
+    for t, t_next in pairwise(sigmas):
+        step = transition(kernel, t, t_next, eta, sigmas[1])
+        mean, std = long_form(kernel, x, v, t, t_next, eta, sigmas[1])
+        torch.testing.assert_close(step.mean(x, v), mean, rtol=1e-11, atol=1e-12)
+        assert step.std == pytest.approx(std, rel=1e-12, abs=1e-15)
+        torch.testing.assert_close(step.sample(x, v, noise), mean + std * noise, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), CASES)
+def test_schedule_is_the_transitions_in_order(kernel, eta):
+    sigmas = shifted_sigmas(10)
+    expected = [transition(kernel, t, t_next, eta, sigmas[1]) for t, t_next in pairwise(sigmas)]
+    assert schedule(kernel, torch.tensor(sigmas, dtype=torch.float64), eta) == expected
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+def test_flow_sde_variance_is_g_squared_times_the_step(eta):
+    sigmas = shifted_sigmas(10)
+    for t, t_next in pairwise(sigmas):
+        # Exact, not g^2: the step's length belongs to it. At t = 1 the schedule's second value replaces t below.
+        g_squared = eta**2 * t / (1 - (sigmas[1] if t == 1.0 else t))
+        assert transition("flow_sde", t, t_next, eta, sigmas[1]).std ** 2 == pytest.approx(g_squared * (t - t_next))
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [case for case in CASES if case[0] != "ode"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_density_and_kl_equal_torch_distributions(kernel, eta, dtype):
+    sigmas = shifted_sigmas(10)
+    x, v_student, v_teacher = normal(0).to(dtype), normal(1).to(dtype), normal(2).to(dtype)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
+    for t, t_next in pairwise(sigmas):
+        mean, std = long_form(kernel, x.double(), v_student.double(), t, t_next, eta, sigmas[1])
+        if std == 0.0:
+            continue
+        step = transition(kernel, t, t_next, eta, sigmas[1])
+        student = Normal(mean, std)
+        teacher = Normal(long_form(kernel, x.double(), v_teacher.double(), t, t_next, eta, sigmas[1])[0], std)
+        x_next = mean + std * normal(3)
+        log_prob = step.log_prob(x_next.to(dtype), x, v_student).double()
+        assert log_prob.shape == (SHAPE[0],)
+        if dtype == torch.float64 or std > 0.05:  # float32 cannot hold x_next - mean relative to a tiny std
+            torch.testing.assert_close(log_prob, student.log_prob(x_next).mean(dim=(1, 2, 3)), **tolerance)
+        expected = kl_divergence(student, teacher).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(step.kl(v_student, v_teacher).double(), expected, **tolerance)
+
+
+def test_kl_of_a_deterministic_step_is_half_the_squared_distance_of_the_means():
+    step = transition("ode", 0.8, 0.6)
+    x, v_student, v_teacher = normal(0), normal(1), normal(2)
+    distance = step.mean(x, v_student) - step.mean(x, v_teacher)
+    torch.testing.assert_close(step.kl(v_student, v_teacher), 0.5 * distance.square().mean(dim=(1, 2, 3)))
+
+
+def test_float32_kl_keeps_digits_that_subtracting_means_would_lose():
+    v_student, x = normal(0, dtype=torch.float32), 100 * normal(1, dtype=torch.float32)
+    v_teacher = v_student + 2**-20
+    step = transition("flow_sde", 0.9, 0.88, 0.7)
+    exact = step.kl(v_student.double(), v_teacher.double())
+    torch.testing.assert_close(step.kl(v_student, v_teacher).double(), exact, rtol=1e-6, atol=0)
+    naive = (step.mean(x, v_student) - step.mean(x, v_teacher)).square().mean(dim=(1, 2, 3)) / (2 * step.std**2)
+    assert ((naive.double() - exact).abs() / exact).max() > 1e-2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("steps", [10, 40])
+def test_without_noise_every_kernel_is_the_euler_step(kernel, steps):
+    sigmas = shifted_sigmas(steps)
+    for t, t_next in pairwise(sigmas):
+        step = transition(kernel, t, t_next, 0.0, sigmas[1])
+        assert (step.a, step.std) == (pytest.approx(1.0), 0.0)
+        assert step.b == pytest.approx(t_next - t, rel=1e-12)
+        # and the limit is continuous: almost no noise is almost the ODE
+        near = transition(kernel, t, t_next, 1e-7, sigmas[1])
+        assert (near.a, near.b) == (pytest.approx(step.a, abs=1e-11), pytest.approx(step.b, abs=1e-11))
+        assert near.std < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["cps", "ddim"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_last_step_is_the_data_estimate_where_noise_scales_with_the_next_sigma(kernel, eta):
+    step = transition(kernel, 0.25, 0.0, eta)
+    assert (step.a, step.b, step.std) == (pytest.approx(1.0), pytest.approx(-0.25), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    step = transition("cps", 0.9, 0.7, 0.5)
+    x, v = normal(0).to(dtype), normal(1).to(dtype)
+    assert step.mean(x, v).dtype == torch.float32
+    torch.testing.assert_close(step.mean(x, v), step.mean(x.float(), v.float()), rtol=0, atol=0)
+    torch.testing.assert_close(step.kl(x, v), step.kl(x.float(), v.float()), rtol=0, atol=0)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_kernel_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"heun.*ode"):
+        transition("heun", 0.5, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("t", "t_next"), [(0.4, 0.5), (0.5, 0.5), (1.1, 0.5), (0.5, -0.1), (math.nan, 0.1), (0.5, math.nan)]
+)
+def test_sigmas_out_of_order_or_range_are_refused(t, t_next):
+    with pytest.raises(ValueError, match="sigma"):
+        transition("ode", t, t_next)
+
+
+@pytest.mark.parametrize("eta", [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_meaningless_noise_levels_are_refused(kernel, eta):
+    with pytest.raises(ValueError, match="noise_level"):
+        transition(kernel, 0.5, 0.4, eta)
+
+
+@pytest.mark.parametrize("kernel", ["cps", "ddim"])
+def test_noise_level_above_one_is_refused_where_the_kernel_ends(kernel):
+    with pytest.raises(ValueError, match="noise_level"):
+        transition(kernel, 0.5, 0.4, 1.1)
+
+
+@pytest.mark.parametrize("sigma_max", [None, 1.0, math.nan])
+def test_flow_sde_first_step_needs_the_second_sigma(sigma_max):
+    with pytest.raises(ValueError, match="sigma_max"):
+        transition("flow_sde", 1.0, 0.9, 0.7, sigma_max)
+
+
+def test_deterministic_step_has_no_density_and_noisy_step_needs_noise():
+    x = normal(0)
+    with pytest.raises(ValueError, match="density"):
+        transition("ode", 0.5, 0.4).log_prob(x, x, x)
+    with pytest.raises(ValueError, match="noise"):
+        transition("cps", 0.5, 0.4, 0.5).sample(x, x)
+
+
+# --- rollouts on Gaussian data, where the velocity and the flow map are known exactly --------------------------------
+
+MEAN, STD = 0.7, 0.4  # of the data
+
+
+def marginal_std(t):
+    return math.sqrt((1 - t) ** 2 * STD**2 + t**2)
+
+
+def slope(t):
+    """dv/dx of the exact velocity E[noise - x0 | x] at time t."""
+    return (t - (1 - t) * STD**2) / marginal_std(t) ** 2
+
+
+def velocity(x, t):
+    return -MEAN + slope(t) * (x - (1 - t) * MEAN)
+
+
+def exact_flow(x, t, t_next):
+    """The probability-flow ODE keeps the standardised value."""
+    return (1 - t_next) * MEAN + marginal_std(t_next) * (x - (1 - t) * MEAN) / marginal_std(t)
+
+
+def final_std(kernel, eta, sigmas):
+    """Standard deviation at the end of a rollout, exactly: every step is linear in x, so variances recur."""
+    variance = marginal_std(sigmas[0]) ** 2
+    for t, t_next in pairwise(sigmas):
+        step = transition(kernel, t, t_next, eta, sigmas[1])
+        variance = (step.a + step.b * slope(t)) ** 2 * variance + step.std**2
+    return math.sqrt(variance)
+
+
+def grid(start, end, steps):
+    return [start + (end - start) * i / steps for i in range(steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "eta"), [("ode", 0.0), ("flow_sde", 0.7), ("dance_sde", 0.3), ("ddim", 0.7), ("ddim", 1.0)]
+)
+def test_noise_keeps_the_marginal_in_the_limit_of_many_steps(kernel, eta):
+    """The noise is compensated by the score: the error falls in proportion to the step."""
+    errors = [abs(final_std(kernel, eta, grid(0.95, 0.02, n)) - marginal_std(0.02)) for n in (400, 800)]
+    assert errors[1] < 2e-3
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [("ode", 0.0), ("flow_sde", 0.7), ("dance_sde", 0.3), ("ddim", 1.0)])
+def test_whole_trajectories_from_pure_noise_reach_the_data(kernel, eta):
+    assert final_std(kernel, eta, grid(1.0, 0.0, 2000)) == pytest.approx(STD, rel=0.02)
+
+
+@pytest.mark.parametrize("kernel", ["cps", "ddim"])
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
+def test_coefficients_keep_signal_and_noise_at_the_schedules_level(kernel, eta):
+    """With exact estimates x0 and noise, x' has signal (1 - t') and noise t' at any step size and noise level."""
+    for t, t_next in pairwise(shifted_sigmas(10)):
+        step = transition(kernel, t, t_next, eta)
+        signal = step.a * (1 - t) - step.b  # x = (1 - t) x0 + t noise, v = noise - x0
+        noise = math.hypot(step.a * t + step.b, step.std)
+        assert (signal, noise) == (pytest.approx(1 - t_next), pytest.approx(t_next))
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [("flow_sde", 0.7), ("ddim", 1.0), ("cps", 0.2)])
+def test_sampled_rollouts_have_the_mean_and_variance_of_the_recursion(kernel, eta):
+    """`sample` and the scalars describe the same Gaussian, within Monte-Carlo error."""
+    count, sigmas = 20_000, shifted_sigmas(25)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    mean = 0.0
+    for t, t_next in pairwise(sigmas):
+        step = transition(kernel, t, t_next, eta, sigmas[1])
+        x = step.sample(x, velocity(x, t), torch.randn(x.shape, generator=generator, dtype=torch.float64))
+        mean = step.a * mean + step.b * velocity(mean, t)
+    expected = final_std(kernel, eta, sigmas)
+    assert x.mean().item() == pytest.approx(mean, abs=4 * expected / math.sqrt(count))
+    assert x.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * count))
+
+
+# --- the multistep solver --------------------------------------------------------------------------------------------
+
+
+def dpm_solver_pp_2m(x, sigmas):
+    """DPM-Solver++(2M) as in arXiv 2211.01095, algorithm 2, in half log-SNR; first order where lambda is infinite."""
+    data, lambdas = [], []
+    for t, t_next in pairwise(sigmas):
+        alpha, alpha_next = 1 - t, 1 - t_next
+        data.append(x - t * velocity(x, t))
+        lambdas.append(math.log(alpha / t) if t < 1 else None)
+        if t == 1.0 or t_next == 0.0:  # x = noise exactly, or no noise left: DDIM
+            noise = x if t == 1.0 else (x - alpha * data[-1]) / t
+            x = alpha_next * data[-1] + t_next * noise
+            continue
+        h = math.log(alpha_next / t_next) - lambdas[-1]
+        estimate = data[-1]
+        if len(data) > 1 and lambdas[-2] is not None:
+            r = (lambdas[-1] - lambdas[-2]) / h
+            estimate = (1 + 1 / (2 * r)) * data[-1] - 1 / (2 * r) * data[-2]
+        x = t_next / t * x - alpha_next * math.expm1(-h) * estimate
+    return x
+
+
+def dpm2_rollout(x, sigmas):
+    solver = DpmSolver2()
+    for t, t_next in pairwise(sigmas):
+        x = solver.step(transition("ode", t, t_next), x, velocity(x, t))
+    return x
+
+
+def euler_rollout(x, sigmas):
+    for t, t_next in pairwise(sigmas):
+        x = transition("ode", t, t_next).sample(x, velocity(x, t))
+    return x
+
+
+@pytest.mark.parametrize(
+    "sigmas", [shifted_sigmas(10), shifted_sigmas(40), grid(0.9, 0.1, 7), [1.0, 0.5, 0.0], [1.0, 0.0]]
+)
+def test_dpm2_equals_the_published_multistep_solver(sigmas):
+    x = normal(0)
+    torch.testing.assert_close(dpm2_rollout(x, sigmas), dpm_solver_pp_2m(x, sigmas), rtol=1e-10, atol=1e-11)
+
+
+def test_dpm2_is_second_order_and_euler_first():
+    x = normal(0)
+    exact = exact_flow(x, 0.9, 0.1)
+    error = {
+        rollout: [(rollout(x, grid(0.9, 0.1, n)) - exact).abs().max().item() for n in (40, 80, 160)]
+        for rollout in (euler_rollout, dpm2_rollout)
+    }
+    for coarse, fine in pairwise(error[euler_rollout]):
+        assert coarse / fine == pytest.approx(2.0, rel=0.1)
+    for coarse, fine in pairwise(error[dpm2_rollout]):
+        assert coarse / fine == pytest.approx(4.0, rel=0.15)
+
+
+def test_dpm2_beats_euler_at_the_training_step_count():
+    x, sigmas = normal(0), shifted_sigmas(10)
+    exact = exact_flow(x, 1.0, 0.0)
+    errors = [(rollout(x, sigmas) - exact).square().mean().item() for rollout in (dpm2_rollout, euler_rollout)]
+    assert errors[0] < 0.75 * errors[1]
