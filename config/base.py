@@ -1,0 +1,200 @@
+"""Every configuration key, its default, and what it does.
+
+The other files here start from these defaults and set what differs. Any key can be set on the command line too:
+``--config config/opd.py:mopd --config.train.learning_rate=1e-4 --config.train.teachers[0].guidance_scale=1.0``.
+
+Words: a *round* (upstream: epoch) visits every task once and ends in one optimizer step. A *batch* is what one process
+generates at a time. "Per process" is per GPU. Names and defaults are those of the upstream release where it has them.
+Keys marked [no effect] are accepted because existing files set them; distillation does not use them.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return a fresh copy of the defaults. Not runnable by itself: it names no model and no teachers."""
+    # Types are checked all at once, before any weight is loaded (diffusionopd/config_schema.py), not on assignment.
+    config = ConfigDict(type_safe=False)
+
+    # ---- The run -----------------------------------------------------------------------------------------------------
+    # Name of the run: its folder under logdir, and its name in the tracker. Empty: the name of the configuration.
+    config.run_name = ""
+    # Folder that holds the folders of runs.
+    config.logdir = "logs"
+    # The run folder itself. Empty: <logdir>/<run_name>.
+    config.save_dir = ""
+    # Seed of everything random: adapter initialisation, prompt order, initial and step noise.
+    config.seed = 42
+    # Rounds to train, in total: a resumed run counts those already done.
+    config.num_epochs = 100000
+    # Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end.
+    config.save_freq = 20
+    # How many checkpoints to keep, the newest; 0 keeps all.
+    config.num_checkpoint_limit = 5
+    # Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of the
+    # run folder, afresh if there is none.
+    config.resume_from = None
+    # Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never.
+    config.eval_freq = 20
+    # Test prompts per task (all processes together) in such an evaluation; 0 is all.
+    config.eval_num_prompts = 0
+    # Rounds between scorings of a round's own pictures with each task's proxy_reward; 0 is never. Scores are logged,
+    # not trained on.
+    config.monitor_freq = 10
+    # Rounds between grids of sample pictures in <run folder>/samples; 0 is never.
+    config.sample_freq = 10
+    # Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard".
+    config.log_with = "none"
+    # Project name in the tracker.
+    config.run_project = "diffusionopd"
+
+    # ---- Precision and memory ----------------------------------------------------------------------------------------
+    # "no", "fp16" or "bf16": the type in which frozen weights are held and the transformer computes. LoRA weights, the
+    # optimizer and the loss are float32 in each case. On a CPU "no" is by far the fastest.
+    config.mixed_precision = "fp16"
+    # Allow TF32 in float32 matrix products on NVIDIA GPUs: faster, 10 bits of mantissa.
+    config.allow_tf32 = True
+    # Recompute activations in the backward pass: less memory, about a third more time for the student.
+    config.activation_checkpointing = False
+    # Must be True: the student is a LoRA on the frozen base.
+    config.use_lora = True
+
+    # ---- Pictures and text -------------------------------------------------------------------------------------------
+    # Height and width in pixels, a multiple of 16.
+    config.resolution = 768
+    # Length in tokens to which T5 prompts are cut or padded.
+    config.max_sequence_length = 128
+    # Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length).
+    config.cache_dir = ".cache/text"
+
+    # ---- The base model ----------------------------------------------------------------------------------------------
+    config.pretrained = pretrained = ConfigDict(type_safe=False)
+    # A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json.
+    pretrained.model = ""
+    # Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder.
+    pretrained.revision = ""
+
+    # ---- Generation --------------------------------------------------------------------------------------------------
+    config.sample = sample = ConfigDict(type_safe=False)
+    # Denoising steps of a trajectory in training.
+    sample.num_steps = 40
+    # Denoising steps in evaluation (always a first-order ODE).
+    sample.eval_num_steps = 40
+    # Classifier-free guidance of the student in training (if train.cfg); 1.0 is without.
+    sample.guidance_scale = 4.5
+    # Classifier-free guidance in evaluation; 1.0 is without.
+    sample.eval_guidance_scale = 4.5
+    # Guidance of the teachers that have no guidance_scale of their own; 1.0 is without.
+    sample.teacher_guidance_scale = 4.5
+    # Pictures per process in a batch.
+    sample.train_batch_size = 1
+    # Pictures per process in a batch of the evaluation.
+    sample.test_batch_size = 1
+    # Pictures per prompt in a round. Divides train_batch_size * processes.
+    sample.num_image_per_prompt = 1
+    # Batches per process and round, shared equally by the tasks: a multiple of the number of teachers.
+    sample.num_batches_per_epoch = 2
+    # Sampler of the training trajectories: "flow", "dance", "cps" or "ddim", stochastic with the amount of noise_level,
+    # or "dpm1", "dpm2", ODE solvers of first and second order without noise.
+    sample.solver = "flow"
+    # Amount of noise (eta) that a step of flow, dance, cps or ddim adds; at 0 each of them is the Euler ODE.
+    # cps and ddim take at most 1.
+    sample.noise_level = 0.7
+    # True is the same as noise_level 0.
+    sample.deterministic = False
+    # Start the pictures of one prompt from the same initial noise.
+    sample.same_latent = False
+    # [no effect] Of reinforcement-learning code: its batch size, advantage scaling and SDE window.
+    sample.batch_size = 1
+    sample.global_std = False
+    sample.sde_window_size = 0
+    sample.sde_window_range = (0, 0)
+
+    # ---- Distillation ------------------------------------------------------------------------------------------------
+    config.train = train = ConfigDict(type_safe=False)
+    # The tasks: a list of {name, dataset, lora_path, proxy_reward, prompt_fn, guidance_scale}:
+    #   name            of the task, in logs and files: letters, digits, "-", "_"
+    #   dataset         folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl
+    #   lora_path       the teacher: local folder, .safetensors file, or hub id with subfolder ("organisation/name/sub")
+    #   proxy_reward    {reward: weight} to monitor (monitor_freq) and evaluate (eval_freq) with; {} for none
+    #   prompt_fn       "general_ocr" reads the .txt files, one prompt a line; "geneval" reads the .jsonl files
+    #   guidance_scale  of this teacher; optional (sample.teacher_guidance_scale)
+    train.teachers = []
+    # What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
+    # means), or "policy_gradient", the PPO-style surrogate with the negative KL as advantage (needs noise).
+    train.loss = "kl"
+    # In which quantity "kl" compares: "mean" of the step (the paper's), "velocity", or "x0".
+    train.target = "mean"
+    # Divide each sample's error by its own mean magnitude (detached).
+    train.self_normalize = False
+    # "policy_gradient" clips the probability ratio to [1 - clip_range, 1 + clip_range].
+    train.clip_range = 1e-4
+    # Weight of the same loss towards the base model without adapters; above 0 it costs one more evaluation a step.
+    train.beta = 0.0
+    # The loss is multiplied by this before the backward pass, so that the gradient is large against adam_epsilon; the
+    # logged loss and gradient norm, and max_grad_norm, are in units of the loss as it is.
+    train.loss_scale = 1e4
+    # Train the student under classifier-free guidance, at sample.guidance_scale.
+    train.cfg = True
+    # Fraction of the steps to train on, from the first: int(num_steps * timestep_fraction) steps.
+    train.timestep_fraction = 1.0
+    # Pictures per process in one backward pass. Divides sample.train_batch_size.
+    train.batch_size = 1
+    # Backward batches per optimizer step: num_batches_per_epoch * sample.train_batch_size / train.batch_size, which
+    # makes one optimizer step a round.
+    train.gradient_accumulation_steps = 1
+    # Optimizer steps on one round's trajectories. Above 1 the trajectories are kept in memory.
+    train.num_inner_epochs = 1
+    # AdamW.
+    train.learning_rate = 3e-4
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    # AdamW with 8-bit state (needs bitsandbytes and a GPU).
+    train.use_8bit_adam = False
+    # Norm to which the gradient of a round is clipped, in units of the loss as it is.
+    train.max_grad_norm = 1.0
+
+    # ---- The student's adapter ---------------------------------------------------------------------------------------
+    # LoRA to start the student from (forms as for teachers); None is a fresh one.
+    train.lora_path = None
+    # Rank and alpha of a fresh one; the adapter's output is scaled by alpha / rank.
+    train.lora_rank = 32
+    train.lora_alpha = 64
+    # Linear layers that get one, by the ends of their names.
+    train.lora_target_modules = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+    # Average the student's weights over optimizer steps; evaluation and the saved LoRA use the average.
+    train.ema = False
+    # The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every ema_interval optimizer steps.
+    train.ema_decay = 0.9
+    train.ema_interval = 8
+
+    # ---- Accepted, without effect on distillation --------------------------------------------------------------------
+    # [no effect] Teachers carry their own prompts and rewards; these belong to single-task reinforcement learning.
+    config.dataset = ""
+    config.prompt_fn = ""
+    config.prompt_fn_kwargs = {}
+    config.reward_fn = {}
+    config.proxy_reward_fn = {}
+    config.per_prompt_stat_tracking = True
+    # [no effect] Advantage clipping, one-sided ratio clipping and time shift of reinforcement learning.
+    train.adv_clip_max = 5.0
+    train.clip_range_lt = 1e-4
+    train.clip_range_gt = 1e-4
+    train.timestep_shift = 1.0
+    # [no effect] Evaluations are written to the run folder; the optimizer of a LoRA is too small to offload.
+    config.save_eval_dir = ""
+    config.fsdp_optimizer_offload = False
+    config.debug = False
+
+    return config

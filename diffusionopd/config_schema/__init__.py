@@ -1,0 +1,47 @@
+"""What can be done with a configuration before a weight is loaded: read it, check it, count what it asks for.
+
+``config/base.py`` has the keys, their defaults and what they do. ``load_config`` reads a file and merges it with these
+defaults, ``check`` reports every problem at once and returns the ``RunPlan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ml_collections import ConfigDict
+
+from diffusionopd.config_schema.load import load_config, split_arguments
+from diffusionopd.config_schema.plan import RunPlan, check_batches, check_sampler, make_plan, notes
+from diffusionopd.config_schema.problems import ConfigError, Problems
+from diffusionopd.config_schema.sources import (
+    TeacherSpec,
+    check_folders,
+    check_model,
+    check_packages,
+    check_teachers,
+)
+from diffusionopd.config_schema.values import base_config, check_names, check_values, flatten
+
+__all__ = ["ConfigError", "RunPlan", "TeacherSpec", "base_config", "check", "load_config", "split_arguments"]
+
+
+def check(config: ConfigDict, num_processes: int, reward_names: Collection[str] | None = None) -> RunPlan:
+    """Check everything that can be checked without loading weights, and derive the counts of a round.
+
+    ``config`` has the keys of ``config/base.py``; ``num_processes`` is the number of processes of the whole run;
+    ``reward_names`` are the rewards that ``proxy_reward`` may name (None: not checked). Relative paths are looked up
+    from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    """
+    values, defaults = flatten(config), flatten(base_config())
+    problems = Problems()
+    check_names(values, defaults, problems)
+    check_values(values, defaults, problems)
+    check_model(values, problems)
+    check_folders(values, problems)
+    check_packages(values, problems)
+    teachers, num_prompts = check_teachers(values, problems, reward_names)
+    check_batches(values, num_processes, problems)
+    check_sampler(values, problems)
+    if problems.found:
+        raise ConfigError(problems.found)
+    return make_plan(config, teachers, num_prompts, num_processes, notes=notes(values, defaults))

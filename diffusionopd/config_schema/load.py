@@ -1,0 +1,166 @@
+"""Configuration files and command lines: ``FILE:NAME`` and ``--config.key=value``.
+
+A file is a Python file with ``get_config(name)`` or with a function called NAME, returning an ml_collections ConfigDict
+(or a dict). What it leaves out comes from ``config/base.py``. Files written for the upstream release work as they are.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
+
+from diffusionopd.config_schema.problems import ConfigError, nearest
+from diffusionopd.config_schema.values import SECTIONS, base_config, flatten, unset
+
+
+def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+    """Read ``FILE`` or ``FILE:NAME``, add the defaults, then apply ``(key, text)`` overrides in order.
+
+    A text of None means True. A run without a name gets NAME, or the file's. Keys that do not exist are kept, for
+    ``check`` to report. Raises ConfigError for a file, name or override that cannot be found; what the file itself
+    raises is passed on.
+    """
+    file, _, name = source.partition(":")
+    config = _with_defaults(_call(Path(file), name))
+    if unset(config.get("run_name")) and unset(config.get("save_dir")):
+        config.run_name = name or Path(file).stem
+    problems = [problem for key, text in overrides if (problem := _override(config, key, text))]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]], list[str]]:
+    """Split a command line into the value of ``--config``, the ``--config.key`` overrides, and everything else.
+
+    ``--config X`` and ``--config=X`` are the same, likewise for keys; the last ``--config`` counts. A key without a
+    value, at the end or before another option, has None.
+    """
+    source, overrides, rest = None, [], []
+    pending = list(arguments)
+    while pending:
+        option, has_value, value = pending.pop(0).partition("=")
+        if option != "--config" and not option.startswith("--config."):
+            rest.append(option + has_value + value)
+            continue
+        text: str | None = value
+        if not has_value:
+            text = pending.pop(0) if pending and not pending[0].startswith("--") else None
+        if option == "--config":
+            if not text:
+                raise ConfigError(["--config needs a value. Use for example --config config/opd.py:mopd"])
+            source = text
+        else:
+            overrides.append((option.removeprefix("--config."), text))
+    return source, overrides, rest
+
+
+def _call(file: Path, name: str) -> Mapping[str, Any]:
+    """The configuration called ``name`` in ``file``."""
+    if not file.is_file():
+        raise ConfigError([f"--config: there is no file {file}. Use for example config/opd.py:mopd"])
+    with _legacy_imp():
+        module = _load_source("diffusionopd_config", str(file))
+        getter, named = getattr(module, "get_config", None), getattr(module, name, None) if name else None
+        names = [key for key, value in vars(module).items() if callable(value) and _is_public(module, key)]
+        if getter is None and named is None:
+            remedy = nearest(name, names) if name else f" Functions are {', '.join(names)}."
+            raise ConfigError([f"--config: {file} has no get_config and no function {name!r}.{remedy}"])
+        if getter is None:
+            return named()
+        try:
+            return getter(name) if name else getter()
+        except KeyError as error:
+            if named is not None or error.args != (name,):
+                raise
+            known = nearest(name, names) or f" It has {', '.join(names)}."
+            raise ConfigError([f"--config: {file} has no configuration {name!r}.{known}"]) from error
+        except TypeError as error:
+            if name or "get_config" not in str(error):
+                raise
+            raise ConfigError([f"--config: say which configuration of {file}: {', '.join(names)}."]) from error
+
+
+def _is_public(module: ModuleType, name: str) -> bool:
+    own = getattr(getattr(module, name), "__module__", None) == module.__name__
+    return own and name != "get_config" and not name.startswith("_")
+
+
+def _load_source(name: str, path: str) -> ModuleType:
+    """Run a Python file as a module, without entering it in ``sys.modules``."""
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError([f"--config: {path} is not a Python file."])
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _legacy_imp() -> Iterator[None]:
+    """Offer ``imp.load_source``, with which upstream files read their base.py; Python 3.12 has no ``imp`` any more."""
+    absent = object()
+    before: Any = sys.modules.get("imp", absent)
+    stand_in = ModuleType("imp")
+    stand_in.load_source = _load_source  # type: ignore[attr-defined]
+    sys.modules["imp"] = stand_in
+    try:
+        yield
+    finally:
+        if before is absent:
+            del sys.modules["imp"]
+        else:
+            sys.modules["imp"] = before
+
+
+def _with_defaults(given: Mapping[str, Any]) -> ConfigDict:
+    plain = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
+    merged = base_config().to_dict()
+    for key, value in plain.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            merged[key] |= value
+        else:
+            merged[key] = value
+    return ConfigDict(merged, type_safe=False)
+
+
+def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
+    """Set ``key`` (``a.b``, ``a.b[0].c``) to what ``text`` says; the problem if there is no such place."""
+    try:
+        value = _parse(text, _current(config, key))
+        config_path.set_value(key, config, value, accept_new_attributes=True)
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        return f"--config.{key} cannot be set: {reason}.{nearest(key, flatten(config))}"
+    return None
+
+
+def _current(config: ConfigDict, key: str) -> Any:
+    try:
+        return config_path.get_value(key, config)
+    except KeyError:
+        return None
+
+
+def _parse(text: str | None, current: Any) -> Any:
+    """The Python value of an override; a key that holds a string takes the text as it is."""
+    if text is None:
+        return True
+    if isinstance(current, str):
+        return None if text == "None" else text
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,40 @@
+"""What is wrong with a configuration, collected so that all of it is reported together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. ``problems`` lists what is wrong, where, and what to do about it."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{count} in the configuration:" + "".join(f"\n  - {problem}" for problem in self.problems))
+
+
+class Problems:
+    """Collects what is wrong, and remembers which keys are unusable, so that later checks do not build on them."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._bad: set[str] = set()
+
+    def add(self, key: str, what: str, remedy: str) -> None:
+        self._bad.add(key)
+        self.found.append(f"{key} {what}. {remedy}".rstrip())
+
+    def good(self, *keys: str) -> bool:
+        return not self._bad.intersection(keys)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` for the known name most like ``name``, or an empty string."""
+    candidates = list(known)
+    found = difflib.get_close_matches(name, candidates, n=1)
+    if not found and "." in name:  # the right key in the wrong section
+        leaf = name.rpartition(".")[2]
+        found = [candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf][:1]
+    return f" Did you mean {found[0]}?" if found else ""

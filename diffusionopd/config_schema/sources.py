@@ -1,0 +1,209 @@
+"""What a configuration points to: model, adapters, prompt files, folders, optional packages. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from diffusionopd.config_schema.problems import Problems, nearest
+from diffusionopd.config_schema.values import is_number, unset
+
+TRACKERS = ("tensorboard", "wandb")
+PROMPT_FILES = {"general_ocr": "{split}.txt", "geneval": "{split}_metadata.jsonl"}
+TEACHER_FIELDS = ("name", "dataset", "lora_path", "proxy_reward", "prompt_fn", "guidance_scale")
+
+_PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One task: its prompts, its teacher and the rewards that monitor it."""
+
+    name: str
+    dataset: str
+    lora_path: str
+    proxy_reward: dict[str, float]
+    prompt_fn: str
+    guidance_scale: float
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether ``source`` can only be meant for the hub: ``owner/name[/sub/folder]``, with no such folder here."""
+    first = source.split("/")[0]
+    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(first).exists()
+
+
+def with_origin(source: str) -> str:
+    return f"{source} (hub)" if not Path(source).exists() else source
+
+
+def _gap(source: Any) -> str:
+    """Why ``source`` is no path or hub id at all; empty if it may be one."""
+    if source is None or isinstance(source, str) and unset(source):
+        return "is not set"
+    if not isinstance(source, str):
+        return f"is {source!r}, which is not a string"
+    return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
+
+
+def check_model(values: dict[str, Any], problems: Problems) -> None:
+    key = "pretrained.model"
+    if not problems.good(key):
+        return
+    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder."
+    model = values[key]
+    if gap := _gap(model):
+        problems.add(key, gap, remedy)
+    elif Path(model).exists():
+        if not (Path(model) / "model_index.json").is_file():
+            problems.add(key, f"is {model}, which has no model_index.json", remedy)
+    elif not _is_hub_id(model) or model.count("/") != 1:
+        problems.add(key, f"is {model}, which does not exist here", remedy)
+
+
+def _check_adapter(key: str, source: Any, problems: Problems) -> None:
+    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
+    if gap := _gap(source):
+        problems.add(key, gap, remedy)
+        return
+    path = Path(source)
+    if path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
+        problems.add(key, f"is {source}, a folder without a .safetensors file", remedy)
+    elif path.is_file() and path.suffix != ".safetensors":
+        problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
+    elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
+        problems.add(key, f"is {source}, which does not exist here", remedy)
+
+
+def check_folders(values: dict[str, Any], problems: Problems) -> None:
+    if problems.good("save_dir", "logdir", "run_name"):
+        if unset(values["save_dir"]) and (unset(values["run_name"]) or unset(values["logdir"])):
+            problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
+        else:
+            key = "logdir" if unset(values["save_dir"]) else "save_dir"
+            _check_writable(key, run_folder(values["save_dir"], values["logdir"], values["run_name"]), problems)
+    if problems.good("cache_dir"):
+        if unset(values["cache_dir"]):
+            problems.add("cache_dir", "is empty", "Name a folder for the prompt embeddings.")
+        else:
+            _check_writable("cache_dir", Path(values["cache_dir"]), problems)
+    if problems.good("resume_from") and not unset(values["resume_from"]) and values["resume_from"] != "auto":
+        folder = Path(values["resume_from"])
+        if not (folder / "state").is_dir():
+            what = "has no state/ to resume from" if folder.is_dir() else "does not exist"
+            problems.add("resume_from", f"is {folder}, which {what}", 'Name a checkpoint-<n> folder, or use "auto".')
+    if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
+        _check_adapter("train.lora_path", values["train.lora_path"], problems)
+
+
+def run_folder(save_dir: str | None, logdir: str, run_name: str) -> Path:
+    return Path(logdir, run_name) if save_dir is None or unset(save_dir) else Path(save_dir)
+
+
+def _check_writable(key: str, folder: Path, problems: Problems) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        problems.add(key, f"needs the folder {folder}, but {existing} is a file", "Name another folder.")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problems.add(key, f"needs the folder {folder}, but {existing} is not writable", "Name another folder.")
+
+
+def check_packages(values: dict[str, Any], problems: Problems) -> None:
+    if problems.good("log_with") and values["log_with"] not in (None, "", "none"):
+        names = [name.strip() for name in values["log_with"].split(",")]
+        if unknown := [name for name in names if name not in TRACKERS]:
+            remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
+            problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
+        elif missing := [name for name in names if find_spec(name) is None]:
+            problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
+    if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
+        problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
+
+
+def check_teachers(
+    values: dict[str, Any], problems: Problems, reward_names: Collection[str] | None
+) -> tuple[tuple[TeacherSpec, ...], tuple[int, ...]]:
+    key = "train.teachers"
+    if not problems.good(key):
+        return (), ()
+    entries = values[key]
+    if not entries:
+        problems.add(key, "is empty", "Give at least one teacher, as in config/opd.py.")
+        return (), ()
+    default_guidance = values.get("sample.teacher_guidance_scale")
+    with_test = values.get("eval_freq") != 0
+    specs, prompts = [], []
+    for index, entry in enumerate(entries):
+        where = f"{key}[{index}]"
+        if not isinstance(entry, Mapping):
+            problems.add(where, f"is {entry!r}", f"It must be a dict with {', '.join(TEACHER_FIELDS)}.")
+            continue
+        fields = {"guidance_scale": default_guidance, "proxy_reward": {}} | _given(entry)
+        _check_teacher_fields(where, fields, problems)
+        _check_rewards(f"{where}.proxy_reward", fields["proxy_reward"], reward_names, problems)
+        _check_adapter(f"{where}.lora_path", fields.get("lora_path"), problems)
+        prompts.append(_check_dataset(where, fields, with_test, problems))
+        specs.append(TeacherSpec(**{name: fields.get(name) for name in TEACHER_FIELDS}))
+    names = [spec.name for spec in specs]
+    for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+        problems.add(f"{key}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
+    return tuple(specs), tuple(prompts)
+
+
+def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _check_teacher_fields(where: str, fields: dict[str, Any], problems: Problems) -> None:
+    for name in fields.keys() - set(TEACHER_FIELDS):
+        remedy = nearest(name, TEACHER_FIELDS).strip() or f"Fields are {', '.join(TEACHER_FIELDS)}."
+        problems.add(f"{where}.{name}", "is not a field of a teacher", remedy)
+    name = fields.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        problems.add(f"{where}.name", f"is {name!r}", 'It must be made of letters, digits, "-" and "_".')
+    guidance = fields["guidance_scale"]
+    if not is_number(guidance) or guidance < 1:
+        problems.add(f"{where}.guidance_scale", f"is {guidance!r}", "It must be a number of at least 1 (1: without).")
+
+
+def _check_rewards(where: str, rewards: Any, known: Collection[str] | None, problems: Problems) -> None:
+    if not isinstance(rewards, Mapping):
+        problems.add(where, f"is {rewards!r}", "It must be a dict {reward: weight}.")
+        return
+    for name, weight in rewards.items():
+        if not is_number(weight):
+            problems.add(where, f"gives {name} the weight {weight!r}", "A weight must be a finite number.")
+        if known is not None and name not in known:
+            remedy = nearest(str(name), known).strip() or f"Known are {', '.join(sorted(known))}."
+            problems.add(where, f"names the unknown reward {name!r}", remedy)
+
+
+def _check_dataset(where: str, fields: dict[str, Any], with_test: bool, problems: Problems) -> int:
+    """Check the prompt files of a task and return the number of training prompts."""
+    prompt_fn, dataset = fields.get("prompt_fn"), fields.get("dataset")
+    if prompt_fn not in PROMPT_FILES:
+        remedy = f"It must be one of {', '.join(PROMPT_FILES)}.{nearest(str(prompt_fn), PROMPT_FILES)}"
+        problems.add(f"{where}.prompt_fn", f"is {prompt_fn!r}", remedy)
+        return 0
+    if gap := _gap(dataset):
+        problems.add(f"{where}.dataset", gap, "Name the folder with the prompt files.")
+        return 0
+    files = {split: Path(dataset, PROMPT_FILES[prompt_fn].format(split=split)) for split in ("train", "test")}
+    for split, file in files.items():
+        if not file.is_file() and (split == "train" or with_test):
+            needed = f"prompt_fn {prompt_fn!r}" + (" with eval_freq" if split == "test" else "")
+            remedy = "dataset/README.md says where prompt files come from."
+            problems.add(f"{where}.dataset", f"lacks {file}, which {needed} reads", remedy)
+    if not files["train"].is_file():
+        return 0
+    with files["train"].open("rb") as lines:
+        count = sum(1 for line in lines if line.strip())
+    if count == 0:
+        problems.add(f"{where}.dataset", f"has no prompt in {files['train']}", "Put one on each line.")
+    return count

@@ -1,0 +1,151 @@
+"""The names, types and ranges of single keys. A key's type is that of its default in ``config/base.py``."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusionopd.config_schema.problems import ConfigError, Problems, nearest
+
+SECTIONS = ("pretrained", "sample", "train")
+NOISY_KERNELS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps", "ddim": "ddim"}
+ODE_SOLVERS = ("dpm1", "dpm2")
+
+# Keys that upstream files set and distillation does not use.
+NO_EFFECT = frozenset(
+    "dataset prompt_fn prompt_fn_kwargs reward_fn proxy_reward_fn per_prompt_stat_tracking save_eval_dir debug "
+    "fsdp_optimizer_offload sample.batch_size sample.global_std sample.sde_window_size sample.sde_window_range "
+    "train.adv_clip_max train.clip_range_lt train.clip_range_gt train.timestep_shift".split()
+)
+
+CHOICES: dict[str, tuple] = {
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "use_lora": (True,),
+    "sample.solver": (*NOISY_KERNELS, *ODE_SOLVERS),
+    "train.loss": ("kl", "policy_gradient"),
+    "train.target": ("mean", "velocity", "x0"),
+}
+
+INTERVALS = {
+    "seed": "[0, inf)",
+    "num_epochs": "[1, inf)",
+    "save_freq": "[0, inf)",
+    "eval_freq": "[0, inf)",
+    "monitor_freq": "[0, inf)",
+    "sample_freq": "[0, inf)",
+    "num_checkpoint_limit": "[0, inf)",
+    "eval_num_prompts": "[0, inf)",
+    "resolution": "[16, inf)",
+    "max_sequence_length": "[1, inf)",
+    "sample.num_steps": "[1, inf)",
+    "sample.eval_num_steps": "[1, inf)",
+    "sample.guidance_scale": "[1, inf)",
+    "sample.eval_guidance_scale": "[1, inf)",
+    "sample.teacher_guidance_scale": "[1, inf)",
+    "sample.train_batch_size": "[1, inf)",
+    "sample.test_batch_size": "[1, inf)",
+    "sample.num_image_per_prompt": "[1, inf)",
+    "sample.num_batches_per_epoch": "[1, inf)",
+    "sample.noise_level": "[0, inf)",
+    "train.batch_size": "[1, inf)",
+    "train.gradient_accumulation_steps": "[1, inf)",
+    "train.num_inner_epochs": "[1, inf)",
+    "train.timestep_fraction": "(0, 1]",
+    "train.learning_rate": "(0, inf)",
+    "train.adam_beta1": "[0, 1)",
+    "train.adam_beta2": "[0, 1)",
+    "train.adam_weight_decay": "[0, inf)",
+    "train.adam_epsilon": "(0, inf)",
+    "train.max_grad_norm": "(0, inf)",
+    "train.loss_scale": "(0, inf)",
+    "train.clip_range": "(0, inf)",
+    "train.beta": "[0, inf)",
+    "train.lora_rank": "[1, inf)",
+    "train.lora_alpha": "(0, inf)",
+    "train.ema_decay": "[0, 1)",
+    "train.ema_interval": "[1, inf)",
+}
+
+
+def base_config() -> ConfigDict:
+    """A fresh copy of the defaults in ``config/base.py``."""
+    path = Path(__file__).resolve().parent.parent.parent / "config" / "base.py"
+    if not path.is_file():
+        raise ConfigError([f"{path} is missing. Install from a checkout of the repository: pip install -e ."])
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as on the command line: ``{"seed": .., "sample.num_steps": .., ..}``; lists and inner dicts stay values."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    flat = {}
+    for key, value in plain.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def check_names(values: dict[str, Any], defaults: dict[str, Any], problems: Problems) -> None:
+    for key in values.keys() - defaults.keys():
+        problems.add(
+            key, "is not a configuration key", nearest(key, defaults).strip() or "docs/configuration.md has all."
+        )
+    for key in defaults.keys() - values.keys():
+        problems.add(key, "is missing", "Start from the defaults in config/base.py.")
+    problems.found.sort()
+
+
+def check_values(values: dict[str, Any], defaults: dict[str, Any], problems: Problems) -> None:
+    for key, default in defaults.items():
+        if key not in values or key in NO_EFFECT:
+            continue
+        value, expected = values[key], _type_name(default)
+        if not _has_type(value, default):
+            problems.add(key, f"is {value!r}", f"It must be {expected}.")
+        elif key in CHOICES and value not in CHOICES[key]:
+            choices = ", ".join(repr(choice) for choice in CHOICES[key])
+            problems.add(
+                key, f"is {value!r}", f"It must be one of {choices}.{nearest(str(value), map(str, CHOICES[key]))}"
+            )
+        elif key in INTERVALS and not _inside(value, INTERVALS[key]):
+            problems.add(key, f"is {value!r}", f"It must be {expected} in {INTERVALS[key]}.")
+
+
+def _type_name(default: Any) -> str:
+    names = {bool: "True or False", int: "an integer", float: "a finite number", dict: "a dict"}
+    return names.get(type(default), "a list" if isinstance(default, list | tuple) else "a string or None")
+
+
+def _has_type(value: Any, default: Any) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(default, float):
+        return is_number(value)
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    if isinstance(default, dict):
+        return isinstance(value, dict)
+    return value is None or isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval.startswith("[") else value > low
+    return above and (value <= high if interval.endswith("]") else value < high)
+
+
+def unset(value: str | None) -> bool:
+    return value is None or not value.strip() or value.strip().lower() == "none"

@@ -1,0 +1,261 @@
+"""Configuration files, upstream's among them, and the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from diffusionopd.config_schema import ConfigError, check, load_config, split_arguments
+
+OPD = Path(__file__).resolve().parent.parent / "config" / "opd.py"
+
+# A base file as upstream users have one: fewer keys than ours, some that distillation does not use, other defaults.
+UPSTREAM_BASE = """
+    import ml_collections
+
+    def get_config():
+        config = ml_collections.ConfigDict()
+        config.run_name = ""
+        config.debug = False
+        config.seed = 7
+        config.logdir = "logs"
+        config.num_epochs = 100000
+        config.save_freq = 20
+        config.eval_freq = 20
+        config.num_checkpoint_limit = 5
+        config.mixed_precision = "fp16"
+        config.allow_tf32 = True
+        config.resume_from = None
+        config.use_lora = True
+        config.dataset = ""
+        config.resolution = 768
+        config.activation_checkpointing = False
+        config.fsdp_optimizer_offload = False
+        config.save_dir = ""
+        config.save_eval_dir = ""
+        config.run_project = "opd"
+        config.pretrained = ml_collections.ConfigDict()
+        config.pretrained.model = ""
+        config.pretrained.revision = ""
+        config.sample = ml_collections.ConfigDict()
+        config.sample.num_steps = 40
+        config.sample.eval_num_steps = 40
+        config.sample.guidance_scale = 4.5
+        config.sample.batch_size = 1
+        config.sample.train_batch_size = 1
+        config.sample.test_batch_size = 1
+        config.sample.num_image_per_prompt = 1
+        config.sample.num_batches_per_epoch = 2
+        config.sample.global_std = True
+        config.sample.noise_level = 0.7
+        config.sample.same_latent = False
+        config.sample.sde_window_size = 0
+        config.sample.sde_window_range = (0, 5)
+        config.train = ml_collections.ConfigDict()
+        config.train.batch_size = 1
+        config.train.use_8bit_adam = False
+        config.train.learning_rate = 3e-4
+        config.train.gradient_accumulation_steps = 1
+        config.train.num_inner_epochs = 1
+        config.train.cfg = True
+        config.train.adv_clip_max = 5
+        config.train.clip_range = 1e-4
+        config.train.clip_range_lt = 1e-4
+        config.train.clip_range_gt = 1e-4
+        config.train.timestep_fraction = 1.0
+        config.train.timestep_shift = 3.0
+        config.train.beta = 0.0
+        config.train.lora_path = None
+        config.train.ema = False
+        config.prompt_fn = "general_ocr"
+        config.prompt_fn_kwargs = {}
+        config.reward_fn = ml_collections.ConfigDict()
+        config.proxy_reward_fn = ml_collections.ConfigDict()
+        config.per_prompt_stat_tracking = True
+        return config
+"""
+
+UPSTREAM_OPD = """
+    LOAD
+
+    def get_config(name):
+        return globals()[name]()
+
+    def teacher(name, guidance, prompt_fn="general_ocr"):
+        return dict(
+            name=name,
+            dataset=os.path.join(os.getcwd(), "dataset", name),
+            lora_path=os.path.join(os.getcwd(), "loras", name),
+            proxy_reward={name: 1.0},
+            prompt_fn=prompt_fn,
+            guidance_scale=guidance,
+        )
+
+    def mine():
+        config = base.get_config()
+        config.run_name = "mine"
+        config.save_dir = "logs/opd/mine"
+        config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
+        config.resolution = 512
+        config.save_freq = 30
+        config.sample.num_steps = 10
+        config.sample.solver = "flow"
+        config.sample.deterministic = False
+        config.sample.noise_level = 0.0
+        config.sample.eval_guidance_scale = 4.5
+        config.sample.teacher_guidance_scale = 4.5
+        config.sample.train_batch_size = 3
+        config.sample.test_batch_size = 16
+        config.sample.num_batches_per_epoch = 2
+        config.train.batch_size = config.sample.train_batch_size
+        config.train.gradient_accumulation_steps = config.sample.num_batches_per_epoch
+        config.train.timestep_fraction = 0.99
+        config.train.ema = True
+        config.train.teachers = [teacher("ocr", 4.5), teacher("geneval", 1.0, "geneval")]
+        config.reward_fn = {"ocr": 1.0}
+        config.prompt_fn = "geneval"
+        return config
+"""
+
+WITH_IMP = """import imp
+    import os
+    base = imp.load_source("base", os.path.join(os.path.dirname(__file__), "base.py"))"""
+WITH_IMPORTLIB = """import importlib.util
+    import os
+    spec = importlib.util.spec_from_file_location("base", os.path.join(os.path.dirname(__file__), "base.py"))
+    base = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(base)"""
+
+
+@pytest.fixture
+def upstream(tmp_path, monkeypatch):
+    """A checkout with upstream-style configuration files, prompts and LoRAs; returns the path of its opd.py."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "config/base.py": dedent(UPSTREAM_BASE),
+        "config/opd.py": dedent(UPSTREAM_OPD.replace("LOAD", WITH_IMP)),
+        "dataset/ocr/train.txt": "a sign\n",
+        "dataset/ocr/test.txt": "a sign\n",
+        "dataset/geneval/train_metadata.jsonl": '{"prompt": "a dog"}\n',
+        "dataset/geneval/test_metadata.jsonl": '{"prompt": "a dog"}\n',
+        "loras/ocr/adapter_model.safetensors": "",
+        "loras/geneval/adapter_model.safetensors": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path / "config" / "opd.py"
+
+
+@pytest.mark.parametrize("load", [WITH_IMP, WITH_IMPORTLIB], ids=["imp", "importlib"])
+def test_an_upstream_file_works_unchanged(upstream, load):
+    upstream.write_text(dedent(UPSTREAM_OPD.replace("LOAD", load)))
+    config = load_config(f"{upstream}:mine")
+    assert config.seed == 7  # theirs
+    assert config.train.lora_rank == 32  # ours, which theirs does not have
+    plan = check(config, 8, ("ocr", "geneval"))
+    assert [teacher.guidance_scale for teacher in plan.teachers] == [4.5, 1.0]
+    assert (plan.images_per_round, plan.trained_steps) == (48, 9)
+    assert plan.run_dir == Path("logs/opd/mine")
+    assert plan.notes == (
+        "without effect on distillation: prompt_fn, reward_fn, sample.global_std, sample.sde_window_range, "
+        "train.timestep_shift",
+    )
+
+
+def test_an_upstream_file_works_with_our_base(upstream):
+    """Dropped into our config/ folder, it assigns to our defaults."""
+    (upstream.parent / "base.py").write_text((OPD.parent / "base.py").read_text())
+    config = load_config(f"{upstream}:mine")
+    assert check(config, 8).images_per_round == 48
+
+
+def test_the_stand_in_for_imp_does_not_outlive_the_loading(upstream):
+    before = sys.modules.get("imp")
+    load_config(f"{upstream}:mine")
+    assert sys.modules.get("imp") is before
+    assert "base" not in sys.modules
+
+
+def test_a_file_without_get_config_and_a_plain_dict(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text('def small():\n    return {"seed": 3, "sample": {"num_steps": 4}}\n')
+    config = load_config(f"{file}:small")
+    assert (config.seed, config.sample.num_steps, config.sample.guidance_scale) == (3, 4, 4.5)
+    assert config.run_name == "small"
+
+
+def test_a_file_with_one_configuration_needs_no_name(tmp_path):
+    file = tmp_path / "single.py"
+    file.write_text('def get_config():\n    return {"seed": 3}\n')
+    assert load_config(str(file)).run_name == "single"
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nowhere.py:mopd", "no file nowhere.py"),
+        (f"{OPD}:mopdd", "Did you mean mopd?"),
+        (f"{OPD}:zzz", "It has mopd, sopd_pickscore, sopd_ocr, sopd_geneval."),
+        (str(OPD), "say which configuration"),
+    ],
+)
+def test_what_cannot_be_found_is_said(source, message):
+    with pytest.raises(ConfigError, match="1 problem") as caught:
+        load_config(source)
+    assert message in str(caught.value)
+
+
+def test_errors_of_the_file_itself_are_passed_on(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def get_config(name):\n    return {}[1]\n")
+    with pytest.raises(KeyError, match="1"):
+        load_config(f"{file}:any")
+    file.write_text("def get_config(name):\n    raise TypeError('own')\n")
+    with pytest.raises(TypeError, match="own"):
+        load_config(f"{file}:any")
+
+
+def test_overrides_take_the_form_that_the_key_has():
+    config = load_config(
+        f"{OPD}:mopd",
+        [
+            ("train.learning_rate", "1e-4"),
+            ("run_name", "17"),
+            ("log_with", "none"),
+            ("train.cfg", "false"),
+            ("train.ema", None),
+            ("resume_from", "auto"),
+            ("pretrained.revision", "None"),
+            ("train.teachers[2].guidance_scale", "2.5"),
+            ("train.teachers[0].lora_path", "a/b"),
+            ("train.lora_target_modules", "('attn.to_q', 'attn.to_k')"),
+        ],
+    )
+    assert config.train.learning_rate == 1e-4
+    assert (config.run_name, config.log_with, config.resume_from) == ("17", "none", "auto")
+    assert (config.train.cfg, config.train.ema, config.pretrained.revision) == (False, True, None)
+    assert config.train.teachers[2]["guidance_scale"] == 2.5
+    assert config.train.teachers[0]["lora_path"] == "a/b"
+    assert config.train.lora_target_modules == ("attn.to_q", "attn.to_k")
+
+
+def test_overrides_that_have_no_place_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        load_config(f"{OPD}:mopd", [("trian.learning_rate", "1"), ("train.teachers[5].name", "x"), ("", "1")])
+    assert len(caught.value.problems) == 3
+    assert "Did you mean train.learning_rate?" in caught.value.problems[0]
+
+
+def test_arguments_are_split():
+    arguments = ["--config", "a.py:x", "--dry_run", "--config.seed=3", "--config.train.ema", "--config.run_name", "n"]
+    source, overrides, rest = split_arguments([*arguments, "--other=1", "file", "--config=b.py:y"])
+    assert source == "b.py:y"
+    assert overrides == [("seed", "3"), ("train.ema", None), ("run_name", "n")]
+    assert rest == ["--dry_run", "--other=1", "file"]
+    assert split_arguments(["--configuration=1"]) == (None, [], ["--configuration=1"])
+    with pytest.raises(ConfigError, match="needs a value"):
+        split_arguments(["--config"])
