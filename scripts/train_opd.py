@@ -1,30 +1,33 @@
-"""Distil the teachers of a config into one student.
+"""Distil the teachers of a configuration into one student.
 
     accelerate launch scripts/train_opd.py --config config/opd.py:mopd --config.train.learning_rate=1e-4
 
-Every key of the config can be overridden as ``--config.<key>=<value>``; ``--dry_run`` checks everything that can be checked
-before weights load, prints the derived counts, and stops.
+--config FILE:NAME       the configuration (default config/opd.py:mopd)
+--config.KEY=VALUE       any key of it, such as --config.train.teachers[0].guidance_scale=1.0
+--dry_run                check everything that can be checked before weights load, print the derived counts, and stop
 """
 
 import sys
 
-from absl import app, flags
-
-from diffusionopd.config_schema import define_config_flag
+from diffusionopd.config_schema import load_config, split_arguments
 from diffusionopd.trainer import train
 
-CONFIG = define_config_flag("config/opd.py:mopd")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the configuration, print the derived counts, and stop.")
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; config keys are set as --config.<key>=<value>")
+def main(arguments: list[str]) -> str | None:
+    """Run; returns an error message for the exit status, or None."""
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return None
     try:
-        train(CONFIG.value, dry_run=DRY_RUN.value)
+        source, overrides, rest = split_arguments(arguments)
+        dry_run = "--dry_run" in rest
+        if unknown := [argument for argument in rest if argument != "--dry_run"]:
+            return f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>"
+        train(load_config(source or "config/opd.py:mopd", overrides), dry_run=dry_run)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
+    return None
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main(sys.argv[1:]))

@@ -9,14 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone
 from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.config_schema import load_config
 from diffusionopd.tiny import models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,3 +82,51 @@ def adapters(backbone: Backbone, make_lora: Callable[..., Path]) -> Adapters:
     adapters.add_teacher("teacher_a", make_lora(1))
     adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
     return adapters
+
+
+@pytest.fixture
+def tiny_config(pipeline_folder: Path, make_lora: Callable[..., Path], tmp_path: Path) -> Callable[..., ConfigDict]:
+    """`tiny_config(key=value, ...)`: a run of two tasks on the untrained model; dots in keys as `train__loss`."""
+    teachers = []
+    for i, name in enumerate(("first", "second")):
+        folder = tmp_path / "dataset" / name
+        folder.mkdir(parents=True)
+        (folder / "train.txt").write_text("".join(f"a photo of {n} {name} circles\n" for n in range(7)))
+        (folder / "test.txt").write_text("a red circle\na blue square\na green triangle\n")
+        teachers.append(
+            {
+                "name": name,
+                "dataset": str(folder),
+                "lora_path": str(make_lora(20 + i, rank=4 + i)),
+                "proxy_reward": {"jpeg_compressibility": 1.0},
+                "prompt_fn": "general_ocr",
+                "guidance_scale": 1.0 + i,
+            }
+        )
+
+    def make(**changes: Any) -> ConfigDict:
+        config = load_config(str(ROOT / "config" / "tiny.py") + ":mopd")
+        config.update(
+            {
+                "pretrained": {"model": str(pipeline_folder)},
+                "logdir": str(tmp_path / "logs"),
+                "run_name": "run",
+                "cache_dir": str(tmp_path / "cache"),
+                "num_epochs": 3,
+                "save_freq": 0,
+                "monitor_freq": 0,
+                "sample_freq": 0,
+            }
+        )
+        config.sample.update({"num_steps": 4, "num_batches_per_epoch": 2, "train_batch_size": 2, "eval_num_steps": 2})
+        config.train.update({"batch_size": 2, "gradient_accumulation_steps": 2, "lora_rank": 4, "lora_alpha": 8})
+        config.train.teachers = teachers
+        for key, value in changes.items():
+            *sections, last = key.split("__")
+            target = config
+            for section in sections:
+                target = target[section]
+            target[last] = value
+        return config
+
+    return make

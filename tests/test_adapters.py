@@ -176,7 +176,10 @@ def test_alpha_per_module_and_files_without_metadata(pipeline_folder, make_lora,
         ),
         (lambda t: t.update({"base_model.model.extra.weight": torch.ones(2, 2)}), "unexpected tensors.*extra"),
         (lambda t: [t[k].zero_() for k in t if "lora_B" in k], "every lora_B is zero"),
-        (lambda t: [t[k].zero_() for k in t if "2.attn.to_k.lora_B" in k], "lora_B is all zero in transformer_blocks.2.attn.to_k"),
+        (
+            lambda t: [t[k].zero_() for k in t if "2.attn.to_k.lora_B" in k],
+            "lora_B is all zero in transformer_blocks.2.attn.to_k",
+        ),
         (lambda t: next(iter(t.values())).fill_(float("nan")), "non-finite values in"),
         (
             lambda t: t.update({k: torch.ones(t[k].shape[0], 7) for k in list(t) if "blocks.0.attn.to_q.lora_A" in k}),

@@ -14,7 +14,7 @@ from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe
 from diffusionopd.optim import Ema, NonFiniteError, StudentOptimizer
 from diffusionopd.transitions import schedule
 
-from .three_pass import three_pass
+from benchmarks.three_pass import three_pass
 
 STEPS = 5
 
