@@ -188,6 +188,21 @@ def test_a_file_without_get_config_and_a_plain_dict(tmp_path):
     assert config.run_name == "small"
 
 
+def test_teachers_may_be_config_dicts(tmp_path):
+    file = tmp_path / "own.py"
+    lines = ["from ml_collections import ConfigDict", "def own():", "    teacher = ConfigDict({'name': 'a'})"]
+    file.write_text("\n".join([*lines, "    return ConfigDict({'train': {'teachers': [teacher]}})"]))
+    config = load_config(f"{file}:own", [("train.teachers[0].name", "b")])
+    assert config.train.teachers == [{"name": "b"}]
+
+
+def test_a_function_that_is_not_there(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def small():\n    return {}\n")
+    with pytest.raises(ConfigError, match="Did you mean small?"):
+        load_config(f"{file}:smal")
+
+
 def test_a_file_with_one_configuration_needs_no_name(tmp_path):
     file = tmp_path / "single.py"
     file.write_text('def get_config():\n    return {"seed": 3}\n')
@@ -199,8 +214,8 @@ def test_a_file_with_one_configuration_needs_no_name(tmp_path):
     [
         ("nowhere.py:mopd", "no file nowhere.py"),
         (f"{OPD}:mopdd", "Did you mean mopd?"),
-        (f"{OPD}:zzz", "It has mopd, sopd_pickscore, sopd_ocr, sopd_geneval."),
-        (str(OPD), "say which configuration"),
+        (f"{OPD}:zzz", f"Use one of {OPD}:mopd, {OPD}:sopd_pickscore, {OPD}:sopd_ocr, {OPD}:sopd_geneval."),
+        (str(OPD), "has several configurations. Use one of"),
     ],
 )
 def test_what_cannot_be_found_is_said(source, message):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
 from diffusionopd.config_schema.problems import ConfigError, nearest
-from diffusionopd.config_schema.values import SECTIONS, base_config, flatten, unset
+from diffusionopd.config_schema.values import SECTIONS, base_config, flatten, to_plain, unset
 
 
 def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
@@ -64,35 +65,38 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
     return source, overrides, rest
 
 
-def _call(file: Path, name: str) -> Mapping[str, Any]:
+def _call(file: Path, name: str) -> Any:
     """The configuration called ``name`` in ``file``."""
     if not file.is_file():
         raise ConfigError([f"--config: there is no file {file}. Use for example config/opd.py:mopd"])
     with _legacy_imp():
         module = _load_source("diffusionopd_config", str(file))
-        getter, named = getattr(module, "get_config", None), getattr(module, name, None) if name else None
-        names = [key for key, value in vars(module).items() if callable(value) and _is_public(module, key)]
-        if getter is None and named is None:
-            remedy = nearest(name, names) if name else f" Functions are {', '.join(names)}."
-            raise ConfigError([f"--config: {file} has no get_config and no function {name!r}.{remedy}"])
+        names = [key for key in vars(module) if _is_configuration(module, key)]
+        choose = f" Use one of {', '.join(f'{file}:{key}' for key in names)}." if names else ""
+        missing = ConfigError([f"--config: {file} has no {name!r}.{nearest(name, names)}{choose}"])
+        getter = getattr(module, "get_config", None)
+        if getter is None and name in names:
+            return getattr(module, name)()
         if getter is None:
-            return named()
+            raise missing
+        if not name and _needs_argument(getter):
+            raise ConfigError([f"--config: {file} has several configurations.{choose}"])
         try:
             return getter(name) if name else getter()
         except KeyError as error:
-            if named is not None or error.args != (name,):
+            if name in names or error.args != (name,):
                 raise
-            known = nearest(name, names) or f" It has {', '.join(names)}."
-            raise ConfigError([f"--config: {file} has no configuration {name!r}.{known}"]) from error
-        except TypeError as error:
-            if name or "get_config" not in str(error):
-                raise
-            raise ConfigError([f"--config: say which configuration of {file}: {', '.join(names)}."]) from error
+            raise missing from error
 
 
-def _is_public(module: ModuleType, name: str) -> bool:
-    own = getattr(getattr(module, name), "__module__", None) == module.__name__
+def _is_configuration(module: ModuleType, name: str) -> bool:
+    value = getattr(module, name)
+    own = callable(value) and getattr(value, "__module__", None) == module.__name__
     return own and name != "get_config" and not name.startswith("_")
+
+
+def _needs_argument(function: Callable) -> bool:
+    return any(parameter.default is parameter.empty for parameter in signature(function).parameters.values())
 
 
 def _load_source(name: str, path: str) -> ModuleType:
@@ -122,10 +126,9 @@ def _legacy_imp() -> Iterator[None]:
             sys.modules["imp"] = before
 
 
-def _with_defaults(given: Mapping[str, Any]) -> ConfigDict:
-    plain = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
-    merged = base_config().to_dict()
-    for key, value in plain.items():
+def _with_defaults(given: ConfigDict | Mapping[str, Any]) -> ConfigDict:
+    merged = to_plain(base_config())
+    for key, value in to_plain(given).items():
         if key in SECTIONS and isinstance(value, Mapping):
             merged[key] |= value
         else:

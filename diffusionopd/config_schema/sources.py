@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from diffusionopd.config_schema.values import is_number, unset
 
 TRACKERS = ("tensorboard", "wandb")
 PROMPT_FILES = {"general_ocr": "{split}.txt", "geneval": "{split}_metadata.jsonl"}
-TEACHER_FIELDS = ("name", "dataset", "lora_path", "proxy_reward", "prompt_fn", "guidance_scale")
-
 _PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
 
@@ -31,6 +29,9 @@ class TeacherSpec:
     proxy_reward: dict[str, float]
     prompt_fn: str
     guidance_scale: float
+
+
+TEACHER_FIELDS = tuple(field.name for field in fields(TeacherSpec))
 
 
 def _is_hub_id(source: str) -> bool:
@@ -144,30 +145,28 @@ def check_teachers(
         if not isinstance(entry, Mapping):
             problems.add(where, f"is {entry!r}", f"It must be a dict with {', '.join(TEACHER_FIELDS)}.")
             continue
-        fields = {"guidance_scale": default_guidance, "proxy_reward": {}} | _given(entry)
-        _check_teacher_fields(where, fields, problems)
-        _check_rewards(f"{where}.proxy_reward", fields["proxy_reward"], reward_names, problems)
-        _check_adapter(f"{where}.lora_path", fields.get("lora_path"), problems)
-        prompts.append(_check_dataset(where, fields, with_test, problems))
-        specs.append(TeacherSpec(**{name: fields.get(name) for name in TEACHER_FIELDS}))
+        given = {name: value for name, value in entry.items() if value is not None}
+        teacher: dict[str, Any] = dict.fromkeys(TEACHER_FIELDS)
+        teacher |= {"guidance_scale": default_guidance, "proxy_reward": {}} | given
+        _check_teacher_fields(where, teacher, problems)
+        _check_rewards(f"{where}.proxy_reward", teacher["proxy_reward"], reward_names, problems)
+        _check_adapter(f"{where}.lora_path", teacher["lora_path"], problems)
+        prompts.append(_check_dataset(where, teacher, with_test, problems))
+        specs.append(TeacherSpec(**{name: teacher[name] for name in TEACHER_FIELDS}))
     names = [spec.name for spec in specs]
     for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
         problems.add(f"{key}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
     return tuple(specs), tuple(prompts)
 
 
-def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if value is not None}
-
-
-def _check_teacher_fields(where: str, fields: dict[str, Any], problems: Problems) -> None:
-    for name in fields.keys() - set(TEACHER_FIELDS):
-        remedy = nearest(name, TEACHER_FIELDS).strip() or f"Fields are {', '.join(TEACHER_FIELDS)}."
-        problems.add(f"{where}.{name}", "is not a field of a teacher", remedy)
-    name = fields.get("name")
+def _check_teacher_fields(where: str, teacher: dict[str, Any], problems: Problems) -> None:
+    for field in teacher.keys() - set(TEACHER_FIELDS):
+        remedy = nearest(field, TEACHER_FIELDS).strip() or f"Fields are {', '.join(TEACHER_FIELDS)}."
+        problems.add(f"{where}.{field}", "is not a field of a teacher", remedy)
+    name = teacher["name"]
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         problems.add(f"{where}.name", f"is {name!r}", 'It must be made of letters, digits, "-" and "_".')
-    guidance = fields["guidance_scale"]
+    guidance = teacher["guidance_scale"]
     if not is_number(guidance) or guidance < 1:
         problems.add(f"{where}.guidance_scale", f"is {guidance!r}", "It must be a number of at least 1 (1: without).")
 
@@ -184,9 +183,9 @@ def _check_rewards(where: str, rewards: Any, known: Collection[str] | None, prob
             problems.add(where, f"names the unknown reward {name!r}", remedy)
 
 
-def _check_dataset(where: str, fields: dict[str, Any], with_test: bool, problems: Problems) -> int:
+def _check_dataset(where: str, teacher: dict[str, Any], with_test: bool, problems: Problems) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
-    prompt_fn, dataset = fields.get("prompt_fn"), fields.get("dataset")
+    prompt_fn, dataset = teacher["prompt_fn"], teacher["dataset"]
     if prompt_fn not in PROMPT_FILES:
         remedy = f"It must be one of {', '.join(PROMPT_FILES)}.{nearest(str(prompt_fn), PROMPT_FILES)}"
         problems.add(f"{where}.prompt_fn", f"is {prompt_fn!r}", remedy)

@@ -80,10 +80,21 @@ def base_config() -> ConfigDict:
     return runpy.run_path(str(path))["get_config"]()
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def to_plain(value: Any) -> Any:
+    """``value`` with every ConfigDict in it, also inside lists, turned into a dict."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_plain(inner) for inner in value)
+    return value
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Keys as on the command line: ``{"seed": .., "sample.num_steps": .., ..}``; lists and inner dicts stay values."""
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    flat = {}
+    plain = to_plain(config)
+    flat: dict[str, Any] = {}
     for key, value in plain.items():
         if key in SECTIONS and isinstance(value, Mapping):
             flat |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
