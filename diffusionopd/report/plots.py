@@ -1,0 +1,100 @@
+"""Curves as SVG text: numbers in, pictures out."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Points = Sequence[tuple[float, float]]
+"""(x, y) pairs in order of x."""
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes.
+BASE, TEACHER, STUDENT = "#6b7280", "#c2410c", "#0b62a8"
+SERIES = ("#0b62a8", "#c2410c", "#00795c", "#a2528f", "#8a6d00", "#2b2b2b")
+SIZE = (5.4, 3.3)  # inches
+
+
+def running_mean(points: Points, window: int = 5) -> list[tuple[float, float]]:
+    """Each y replaced by the mean of up to `window` points around it, fewer at the ends; same x."""
+    half = window // 2
+    smooth = []
+    for i, (x, _) in enumerate(points):
+        near = [y for _, y in points[max(0, i - half) : i + half + 1]]
+        smooth.append((x, sum(near) / len(near)))
+    return smooth
+
+
+def score_curve(
+    monitored: Points, evaluated: Points, base: float, teacher: float, final: tuple[float, float, float] | None = None
+) -> str:
+    """A task's score over rounds as SVG, between the levels of base and teacher.
+
+    Args:
+        monitored: (round, score) of the student's own training pictures: dots, and their running mean.
+        evaluated: (round, score) on test prompts during training: diamonds.
+        base, teacher: levels, drawn as labelled horizontal lines.
+        final: (round, score, standard error) of the finished student on test prompts.
+    """
+    figure, axes = _figure("round", "score")
+    _level(axes, teacher, f"teacher {teacher:.2f}", TEACHER, "--")
+    _level(axes, base, f"base {base:.2f}", BASE, ":")
+    if monitored:
+        axes.plot(*_columns(monitored), "o", color=STUDENT, alpha=0.3, markersize=4, label="training pictures")
+        axes.plot(*_columns(running_mean(monitored)), "-", color=STUDENT, linewidth=2, label="running mean")
+    if evaluated:
+        axes.plot(*_columns(evaluated), "D", color=STUDENT, markersize=5, label="test prompts")
+    if final is not None:
+        x, y, error = final
+        axes.errorbar([x], [y], yerr=[error], fmt="*", color=STUDENT, markersize=13, capsize=3, label="final, test")
+    _legend(axes)
+    return _svg(figure)
+
+
+def loss_curves(losses: Mapping[str, Points]) -> str:
+    """Every task's distillation loss over rounds as SVG, on a logarithmic axis."""
+    figure, axes = _figure("round", "loss")
+    for i, (task, points) in enumerate(losses.items()):
+        positive = [(x, y) for x, y in points if y > 0]
+        color = SERIES[i % len(SERIES)]
+        axes.plot(*_columns(positive), color=color, alpha=0.25, linewidth=1)
+        axes.plot(*_columns(running_mean(positive, 9)), color=color, linewidth=2, label=task)
+    if any(y > 0 for points in losses.values() for _, y in points):
+        axes.set_yscale("log")
+    _legend(axes)
+    return _svg(figure)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True, color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _level(axes: Axes, value: float, label: str, color: str, style: str) -> None:
+    axes.axhline(value, color=color, linestyle=style, linewidth=1.8, label=label)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as SVG, the same bytes for the same numbers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "diffusionopd"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return buffer.getvalue()
