@@ -1,0 +1,178 @@
+"""The parts of the tiny Stable Diffusion 3: stock diffusers and transformers classes with small numbers in them.
+
+`[B, 8, 16, 16]` latents, `[B, 2 * context, 128]` prompt embeddings, `[B, 128]` pooled embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from diffusionopd.tiny.grammar import WORDS
+from diffusionopd.tiny.render import RESOLUTION
+
+#: Length of every token sequence (`max_sequence_length` of a run on the tiny world). The longest caption has 12 words.
+CONTEXT = 14
+LATENT_CHANNELS = 8
+LATENT_SIDE = 16
+SHIFT = 3.0
+_CLIP_WIDTH = 64
+_T5_WIDTH = 128
+_CHARACTERS = tuple(chr(c) for c in range(33, 127))
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def _byte_pair_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Byte-pair training (Sennrich et al., arXiv 1508.07909) on the word list until every word is one token."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
+    merges: list[tuple[str, str]] = []
+    while any(len(parts) > 1 for parts in spelled):
+        counts: dict[tuple[str, str], int] = {}
+        for parts in spelled:
+            for neighbours in zip(parts, parts[1:], strict=False):
+                counts[neighbours] = counts.get(neighbours, 0) + 1
+        best = max(sorted(counts), key=lambda p: counts[p])
+        merges.append(best)
+        spelled = [_merge(parts, best) for parts in spelled]
+    return merges
+
+
+def _merge(parts: list[str], best: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == best:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """Every word of the grammar is one token, every other printable character is one: digits and quotes survive."""
+    merges = _byte_pair_merges(WORDS)
+    tokens = ["<|startoftext|>", "<|endoftext|>"]
+    tokens += [t for c in _CHARACTERS for t in (c, c + "</w>")]
+    tokens += ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT, pad_token=pad_token)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram model: whole words are likelier than characters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [("▁" + word, -1.0) for word in dict.fromkeys(WORDS)]
+    pieces += [(character, -3.0) for character in _CHARACTERS]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=CONTEXT)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_CLIP_WIDTH,
+        intermediate_size=2 * _CLIP_WIDTH,
+        projection_dim=_CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu",
+    )
+    model = CLIPTextModelWithProjection(config)
+    # The default of 0.02 leaves words and places nearly indistinguishable for the first thousand steps.
+    embeddings = model.text_model.embeddings
+    torch.nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
+    torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.7)
+    return model.eval()
+
+
+def t5_encoder(tokenizer: T5Tokenizer, seed: int) -> T5EncoderModel:
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=_T5_WIDTH,
+        d_kv=32,
+        num_heads=4,
+        d_ff=2 * _T5_WIDTH,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    model = T5EncoderModel(config)
+    # T5 knows order through this bias alone, and starts it at almost nothing.
+    torch.nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+    return model.eval()
+
+
+def transformer(seed: int) -> SD3Transformer2DModel:
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIDE,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=_T5_WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * _CLIP_WIDTH,
+        pos_embed_max_size=LATENT_SIDE,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+
+
+def autoencoder(seed: int) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    blocks = (8, 16, 32)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=blocks,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
+    """An untrained pipeline around a trained autoencoder."""
+    first, second, third = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=clip_encoder(first, seed + 1),
+        tokenizer=first,
+        text_encoder_2=clip_encoder(second, seed + 2),
+        tokenizer_2=second,
+        text_encoder_3=t5_encoder(third, seed + 3),
+        tokenizer_3=third,
+    )

@@ -1,0 +1,193 @@
+"""The three rewards of the tiny world, under the ordinary scorer protocol (`diffusionopd.rewards.Scorer`).
+
+`tiny_compose`, `tiny_ocr` and `tiny_scene` are the values that the demonstration reports; the keys beside them are
+milder versions of the same, useful as training rewards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.tiny.render import PALETTE, SIGN_ROWS
+
+Metadata = Sequence[Mapping[str, Any]]
+
+# ----------------------------------------------------------------------------------------------------------- detection
+
+_NEAR = 80.0  # Euclidean RGB distance within which a pixel has a palette colour
+_SATURATED = 70  # max - min channel from which a pixel is no background
+_MIN_AREA = 40  # pixels; the smallest object drawn has about 200
+_MAX_ASPECT = 1.5
+_MIN_OFFSET = 8.0  # pixels between two centres for a relation to hold
+_OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Detection:
+    color: str  # a palette colour, or "other"
+    shape: str  # circle, square, triangle, or "other"
+    x: float
+    y: float
+
+
+def detect(picture: np.ndarray) -> list[Detection]:
+    """Coloured blobs of a uint8 [H, W, 3] picture: nearest palette colour, then connected components."""
+    from scipy import ndimage
+
+    pixels = picture.astype(np.float64)
+    distance = np.linalg.norm(pixels[:, :, None] - np.array(list(PALETTE.values()), dtype=np.float64), axis=-1)
+    nearest, near = distance.argmin(-1), distance.min(-1) < _NEAR
+    masks = {color: near & (nearest == i) for i, color in enumerate(PALETTE)}
+    masks[_OTHER] = ~near & (pixels.max(-1) - pixels.min(-1) > _SATURATED)
+    found = []
+    for color, mask in masks.items():
+        labels, _ = ndimage.label(mask)
+        for i, window in enumerate(ndimage.find_objects(labels), start=1):
+            blob = labels[window] == i
+            if blob.sum() >= _MIN_AREA and not (color == _OTHER and min(blob.shape) < 5):  # a thin rim is antialiasing
+                y, x = (part.start + size / 2 for part, size in zip(window, blob.shape, strict=True))
+                found.append(Detection(color, _shape_of(blob), x, y))
+    return found
+
+
+def _shape_of(blob: np.ndarray) -> str:
+    """Filled fraction of the bounding box: square 1, circle pi/4, triangle 1/2 (and narrow at the top)."""
+    height, width = blob.shape
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        return _OTHER
+    fraction = blob.sum() / blob.size
+    if fraction > 0.89:
+        return "square"
+    top, bottom = (blob[rows].mean() for rows in (slice(0, height // 4), slice(-(height // 4), None)))
+    if fraction < 0.68 and top < 0.45 and bottom > 0.7:
+        return "triangle"
+    return "circle" if fraction > 0.66 else _OTHER
+
+
+def _related(subject: Detection, relation: str, reference: Detection) -> bool:
+    """Image coordinates: y grows downwards."""
+    dx, dy = subject.x - reference.x, subject.y - reference.y
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    sign = -1 if relation in ("left of", "above") else 1
+    return sign * along > max(_MIN_OFFSET, abs(across))
+
+
+# ------------------------------------------------------------------------------------------------------------- compose
+
+
+class TinyCompose:
+    """`tiny_compose`: 1 where the picture shows exactly what GenEval's metadata asks for and nothing else, otherwise 0.
+
+    `tiny_compose_soft`: how far its conditions hold (each kind's count, each relation, nothing else), averaged.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        del device  # NumPy only
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        """Raises ValueError where a prompt has no GenEval metadata."""
+        conditions = [_conditions(p, m, t) for p, m, t in zip(to_uint8(images), metadata, prompts, strict=True)]
+        return {
+            "tiny_compose": np.array([float(all(c >= 1 for c in part)) for part in conditions]),
+            "tiny_compose_soft": np.array([float(np.mean(part)) for part in conditions]),
+        }
+
+
+def _conditions(picture: np.ndarray, metadata: Mapping[str, Any], prompt: str) -> list[float]:
+    """How far each condition of one prompt holds, each in [0, 1]."""
+    if "include" not in metadata:
+        raise ValueError(f"tiny_compose needs GenEval metadata with 'include' for {prompt!r}; use prompt_fn 'geneval'")
+    found = detect(picture)
+    groups = [[d for d in found if (d.color, d.shape) == (i["color"], i["class"])] for i in metadata["include"]]
+    # Two entries of the same kind share their detections, so counts are compared per kind.
+    wanted: dict[tuple[str, str], int] = {}
+    for i in metadata["include"]:
+        wanted[i["color"], i["class"]] = wanted.get((i["color"], i["class"]), 0) + i["count"]
+    held = []
+    for (color, shape), count in wanted.items():
+        seen = sum((d.color, d.shape) == (color, shape) for d in found)
+        held.append(max(0.0, 1 - abs(seen - count) / count))
+    for group, i in zip(groups, metadata["include"], strict=True):
+        if "position" in i:
+            relation, reference = i["position"]
+            held.append(float(any(_related(a, relation, b) for a in group for b in groups[reference] if a is not b)))
+    held.append(float(len(found) == sum(wanted.values())))
+    return held
+
+
+# ----------------------------------------------------------------------------------------------------------------- ocr
+
+_UPSCALE = 4
+_QUOTED = re.compile(r'"([^"]*)"')
+
+
+def quoted_text(prompt: str) -> str:
+    """The text that a prompt wants on the sign; ValueError without a quoted part."""
+    match = _QUOTED.search(prompt)
+    if not match:
+        raise ValueError(f'the prompt {prompt!r} has no text in double quotes, e.g. a sign that says "347"')
+    return match.group(1)
+
+
+class TinyOcr:
+    """`tiny_ocr`: 1 where the sign reads exactly the quoted text, otherwise 0.
+
+    `tiny_ocr_soft`: 1 - edit distance / length of the text, at least 0. Read by RapidOCR's recogniser (PP-OCR, ONNX,
+    inside the package) on the rows of the sign.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        del device  # the recogniser runs on the CPU
+        try:
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            raise ImportError("tiny_ocr needs the package rapidocr: pip install 'diffusionopd[tiny]'") from error
+        threads = "EngineConfig.onnxruntime.intra_op_num_threads"
+        self._engine = RapidOCR(params={"Global.log_level": "error", threads: 1})
+
+    def read(self, picture: np.ndarray) -> str:
+        """The letters and digits on the sign of a uint8 [64, 64, 3] picture."""
+        strip = Image.fromarray(picture[SIGN_ROWS[0] + 1 : SIGN_ROWS[1] - 1])
+        large = strip.resize((strip.width * _UPSCALE, strip.height * _UPSCALE), Image.Resampling.BICUBIC)
+        bgr = np.ascontiguousarray(np.asarray(large)[:, :, ::-1])
+        output = self._engine(bgr, use_det=False, use_cls=False, use_rec=True)
+        text = output.txts[0] if output.txts else ""
+        # A lone round digit is at times read as the letter.
+        return "".join(c for c in text.upper() if c.isalnum()).replace("O", "0")
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        from rapidfuzz.distance import Levenshtein
+
+        del metadata
+        wanted = [quoted_text(prompt) for prompt in prompts]
+        seen = [self.read(picture) for picture in to_uint8(images)]
+        soft = [max(0.0, 1 - Levenshtein.distance(s, w) / len(w)) for s, w in zip(seen, wanted, strict=True)]
+        exact = [float(s == w) for s, w in zip(seen, wanted, strict=True)]
+        return {"tiny_ocr": np.array(exact), "tiny_ocr_soft": np.array(soft)}
+
+
+# --------------------------------------------------------------------------------------------------------------- scene
+
+_FULL_COLOURFULNESS = 110.0  # the most colourful clean scenes
+
+
+class TinyScene:
+    """`tiny_scene`: colourfulness by Hasler and Suesstrunk (2003), equation 8, as a fraction of 110, at most 1."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        del device
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        del prompts, metadata
+        red, green, blue = np.moveaxis(to_uint8(images).astype(np.float64), -1, 0)
+        opponents = np.stack([red - green, (red + green) / 2 - blue])
+        spread = np.linalg.norm(opponents.std(axis=(2, 3)), axis=0)
+        offset = np.linalg.norm(opponents.mean(axis=(2, 3)), axis=0)
+        return {"tiny_scene": np.minimum(1.0, (spread + 0.3 * offset) / _FULL_COLOURFULNESS)}

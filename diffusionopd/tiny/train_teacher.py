@@ -1,0 +1,103 @@
+"""Stage `teachers`: one LoRA a task, by supervision (flow matching) on clean pictures with true captions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model
+
+from diffusionopd.tiny import flow, parallel
+from diffusionopd.tiny.grammar import TASKS
+from diffusionopd.tiny.train_base import POOL, POOL_SEED
+
+#: The modules that the upstream release adapts.
+TARGETS = [
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+]
+RANK, ALPHA = 16, 32
+_LEARNING_RATE = 2e-3
+_BATCH = 32
+_DROP = 0.1
+_EMA_DECAY = 0.995
+
+
+def train(task: str, model: Path, work: Path, out: Path, minutes: float, learning_rate: float = _LEARNING_RATE) -> None:
+    parallel.start()
+    torch.manual_seed(TASKS.index(task))
+    pipe = StableDiffusion3Pipeline.from_pretrained(model)
+    pool = flow.cached_pool(work / "pool", task, POOL[task], POOL_SEED, pipe.vae, dull=task != "scene")
+    tokens, pooled, text_row = _embedding_table(pipe, pool.captions)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=TARGETS)
+    adapted = get_peft_model(pipe.transformer, config)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(31 + TASKS.index(task))
+    start, step, mean_loss = time.monotonic(), 0, 0.0
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            )
+        rows = torch.randint(len(pool.latents), (_BATCH,), generator=generator)
+        dropped = torch.rand(_BATCH, generator=generator) < _DROP
+        text = torch.where(dropped, len(tokens) - 1, text_row[rows])
+        x, t, target = flow.training_pair(pool.latents[rows].float(), generator)
+        loss = F.mse_loss(flow.velocity(adapted, x, t, tokens[text], pooled[text]), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(_EMA_DECAY, (1 + step) / (10 + step)))
+        mean_loss += (loss.item() - mean_loss) / min(step, 100)
+        if step % 100 == 0:
+            print(f"teacher {task} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    _save(adapted, out)
+
+
+def _embedding_table(
+    pipe: StableDiffusion3Pipeline, texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens [K + 1, 28, 128], pooled [K + 1, 128], row of each text); the last row is the empty caption."""
+    distinct = [*dict.fromkeys(texts), ""]
+    row = {text: i for i, text in enumerate(distinct)}
+    tokens, pooled = flow.encode(pipe, distinct)
+    return tokens, pooled, torch.tensor([row[text] for text in texts])
+
+
+def _save(adapted: torch.nn.Module, out: Path) -> None:
+    """PEFT's own format, without the folder that the base happened to be in and without PEFT's model card."""
+    adapted.peft_config["default"].base_model_name_or_path = None
+    adapted.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    path = out / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order changes from run to run
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    for name in ("--model", "--work", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--learning_rate", type=float, default=_LEARNING_RATE)
+    a = parser.parse_args()
+    train(a.task, a.model, a.work, a.out, a.minutes, a.learning_rate)
+
+
+if __name__ == "__main__":
+    main()
