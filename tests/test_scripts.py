@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 # Answers the launcher's question for GPUs, and otherwise says how it was called, and where.
 FAKE_PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo "$FAKE_GPUS"; exit; fi
+if [ "$2" = diffusionopd.config_schema ]; then exec "$REAL_PYTHON" -m "${@:2}"; fi
 echo "folder: $PWD"
 echo "cpu: ${ACCELERATE_USE_CPU:-} threads: ${OMP_NUM_THREADS:-} path: ${PYTHONPATH%%:*}"
 printf '%s\\n' "$@"
@@ -30,7 +32,7 @@ def launch(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
 
     def run(script: str, *arguments: str, gpus: int = 0, **variables: str):
-        environment = kept | {"PYTHON": str(python), "FAKE_GPUS": str(gpus)} | variables
+        environment = kept | {"PYTHON": str(python), "FAKE_GPUS": str(gpus), "REAL_PYTHON": "true"} | variables
         command = ["bash", str(ROOT / "scripts" / "single_node" / script), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         return done, done.stdout.splitlines()
@@ -114,6 +116,14 @@ def test_eval_takes_variables_and_arguments(launch):
     assert lines[-6:] == ["scripts/evaluate.py", "--checkpoint_path", "a folder", "--dataset", "ocr", "--save_images"]
     _, lines = launch("eval.sh", "--lora_hf_path", "owner/name")
     assert lines[-3:] == ["scripts/evaluate.py", "--lora_hf_path", "owner/name"]
+
+
+def test_a_mistake_is_said_before_anything_starts(launch):
+    done, lines = launch("mopd.sh", "--config.train.learning_rte=1", gpus=8, REAL_PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert "train.learning_rte is not a configuration key. Did you mean train.learning_rate?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert lines == []
 
 
 def test_a_failure_is_passed_on(launch, tmp_path):

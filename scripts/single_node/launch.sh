@@ -34,7 +34,12 @@ else
     fi
 fi
 
-options=(--config_file "scripts/accelerate/$config.yaml" --num_processes "$processes")
+if [ "$1" = scripts/train_opd.py ]; then
+    # A mistake is said once and at once here, instead of by each process and before the launcher's own stack trace.
+    "$PYTHON" -m diffusionopd.config_schema --num_processes "$processes" "${@:2}"
+fi
+
+options=(--quiet --config_file "scripts/accelerate/$config.yaml" --num_processes "$processes")
 if [ "$processes" -gt 1 ]; then
     options+=(--multi_gpu --main_process_port 0) # 0: any free port, so that two runs on one machine do not collide
 fi
