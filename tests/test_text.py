@@ -325,6 +325,16 @@ def test_processes_share_the_work_whatever_the_order_they_run_in(tmp_path, world
     assert cache(tmp_path).missing(prompts) == []
 
 
+def test_shares_are_disjoint_when_processes_start_together(tmp_path):
+    """Each process of its own folder stands for one that saw nothing of the others' work yet."""
+    prompts = [f"prompt {i}" for i in range(20)] * 2
+    encoders = [Encoder() for _ in range(3)]
+    for rank, encoder in enumerate(encoders):
+        cache(tmp_path / str(rank)).fill(prompts, lambda encoder=encoder: encoder, rank=rank, world=3)
+    encoded = [prompt for encoder in encoders for batch in encoder.batches for prompt in batch]
+    assert sorted(encoded) == sorted(set(prompts))
+
+
 def fill_in_a_process(folder, rank, world, count):
     cache(folder).fill([f"prompt {i}" for i in range(count)], Encoder, batch_size=4, rank=rank, world=world)
 
