@@ -2,7 +2,8 @@
 
     python benchmarks/adapter_switch.py
 
-A 24-block SD3 transformer with the LoRA targets of SD3.5-Medium (its width does not matter for a switch) and four adapters.
+A 24-block SD3 transformer with the LoRA targets of SD3.5-Medium (its width does not matter for a switch) and four
+adapters.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One round three ways, side by side in one run: three-pass reference schedule, fused round, bare forwards and backwards.
+"""One round three ways, side by side in one run: three passes, the fused round, the bare forwards and backwards.
 
     python benchmarks/round.py --json round.json
 
-The figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all three alike.
-``floor`` is what nothing can undercut without changing the method: one teacher forward, one student forward and backward a
-trained step, with no loss, no sampling and no bookkeeping around them.
+The figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all three
+alike. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one student forward and
+backward a trained step, with no loss, no sampling and no bookkeeping around them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/tiny/model", help="diffusers pipeline folder")
-    parser.add_argument("--teachers", nargs="+", default=[f"assets/tiny/teachers/{t}/lora" for t in ("compose", "ocr", "scene")])
+    parser.add_argument(
+        "--teachers", nargs="+", default=[f"assets/tiny/teachers/{t}/lora" for t in ("compose", "ocr", "scene")]
+    )
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
@@ -90,7 +92,7 @@ def build(args: argparse.Namespace) -> tuple[Distiller, list[Batch]]:
         adapters.add_teacher(f"teacher_{i}", source)
         x = noise(backbone.latent_shape(args.resolution), [(i, s) for s in range(args.batch_size)]).to(args.device)
         text = encoder([PROMPTS[i % len(PROMPTS)]]).to(args.device, dtype).expand(args.batch_size)
-        batches.append(Batch(f"task {i}", f"teacher_{i}", args.guidance_scale, x, text, draw_noise=lambda step: x))
+        batches.append(Batch(f"task {i}", f"teacher_{i}", args.guidance_scale, x, text, draw_noise=lambda step, x=x: x))
     negative = encoder([""]).to(args.device, dtype)
     trained = int(args.steps * args.timestep_fraction)
     recipe = Recipe(transitions, trained, student_guidance=args.guidance_scale)

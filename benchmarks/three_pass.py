@@ -16,8 +16,8 @@ from diffusionopd.opd import STUDENT, Batch, Distiller
 def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
     """Accumulate the round's gradient in three separate passes; losses ``[batches, steps]`` and the final latents.
 
-    Pass 1 samples the whole trajectory without gradients, pass 2 computes the teacher's mean at every state of it, pass 3
-    runs the student again, with gradients, at the trained steps and compares the means of the transitions.
+    Pass 1 samples the whole trajectory without gradients, pass 2 computes the teacher's mean at every state of it,
+    pass 3 runs the student again, with gradients, at the trained steps and compares the means of the transitions.
     """
     backbone, adapters, recipe = distiller.backbone, distiller.adapters, distiller.recipe
     losses = torch.zeros(len(batches), recipe.trained_steps, device=backbone.device)

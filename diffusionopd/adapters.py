@@ -1,7 +1,8 @@
 """LoRA adapters on one backbone: a trained student and any number of frozen teachers, switched in about a microsecond.
 
-A LoRA is read from a PEFT folder, a diffusers file or a hub id, every tensor of it is accounted for before it touches the
-model, and it is written as both formats. PEFT does the injection and the arithmetic; this file does the bookkeeping.
+A LoRA is read from a PEFT folder, a diffusers file or a hub id, every tensor of it is accounted for before it
+touches the model, and it is written as both formats. PEFT does the injection and the arithmetic; this file does the
+bookkeeping.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A LoRA as read from disk: per module ``A [r, in]``, ``B [out, r]``, and the alpha that scales ``B A`` by alpha / r."""
+    """A LoRA as read from disk: per module ``A [r, in]``, ``B [out, r]`` and alpha; it adds ``alpha / r B A``."""
 
     source: str
     a: dict[str, Tensor]
@@ -166,7 +167,9 @@ def _pair(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor],
     if unexpected:
         raise AdapterError(f"{where}: unexpected tensors, not two-dimensional lora_A or lora_B: {_some(unexpected)}")
     lonely = [f"{n}.lora_B" for n in a.keys() - b.keys()] + [f"{n}.lora_A" for n in b.keys() - a.keys()]
-    lonely += [f"{n} (rank {a[n].shape[0]} and {b[n].shape[1]})" for n in a if n in b and a[n].shape[0] != b[n].shape[1]]
+    lonely += [
+        f"{n} (rank {a[n].shape[0]} and {b[n].shape[1]})" for n in a if n in b and a[n].shape[0] != b[n].shape[1]
+    ]
     if lonely or not a:
         raise AdapterError(f"{where}: missing or mismatched tensors: {_some(lonely) or 'the file is empty'}")
     return a, b
@@ -210,13 +213,9 @@ class Adapters:
         self.configs: dict[str, LoraConfig] = {}
         self._trainable: dict[str, bool] = {}
 
-    def add_student(
-        self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0
-    ) -> None:
-        """Add a trainable float32 LoRA: gaussian ``A`` (a function of ``seed``), zero ``B``, so it starts as the base."""
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian"
-        )
+    def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
+        """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base."""
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._inject(name, config, trainable=True)
@@ -270,7 +269,7 @@ class Adapters:
         return {f"{m}.{part}.weight": getattr(layer, part)[name].weight.detach() for m, part, layer in pairs}
 
     def save_peft(self, name: str, folder: Path, base_model: str | None = None) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does, for ``PeftModel.from_pretrained``."""
+        """Write a folder in PEFT's own form, for ``PeftModel.from_pretrained``."""
         folder.mkdir(parents=True, exist_ok=True)
         self._described(name, base_model).save_pretrained(str(folder))
         tensors = {f"{_PREFIXES[0]}{n}": t.cpu().contiguous() for n, t in self.state_dict(name).items()}
@@ -314,8 +313,8 @@ class Adapters:
         dead = {n for n, b in weights.b.items() if not b.any()} - _inert_modules(self.transformer)
         if dead:
             raise AdapterError(
-                f"{weights.source}: lora_B is all zero in {_some(list(dead))}: these modules were never trained, or their "
-                "tensors were lost when the adapter was saved."
+                f"{weights.source}: lora_B is all zero in {_some(list(dead))}: these modules were never trained, or "
+                "their tensors were lost when the adapter was saved."
             )
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -377,7 +376,9 @@ def _inert_modules(transformer: nn.Module) -> set[str]:
 
     The last joint block drops its text stream (``context_pre_only``), and the text queries with it.
     """
-    blocks = [name for name, module in transformer.named_modules() if getattr(module, "context_pre_only", False) is True]
+    blocks = [
+        name for name, module in transformer.named_modules() if getattr(module, "context_pre_only", False) is True
+    ]
     return {f"{name.removesuffix('.attn')}.attn.add_q_proj" for name in blocks}
 
 

@@ -27,8 +27,9 @@ class BackboneError(ValueError):
 class Backbone:
     """A frozen SD3 transformer, VAE and scheduler on one device.
 
-    The transformer's weights are held in ``dtype``, as loaded; in half precision the transformer runs under autocast, so that float32 LoRA weights take
-    part, and velocities come back in float32. The VAE decodes in float32: SD3's overflows in float16.
+    The transformer's weights are held in ``dtype``, as loaded; in half precision the transformer runs under
+    autocast, so that float32 LoRA weights take part, and velocities come back in float32. The VAE decodes in
+    float32: SD3's overflows in float16.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Backbone:
         unit = factor * self.transformer.config.patch_size
         largest = self.transformer.config.pos_embed_max_size * unit
         if resolution % unit or not 0 < resolution <= largest:
-            raise ValueError(f"resolution must be a multiple of {unit} up to {largest} for this model, not {resolution}")
+            raise ValueError(
+                f"resolution must be a multiple of {unit} up to {largest} for this model, not {resolution}"
+            )
         side = resolution // factor
         return self.transformer.config.in_channels, side, side
 
@@ -83,8 +86,8 @@ class Backbone:
         """Velocity at ``x`` ``[B, C, h, w]`` and ``sigma`` in [0, 1], float32, ``[B, C, h, w]``.
 
         With ``guidance_scale > 1`` both halves of classifier-free guidance run in one batch and
-        ``v = v_neg + guidance_scale (v_pos - v_neg)``; ``negative`` (batch 1 or B) is needed then. Gradients flow to the
-        adapter in use when the caller has them enabled.
+        ``v = v_neg + guidance_scale (v_pos - v_neg)``; ``negative`` (batch 1 or B) is needed then. Gradients flow to
+        the adapter in use when the caller has them enabled.
         """
         if guidance_scale <= 1.0:
             return self._forward(x, sigma, text)
@@ -112,7 +115,7 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
-        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``; ``chunk`` at a time to bound memory."""
+        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``, ``chunk`` at a time."""
         config = self.vae.config
         scaled = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
         images = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)]

@@ -1,7 +1,8 @@
 """Processes and randomness: noise keyed by counters, and the few collectives a round needs.
 
-Randomness is a pure function of integer keys such as (seed, round, task, sample index, stream). No generator state lives
-between calls, so nothing has to be saved, and a sample's noise does not depend on batch size or on the number of processes.
+Randomness is a pure function of integer keys such as (seed, round, task, sample index, stream). No generator state
+lives between calls, so nothing has to be saved, and a sample's noise does not depend on batch size or on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def world_size() -> int:
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of ``value`` over all processes, on every process; NCCL needs it on the GPU, so it goes there and back."""
+    """The sum of ``value`` over all processes, on every process. NCCL sums on the GPU alone: it goes there and back."""
     if world_size() == 1:
         return value
     on_gpu = dist.get_backend() == "nccl" and not value.is_cuda

@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors: what pulls the student's step to the teacher's at one visited state.
 
-Every function returns one value a sample, ``[B]``, a mean over the latent's dimensions (the paper sums; the mean keeps the
-scale independent of the resolution). ``v_student`` carries the gradient; states and teachers are constants.
+Every function returns one value a sample, ``[B]``, a mean over the latent's dimensions (the paper sums; the mean
+keeps the scale independent of the resolution). ``v_student`` carries the gradient; states and teachers are constants.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class Picture:
 class Monitor:
     """Scores pictures in a worker thread and writes captioned grids.
 
-    A reward that cannot be built or that fails is reported once and left out: nothing here can change or stop the training.
+    A reward that cannot be built or that fails is reported once and left out: nothing here can change or stop the
+    training.
     """
 
     def __init__(

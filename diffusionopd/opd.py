@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +63,12 @@ class Distiller:
     """The student and its teachers on one backbone, and the round that pulls one to the others."""
 
     def __init__(
-        self, backbone: Backbone, adapters: Adapters, optimizer: StudentOptimizer, negative: TextEmbeddings, recipe: Recipe
+        self,
+        backbone: Backbone,
+        adapters: Adapters,
+        optimizer: StudentOptimizer,
+        negative: TextEmbeddings,
+        recipe: Recipe,
     ) -> None:
         self.backbone = backbone
         self.adapters = adapters
@@ -111,15 +116,15 @@ class Distiller:
             i, step = (int(n) for n in (~losses.isfinite()).nonzero()[0])
             raise NonFiniteError(
                 f"{name}: the loss is {losses[i, step].item()} for task {batches[i].task!r} at step {step} "
-                f"(sigma {self.recipe.transitions[step].sigma:.4f}). The student has not been changed; resume from the last "
-                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
+                f"(sigma {self.recipe.transitions[step].sigma:.4f}). The student has not been changed; resume from "
+                "the last checkpoint with a lower learning rate, or mixed_precision bf16 or no."
             )
         try:
             return losses, self.optimizer.step()
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last checkpoint "
-                "with a lower learning rate, or mixed_precision bf16 or no."
+                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last "
+                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
             ) from error
 
     def _loss(self, batch: Batch, visit: Visit, v_student: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class Distiller:
             self.adapters.use(STUDENT)  # checkpointed blocks run again in backward
         return loss
 
-    def _visits(self, batch: Batch):  # noqa: ANN202 (Iterator[Visit], see rollout)
+    def _visits(self, batch: Batch) -> Iterator[Visit]:
         return rollout(
             batch.x,
             self.recipe.transitions,

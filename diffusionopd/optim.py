@@ -19,9 +19,10 @@ class NonFiniteError(RuntimeError):
 class StudentOptimizer:
     """AdamW with a constant loss scale, dynamic scaling for fp16, gradient clipping and EMA over the student's tensors.
 
-    ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves gradients
-    so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); AdamW itself is invariant to
-    the factor. Whatever this class reports, and the clipping threshold, are in the units of the unscaled loss.
+    ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves
+    gradients so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); AdamW itself is
+    invariant to the factor. Whatever this class reports, and the clipping threshold, are in the units of the
+    unscaled loss.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class StudentOptimizer:
         self.parameters = list(parameters)
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
-        self._adamw = _adamw_class(use_8bit)(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=epsilon)
+        self._adamw = _adamw_class(use_8bit)(
+            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=epsilon
+        )
         device = self.parameters[0].device.type
         self._scaler = torch.amp.GradScaler(device, enabled=dynamic_scale)
 
@@ -97,7 +100,7 @@ class StudentOptimizer:
         return dict(self._scaler.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Restore what :meth:`state_tensors` and :meth:`state_scalars` returned; the learning rate stays the configured one."""
+        """Restore what the two methods above returned; the learning rate stays the configured one."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             _, index, name = key.split(".", 2)

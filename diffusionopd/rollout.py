@@ -1,4 +1,4 @@
-"""The student's own trajectory, visited once: at each state the student's and the teacher's velocity, then the next state."""
+"""The student's own trajectory, visited once: both velocities at each state, then the next state."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def rollout(
     """Walk from ``x`` (noise at sigma 1) along the student's trajectory, yielding the visit of every step in turn.
 
     The consumer calls backward on a visit before it asks for the next one, so memory is that of one step whatever their
-    number. The first ``trained_steps`` steps are supervised; the walk ends there unless ``finish`` asks for the picture.
-    ``draw_noise(step)`` gives the step's standard normal noise and is called for stochastic steps only. ``multistep`` takes
-    the next state from DPM-Solver++(2M); the supervision stays the one-step transition at the visited state.
+    number. The first ``trained_steps`` steps are supervised; the walk ends there unless ``finish`` asks for the
+    picture. ``draw_noise(step)`` gives the step's standard normal noise and is called for stochastic steps only.
+    ``multistep`` takes the next state from DPM-Solver++(2M); the supervision stays the one-step transition at the
+    visited state.
     """
     solver = DpmSolver2() if multistep else None
     for step, transition in enumerate(transitions if finish else transitions[:trained_steps]):

@@ -43,13 +43,12 @@ class RunError(ValueError):
     """A run that must not start; the message says why and what to do."""
 
 
-def make_accelerator(config: ConfigDict, run_dir: Path) -> Accelerator:
+def make_accelerator(config: ConfigDict) -> Accelerator:
     """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
-    trackers = [name for name in config.log_with.split(",") if name and name != "none"]
     return Accelerator(
         mixed_precision="no",
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
+        log_with=_trackers(config) or None,
+        project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by train()
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
 
@@ -57,12 +56,13 @@ def make_accelerator(config: ConfigDict, run_dir: Path) -> Accelerator:
 def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
     """Run ``config`` to its end and return the last checkpoint; with ``dry_run`` check and describe it only.
 
-    Raises ConfigError, PromptError, AdapterError, BackboneError or RunError before anything expensive, NonFiniteError and
-    CheckpointError during training; nothing saved before is touched by a failure.
+    Raises ConfigError, PromptError, AdapterError, BackboneError or RunError before anything expensive,
+    NonFiniteError and CheckpointError during training; nothing saved before is touched by a failure.
     """
-    accelerator = make_accelerator(config, Path("."))
+    accelerator = make_accelerator(config)
     plan = check(config, accelerator.num_processes, KNOWN_REWARDS)
-    accelerator.project_configuration.set_directories(str(plan.run_dir))
+    accelerator.project_configuration.project_dir = str(plan.run_dir)
+    accelerator.project_configuration.logging_dir = str(plan.run_dir / "trackers")
     accelerator.print(plan.describe())
     if dry_run:
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
@@ -105,8 +105,8 @@ class Trainer:
         if not wanted:
             if latest is not None:
                 raise RunError(
-                    f"{self.plan.run_dir} already holds a run with {latest.name}. Add --config.resume_from=auto to go on "
-                    "with it, or choose another --config.run_name."
+                    f"{self.plan.run_dir} already holds a run with {latest.name}. Add --config.resume_from=auto to go "
+                    "on with it, or choose another --config.run_name."
                 )
             return None
         if wanted == "auto":
@@ -198,8 +198,8 @@ class Trainer:
 
     def _build_metrics(self) -> None:
         run_dir, config = self.plan.run_dir, self.config
-        trackers = [name for name in config.log_with.split(",") if name and name != "none"]
-        self.metrics = MetricsWriter(run_dir / "metrics.jsonl" if self.is_main else None, trackers, self.accelerator)
+        file = run_dir / "metrics.jsonl" if self.is_main else None
+        self.metrics = MetricsWriter(file, _trackers(config), self.accelerator)
         self.metrics.truncate_after(self.completed)
         self.metrics.start_trackers(config.run_project, _flat(config.to_dict()))
         if self.is_main:
@@ -211,9 +211,7 @@ class Trainer:
 
     def _evaluation_scorers(self) -> dict[str, dict[str, Any]]:
         try:
-            return {
-                t.name: {r: build_scorer(r, str(self.device)) for r in t.proxy_reward} for t in self.plan.teachers
-            }
+            return {t.name: {r: build_scorer(r, str(self.device)) for r in t.proxy_reward} for t in self.plan.teachers}
         except RewardError as error:
             raise RunError(f"{error}. Or train without evaluation: --config.eval_freq=0") from error
 
@@ -256,7 +254,11 @@ class Trainer:
         number, last = index + 1, index + 1 == config.num_epochs
         score = bool(config.monitor_freq) and (number % config.monitor_freq == 0 or number == 1 or last)
         grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
-        batches = [b for task, teacher in enumerate(self.plan.teachers) for b in self._batches(index, task, teacher, score or grid)]
+        batches = [
+            b
+            for task, teacher in enumerate(self.plan.teachers)
+            for b in self._batches(index, task, teacher, score or grid)
+        ]
         result = self.distiller.round(batches, f"round {number}")
         self._flush()
         if self.ema is not None:
@@ -325,7 +327,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold."""
         config = self.config
-        scores = {}
+        scores: dict[str, float] = {}
         generate = ImageGenerator(
             self.backbone,
             self.text,
@@ -380,7 +382,7 @@ class Trainer:
         with self._averaged():
             self.adapters.save_peft(STUDENT, folder / "lora", base)
             self.adapters.save_diffusers(STUDENT, folder / "diffusers", base)
-        tensors = {f"student.{i}": p for i, p in enumerate(self.optimizer.parameters)}
+        tensors: dict[str, Tensor] = {f"student.{i}": p for i, p in enumerate(self.optimizer.parameters)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow if self.ema else [])}
         scalars = {
             "round": self.completed,
@@ -415,7 +417,9 @@ class Trainer:
             return ""
         old = json.loads((self.resumed_from / "config.json").read_text(encoding="utf-8"))
         before, now = _flat(old), _flat(json.loads(json.dumps(self.config.to_dict())))
-        changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
+        changed = [
+            f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
+        ]
         note = f", resuming after round {self.completed} from {self.resumed_from}"
         return note + ("; changed since then: " + ", ".join(changed) if changed else "")
 
@@ -433,6 +437,10 @@ class _Swapped:
     def __exit__(self, *_: object) -> None:
         if self.ema is not None:
             self.ema.swap_out()
+
+
+def _trackers(config: ConfigDict) -> list[str]:
+    return [name for name in config.log_with.split(",") if name and name != "none"]
 
 
 def _adapter(teacher: TeacherSpec) -> str:
@@ -455,7 +463,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) or value is None else str(value)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, int | float | str | bool) or value is None else str(value)
+            )
     return flat
 
 

@@ -57,8 +57,8 @@ class Transition:
     def kl(self, v_student: Tensor, v_teacher: Tensor) -> Tensor:
         """KL between the student's and the teacher's kernel at the same state (eq. 11), mean over dimensions: ``[B]``.
 
-        Both share ``a``, ``x`` and ``std``, so it is ``b^2 / (2 std^2) * ||v_S - v_T||^2``. For a deterministic step the
-        paper's limit (eq. 12) is taken: ``b^2 / 2 * ||v_S - v_T||^2``, half the squared distance of the means.
+        Both share ``a``, ``x`` and ``std``, so it is ``b^2 / (2 std^2) * ||v_S - v_T||^2``. For a deterministic step
+        the paper's limit (eq. 12) is taken: ``b^2 / 2 * ||v_S - v_T||^2``, half the squared distance of the means.
         """
         return self.kl_weight * per_sample_mean((self.b * velocity_difference(v_student, v_teacher)).square())
 
@@ -118,7 +118,7 @@ def _sde(t: float, t_next: float, g: float) -> tuple[float, float, float]:
 
 
 def _flow_sde(t: float, t_next: float, eta: float, sigma_max: float | None) -> tuple[float, float, float]:
-    """Flow-GRPO's SDE (arXiv 2505.05470): ``g = eta sqrt(t / (1 - t))``, with ``sigma_max`` for t under the root at t = 1."""
+    """Flow-GRPO's SDE (arXiv 2505.05470): ``g = eta sqrt(t / (1 - t))``, at t = 1 with ``sigma_max`` below the bar."""
     if t == 1.0 and (sigma_max is None or not 0.0 <= sigma_max < 1.0):
         raise ValueError(f"flow_sde at sigma 1 needs sigma_max, the schedule's next sigma, below 1; got {sigma_max}")
     below_one = float(sigma_max) if t == 1.0 and sigma_max is not None else t
@@ -181,7 +181,7 @@ def per_sample_mean(values: Tensor) -> Tensor:
 
 
 def velocity_difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """``v_S - v_T`` in at least float32. Losses start from it: subtracting two nearly equal means would cancel digits."""
+    """``v_S - v_T`` in at least float32. Losses start from it: two nearly equal means would cancel digits."""
     return _at_least_float32(v_student) - _at_least_float32(v_teacher)
 
 

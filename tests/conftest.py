@@ -1,4 +1,5 @@
-"""Fixtures: an untrained SD3 of the tiny world's size, in the very folder format that the hub uses, and LoRAs for it."""
+"""Fixtures: an untrained SD3 of the tiny world's size, in the very folder format that the hub uses, and LoRAs for
+it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def text() -> Callable[[int, int], TextEmbeddings]:
 def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_lora(seed, rank, alpha, targets)`: a PEFT folder with random A and B, written by PEFT itself."""
 
-    def make(seed: int = 0, rank: int = 4, alpha: float = 8, targets: list[str] | None = None, std: float = 0.05) -> Path:
+    def make(
+        seed: int = 0, rank: int = 4, alpha: float = 8, targets: list[str] | None = None, std: float = 0.05
+    ) -> Path:
         transformer = load_backbone(str(pipeline_folder)).transformer
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or TARGETS, init_lora_weights="gaussian")
         model = get_peft_model(transformer, config)

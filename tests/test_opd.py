@@ -9,12 +9,11 @@ import weakref
 import pytest
 import torch
 
+from benchmarks.three_pass import three_pass
 from diffusionopd.distributed import noise
 from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe
 from diffusionopd.optim import Ema, NonFiniteError, StudentOptimizer
 from diffusionopd.transitions import schedule
-
-from benchmarks.three_pass import three_pass
 
 STEPS = 5
 
@@ -210,12 +209,15 @@ def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch,
     batches = make_batches(backbone, text)
     if where == "loss":
         original = backbone.velocity
-        monkeypatch.setattr(
-            backbone, "velocity",
-            lambda x, sigma, *a: original(x, sigma, *a) * (float("nan") if adapters.active == "teacher_b" and sigma < 0.8 else 1),
-        )  # fmt: skip
+
+        def broken(x, sigma, *rest):
+            factor = float("nan") if adapters.active == "teacher_b" and sigma < 0.8 else 1.0
+            return original(x, sigma, *rest) * factor
+
+        monkeypatch.setattr(backbone, "velocity", broken)
         step = next(i for i, tr in enumerate(distiller.recipe.transitions) if tr.sigma < 0.8)
-        message = rf"round 7: the loss is nan for task 'b' at step {step} \(sigma {distiller.recipe.transitions[step].sigma:.4f}\)"
+        sigma = distiller.recipe.transitions[step].sigma
+        message = rf"round 7: the loss is nan for task 'b' at step {step} \(sigma {sigma:.4f}\)"
     else:
         adapters.parameters(STUDENT)[0].register_hook(lambda g: g * float("inf"))
         message = "round 7: the gradient's norm is (nan|inf)"

@@ -67,7 +67,9 @@ def test_the_saved_lora_is_the_average_and_the_state_is_the_student(tiny_config)
     ema = [t for k, t in tensors.items() if k.startswith("ema.")]
     by_sum = sorted(t.double().sum().item() for t in saved)
     assert by_sum == pytest.approx(sorted(t.double().sum().item() for t in ema))
-    assert any(not torch.equal(tensors[k], tensors[k.replace("student", "ema")]) for k in tensors if k.startswith("student."))
+    assert any(
+        not torch.equal(tensors[k], tensors[k.replace("student", "ema")]) for k in tensors if k.startswith("student.")
+    )
 
 
 def test_base_and_teachers_are_bitwise_unchanged(tiny_config, tmp_path):
@@ -100,7 +102,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, tmp_p
     resumed = train(tiny_config(num_epochs=5, run_name="parts", resume_from="auto", **options))
     assert part.name == "checkpoint-2"
     assert_bitwise(checkpoint.load_state(whole / "state")[0], checkpoint.load_state(resumed / "state")[0])
-    assert_bitwise(load_file(whole / "lora/adapter_model.safetensors"), load_file(resumed / "lora/adapter_model.safetensors"))
+    assert_bitwise(
+        load_file(whole / "lora/adapter_model.safetensors"), load_file(resumed / "lora/adapter_model.safetensors")
+    )
     keys = ("round", "loss", "loss/first", "loss/second", "grad_norm")
     rows = [[{k: row[k] for k in keys} for row in metrics(tmp_path / "logs" / name)] for name in ("whole", "parts")]
     assert rows[0] == rows[1]
@@ -178,6 +182,7 @@ def test_every_setting_runs(tiny_config, tmp_path, options):
     last = train(tiny_config(num_epochs=1, **options))
     checkpoint.verify(last)
     assert metrics(tmp_path / "logs" / "run")[0]["loss"] != 0
+    assert (tmp_path / "logs" / "run" / "trackers").exists() == ("log_with" in options)
 
 
 def test_checkpointing_activations_changes_nothing(tiny_config):
@@ -217,7 +222,9 @@ def launch(script: Path, processes: int = 2) -> None:
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    done = subprocess.run([*command, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
