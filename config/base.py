@@ -121,7 +121,8 @@ def get_config() -> ConfigDict:
     #   guidance_scale  of this teacher; optional (sample.teacher_guidance_scale)
     train.teachers = []
     # What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
-    # means), or "policy_gradient", the PPO-style surrogate with the negative KL as advantage (needs noise).
+    # means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next state
+    # shows it (needs noise).
     train.loss = "kl"
     # In which quantity "kl" compares: "mean" of the step (the paper's), "velocity", or "x0".
     train.target = "mean"

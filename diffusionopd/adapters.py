@@ -282,7 +282,7 @@ class Adapters:
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{_PREFIXES[1]}{n}": t.cpu().contiguous() for n, t in self.state_dict(name).items()}
-        config = {f"transformer.{k}": v for k, v in _plain(self._described(name, base_model).to_dict()).items()}
+        config = {f"transformer.{k}": _plain(v) for k, v in self._described(name, base_model).to_dict().items()}
         header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
         save_file(tensors, folder / DIFFUSERS_WEIGHTS, metadata=header)
 

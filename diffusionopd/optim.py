@@ -20,8 +20,8 @@ class StudentOptimizer:
     """AdamW with a constant loss scale, dynamic scaling for fp16, gradient clipping and EMA over the student's tensors.
 
     ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves
-    gradients so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); AdamW itself is
-    invariant to the factor. Whatever this class reports, and the clipping threshold, are in the units of the
+    gradients so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); apart from epsilon
+    AdamW does not see the factor. Whatever this class reports, and the clipping threshold, are in the units of the
     unscaled loss.
     """
 
@@ -68,7 +68,8 @@ class StudentOptimizer:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale
         if not math.isfinite(norm):
-            return self._overflow(norm)
+            self._overflow(norm)
+            return None
         if norm > self.max_grad_norm:
             # torch's clipping adds 1e-6 to the norm, which is more than these norms can be.
             torch._foreach_mul_(gradients, self.max_grad_norm / norm)
@@ -148,7 +149,7 @@ class Ema:
             mine.copy_(saved)
 
 
-def _adamw_class(use_8bit: bool) -> type[torch.optim.Optimizer]:
+def _adamw_class(use_8bit: bool) -> type[torch.optim.AdamW]:
     if not use_8bit:
         return torch.optim.AdamW
     try:

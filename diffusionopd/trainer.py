@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
@@ -141,8 +141,7 @@ class Trainer:
             load_text_encoder, model, revision, dtype=self.dtype, device=self.device, max_sequence_length=length
         )
         self.text = TextCache(config.cache_dir, key, length, self.dtype)
-        self.text.fill(texts, load, rank=self.rank, world=self.world)
-        self.accelerator.wait_for_everyone()
+        self._together(lambda: self.text.fill(texts, load, rank=self.rank, world=self.world), "encoding the prompts")
 
     def _load_models(self) -> None:
         config = self.config
@@ -363,19 +362,27 @@ class Trainer:
         self._flush()
         self.metrics.sync()
         root, name = self.plan.run_dir / "checkpoints", f"checkpoint-{self.completed}"
-        failure: Exception | None = None
+        protect = [self.resumed_from] if self.resumed_from else []
+        limit = self.config.num_checkpoint_limit
         if self.is_main:
-            try:
-                protect = [self.resumed_from] if self.resumed_from else []
-                checkpoint.save(root, name, self._write_checkpoint, self.config.num_checkpoint_limit, protect)
-            except Exception as error:  # noqa: BLE001 - told to the other processes, then raised
-                failure = error
+            self._together(lambda: checkpoint.save(root, name, self._write_checkpoint, limit, protect), "saving")
+        else:
+            self._together(lambda: None, "saving")
+        return root / name
+
+    @staticmethod
+    def _together(work: Callable[[], object], what: str) -> None:
+        """Do this process's part; raise on every process when it failed on any, so that none waits for another."""
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
         failures = distributed.sum_over_processes(torch.tensor(float(failure is not None))).item()
         if failure is not None:
             raise failure
         if failures:
-            raise RunError(f"{root / name} could not be written by the first process; see its message")
-        return root / name
+            raise RunError(f"{what} failed in {failures:.0f} other process(es); see their messages")
 
     def _write_checkpoint(self, folder: Path) -> None:
         base = self.config.pretrained.model
