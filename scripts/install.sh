@@ -36,6 +36,7 @@ _install() {
     stamp="$(python -c 'import sys; print(sys.prefix)')/.diffusionopd-installed"
     wanted="$target $(cat "$root/setup.py" "$root/constraints.txt" | cksum)"
     if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+        echo "Installing the project${extras:+ with $extras} (the first time takes minutes)"
         python -m pip install --disable-pip-version-check --quiet -e "$target" -c "$root/constraints.txt" || return 1
         echo "$wanted" >>"$stamp"
     fi
