@@ -99,14 +99,18 @@ def score_samples(
     sample_ids: Sequence[int],
     batch_size: int,
     images_per_prompt: int = 1,
-    progress: bool = False,
+    progress: str = "",
 ) -> Iterator[tuple[list[Record], Tensor]]:
     """Generate and score samples batch by batch: yields the batch's records and its pictures.
+
+    Args:
+        sample_ids: prompt index times `images_per_prompt`, plus the image's number.
+        progress: title of a progress bar; none without.
 
     Raises:
         RewardError: a scorer's output is malformed.
     """
-    with tqdm(total=len(sample_ids), desc="evaluating", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(sample_ids), desc=progress, unit="image", disable=not progress) as bar:
         for start in range(0, len(sample_ids), batch_size):
             ids = sample_ids[start : start + batch_size]
             samples = [divmod(sample_id, images_per_prompt) for sample_id in ids]
@@ -162,9 +166,8 @@ def evaluate(
     barrier()
     done = files.done()
     own = [sample_id for sample_id in range(len(texts)) if sample_id not in done][rank::world]
-    for records, images in score_samples(
-        generate, prompts, scorers, own, batch_size, images_per_prompt, progress=rank == 0
-    ):
+    progress = f"evaluating {files.folder.name}" if rank == 0 and own else ""
+    for records, images in score_samples(generate, prompts, scorers, own, batch_size, images_per_prompt, progress):
         if save_images:
             for record, pixels in zip(records, to_uint8(images), strict=True):
                 files.save_image(record.sample_id, pixels)

@@ -9,7 +9,6 @@ settings (base model, resolution, steps, guidance) are found beside its checkpoi
 
 import argparse
 import json
-import runpy
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.adapters import load_lora
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
+from diffusionopd.config_schema import load_config
 from diffusionopd.evaluation import Job, find_checkpoint, run
 from diffusionopd.results import EvaluationError, format_table
 
@@ -62,17 +62,18 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """A configuration, as nested dicts: `config/file.py:name` or a run's `config.json`. Raises `EvaluationError`."""
-    file, _, name = source.partition(":")
-    if not Path(file).is_file():
-        raise EvaluationError(f"there is no configuration file {file}")
+    """A configuration as nested dicts: `config/<file>.py:<name>`, or the `config.json` of a run.
+
+    Raises:
+        ConfigError: there is no such file or name.
+        EvaluationError: a JSON file that is no configuration.
+    """
+    if not source.endswith(".json"):
+        return load_config(source).to_dict()
     try:
-        if file.endswith(".json"):
-            return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-        get_config = runpy.run_path(file)["get_config"]
-        return (get_config(name) if name else get_config()).to_dict()
-    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
-        raise EvaluationError(f"{source} is no configuration ({error!r}); expected config/<file>.py:<name>") from error
+        return dict(json.loads(Path(source).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise EvaluationError(f"{source} is not the config.json of a run: {error}") from error
 
 
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:

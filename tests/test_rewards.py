@@ -100,7 +100,7 @@ def test_a_known_reward_without_scorer_says_so():
 def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(REGISTRY, "needy", "diffusionopd_no_such_package:Scorer")
     monkeypatch.setitem(rewards.EXTRAS, "needy", "ocr")
-    with pytest.raises(RewardError, match=r"'diffusionopd_no_such_package'.*pip install -e '\.\[ocr\]'"):
+    with pytest.raises(RewardError, match=r"diffusionopd_no_such_package.*pip install -e '\.\[ocr\]'"):
         build_scorer("needy")
 
 

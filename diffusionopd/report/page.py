@@ -204,7 +204,9 @@ dd { margin: 0; overflow-wrap: anywhere; }
   main { padding: 1.2rem .75rem 2rem; }
   section { padding: 1rem .9rem; }
   h1 { font-size: 1.4rem; }
-  th, td { padding: .45rem .5rem; }
+  table { font-size: .86rem; }
+  th, td { padding: .4rem .3rem; }
+  th:first-child { white-space: normal; }
   dl div { grid-template-columns: 1fr; gap: 0; }
 }
 """

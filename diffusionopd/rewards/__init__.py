@@ -95,8 +95,8 @@ def build_scorer(name: str, device: str = "cpu", **options: Any) -> Scorer:
     try:
         factory = getattr(importlib.import_module(module), attribute)
         return factory(**_arguments(name, factory, device, options))
-    except ModuleNotFoundError as error:
-        raise RewardError(f"reward '{name}' needs the package '{error.name}': {_install(name)}") from error
+    except ImportError as error:
+        raise RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {_install(name)}") from error
 
 
 def _install(name: str) -> str:
