@@ -82,10 +82,11 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/tiny/model")
-    parser.add_argument("--teachers", nargs="+", default=[f"assets/tiny/teachers/{t}/lora" for t in ("compose",
-    "ocr", "scene")]) parser.add_argument("--random", choices=["sd35"], help="random weights of this shape instead of
-    --model") parser.add_argument("--gap", type=float, default=0.1, help="with --random: size of the teacher's
-    lora_B, relative") parser.add_argument("--resolution", type=int, default=64)
+    tiny = [f"assets/tiny/teachers/{task}/lora" for task in ("compose", "ocr", "scene")]
+    parser.add_argument("--teachers", nargs="+", default=tiny)
+    parser.add_argument("--random", choices=["sd35"], help="random weights of this shape instead of --model")
+    parser.add_argument("--gap", type=float, default=0.1, help="with --random: relative size of the teacher's lora_B")
+    parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--timestep_fraction", type=float, default=0.99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
@@ -209,10 +210,15 @@ class Trainer:
         self._held_row: dict[str, Any] | None = None
 
     def _evaluation_scorers(self) -> dict[str, dict[str, Any]]:
-        try:
-            return {t.name: {r: build_scorer(r, str(self.device)) for r in t.proxy_reward} for t in self.plan.teachers}
-        except RewardError as error:
-            raise RunError(f"{error}. Or train without evaluation: --config.eval_freq=0") from error
+        """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
+        scorers: dict[str, dict[str, Any]] = {teacher.name: {} for teacher in self.plan.teachers}
+        for teacher in self.plan.teachers:
+            for name in teacher.proxy_reward:
+                try:
+                    scorers[teacher.name][name] = build_scorer(name, str(self.device))
+                except RewardError as error:
+                    warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+        return {task: found for task, found in scorers.items() if found}
 
     def _check_processes_agree(self) -> None:
         tensors = [p for name in self.adapters.configs for p in self.adapters.parameters(name)]
@@ -336,11 +342,11 @@ class Trainer:
             seed=config.seed,
         )
         with self._averaged(), self.adapters.using(STUDENT):
-            for task, prompts in self.test_prompts.items():
+            for task, scorers in self.scorers.items():
                 means = evaluate_task(
                     generate,
-                    prompts,
-                    self.scorers[task],
+                    self.test_prompts[task],
+                    scorers,
                     batch_size=config.sample.test_batch_size,
                     rank=self.rank,
                     world=self.world,
