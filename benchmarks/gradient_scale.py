@@ -21,9 +21,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from benchmarks.round import TARGETS, build
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
+from diffusionopd.batches import Batch
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import noise
-from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe
+from diffusionopd.opd import STUDENT, Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.transitions import schedule
 

@@ -22,8 +22,9 @@ import torch
 from benchmarks.three_pass import three_pass
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
+from diffusionopd.batches import Batch
 from diffusionopd.distributed import noise
-from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe
+from diffusionopd.opd import STUDENT, Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.transitions import schedule
 

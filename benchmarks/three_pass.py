@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusionopd.opd import STUDENT, Batch, Distiller
+from diffusionopd.batches import Batch
+from diffusionopd.opd import STUDENT, Distiller
 
 
 def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:

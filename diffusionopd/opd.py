@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
+from diffusionopd.batches import Batch
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import mean_over_processes
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
@@ -18,20 +19,6 @@ from diffusionopd.rollout import Velocity, Visit, rollout
 from diffusionopd.transitions import Transition
 
 STUDENT = "student"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one process rolls out for one task at once: ``B`` samples."""
-
-    task: str
-    teacher: str
-    teacher_guidance: float
-    x: Tensor  # [B, C, h, w] noise at sigma 1
-    text: TextEmbeddings  # [B, ...]
-    draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
-    prompts: tuple[int, ...] = ()  # indices into the task's prompts, for whoever looks at the pictures
-    wants_picture: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -129,14 +130,15 @@ class Ema:
             self._model.optimization_step = completed_rounds  # the decay's n counts rounds, not updates
             self._model.step(self.parameters)
 
-    def swap_in(self) -> None:
-        """Put the averages into the student until :meth:`swap_out`."""
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The student's tensors hold the averages inside the block, and their own values again after it."""
         self._model.store(self.parameters)
         self._model.copy_to(self.parameters)
-
-    def swap_out(self) -> None:
-        """Give the student its own weights back."""
-        self._model.restore(self.parameters)
+        try:
+            yield
+        finally:
+            self._model.restore(self.parameters)
 
     @property
     def shadow(self) -> list[Tensor]:

@@ -6,7 +6,8 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
@@ -23,12 +24,12 @@ from tqdm import tqdm
 from diffusionopd import checkpoint, distributed
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import load_backbone, load_text_encoder, text_key
-from diffusionopd.config_schema import RunPlan, TeacherSpec, check
-from diffusionopd.distributed import Stream, noise
+from diffusionopd.batches import Batch, BatchMaker, adapter_name
+from diffusionopd.config_schema import RunPlan, check
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
 from diffusionopd.metrics import MetricsWriter
 from diffusionopd.monitor import Monitor, Picture
-from diffusionopd.opd import STUDENT, Batch, Distiller, Recipe, RoundResult
+from diffusionopd.opd import STUDENT, Distiller, Recipe, RoundResult
 from diffusionopd.optim import Ema, StudentOptimizer
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
 from diffusionopd.rewards import KNOWN_REWARDS, RewardError, build_scorer
@@ -91,7 +92,8 @@ class Trainer:
         self._load_prompts()
         self._fill_text_cache()
         self._load_models()
-        self._build_optimizer()
+        self._build_batches()
+        self._build_distiller()
         self._build_metrics()
         if self.resumed_from is not None:
             self._load_state(self.resumed_from)
@@ -163,9 +165,27 @@ class Trainer:
                 seed=config.seed,
             )
         for teacher in self.plan.teachers:
-            self.adapters.add_teacher(_adapter(teacher), teacher.lora_path)
+            self.adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
 
-    def _build_optimizer(self) -> None:
+    def _build_batches(self) -> None:
+        config = self.config
+        self.batches = BatchMaker(
+            self.plan,
+            self.samplers,
+            self.prompts,
+            self.text,
+            latent_shape=self.backbone.latent_shape(config.resolution),
+            device=self.device,
+            dtype=self.dtype,
+            seed=config.seed,
+            backward_size=config.train.batch_size,
+            images_per_prompt=config.sample.num_image_per_prompt,
+            same_latent=config.sample.same_latent,
+            rank=self.rank,
+            world=self.world,
+        )
+
+    def _build_distiller(self) -> None:
         train, plan = self.config.train, self.plan
         parameters = self.adapters.parameters(STUDENT)
         self.optimizer = StudentOptimizer(
@@ -259,54 +279,16 @@ class Trainer:
         number, last = index + 1, index + 1 == config.num_epochs
         score = bool(config.monitor_freq) and (number % config.monitor_freq == 0 or number == 1 or last)
         grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
-        batches = [
-            b
-            for task, teacher in enumerate(self.plan.teachers)
-            for b in self._batches(index, task, teacher, score or grid)
-        ]
+        batches = list(self.batches.round(index, watched=score or grid))
         result = self.distiller.round(batches, f"round {number}")
         self._flush()
         if self.ema is not None:
             self.ema.update(number)
         if result.pictures:
             name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
-            self.monitor.watch(self._pictures(result), score=score, grid=name, title=f"student after {index} rounds")
+            pictures = [Picture(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
+            self.monitor.watch(pictures, score=score, grid=name, title=f"student after {index} rounds")
         return self._row(number, batches, result, time.perf_counter() - started)
-
-    def _batches(self, index: int, task: int, teacher: TeacherSpec, watched: bool) -> Iterable[Batch]:
-        """This process's batches of one task. A sample's prompt and noise depend on its global index alone."""
-        config, plan = self.config, self.plan
-        size = config.train.batch_size
-        for batch in range(plan.batches_per_task):
-            first = (batch * self.world + self.rank) * plan.batch_size
-            for start in range(first, first + plan.batch_size, size):
-                samples = list(range(start, start + size))
-                yield self._batch(index, task, teacher, samples, watched and batch == 0)
-
-    def _batch(self, index: int, task: int, teacher: TeacherSpec, samples: list[int], watched: bool) -> Batch:
-        config, seed = self.config, self.config.seed
-        shape = self.backbone.latent_shape(config.resolution)
-        groups = [sample // config.sample.num_image_per_prompt for sample in samples]
-        prompts = tuple(self.samplers[teacher.name].index(index, group) for group in groups)
-        own = groups if config.sample.same_latent else samples
-        x = noise(shape, [(Stream.LATENT, seed, index, task, i) for i in own])
-
-        def draw_noise(step: int) -> Tensor:
-            return noise(shape, [(Stream.STEP, seed, index, task, i, step) for i in samples]).to(self.device)
-
-        return Batch(
-            task=teacher.name,
-            teacher=_adapter(teacher),
-            teacher_guidance=teacher.guidance_scale,
-            x=x.to(self.device),
-            text=self.text.get([self.prompts[teacher.name][i].text for i in prompts], self.device, self.dtype),
-            draw_noise=draw_noise,
-            prompts=prompts,
-            wants_picture=watched,
-        )
-
-    def _pictures(self, result: RoundResult) -> list[Picture]:
-        return [Picture(b.task, x, [self.prompts[b.task][i] for i in b.prompts]) for b, x in result.pictures]
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
         by_task = {t.name: [i for i, b in enumerate(batches) if b.task == t.name] for t in self.plan.teachers}
@@ -360,8 +342,8 @@ class Trainer:
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def _averaged(self) -> _Swapped:
-        return _Swapped(self.ema)
+    def _averaged(self) -> AbstractContextManager:
+        return nullcontext() if self.ema is None else self.ema.in_use()
 
     def _save(self) -> Path:
         """A checkpoint after ``completed`` rounds; every process returns or raises together."""
@@ -435,30 +417,6 @@ class Trainer:
         ]
         note = f", resuming after round {self.completed} from {self.resumed_from}"
         return note + ("; changed since then: " + ", ".join(changed) if changed else "")
-
-
-class _Swapped:
-    """Context in which the student's tensors hold their moving averages; does nothing without EMA."""
-
-    def __init__(self, ema: Ema | None) -> None:
-        self.ema = ema
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self.ema.swap_in()
-
-    def __exit__(self, *_: object) -> None:
-        if self.ema is not None:
-            self.ema.swap_out()
-
-
-def _trackers(config: ConfigDict) -> list[str]:
-    return [name for name in config.log_with.split(",") if name and name != "none"]
-
-
-def _adapter(teacher: TeacherSpec) -> str:
-    """The adapter's name: a task may be called anything, a module attribute may not."""
-    return "teacher_" + "".join(c if c.isalnum() else "_" for c in teacher.name)
 
 
 def _completed_rounds(folder: Path | None) -> int:

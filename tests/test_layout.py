@@ -19,7 +19,7 @@ PACKAGE = "diffusionopd"
 ROWS = (
     {"transitions", "distributed", "config_schema", "adapters", "conditioning"},
     {"losses", "prompts", "text", "backbone", "metrics", "checkpoint", "optim", "rewards"},
-    {"rollout", "benchmarks", "results", "monitor"},
+    {"rollout", "batches", "benchmarks", "results", "monitor"},
     {"opd", "evaluation", "report", "stage1"},
     {"trainer"},
 )

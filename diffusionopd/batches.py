@@ -1,0 +1,87 @@
+"""Which prompts and which noise a process rolls out in a round: a pure function of (seed, round, task, sample index).
+
+A sample's index runs over all batches of a task in a round and over all processes, so the same samples are drawn
+whatever the number of processes and the size of a backward batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.config_schema import RunPlan, TeacherSpec
+from diffusionopd.distributed import Stream, noise
+from diffusionopd.prompts import Prompt, PromptSampler
+from diffusionopd.text import TextCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process rolls out for one task at once: ``B`` samples."""
+
+    task: str
+    teacher: str  # the adapter's name
+    teacher_guidance: float
+    x: Tensor  # [B, C, h, w] noise at sigma 1, float32
+    text: TextEmbeddings  # [B, ...]
+    draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
+    prompts: Sequence[Prompt] = ()
+    wants_picture: bool = False
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes a process's batches of any round, in any order."""
+
+    plan: RunPlan
+    samplers: Mapping[str, PromptSampler]  # task -> which of its prompts comes when
+    prompts: Mapping[str, Sequence[Prompt]]  # task -> its training prompts
+    text: TextCache
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype  # of the text embeddings
+    seed: int
+    backward_size: int  # samples in one backward pass
+    images_per_prompt: int
+    same_latent: bool
+    rank: int
+    world: int
+
+    def round(self, index: int, *, watched: bool) -> Iterator[Batch]:
+        """The batches of round ``index`` (from 0), task by task; ``watched`` asks the first of each for pictures."""
+        plan, size = self.plan, self.backward_size
+        for task in range(len(plan.teachers)):
+            for batch in range(plan.batches_per_task):
+                first = (batch * self.world + self.rank) * plan.batch_size
+                for start in range(first, first + plan.batch_size, size):
+                    yield self._batch(index, task, range(start, start + size), watched and batch == 0)
+
+    def _batch(self, index: int, task: int, samples: Sequence[int], watched: bool) -> Batch:
+        teacher, key = self.plan.teachers[task], (self.seed, index, task)
+        groups = [sample // self.images_per_prompt for sample in samples]
+        sampler, texts = self.samplers[teacher.name], self.prompts[teacher.name]
+        prompts = [texts[sampler.index(index, group)] for group in groups]
+        own = groups if self.same_latent else samples
+
+        def draw_noise(step: int) -> Tensor:
+            return noise(self.latent_shape, [(Stream.STEP, *key, i, step) for i in samples]).to(self.device)
+
+        return Batch(
+            task=teacher.name,
+            teacher=adapter_name(teacher),
+            teacher_guidance=teacher.guidance_scale,
+            x=noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own]).to(self.device),
+            text=self.text.get([prompt.text for prompt in prompts], self.device, self.dtype),
+            draw_noise=draw_noise,
+            prompts=prompts,
+            wants_picture=watched,
+        )
+
+
+def adapter_name(teacher: TeacherSpec) -> str:
+    """The teacher's adapter: a task may be called anything, a module attribute may not."""
+    return "teacher_" + "".join(c if c.isalnum() else "_" for c in teacher.name)
