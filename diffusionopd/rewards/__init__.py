@@ -38,8 +38,12 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, str] = {
+    "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
+    "clipscore": "diffusionopd.rewards.clip:ClipScore",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusionopd.rewards.jpeg:JpegIncompressibility",
+    "ocr": "diffusionopd.rewards.ocr:Ocr",
+    "pickscore": "diffusionopd.rewards.clip:PickScore",
     "tiny_compose": "diffusionopd.tiny.scorers:TinyCompose",
     "tiny_ocr": "diffusionopd.tiny.scorers:TinyOcr",
     "tiny_scene": "diffusionopd.tiny.scorers:TinyScene",
@@ -54,7 +58,7 @@ UPSTREAM_REWARDS = frozenset(
 KNOWN_REWARDS = UPSTREAM_REWARDS | REGISTRY.keys()
 """Every name a config may use."""
 
-EXTRAS: dict[str, str] = {"tiny_compose": "tiny", "tiny_ocr": "tiny", "tiny_scene": "tiny"}
+EXTRAS: dict[str, str] = {"ocr": "ocr", "tiny_compose": "tiny", "tiny_ocr": "tiny", "tiny_scene": "tiny"}
 """Reward name -> the extra of this package that installs what the scorer imports."""
 
 

@@ -1,0 +1,62 @@
+"""The LAION aesthetic predictor (improved-aesthetic-predictor, "sac+logos+ava1-l14-linearMSE")."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.clip import CLIP_L, load_clip
+from diffusionopd.rewards.images import Images
+
+HEAD = "reward_ckpts/sac+logos+ava1-l14-linearMSE.pth"
+SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
+WIDTHS = (1024, 128, 64, 16, 1)
+
+
+class AestheticHead(nn.Module):
+    """Five linear layers without activations, with the original's dropouts as gaps in their numbers."""
+
+    def __init__(self, width: int = 768):
+        """Args: `width` of the image embedding."""
+        super().__init__()
+        numbers, inputs = ("0", "2", "4", "6", "7"), (width, *WIDTHS)
+        layers = {number: nn.Linear(inputs[i], WIDTHS[i]) for i, number in enumerate(numbers)}
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """`[B, width]` unit length to `[B]`."""
+        for layer in self.layers.values():
+            embedding = layer(embedding)
+        return embedding.squeeze(-1)
+
+
+def load_head(path: str, width: int) -> AestheticHead:
+    """The head from its published file. Raises `RewardError` if it is missing (with the command), or another file."""
+    if not Path(path).is_file():
+        raise RewardError(f"reward 'aesthetic' needs {path}. To fetch it: curl -L --create-dirs -o '{path}' '{SOURCE}'")
+    head = AestheticHead(width)
+    try:
+        head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise RewardError(
+            f"{path} is not the aesthetic predictor's file: {error}. Fetch it again from {SOURCE}"
+        ) from error
+    return head.requires_grad_(False).eval()
+
+
+class Aesthetic:
+    """`aesthetic`: what people would rate the picture, about 1 to 10, whatever the prompt."""
+
+    def __init__(self, device: str = "cpu", dtype: str = "float32", model: str = CLIP_L, head: str = HEAD):
+        """Args: `model`, CLIP as hub id or folder; `head`, the predictor's file. Raises as `load_clip`, `load_head`."""
+        self.clip = load_clip(model, model, device, dtype)
+        self.head = load_head(head, self.clip.model.config.projection_dim).to(device)
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`."""
+        with torch.no_grad():
+            return {"aesthetic": self.head(self.clip.image_embeddings(images)).double().cpu().numpy()}

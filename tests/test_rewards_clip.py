@@ -1,0 +1,132 @@
+"""PickScore, CLIPScore and the aesthetic predictor against their official recipes, on a tiny CLIP of random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from diffusionopd.rewards import RewardError, build_scorer
+from diffusionopd.tiny.models import clip_tokenizer
+
+PROMPTS = ["a photo of a red circle left of a blue square", "a sign", "a photo of two green triangles"]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's constants
+SIDE, WIDTH = 32, 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A CLIP folder in the hub's format."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer("<|endoftext|>")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = CLIPTextConfig(
+        **shape, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(**shape, image_size=SIDE, patch_size=8)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
+    path = tmp_path_factory.mktemp("clip")
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # far from the near-zero initial values
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    """Pictures wider than high, so that resizing and cropping both matter."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
+    return [Image.fromarray(array).resize((160, 96), Image.Resampling.BILINEAR) for array in pixels]
+
+
+def official_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """OpenAI's transform written out: shorter side by bicubic, centre crop, to tensor, normalise."""
+    batch = []
+    for image in images:
+        scale = SIDE / min(image.size)
+        resized = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (resized.width - SIDE) // 2, (resized.height - SIDE) // 2
+        array = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float64) / 255
+        batch.append(torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1).float())
+    return torch.stack(batch)
+
+
+def official_logits(folder: str, images: list[Image.Image]) -> np.ndarray:
+    """Diagonal of `logits_per_image`, one picture and prompt at a time."""
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), clip_tokenizer("<|endoftext|>")
+    logits = []
+    for pixels, prompt in zip(official_pixels(images), PROMPTS, strict=True):
+        with torch.no_grad():
+            tokens = tokenizer([prompt], return_tensors="pt")
+            logits.append(model(pixel_values=pixels[None], **tokens).logits_per_image.item())
+    return np.array(logits)
+
+
+def tensor(images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+def test_pickscore_and_clipscore_are_the_official_logits(folder, images):
+    wanted = official_logits(folder, images)
+    assert np.ptp(wanted) > 0.05  # the pictures are told apart
+    pick = build_scorer("pickscore", model=folder, processor=folder)
+    clip = build_scorer("clipscore", model=folder)
+    np.testing.assert_allclose(pick.score(images, PROMPTS, [{}] * 3)["pickscore"], wanted, atol=1e-4)
+    np.testing.assert_allclose(clip.score(images, PROMPTS, [{}] * 3)["clipscore"], wanted / 100, atol=1e-6)
+
+
+def test_every_form_of_a_picture_scores_the_same(folder, images):
+    scorer = build_scorer("clipscore", model=folder)
+    pixels = tensor(images)
+    scores = [scorer.score(form, PROMPTS, [{}] * 3)["clipscore"] for form in (images, pixels, pixels.float() / 255)]
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_array_equal(scores[0], scores[2])
+
+
+def test_long_prompts_are_cut_to_the_context(folder, images):
+    score = build_scorer("clipscore", model=folder).score(images[:1], ["a red circle " * 40], [{}])
+    assert np.isfinite(score["clipscore"]).all()
+
+
+def official_head() -> torch.nn.Sequential:
+    """The predictor as its repository builds it."""
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout
+    return torch.nn.Sequential(
+        linear(WIDTH, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1),
+        linear(64, 16), linear(16, 1),
+    )  # fmt: skip
+
+
+def test_aesthetic_is_the_official_head_on_the_unit_embedding(folder, images, tmp_path):
+    torch.manual_seed(1)
+    head, path = official_head().eval(), tmp_path / "head.pth"
+    torch.save({f"layers.{name}": value for name, value in head.state_dict().items()}, path)
+    with torch.no_grad():
+        features = CLIPModel.from_pretrained(folder).get_image_features(official_pixels(images)).pooler_output
+        wanted = head(features / features.norm(dim=-1, keepdim=True)).squeeze(-1).numpy()
+    scorer = build_scorer("aesthetic", model=folder, head=str(path))
+    np.testing.assert_allclose(scorer.score(images, PROMPTS, [{}] * 3)["aesthetic"], wanted, atol=1e-5)
+
+
+def test_what_is_missing_is_named_with_the_command(folder, tmp_path):
+    with pytest.raises(RewardError, match="hf download nobody/no-such-clip"):
+        build_scorer("clipscore", model="nobody/no-such-clip")
+    with pytest.raises(RewardError, match="curl -L"):
+        build_scorer("aesthetic", model=folder, head=str(tmp_path / "none.pth"))
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(1)}, other)
+    with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
+        build_scorer("aesthetic", model=folder, head=str(other))
+    Path(other).write_bytes(b"not a checkpoint")
+    with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
+        build_scorer("aesthetic", model=folder, head=str(other))
+    with pytest.raises(RewardError, match="no dtype"):
+        build_scorer("clipscore", model=folder, dtype="int8")
