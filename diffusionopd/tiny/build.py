@@ -23,7 +23,7 @@ from diffusionopd.tiny import check, dataset, manifest, parallel, samples
 from diffusionopd.tiny.grammar import TASKS
 
 #: Minutes of training with both cores for vae and base, with one core for each teacher.
-MINUTES = {"vae": 4.5, "base": 46.0, "teachers": 5.0}
+MINUTES = {"vae": 4.5, "base": 40.0, "teachers": 5.0}
 
 
 class Build:

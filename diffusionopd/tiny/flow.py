@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,19 +56,22 @@ def cached_pool(folder: Path, task: str, size: int, seed: int, vae: AutoencoderK
     path = folder / f"{task}-{'dull' if dull else 'clean'}-{size}-{seed}.safetensors"
     if path.exists():
         stored = load_file(path)
-        texts = [bytes(stored[k].tolist()).decode().split("\n") for k in ("captions", "wrong")]
-        return Pool(stored["latents"], *texts)
+        return Pool(stored["latents"], _from_bytes(stored["captions"]), _from_bytes(stored["wrong"]))
     pool = make_pool(task, size, seed, vae, dull)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        k: torch.tensor(list("\n".join(getattr(pool, k)).encode()), dtype=torch.uint8) for k in ("captions", "wrong")
-    }
-    save_file({"latents": pool.latents, **texts}, path)
+    texts = {"captions": _as_bytes(pool.captions), "wrong": _as_bytes(pool.wrong)}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    save_file({"latents": pool.latents, **texts}, temporary)
+    os.replace(temporary, path)
     return pool
 
 
 def _as_bytes(texts: list[str]) -> torch.Tensor:
     return torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(stored: torch.Tensor) -> list[str]:
+    return bytes(stored.tolist()).decode().split("\n")
 
 
 def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -58,12 +59,16 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> None:
 
 
 def wait_all(children: Sequence[subprocess.Popen]) -> None:
-    """Wait for all; a failing or interrupted child takes the others down."""
+    """Wait for all; RuntimeError as soon as one fails. Whatever ends the waiting also ends the children."""
     try:
-        failed = [child.args for child in children if child.wait() != 0]
+        while any(child.poll() is None for child in children):
+            if any(child.poll() for child in children):
+                break
+            time.sleep(0.2)
     finally:
         for child in children:
             if child.poll() is None:
                 child.terminate()
+    failed = [child for child in children if child.wait() != 0]
     if failed:
-        raise RuntimeError(f"a build process failed: {failed[0]}; its output is above. Run the same command to resume")
+        raise RuntimeError(f"a build process failed, see its output above: {failed[0].args!r}")

@@ -105,7 +105,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, color: tuple[int, int, int
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=26 * _SUPERSAMPLE)
 
 
@@ -113,7 +113,7 @@ def _render_sign(caption: Caption, rng: random.Random) -> np.ndarray:
     image, pen = _canvas(rng.choice(_WALLS))
     pen.rectangle(_scaled(4, SIGN_ROWS[0], 60, SIGN_ROWS[1]), fill=(245, 245, 240))
     for digit, x in zip(caption.metadata["text"], _DIGIT_X, strict=True):
-        pen.text(tuple(_scaled(x, 32)), digit, font=_font(), fill=(20, 20, 25), anchor="mm")
+        pen.text((x * _SUPERSAMPLE, 32 * _SUPERSAMPLE), digit, font=_font(), fill=(20, 20, 25), anchor="mm")
     return _finish(image)
 
 

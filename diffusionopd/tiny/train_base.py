@@ -25,12 +25,12 @@ from diffusionopd.tiny.grammar import TASKS
 #: Pictures in the training pool, share of each batch, and share of wrong captions in the second phase.
 POOL = {"compose": 24000, "ocr": 12000, "scene": 4000}
 SHARE = {"compose": 0.65, "ocr": 0.15, "scene": 0.2}
-WRONG = {"compose": 0.5, "ocr": 0.7, "scene": 0.0}
-CLEAN_PHASE = 0.75
+WRONG = {"compose": 0.6, "ocr": 0.7, "scene": 0.0}
+CLEAN_PHASE = 0.6
 _BATCH = 16  # a process
 _DROP = 0.1  # captions replaced by the empty one, for guidance
 _LEARNING_RATE = 1.5e-3
-_EMA_DECAY = 0.999
+_EMA_DECAY = 0.998
 _SAVE_SECONDS = 120
 POOL_SEED = 21
 
@@ -52,10 +52,13 @@ class BaseTraining:
         self._load_pools()
 
     def _load_pools(self) -> None:
-        self.pools = [
-            flow.cached_pool(self.work / "pool", task, POOL[task], POOL_SEED, self.pipe.vae, dull=True)
-            for task in TASKS
-        ]
+        """Rank 0 draws the pictures, the others wait and read them."""
+        folder, vae = self.work / "pool", self.pipe.vae
+        if self.rank > 0:
+            parallel.agree(0, self.world)
+        self.pools = [flow.cached_pool(folder, task, POOL[task], POOL_SEED, vae, dull=True) for task in TASKS]
+        if self.rank == 0:
+            parallel.agree(0, self.world)
         self.ids = [torch.stack([flow.token_ids(self.pipe, t) for t in (p.captions, p.wrong)]) for p in self.pools]
         self.empty = flow.token_ids(self.pipe, [""])
 

@@ -6,12 +6,13 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from diffusionopd.tiny import flow, parallel
 from diffusionopd.tiny.grammar import TASKS
@@ -28,48 +29,59 @@ _BATCH = 32
 _DROP = 0.1
 _EMA_DECAY = 0.995
 
+Batch = tuple[torch.Tensor, ...]  # x_t, t, velocity target, prompt tokens, pooled prompt
+EmbeddingTable = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def train(task: str, model: Path, work: Path, out: Path, minutes: float, learning_rate: float = _LEARNING_RATE) -> None:
     parallel.start()
     torch.manual_seed(TASKS.index(task))
     pipe = StableDiffusion3Pipeline.from_pretrained(model)
     pool = flow.cached_pool(work / "pool", task, POOL[task], POOL_SEED, pipe.vae, dull=task != "scene")
-    tokens, pooled, text_row = _embedding_table(pipe, pool.captions)
+    batches = _batches(pool.latents, _embedding_table(pipe, pool.captions), seed=31 + TASKS.index(task))
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=TARGETS)
-    adapted = get_peft_model(pipe.transformer, config)
+    adapted: PeftModel = get_peft_model(pipe.transformer, config)
+    _fit(adapted, batches, minutes, learning_rate, name=task)
+    _save(adapted, out)
+
+
+def _fit(adapted: PeftModel, batches: Iterator[Batch], minutes: float, learning_rate: float, name: str) -> None:
+    """Adam on the adapter for `minutes`, learning rate on a cosine; leaves the averaged weights in it."""
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(31 + TASKS.index(task))
     start, step, mean_loss = time.monotonic(), 0, 0.0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = (
-                learning_rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-            )
-        rows = torch.randint(len(pool.latents), (_BATCH,), generator=generator)
-        dropped = torch.rand(_BATCH, generator=generator) < _DROP
-        text = torch.where(dropped, len(tokens) - 1, text_row[rows])
-        x, t, target = flow.training_pair(pool.latents[rows].float(), generator)
-        loss = F.mse_loss(flow.velocity(adapted, x, t, tokens[text], pooled[text]), target)
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * done))
+        x, t, target, tokens, pooled = next(batches)
+        loss = F.mse_loss(flow.velocity(adapted, x, t, tokens, pooled), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
+        mean_loss += (loss.item() - mean_loss) / min(step, 100)
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 1 - min(_EMA_DECAY, (1 + step) / (10 + step)))
-        mean_loss += (loss.item() - mean_loss) / min(step, 100)
         if step % 100 == 0:
-            print(f"teacher {task} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
+            print(f"teacher {name} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    _save(adapted, out)
 
 
-def _embedding_table(
-    pipe: StableDiffusion3Pipeline, texts: list[str]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _batches(latents: torch.Tensor, table: EmbeddingTable, seed: int) -> Iterator[Batch]:
+    """Endless random batches; a tenth of the captions is the empty one, for guidance."""
+    tokens, pooled, text_row = table
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randint(len(latents), (_BATCH,), generator=generator)
+        dropped = torch.rand(_BATCH, generator=generator) < _DROP
+        text = torch.where(dropped, len(tokens) - 1, text_row[rows])
+        yield *flow.training_pair(latents[rows].float(), generator), tokens[text], pooled[text]
+
+
+def _embedding_table(pipe: StableDiffusion3Pipeline, texts: list[str]) -> EmbeddingTable:
     """(tokens [K + 1, 28, 128], pooled [K + 1, 128], row of each text); the last row is the empty caption."""
     distinct = [*dict.fromkeys(texts), ""]
     row = {text: i for i, text in enumerate(distinct)}
@@ -77,7 +89,7 @@ def _embedding_table(
     return tokens, pooled, torch.tensor([row[text] for text in texts])
 
 
-def _save(adapted: torch.nn.Module, out: Path) -> None:
+def _save(adapted: PeftModel, out: Path) -> None:
     """PEFT's own format, without the folder that the base happened to be in and without PEFT's model card."""
     adapted.peft_config["default"].base_model_name_or_path = None
     adapted.save_pretrained(out)
