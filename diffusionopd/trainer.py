@@ -419,6 +419,10 @@ class Trainer:
         return note + ("; changed since then: " + ", ".join(changed) if changed else "")
 
 
+def _trackers(config: ConfigDict) -> list[str]:
+    return [name for name in config.log_with.split(",") if name and name != "none"]
+
+
 def _completed_rounds(folder: Path | None) -> int:
     return 0 if folder is None else int(checkpoint.load_state(folder / "state")[1]["round"])
 
