@@ -1,0 +1,96 @@
+"""What the quick start does, with stand-ins for the commands that it calls."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = 'echo "$(basename "$0") $CONFIG $*" >> calls\n'
+STAND_INS = {
+    "scripts/install.sh": 'echo "install.sh $1" >> calls\npython() { echo "python $*" >> calls; }\n',
+    "scripts/single_node/mopd.sh": RECORD + 'test ! -e fail && mkdir -p "$(dirname "${1#*=}")"\n',
+    "scripts/single_node/eval.sh": 'CONFIG=""; ' + RECORD,
+}
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A repository root with the real quickstart.sh and stand-ins for the rest."""
+    for name, text in STAND_INS.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("assets/tiny", "config", "diffusionopd"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file.txt").write_text(name)
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    return tmp_path
+
+
+def quickstart(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """The finished process and the commands that it called."""
+    (checkout / "calls").unlink(missing_ok=True)
+    environment = {"PATH": os.environ["PATH"]}
+    command = ["bash", "scripts/quickstart.sh", *arguments]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+    calls = checkout / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_everything_in_order(checkout):
+    done, calls = quickstart(checkout, "--config.seed=7")
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == "install.sh tiny"
+    assert calls[1] == (
+        "mopd.sh config/tiny.py:mopd --config.save_dir=logs/quickstart/run --config.run_name=quickstart "
+        "--config.resume_from=auto --config.seed=7"
+    )
+    models = [
+        "--base",
+        "--teacher compose",
+        "--teacher ocr",
+        "--teacher scene",
+        "--checkpoint_path logs/quickstart/run",
+    ]
+    for call, model in zip(calls[2:7], models, strict=True):
+        assert call.startswith("eval.sh ") and call.endswith(model) and "--dataset compose ocr scene" in call
+    assert calls[7].startswith("python scripts/quickstart_report.py --run logs/quickstart/run") and len(calls) == 8
+
+
+def test_the_same_command_continues_and_does_not_train_twice(checkout):
+    (checkout / "fail").touch()
+    done, calls = quickstart(checkout)
+    assert done.returncode != 0 and len(calls) == 2  # training failed: nothing is scored
+    (checkout / "fail").unlink()
+    assert len(quickstart(checkout)[1]) == 8
+    done, calls = quickstart(checkout)
+    assert [call.split()[0] for call in calls] == ["install.sh", *["eval.sh"] * 5, "python"]
+    assert sorted(path.name for path in (checkout / "logs").iterdir()) == ["quickstart"]
+
+
+def test_what_differs_starts_anew_and_keeps_the_earlier(checkout):
+    quickstart(checkout)
+    assert len(quickstart(checkout, "--config.seed=7")[1]) == 8
+    assert len(quickstart(checkout, "--config.seed=7", "--fresh")[1]) == 8
+    (checkout / "diffusionopd" / "file.txt").write_text("changed")
+    assert len(quickstart(checkout, "--config.seed=7")[1]) == 8
+    earlier = ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
+    assert sorted(path.name for path in (checkout / "logs").iterdir()) == earlier
+
+
+def test_the_short_form_is_short_and_elsewhere(checkout):
+    done, calls = quickstart(checkout, "--short", "--config.num_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "--config.num_epochs=4" in calls[1] and calls[1].endswith("--config.num_epochs=2")
+    assert all("logs/quickstart-short/" in call for call in calls[1:])
+    assert all(call.endswith("--limit 24") for call in calls[2:7])
+
+
+def test_help_and_unknown_arguments(checkout):
+    done, calls = quickstart(checkout, "--help")
+    assert done.returncode == 0 and "bash scripts/quickstart.sh --short" in done.stderr and calls == []
+    done, calls = quickstart(checkout, "--shrt")
+    assert done.returncode == 2 and "unknown argument --shrt" in done.stderr and calls == []
