@@ -59,7 +59,7 @@ def _rows(
     }
 
 
-def _wrapped(text: str, width: int = 25) -> str:
+def _wrapped(text: str, width: int = 22) -> str:
     """At most two lines; the opening that every caption of a task shares is left out."""
     text = text.removeprefix("a photo of ").removeprefix("a landscape with ")
     if len(text) <= width:

@@ -152,8 +152,7 @@ def train(work: Path, minutes: float, out: Path) -> None:
     training = BaseTraining(vae, work)
     if training.resume() and training.rank == 0:
         print(f"base: resumed at step {training.step}", flush=True)
-    begin, saved, first = time.monotonic() - training.seconds, time.monotonic(), training.step
-    resumed_at = training.seconds
+    begin, saved = time.monotonic() - training.seconds, time.monotonic()
     while True:
         training.seconds = parallel.agree(time.monotonic() - begin, training.world)
         done = training.seconds / (60 * minutes)
@@ -161,10 +160,9 @@ def train(work: Path, minutes: float, out: Path) -> None:
             break
         training.advance(learning_rate(done, training.step), noisy=done >= CLEAN_PHASE)
         if training.rank == 0 and training.step % 100 == 0:
-            speed = (training.step - first) * _BATCH * training.world / max(1e-9, training.seconds - resumed_at)
-            print(
-                f"base {done:5.1%} step {training.step} loss {training.mean_loss:.4f} {speed:.0f} images/s", flush=True
-            )
+            speed = training.step * _BATCH * training.world / training.seconds
+            loss = f"loss {training.mean_loss:.4f}"
+            print(f"base {done:5.1%} step {training.step} {loss} {speed:.0f} images/s", flush=True)
         if training.rank == 0 and time.monotonic() - saved > _SAVE_SECONDS:
             training.save()
             saved = time.monotonic()
