@@ -202,7 +202,7 @@ class ResultFolder:
         path = self.image_path(sample_id)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".tmp")
-        Image.fromarray(pixels).save(partial, format="JPEG", quality=95)
+        Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
         os.replace(partial, path)
 
     def image_path(self, sample_id: int) -> Path:
