@@ -257,3 +257,42 @@ def test_ema_follows_the_formula():
     with ema.in_use():
         assert weight.item() == pytest.approx(expected, rel=1e-5)
     assert weight.item() == 99
+
+
+def test_an_overflow_under_dynamic_scaling_skips_the_step_and_halves_the_scale():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = StudentOptimizer([weight], lr=0.1, dynamic_scale=True, loss_scale=1e4, max_grad_norm=10.0)
+    scale = optimizer.state_scalars()["scale"]
+    optimizer.backward(weight.sum() * float("inf"))
+    assert optimizer.step() is None
+    assert torch.equal(weight, torch.tensor([1.0, 2.0]))
+    assert optimizer.state_scalars()["scale"] == scale / 2
+    optimizer.backward((weight * torch.tensor([3.0, 4.0])).sum())
+    assert optimizer.step() == pytest.approx(5.0), "the norm is that of the unscaled loss"
+    assert not torch.equal(weight, torch.tensor([1.0, 2.0]))
+    with pytest.raises(NonFiniteError):
+        for _ in range(40):
+            optimizer.backward(weight.sum() * float("nan"))
+            optimizer.step()
+
+
+def test_optimizer_state_round_trips_bit_for_bit():
+    def fresh():
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        return weight, StudentOptimizer([weight], lr=0.1, dynamic_scale=True)
+
+    def advance(weight, optimizer, steps):
+        for i in range(steps):
+            optimizer.backward((weight * (i + 1)).square().sum())
+            optimizer.step()
+
+    weight, optimizer = fresh()
+    advance(weight, optimizer, 3)
+    tensors = {k: v.clone() for k, v in optimizer.state_tensors().items()}
+    other, resumed = fresh()
+    other.data.copy_(weight.data)
+    resumed.load_state(tensors, optimizer.state_scalars())
+    advance(weight, optimizer, 3)
+    advance(other, resumed, 3)
+    assert torch.equal(weight, other)
+    assert resumed.state_scalars() == optimizer.state_scalars()
