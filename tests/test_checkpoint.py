@@ -279,6 +279,7 @@ def test_added_files_do_not_invalidate(tmp_path):
     folder = save_round(tmp_path, 1)
     (folder / "notes.txt").write_text("mine")
     verify(folder)
+    assert find_latest(tmp_path) == folder
 
 
 # --- crashes and full disks ------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class RunPlan:
 
 
 def check_batches(values: dict[str, Any], num_processes: int, problems: Problems) -> None:
+    """Batch arithmetic: everything that must divide something else. Raises ValueError for no process at all."""
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
     if problems.good("resolution") and values["resolution"] % 16:
@@ -101,6 +102,7 @@ def check_batches(values: dict[str, Any], num_processes: int, problems: Problems
 
 
 def check_sampler(values: dict[str, Any], problems: Problems) -> None:
+    """Steps, noise and loss must go together."""
     steps, fraction = "sample.num_steps", "train.timestep_fraction"
     if problems.good(steps, fraction) and int(values[steps] * values[fraction]) < 1:
         what = f"is {values[fraction]}, which trains none of {values[steps]} steps"
@@ -130,6 +132,7 @@ def make_plan(
     num_processes: int,
     notes: tuple[str, ...],
 ) -> RunPlan:
+    """The counts that follow from a configuration in which nothing is wrong."""
     sample, train = config.sample, config.train
     kernel, noise_level = _kernel(sample.solver, sample.noise_level, sample.deterministic)
     batches_per_task = sample.num_batches_per_epoch // len(teachers)

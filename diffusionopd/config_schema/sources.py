@@ -54,6 +54,7 @@ def _gap(source: Any) -> str:
 
 
 def check_model(values: dict[str, Any], problems: Problems) -> None:
+    """The base model is a hub id or a diffusers folder that is there."""
     key = "pretrained.model"
     if not problems.good(key):
         return
@@ -83,6 +84,7 @@ def _check_adapter(key: str, source: Any, problems: Problems) -> None:
 
 
 def check_folders(values: dict[str, Any], problems: Problems) -> None:
+    """Run folder and cache can be written, and what is resumed from is there."""
     if problems.good("save_dir", "logdir", "run_name"):
         if unset(values["save_dir"]) and (unset(values["run_name"]) or unset(values["logdir"])):
             problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
@@ -116,6 +118,7 @@ def _check_writable(key: str, folder: Path, problems: Problems) -> None:
 
 
 def check_packages(values: dict[str, Any], problems: Problems) -> None:
+    """Optional packages that the settings need are installed."""
     if problems.good("log_with") and values["log_with"] not in (None, "", "none"):
         names = [name.strip() for name in values["log_with"].split(",")]
         if unknown := [name for name in names if name not in TRACKERS]:
@@ -130,6 +133,7 @@ def check_packages(values: dict[str, Any], problems: Problems) -> None:
 def check_teachers(
     values: dict[str, Any], problems: Problems, reward_names: Collection[str] | None
 ) -> tuple[tuple[TeacherSpec, ...], tuple[int, ...]]:
+    """The teachers, and how many training prompts each has; what is wrong with them goes to ``problems``."""
     key = "train.teachers"
     if not problems.good(key):
         return (), ()

@@ -104,6 +104,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_names(values: dict[str, Any], defaults: dict[str, Any], problems: Problems) -> None:
+    """No key that the defaults do not have, and none of theirs left out."""
     for key in values.keys() - defaults.keys():
         problems.add(
             key, "is not a configuration key", nearest(key, defaults).strip() or "docs/configuration.md has all."
@@ -114,6 +115,7 @@ def check_names(values: dict[str, Any], defaults: dict[str, Any], problems: Prob
 
 
 def check_values(values: dict[str, Any], defaults: dict[str, Any], problems: Problems) -> None:
+    """Each value has its default's type and lies in its range or among its choices."""
     for key, default in defaults.items():
         if key not in values or key in NO_EFFECT:
             continue
