@@ -1,7 +1,7 @@
-"""Builds the embedded tiny world from nothing: `python -m diffusionopd.tiny.build`. About two hours on 2 CPU cores.
+"""Builds the embedded tiny world from nothing: `python -m diffusionopd.tiny.build`, 90 minutes on 2 CPU cores.
 
-Stages, each skipped when its result is there: vae (5 minutes), base (three quarters of an hour), teachers (15 minutes),
-dataset (no time), check (10 minutes: scores on 384 prompts a task, the sample picture, the manifest). After an
+Stages, each skipped when its result is there: vae (5 minutes), base (40 minutes), teachers (10 minutes),
+dataset (no time), check (20 minutes: scores on 384 prompts a task, the sample picture, the manifest). After an
 interruption run the same command again: base training goes on from its last state in the work folder, at most two
 minutes old. To rebuild a stage, delete its result: `<work>/vae`, `<work>/base` with `<work>/base-state.safetensors`,
 `<out>/teachers/<task>`.

@@ -1,0 +1,111 @@
+"""What is shipped under assets/tiny is what the code describes: files, shapes, and scores above their bounds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from diffusionopd.tiny import check, manifest, models
+from diffusionopd.tiny.flow import encode, generate
+from diffusionopd.tiny.grammar import TASKS, captions, file_captions
+
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
+QUICK_PROMPTS = 48
+
+
+@pytest.fixture(scope="module")
+def base():
+    return check.load(ASSETS)
+
+
+def test_manifest_matches_every_shipped_file():
+    assert manifest.describe(ASSETS) == manifest.read(ASSETS)
+
+
+def test_everything_is_small_and_nothing_is_pickled():
+    files = manifest.describe(ASSETS)
+    assert sum(entry["bytes"] for entry in files.values()) < 25e6
+    assert {Path(name).suffix for name in files} <= {".json", ".jsonl", ".md", ".model", ".png", ".safetensors", ".txt"}
+
+
+def test_no_shipped_text_names_a_folder_of_the_machine_that_built_it():
+    for path in ASSETS.rglob("*.json*"):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("/home/", "/root/", "/work/", "/tmp/", ".cache/") if word in text], path
+
+
+def test_stock_pipeline_loads_and_generates():
+    pipe = StableDiffusion3Pipeline.from_pretrained(ASSETS / "model")
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.transformer.config
+    assert (config.num_layers, tuple(config.dual_attention_layers), config.qk_norm) == (4, (0,), "rms_norm")
+    pictures = pipe(
+        'a sign that says "347"',
+        num_inference_steps=2,
+        height=64,
+        width=64,
+        max_sequence_length=models.CONTEXT,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    assert pictures.shape == (1, 3, 64, 64)
+    assert torch.isfinite(pictures).all()
+    assert pictures.std() > 0.05
+
+
+def test_shipped_parts_are_those_of_the_code(base):
+    """Same names, shapes and tokens as `models.pipeline` makes."""
+    built = models.pipeline(models.autoencoder(0), seed=0)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        shapes = [{k: v.shape for k, v in getattr(pipe, name).state_dict().items()} for pipe in (base, built)]
+        assert shapes[0] == shapes[1], name
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        assert getattr(base, name).get_vocab() == getattr(built, name).get_vocab()
+        assert getattr(base, name).model_max_length == models.CONTEXT
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_captions_fit_the_context_and_lose_nothing(base, name):
+    """No unknown token, no truncation, and no two captions alike: quotes and digits survive."""
+    tokenizer = getattr(base, name)
+    texts = [c.text for task in TASKS for split in ("train", "test") for c in captions(task, split)]
+    ids = tokenizer(texts).input_ids
+    assert max(map(len, ids)) <= models.CONTEXT
+    assert len({tuple(row) for row in ids}) == len(set(texts))
+    assert all(row.count(tokenizer.eos_token_id) == 1 for row in ids)
+    if name == "tokenizer_3":
+        assert not any(tokenizer.unk_token_id in row for row in ids)
+
+
+def test_prompt_embeddings_have_a_fixed_length(base):
+    tokens, pooled = encode(base, ["a photo of a red circle", 'a sign that says "347"'])
+    assert tokens.shape == (2, 2 * models.CONTEXT, 128)
+    assert pooled.shape == (2, 128)
+
+
+def test_pictures_do_not_depend_on_the_batch(base):
+    texts = [c.text for c in file_captions("compose", "test")[:3]]
+    together, alone = generate(base, texts, steps=2), generate(base, texts, steps=2, batch=1)
+    assert (together.int() - alone.int()).abs().max() <= 1  # rounding
+
+
+def test_recorded_scores_satisfy_the_bounds():
+    recorded = json.loads((ASSETS / "scores.json").read_text())
+    assert recorded["prompts_per_task"] == 384
+    assert recorded["teacher_guidance_scale"] == check.TEACHER_GUIDANCE
+    assert check.violations(recorded["results"]) == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shipped_weights_score_as_recorded(base, task):
+    """A few prompts, with margins of about three standard errors."""
+    if task == "ocr":
+        pytest.importorskip("rapidocr")
+    prompts, name = file_captions(task, "test")[:QUICK_PROMPTS], f"tiny_{task}"
+    guidance = check.TEACHER_GUIDANCE[task]
+    teacher = check.score(check.load(ASSETS, task), task, guidance, prompts)[name]
+    weak = check.score(base, task, 1.0, prompts)[name]
+    assert teacher > check.TEACHER_BOUND[task] - (0.05 if task == "scene" else 0.15)
+    assert teacher > weak + 0.1
