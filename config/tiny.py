@@ -22,9 +22,9 @@ def _teacher(name: str, prompt_fn: str, guidance_scale: float) -> dict:
     }
 
 
-COMPOSE = _teacher("compose", "geneval", 1.0)
+COMPOSE = _teacher("compose", "geneval", 1.5)
 OCR = _teacher("ocr", "general_ocr", 1.0)
-SCENE = _teacher("scene", "general_ocr", 1.5)
+SCENE = _teacher("scene", "general_ocr", 1.0)
 
 
 def get_config(name: str) -> ConfigDict:
