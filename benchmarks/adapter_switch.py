@@ -6,11 +6,17 @@ A 24-block SD3 transformer with the LoRA targets of SD3.5-Medium (its width does
 adapters.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer

@@ -8,17 +8,22 @@ update that epsilon 1e-8 takes away at that size, and the relative gap ``|v_S - 
 gradient is proportional to the gap, so that a figure from random weights can be carried over to real ones.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from benchmarks.round import TARGETS, build
+from benchmarks.round import TARGETS, TINY, TINY_TEACHERS, build
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
@@ -82,9 +87,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/tiny/model")
-    tiny = [f"assets/tiny/teachers/{task}/lora" for task in ("compose", "ocr", "scene")]
-    parser.add_argument("--teachers", nargs="+", default=tiny)
+    parser.add_argument("--model", default=str(TINY / "model"))
+    parser.add_argument("--teachers", nargs="+", default=TINY_TEACHERS)
     parser.add_argument("--random", choices=["sd35"], help="random weights of this shape instead of --model")
     parser.add_argument("--gap", type=float, default=0.1, help="with --random: relative size of the teacher's lora_B")
     parser.add_argument("--resolution", type=int, default=64)

@@ -7,15 +7,21 @@ alike. ``floor`` is what nothing can undercut without changing the method: one t
 backward a trained step, with no loss, no sampling and no bookkeeping around them.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 import torch
 
@@ -30,6 +36,8 @@ from diffusionopd.transitions import schedule
 
 TARGETS = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
 TARGETS += ("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v")
+TINY = ROOT / "assets" / "tiny"
+TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", "ocr", "scene")]
 PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")
 
 
@@ -62,10 +70,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/tiny/model", help="diffusers pipeline folder")
-    parser.add_argument(
-        "--teachers", nargs="+", default=[f"assets/tiny/teachers/{t}/lora" for t in ("compose", "ocr", "scene")]
-    )
+    parser.add_argument("--model", default=str(TINY / "model"), help="diffusers pipeline folder")
+    parser.add_argument("--teachers", nargs="+", default=TINY_TEACHERS, help="LoRA folders, one task each")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
