@@ -180,7 +180,7 @@ def load_text_encoder(
         with torch.device("meta"):  # the pipeline reads the transformer's configuration when there is no T5
             transformer = SD3Transformer2DModel.from_config(config)
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model, revision=revision, transformer=transformer, vae=None, dtype=dtype
+            model, revision=revision, transformer=transformer, vae=None, dtype=dtype, **_absent_t5(model, revision)
         )
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"the text encoders of {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
@@ -188,6 +188,15 @@ def load_text_encoder(
         if encoder is not None:
             encoder.to(device).requires_grad_(False).eval()
     return SD3TextEncoder(pipeline, device, max_sequence_length)
+
+
+def _absent_t5(model: str, revision: str | None) -> dict[str, None]:
+    """``text_encoder_3=None, tokenizer_3=None`` for a pipeline that comes without T5: the loader wants to be told."""
+    index = StableDiffusion3Pipeline.load_config(model, revision=revision)
+    names = ("text_encoder_3", "tokenizer_3")
+    listed = all((index.get(name) or (None,))[0] for name in names)
+    present = not Path(model).is_dir() or all((Path(model) / name).is_dir() for name in names)
+    return {} if listed and present else dict.fromkeys(names)
 
 
 def text_key(model: str, revision: str | None = None) -> str:

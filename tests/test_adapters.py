@@ -223,3 +223,19 @@ def test_unknown_modules_truncated_files_and_missing_sources(pipeline_folder, ma
         load_lora("no/such/place/at all")
     with pytest.raises(AdapterError, match="no such local path"):
         load_lora("nobody/nothing/lora")
+
+
+def test_hub_id_with_a_subfolder_downloads_that_folder_alone(make_lora, tmp_path, monkeypatch):
+    """`owner/name/sub/folder`: the hub client is imitated by a folder laid out as the repository."""
+    shutil.copytree(make_lora(9), tmp_path / "OCRTeacher" / "lora")
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("diffusionopd.adapters.snapshot_download", snapshot_download)
+    assert load_lora("quanhaol/DiffusionOPD/OCRTeacher/lora").a
+    assert asked == [("quanhaol/DiffusionOPD", ["OCRTeacher/lora/*"])]
+    with pytest.raises(AdapterError, match="quanhaol/DiffusionOPD has no folder 'Nobody/lora'"):
+        load_lora("quanhaol/DiffusionOPD/Nobody/lora")

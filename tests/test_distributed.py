@@ -1,0 +1,53 @@
+"""Randomness keyed by counters, and what the collectives promise with one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusionopd import distributed
+from diffusionopd.distributed import Stream, fingerprint, generator, noise
+
+
+def test_noise_of_a_sample_depends_on_its_key_alone():
+    keys = [(Stream.LATENT, 1, 0, 0, i) for i in range(6)]
+    together = noise((4, 3, 3), keys)
+    assert together.shape == (6, 4, 3, 3)
+    assert together.dtype == torch.float32
+    torch.manual_seed(123)
+    for i in reversed(range(6)):
+        assert torch.equal(noise((4, 3, 3), [keys[i]])[0], together[i])
+
+
+def test_every_part_of_the_key_matters_and_the_numbers_are_normal():
+    keys = [(s, a, b) for s in range(3) for a in range(10) for b in range(10)]
+    values = noise((1000,), keys)
+    assert len({tuple(row[:3].tolist()) for row in values}) == len(keys)
+    assert abs(values.mean().item()) < 5 / values.numel() ** 0.5
+    assert values.std().item() == pytest.approx(1.0, abs=0.01)
+    correlation = torch.corrcoef(values[:50])
+    assert (correlation - torch.eye(50)).abs().max() < 0.2
+    assert not torch.equal(noise((5,), [(1, 2)]), noise((5,), [(1, 2, 0)]))
+
+
+def test_negative_keys_are_refused():
+    with pytest.raises(ValueError, match="non-negative"):
+        generator(1, -1)
+
+
+def test_fingerprints_tell_tensors_apart():
+    tensors = [torch.randn(5), torch.randn(2, 2)]
+    assert fingerprint(tensors) == fingerprint([t.clone() for t in tensors])
+    tensors[1][0, 0] += 1e-3
+    assert fingerprint(tensors) != fingerprint([torch.randn(5)])
+
+
+def test_a_process_that_differs_is_named(monkeypatch):
+    """Two processes imitated: the table that the sum returns has another value for rank 1."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda table: table + torch.tensor([0.0, 7.0]))
+    with pytest.raises(RuntimeError, match=r"the weights differs between processes: rank\(s\) \[1\] disagree"):
+        distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda table: table + torch.tensor([0.0, 3.0]))
+    distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
