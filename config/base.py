@@ -132,8 +132,9 @@ def get_config() -> ConfigDict:
     train.clip_range = 1e-4
     # Weight of the same loss towards the base model without adapters; above 0 it costs one more evaluation a step.
     train.beta = 0.0
-    # The loss is multiplied by this before the backward pass, so that the gradient is large against adam_epsilon; the
-    # logged loss and gradient norm, and max_grad_norm, are in units of the loss as it is.
+    # The loss is multiplied by this before the backward pass, so that the gradient is large against adam_epsilon
+    # (measured in docs/method.md); the logged loss and gradient norm, and max_grad_norm, are in units of the loss as
+    # it is.
     train.loss_scale = 1e4
     # Train the student under classifier-free guidance, at sample.guidance_scale.
     train.cfg = True

@@ -12,6 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+# transformers warns at every start that it works without torchvision, which is meant here.
+export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
 
 gpus=0
 if [ "${ACCELERATE_USE_CPU:-false}" != true ]; then
