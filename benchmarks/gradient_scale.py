@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from benchmarks.round import TARGETS, TINY, TINY_TEACHERS, build
+from benchmarks.round import TARGETS, TINY, TINY_TEACHERS, build, recorded
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
@@ -76,7 +76,7 @@ def main() -> None:
         "last_loss": loss.item(),
         "trained_values": total,
         "seconds": time.perf_counter() - started,
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "settings": recorded(args),
     }
     print(f"gradient RMS {rms:.3g}: epsilon {EPSILON:g} takes {100 * result['taken_by_epsilon']:.2g}% of an update")
     print(f"relative gap {result['relative_gap']:.3g}, {total:,} values with a gradient")

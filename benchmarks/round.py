@@ -60,11 +60,22 @@ def main() -> None:
         print(f"{name:10s} {result[f'{name}_s']:8.3f} s")
     print(f"fused / reference {result['fused_to_reference']:.3f}    fused / floor {result['fused_to_floor']:.3f}")
     if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        settings = recorded(args)
         machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
         dated = {"date": time.strftime("%Y-%m-%d"), **machine, "settings": settings, "all_s": seconds}
         Path(args.json).write_text(json.dumps(result | dated, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
+
+
+def recorded(args: argparse.Namespace) -> dict[str, object]:
+    """The settings to keep with a measurement; files of this repository by their names in it, not on this machine."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+
+    return {key: plain(value) for key, value in vars(args).items() if key != "json"}
 
 
 def parse() -> argparse.Namespace:
