@@ -29,13 +29,13 @@ from benchmarks.three_pass import three_pass
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
 from diffusionopd.batches import Batch
+from diffusionopd.config_schema import base_config
 from diffusionopd.distributed import noise
 from diffusionopd.opd import STUDENT, Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.transitions import schedule
 
-TARGETS = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
-TARGETS += ("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v")
+TARGETS = base_config().train.lora_target_modules
 TINY = ROOT / "assets" / "tiny"
 TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", "ocr", "scene")]
 PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from diffusionopd.conditioning import TextEmbeddings
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""``mixed_precision`` -> the type in which the frozen transformer is held."""
+
 
 class BackboneError(ValueError):
     """A base model that cannot be loaded; the message says what is wrong and the remedy."""

@@ -7,7 +7,7 @@ processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -64,15 +64,36 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over processes, in one collective.
 
     A round has one optimizer step and a LoRA has few parameters, so one flat all-reduce at its end replaces a
-    DistributedDataParallel wrapper and its hooks in every backward. A parameter without gradient counts as zero.
+    DistributedDataParallel wrapper and its hooks in every backward. A parameter that the loss does not reach has no
+    gradient on any process and keeps none: a zero would let weight decay act on it.
     """
     if world_size() == 1:
         return
-    parameters = list(parameters)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = mean_over_processes(torch.cat([g.reshape(-1) for g in gradients]))
-    for parameter, mean in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = mean.view_as(parameter).clone()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+class OtherProcessError(ValueError):
+    """Another process failed at what all of them were doing; its own message says why."""
+
+
+def together(work: Callable[[], object], what: str) -> None:
+    """Do this process's part; when it fails on any process, raise on every one, so that none waits for another.
+
+    The process that failed raises its own error, the others OtherProcessError.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    failures = sum_over_processes(torch.tensor(float(failure is not None))).item()
+    if failure is not None:
+        raise failure
+    if failures:
+        raise OtherProcessError(f"{what} failed in {failures:.0f} other process(es); see their messages")
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from diffusionopd.adapters import Adapters, LoraWeights
 from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder, text_key
 from diffusionopd.benchmarks import Benchmark
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import Stream, noise
+from diffusionopd.distributed import Stream, noise, together
 from diffusionopd.prompts import Prompt
 from diffusionopd.results import AVERAGES, EvaluationError, Record, ResultFolder, Summary, read_averages, summarise
 from diffusionopd.rewards import Scorer, build_scorer, score_all, to_uint8
@@ -268,8 +268,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     load = partial(load_text_encoder, job.model, job.revision, dtype=dtype, device=device, max_sequence_length=length)
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
     texts = ["", *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    cache.fill(texts, load, rank=rank, world=world)
-    state.wait_for_everyone()
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
     backbone = load_backbone(job.model, job.revision, dtype=dtype, device=device)
     if job.lora is not None:
         adapters = Adapters(backbone.transformer)

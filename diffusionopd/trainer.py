@@ -6,7 +6,6 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from diffusionopd import checkpoint, distributed
 from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import load_backbone, load_text_encoder, text_key
+from diffusionopd.backbone import DTYPES, load_backbone, load_text_encoder, text_key
 from diffusionopd.batches import Batch, BatchMaker, adapter_name
 from diffusionopd.config_schema import RunPlan, check
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
@@ -36,7 +35,6 @@ from diffusionopd.rewards import KNOWN_REWARDS, RewardError, build_scorer
 from diffusionopd.text import TextCache
 from diffusionopd.transitions import schedule
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Encoding a large prompt set for the first time may keep the other processes waiting this long.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 
@@ -144,7 +142,9 @@ class Trainer:
             load_text_encoder, model, revision, dtype=self.dtype, device=self.device, max_sequence_length=length
         )
         self.text = TextCache(config.cache_dir, key, length, self.dtype)
-        self._together(lambda: self.text.fill(texts, load, rank=self.rank, world=self.world), "encoding the prompts")
+        distributed.together(
+            lambda: self.text.fill(texts, load, rank=self.rank, world=self.world), "encoding the prompts"
+        )
 
     def _load_models(self) -> None:
         config = self.config
@@ -352,25 +352,13 @@ class Trainer:
         root, name = self.plan.run_dir / "checkpoints", f"checkpoint-{self.completed}"
         protect = [self.resumed_from] if self.resumed_from else []
         limit = self.config.num_checkpoint_limit
-        if self.is_main:
-            self._together(lambda: checkpoint.save(root, name, self._write_checkpoint, limit, protect), "saving")
-        else:
-            self._together(lambda: None, "saving")
-        return root / name
 
-    @staticmethod
-    def _together(work: Callable[[], object], what: str) -> None:
-        """Do this process's part; raise on every process when it failed on any, so that none waits for another."""
-        failure: Exception | None = None
-        try:
-            work()
-        except Exception as error:
-            failure = error
-        failures = distributed.sum_over_processes(torch.tensor(float(failure is not None))).item()
-        if failure is not None:
-            raise failure
-        if failures:
-            raise RunError(f"{what} failed in {failures:.0f} other process(es); see their messages")
+        def save() -> None:
+            if self.is_main:
+                checkpoint.save(root, name, self._write_checkpoint, limit, protect)
+
+        distributed.together(save, "saving")
+        return root / name
 
     def _write_checkpoint(self, folder: Path) -> None:
         base = self.config.pretrained.model

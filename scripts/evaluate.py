@@ -14,17 +14,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.adapters import load_lora
+from diffusionopd.backbone import DTYPES
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
 from diffusionopd.config_schema import load_config
 from diffusionopd.evaluation import Job, find_checkpoint, run
 from diffusionopd.results import EvaluationError, format_table
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 # Scoring is shared by samples, not by time: a process may wait this long for the slowest.
 TIMEOUT = timedelta(hours=12)

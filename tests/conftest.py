@@ -20,12 +20,11 @@ from peft import LoraConfig, get_peft_model
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.config_schema import load_config
+from diffusionopd.config_schema import base_config, load_config
 from diffusionopd.tiny import models
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"]
-TARGETS += ["attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
+TARGETS = list(base_config().train.lora_target_modules)
 torch.set_num_threads(1)
 
 

@@ -51,3 +51,28 @@ def test_a_process_that_differs_is_named(monkeypatch):
         distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
     monkeypatch.setattr(distributed, "sum_over_processes", lambda table: table + torch.tensor([0.0, 3.0]))
     distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
+
+
+def test_a_parameter_without_gradient_keeps_none(monkeypatch):
+    """Two processes imitated by a sum that doubles: the mean is the gradient itself; no gradient stays no gradient."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda value: 2 * value)
+    reached, unreached = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))
+    (reached * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    distributed.average_gradients([unreached, reached])
+    assert unreached.grad is None
+    assert torch.equal(reached.grad, torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_together_raises_on_every_process(monkeypatch):
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        distributed.together(fail, "saving")
+    done = []
+    distributed.together(lambda: done.append(1), "saving")
+    assert done == [1]
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda value: value + 1)  # another process failed
+    with pytest.raises(distributed.OtherProcessError, match=r"saving failed in 1 other process\(es\)"):
+        distributed.together(lambda: done.append(2), "saving")

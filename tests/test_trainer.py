@@ -213,6 +213,9 @@ def test_one_process_equals_two(tiny_config, tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=2e-4), (a["round"], key)
     for name, tensor in student(one).items():
         torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=5e-5)
+    unreached = "base_model.model.transformer_blocks.3.attn.add_q_proj.lora_A.weight"
+    loras = [load_file(folder / "lora" / "adapter_model.safetensors") for folder in (one, two)]
+    assert torch.equal(loras[0][unreached], loras[1][unreached]), "no gradient in one process and in two"
 
 
 def launch(script: Path, processes: int = 2) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from diffusionopd.distributed import average_gradients
 from diffusionopd.tiny import flow, models, parallel
 from diffusionopd.tiny.grammar import TASKS
 
@@ -88,7 +89,7 @@ class BaseTraining:
         loss = F.mse_loss(flow.velocity(self.pipe.transformer, x, t, tokens, pooled), target)
         self.optimizer.zero_grad()
         loss.backward()
-        parallel.average_gradients(self.parameters, self.world)
+        average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1

@@ -14,15 +14,11 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from diffusionopd.config_schema import base_config
 from diffusionopd.tiny import flow, parallel
 from diffusionopd.tiny.grammar import TASKS
 from diffusionopd.tiny.train_base import POOL, POOL_SEED
 
-#: The modules that the upstream release adapts.
-TARGETS = [
-    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
-    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
-]
 RANK, ALPHA = 16, 32
 _LEARNING_RATE = 2e-3
 _BATCH = 32
@@ -39,7 +35,8 @@ def train(task: str, model: Path, work: Path, out: Path, minutes: float, learnin
     pipe = StableDiffusion3Pipeline.from_pretrained(model)
     pool = flow.cached_pool(work / "pool", task, POOL[task], POOL_SEED, pipe.vae, dull=task != "scene")
     batches = _batches(pool.latents, _embedding_table(pipe, pool.captions), seed=31 + TASKS.index(task))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=TARGETS)
+    targets = list(base_config().train.lora_target_modules)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=targets)
     adapted: PeftModel = get_peft_model(pipe.transformer, config)
     _fit(adapted, batches, minutes, learning_rate, name=task)
     _save(adapted, out)

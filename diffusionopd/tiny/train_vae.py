@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from diffusionopd.distributed import average_gradients
 from diffusionopd.tiny import models, parallel
 from diffusionopd.tiny.grammar import TASKS, draw
 from diffusionopd.tiny.render import dull_vividness, render
@@ -57,7 +58,7 @@ def train(out: Path, minutes: float, seed: int = 0) -> None:
         loss = error.abs().mean() + error.square().mean() + _KL_WEIGHT * kl
         optimizer.zero_grad()
         loss.backward()
-        parallel.average_gradients(parameters, world)
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
