@@ -17,9 +17,9 @@ PACKAGE = "diffusionopd"
 
 # A module imports from lower rows only. A package is one module: its files may import each other.
 ROWS = (
-    {"transitions", "distributed", "config_schema", "adapters", "conditioning"},
+    {"transitions", "distributed", "config_schema", "adapters", "conditioning", "geneval_classes"},
     {"losses", "prompts", "text", "backbone", "metrics", "checkpoint", "optim", "rewards"},
-    {"rollout", "batches", "benchmarks", "results", "monitor"},
+    {"rollout", "batches", "benchmarks", "results", "monitor", "downloads"},
     {"opd", "evaluation", "report", "stage1"},
     {"trainer"},
 )
