@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
     # Rounds between scorings of a round's own pictures with each task's proxy_reward; 0 is never. Scores are logged,
     # not trained on.
     config.monitor_freq = 10
+    # What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url": "http://..."}};
+    # docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer has a model.
+    config.reward_options = {}
     # Rounds between grids of sample pictures in <run folder>/samples; 0 is never.
     config.sample_freq = 10
     # Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard".
@@ -112,13 +115,15 @@ def get_config() -> ConfigDict:
 
     # ---- Distillation ------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict(type_safe=False)
-    # The tasks: a list of {name, dataset, lora_path, proxy_reward, prompt_fn, guidance_scale}:
+    # The tasks: a list of {name, dataset, lora_path, proxy_reward, prompt_fn, guidance_scale, ...}:
     #   name            of the task, in logs and files: letters, digits, "-", "_"
     #   dataset         folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl
     #   lora_path       the teacher: local folder, .safetensors file, or hub id with subfolder ("organisation/name/sub")
     #   proxy_reward    {reward: weight} to monitor (monitor_freq) and evaluate (eval_freq) with; {} for none
     #   prompt_fn       "general_ocr" reads the .txt files, one prompt a line; "geneval" reads the .jsonl files
     #   guidance_scale  of this teacher; optional (sample.teacher_guidance_scale)
+    #   eval_guidance_scale, eval_num_steps
+    #                   of the student, in evaluations on this task; optional (sample.eval_*)
     train.teachers = []
     # What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
     # means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next state

@@ -28,11 +28,13 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Test prompts, and the names of the rewards that score their pictures."""
+    """Test prompts, the names of the rewards that score their pictures, and settings of its own where it has them."""
 
     name: str
     prompts: list[Prompt]
     rewards: tuple[str, ...]
+    guidance_scale: float | None = None
+    num_steps: int | None = None
 
 
 def find_benchmark(
@@ -44,7 +46,8 @@ def find_benchmark(
         dataset: name of one of `tasks`, else one of `BENCHMARKS`, else a folder with test prompts.
         rewards: in place of the benchmark's own.
         limit: use the first prompts only.
-        tasks: `train.teachers` of a config: `{name, dataset, prompt_fn, proxy_reward}` each.
+        tasks: `train.teachers` of a config: `{name, dataset, prompt_fn, proxy_reward}` each, and `eval_guidance_scale`
+            and `eval_num_steps` where the task has its own.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
@@ -66,7 +69,14 @@ def find_benchmark(
     prompt_fn = "geneval" if (folder / "test_metadata.jsonl").is_file() else "general_ocr"
     prompts = load_prompts(folder, task["prompt_fn"] if task else prompt_fn, "test")
     named = task is not None or dataset in BENCHMARKS
-    return Benchmark(dataset if named else folder.resolve().name, prompts[:limit], chosen)
+    own = task or {}
+    return Benchmark(
+        dataset if named else folder.resolve().name,
+        prompts[:limit],
+        chosen,
+        guidance_scale=own.get("eval_guidance_scale"),
+        num_steps=own.get("eval_num_steps"),
+    )
 
 
 def _rewards_of(folder: Path) -> tuple[str, ...]:

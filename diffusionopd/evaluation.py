@@ -7,7 +7,7 @@ Letters: B pictures, C latent channels, h and w latent size, H and W pixels.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -174,7 +174,7 @@ def evaluate(
         files.append(records)
     barrier()
     if rank == 0:
-        files.close(images_per_prompt)
+        files.close(images_per_prompt, _combined(scorers))
     barrier()
     return read_averages(files.folder / AVERAGES)
 
@@ -203,7 +203,12 @@ def evaluate_task(
         if gather is None:
             raise ValueError("evaluate_task needs `gather` when there are several processes")
         records = gather(records)
-    return {name: summary.mean for name, summary in summarise(records).items()}
+    return {name: summary.mean for name, summary in summarise(records, combined=_combined(scorers)).items()}
+
+
+def _combined(scorers: Mapping[str, Scorer]) -> dict[str, Sequence[str]]:
+    """The figures of a whole test set that the scorers define beside the scores of single pictures."""
+    return {name: parts for scorer in scorers.values() for name, parts in getattr(scorer, "combined", {}).items()}
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class Job:
     save_images: bool = False
     resume: bool = False
     cache_dir: str = ".cache/text"
+    reward_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises `EvaluationError` for values that no picture can be made with."""
@@ -245,6 +251,14 @@ class Job:
         names = [benchmark.name for benchmark in self.benchmarks]
         if not names or len(set(names)) < len(names):
             raise EvaluationError(f"evaluate at least one dataset, each once; given: {', '.join(names) or 'none'}")
+
+    def steps_on(self, benchmark: Benchmark) -> int:
+        """Steps of the ODE: the benchmark's own, else the job's."""
+        return self.num_steps if benchmark.num_steps is None else benchmark.num_steps
+
+    def guidance_on(self, benchmark: Benchmark) -> float:
+        """Classifier-free guidance: the benchmark's own, else the job's."""
+        return self.guidance_scale if benchmark.guidance_scale is None else benchmark.guidance_scale
 
     def folder(self, benchmark: Benchmark) -> Path:
         """Where the files of a benchmark go."""
@@ -263,7 +277,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     device, rank, world = state.device, state.process_index, state.num_processes
     dtype = job.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
-    scorers = {name: build_scorer(name, str(device)) for name in names}
+    scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
     length = job.max_sequence_length
     load = partial(load_text_encoder, job.model, job.revision, dtype=dtype, device=device, max_sequence_length=length)
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
@@ -277,7 +291,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     generate = ImageGenerator(backbone, cache, job.num_steps, job.guidance_scale, job.resolution, job.seed)
     return {
         benchmark.name: evaluate(
-            generate,
+            replace(generate, num_steps=job.steps_on(benchmark), guidance_scale=job.guidance_on(benchmark)),
             benchmark.prompts,
             {name: scorers[name] for name in benchmark.rewards},
             job.folder(benchmark),
@@ -285,7 +299,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
             save_images=job.save_images,
             resume=job.resume,
             images_per_prompt=job.images_per_prompt,
-            settings=_settings(job, dtype),
+            settings=_settings(job, benchmark, dtype),
             rank=rank,
             world=world,
             barrier=state.wait_for_everyone,
@@ -294,19 +308,29 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     }
 
 
-def _settings(job: Job, dtype: torch.dtype) -> dict[str, Any]:
-    """What the pictures of a job depend on, as JSON values: neither the batch size nor the number of processes."""
+# Options that say where a scorer runs or how long to wait for it, not what it scores.
+_PLACE_AND_PATIENCE = {"device", "base_url", "api_key_variable", "timeout", "connect_timeout", "retries", "backoff"}
+_PLACE_AND_PATIENCE |= {"concurrency"}
+
+
+def _settings(job: Job, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
+    """What pictures and scores depend on, as JSON values: neither the batch size nor the number of processes."""
+    options = {
+        name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in _PLACE_AND_PATIENCE}
+        for name in benchmark.rewards
+    }
     return {
         "model": job.model,
         "revision": job.revision,
         "lora": job.lora.source if job.lora else None,
         "lora_hash": _hash(job.lora) if job.lora else None,
-        "num_inference_steps": job.num_steps,
-        "guidance_scale": job.guidance_scale,
+        "num_inference_steps": job.steps_on(benchmark),
+        "guidance_scale": job.guidance_on(benchmark),
         "resolution": job.resolution,
         "seed": job.seed,
         "max_sequence_length": job.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
+        "reward_options": {name: given for name, given in options.items() if given},
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,22 @@ class Monitor:
     """
 
     def __init__(
-        self, decode: Callable[[Tensor], Tensor], rewards: Mapping[str, Mapping[str, float]], folder: Path, device: str
+        self,
+        decode: Callable[[Tensor], Tensor],
+        rewards: Mapping[str, Mapping[str, float]],
+        folder: Path,
+        device: str,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """``rewards``: task -> {reward: weight}, the same on every process; ``folder`` receives the grids."""
+        """``rewards``: task -> {reward: weight}, the same on every process; ``folder`` receives the grids.
+
+        ``options``: reward -> keyword arguments of its scorer.
+        """
         self._decode = decode
         self._folder = folder
         self._names = [(task, name) for task, weights in rewards.items() for name in weights]
-        self._workers = {task: worker for task, w in rewards.items() if (worker := self._worker(task, w, device))}
+        built = {task: self._worker(task, weights, device, options or {}) for task, weights in rewards.items()}
+        self._workers = {task: worker for task, worker in built.items() if worker is not None}
         self._pending: list[tuple[str, Future[Scores]]] = []
         self._failed: set[str] = set()
 
@@ -86,11 +96,13 @@ class Monitor:
             return {}
 
     @staticmethod
-    def _worker(task: str, weights: Mapping[str, float], device: str) -> RewardWorker | None:
+    def _worker(
+        task: str, weights: Mapping[str, float], device: str, options: Mapping[str, Mapping[str, Any]]
+    ) -> RewardWorker | None:
         if not weights:
             return None
         try:
-            return RewardWorker(build_composite(weights, device))
+            return RewardWorker(build_composite(weights, device, options))
         except RewardError as error:
             warnings.warn(f"task {task!r} is trained without monitoring its rewards: {error}", stacklevel=4)
             return None

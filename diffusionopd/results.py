@@ -81,11 +81,17 @@ def write_text_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def summarise(records: Iterable[Record], images_per_prompt: int = 1) -> dict[str, Summary]:
+def summarise(
+    records: Iterable[Record], images_per_prompt: int = 1, combined: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Summary]:
     """Mean, standard error and count of every score, over the samples to which it applies.
 
     The standard error is that of the mean over prompts: several images of a prompt are averaged first, because they are
     not independent draws. It is 0 for a single prompt.
+
+    Args:
+        combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
+            them applies to some sample.
     """
     by_score: dict[str, dict[int, list[float]]] = {}
     for record in records:
@@ -93,7 +99,18 @@ def summarise(records: Iterable[Record], images_per_prompt: int = 1) -> dict[str
             if value != NOT_APPLICABLE:
                 by_prompt = by_score.setdefault(name, {})
                 by_prompt.setdefault(record.sample_id // images_per_prompt, []).append(value)
-    return {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
+    summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
+    for name, parts in (combined or {}).items():
+        if all(part in summaries for part in parts):
+            summaries[name] = _mean_of_means([summaries[part] for part in parts])
+    return summaries
+
+
+def _mean_of_means(parts: Sequence[Summary]) -> Summary:
+    """The parts are scores of different samples, so that their errors are independent."""
+    error = math.sqrt(math.fsum(part.standard_error**2 for part in parts)) / len(parts)
+    mean = math.fsum(part.mean for part in parts) / len(parts)
+    return Summary(mean, error, sum(part.count for part in parts))
 
 
 def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
@@ -209,13 +226,13 @@ class ResultFolder:
         """Where the picture of a sample is or will be."""
         return self.folder / "images" / f"{sample_id:05d}.jpg"
 
-    def close(self, images_per_prompt: int) -> None:
-        """Merge the parts, sorted by sample, and write the averages."""
+    def close(self, images_per_prompt: int, combined: Mapping[str, Sequence[str]]) -> None:
+        """Merge the parts, sorted by sample, and write the averages; arguments as for `summarise`."""
         records = self._merge()
         self._write(records)
         for part in self._parts():
             part.unlink()
-        averages = averages_json(summarise(records, images_per_prompt))
+        averages = averages_json(summarise(records, images_per_prompt, combined))
         write_text_atomically(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
 
     def _parts(self) -> list[Path]:

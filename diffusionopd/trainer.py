@@ -31,7 +31,7 @@ from diffusionopd.monitor import Monitor, Picture
 from diffusionopd.opd import STUDENT, Distiller, Recipe, RoundResult
 from diffusionopd.optim import Ema, StudentOptimizer
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
-from diffusionopd.rewards import KNOWN_REWARDS, RewardError, build_scorer
+from diffusionopd.rewards import REGISTRY, RewardError, build_scorer, check_options
 from diffusionopd.text import TextCache
 from diffusionopd.transitions import schedule
 
@@ -60,7 +60,8 @@ def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
     NonFiniteError and CheckpointError during training; nothing saved before is touched by a failure.
     """
     accelerator = make_accelerator(config)
-    plan = check(config, accelerator.num_processes, KNOWN_REWARDS)
+    plan = check(config, accelerator.num_processes, REGISTRY)
+    check_options(plan.reward_options)
     accelerator.project_configuration.project_dir = str(plan.run_dir)
     accelerator.project_configuration.logging_dir = str(plan.run_dir / "trackers")
     accelerator.print(plan.describe())
@@ -225,17 +226,20 @@ class Trainer:
         if self.is_main:
             _write_json(run_dir / "config.json", config.to_dict())
         rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if config.monitor_freq else {}
-        self.monitor = Monitor(self.backbone.decode, rewards, run_dir / "samples", str(self.device))
+        self.monitor = Monitor(
+            self.backbone.decode, rewards, run_dir / "samples", str(self.device), self.plan.reward_options
+        )
         self.scorers = self._evaluation_scorers() if config.eval_freq else {}
         self._held_row: dict[str, Any] | None = None
 
     def _evaluation_scorers(self) -> dict[str, dict[str, Any]]:
         """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
+        options = self.plan.reward_options
         scorers: dict[str, dict[str, Any]] = {teacher.name: {} for teacher in self.plan.teachers}
         for teacher in self.plan.teachers:
             for name in teacher.proxy_reward:
                 try:
-                    scorers[teacher.name][name] = build_scorer(name, str(self.device))
+                    scorers[teacher.name][name] = build_scorer(name, str(self.device), options.get(name))
                 except RewardError as error:
                     warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
         return {task: found for task, found in scorers.items() if found}
@@ -315,16 +319,17 @@ class Trainer:
         """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold."""
         config = self.config
         scores: dict[str, float] = {}
-        generate = ImageGenerator(
-            self.backbone,
-            self.text,
-            num_steps=config.sample.eval_num_steps,
-            guidance_scale=config.sample.eval_guidance_scale,
-            resolution=config.resolution,
-            seed=config.seed,
-        )
+        own = {teacher.name: teacher for teacher in self.plan.teachers}
         with self._averaged(), self.adapters.using(STUDENT):
             for task, scorers in self.scorers.items():
+                generate = ImageGenerator(
+                    self.backbone,
+                    self.text,
+                    num_steps=own[task].eval_num_steps,
+                    guidance_scale=own[task].eval_guidance_scale,
+                    resolution=config.resolution,
+                    seed=config.seed,
+                )
                 means = evaluate_task(
                     generate,
                     self.test_prompts[task],

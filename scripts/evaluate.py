@@ -8,8 +8,10 @@ settings (base model, resolution, steps, guidance) are found beside its checkpoi
 """
 
 import argparse
+import ast
 import json
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
 from diffusionopd.config_schema import load_config
 from diffusionopd.evaluation import Job, find_checkpoint, run
 from diffusionopd.results import EvaluationError, format_table
+from diffusionopd.rewards import check_options
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 # Scoring is shared by samples, not by time: a process may wait this long for the slowest.
@@ -54,6 +57,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="pictures a process makes at a time")
     parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
+    parser.add_argument(
+        "--reward_options", nargs="+", default=[], metavar="REWARD.OPTION=VALUE", help="docs/rewards.md has them"
+    )
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
     parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
@@ -96,6 +102,25 @@ def find_teacher(name: str, config: dict[str, Any]) -> dict[str, Any]:
     raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
 
 
+def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configuration's `reward_options` with what `REWARD.OPTION=VALUE` flags change.
+
+    Raises:
+        EvaluationError: a flag of another form.
+    """
+    options = {name: dict(values) for name, values in configured.items()}
+    for text in given:
+        name, dot, rest = text.partition(".")
+        option, equals, value = rest.partition("=")
+        if not (name and dot and option and equals):
+            raise EvaluationError(f"--reward_options takes REWARD.OPTION=VALUE, not {text!r}")
+        try:
+            options.setdefault(name, {})[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a plain word, path or address
+            options[name][option] = value
+    return options
+
+
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
@@ -112,10 +137,18 @@ def make_job(flags: argparse.Namespace) -> Job:
     def chosen(flag: Any, default: Any) -> Any:
         return default if flag is None else flag
 
+    benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks) for dataset in flags.dataset]
+    # A flag goes before the task's own settings, and these before the configuration's common ones.
+    common = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
+    if flags.teacher:
+        common["guidance_scale"] = chosen(flags.guidance_scale, guidance_scale)
+    given = {name: value for name, value in common.items() if value is not None}
+    options = read_options(flags.reward_options, config.get("reward_options", {}))
+    check_options(options)
     return Job(
         model=flags.model or pretrained.get("model") or DEFAULT_MODEL,
         revision=flags.revision or pretrained.get("revision") or None,
-        benchmarks=[find_benchmark(dataset, flags.rewards, flags.limit, tasks) for dataset in flags.dataset],
+        benchmarks=[replace(benchmark, **given) for benchmark in benchmarks],
         lora=load_lora(source) if source else None,
         output=Path(flags.output_dir),
         num_steps=chosen(flags.num_inference_steps, sample.get("eval_num_steps", 40)),
@@ -129,6 +162,7 @@ def make_job(flags: argparse.Namespace) -> Job:
         save_images=flags.save_images,
         resume=flags.resume,
         cache_dir=flags.cache_dir,
+        reward_options=options,
     )
 
 

@@ -7,18 +7,29 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from diffusionopd.backbone import load_text_encoder
 from diffusionopd.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.distributed import Stream, generator
-from diffusionopd.evaluation import EvaluationError, Job, evaluate, evaluate_task, find_checkpoint, sample_images
+from diffusionopd.evaluation import (
+    EvaluationError,
+    ImageGenerator,
+    Job,
+    evaluate,
+    evaluate_task,
+    find_checkpoint,
+    sample_images,
+)
 from diffusionopd.prompts import Prompt, PromptError
 from diffusionopd.results import RESULTS, read_records
 from diffusionopd.rewards import RewardError, to_uint8
+from diffusionopd.text import TextCache
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]
@@ -147,6 +158,26 @@ def test_sampling_is_the_euler_method_written_out(backbone, text):
     torch.testing.assert_close(images, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_a_picture_does_not_depend_on_its_neighbours(batch_size, backbone, pipeline_folder, tmp_path):
+    """At most one of 255 levels apart, in at most 0.1% of the values: products of other shapes round differently."""
+    prompts = [f"a photo of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    cache = TextCache(tmp_path, "key", 14, torch.float32)
+    cache.fill(["", *prompts], lambda: load_text_encoder(str(pipeline_folder), max_sequence_length=14))
+    make = ImageGenerator(backbone, cache, num_steps=4, guidance_scale=2.0, resolution=64, seed=3)
+    wanted = to_uint8(make(prompts, [(i, 0) for i in range(7)])[[2, 6, 4]]).astype(int)
+    shuffled = [2, 6, 4, 0, 1, 3, 5][: max(3, batch_size)]
+    images = torch.cat(
+        [
+            make([prompts[i] for i in part], [(i, 0) for i in part])
+            for part in (shuffled[k : k + batch_size] for k in range(0, len(shuffled), batch_size))
+        ]
+    )
+    difference = np.abs(to_uint8(images[:3]).astype(int) - wanted)
+    assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+    assert np.abs(wanted[0] - wanted[1]).mean() > 1  # and other prompts and noise give other pictures
+
+
 # ---- what is evaluated -----------------------------------------------------------------------------------------------
 
 
@@ -162,6 +193,9 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     assert len(find_benchmark("drawbench", limit=2).prompts) == 2
     assert find_benchmark("ocr", tasks=[task]).rewards == ("tiny_ocr",)
     assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
+    assert find_benchmark("ocr", tasks=[task]).guidance_scale is None
+    own = find_benchmark("ocr", tasks=[task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}])
+    assert (own.guidance_scale, own.num_steps) == (1.0, 7)
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", tasks=[task]).rewards == ("ocr",)
     chosen = find_benchmark(str(tmp_path / "mine"), ["jpeg_compressibility"])
@@ -206,6 +240,24 @@ def test_values_that_no_picture_can_be_made_with(values):
 def test_a_dataset_given_twice_is_refused():
     with pytest.raises(EvaluationError, match="each once"):
         Job("model", None, None, [MINE, MINE], Path("out"))
+
+
+def test_a_benchmarks_own_settings_go_before_the_jobs():
+    job = Job("model", None, None, [MINE], Path("out"), num_steps=40, guidance_scale=4.5)
+    own = replace(MINE, guidance_scale=1.0, num_steps=10)
+    assert (job.steps_on(MINE), job.guidance_on(MINE)) == (40, 4.5)
+    assert (job.steps_on(own), job.guidance_on(own)) == (10, 1.0)
+
+
+def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))
+    configured = {"pickscore": {"model": "a", "dtype": "float32"}}
+    given = ["pickscore.dtype=bfloat16", "unifiedreward.timeout=2.5", "unifiedreward.base_url=http://localhost:1/v1"]
+    assert script["read_options"](given, configured) == {
+        "pickscore": {"model": "a", "dtype": "bfloat16"},
+        "unifiedreward": {"timeout": 2.5, "base_url": "http://localhost:1/v1"},
+    }
+    assert configured == {"pickscore": {"model": "a", "dtype": "float32"}}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -260,6 +312,8 @@ def test_one_process_and_two_write_the_same(pipeline_folder, make_lora, dataset,
         (["--base", "--config", "config/tiny.py:nonesuch", "--dataset", "DATASET"], "has no 'nonesuch'"),
         (["--base", "--config", "README.json", "--dataset", "DATASET"], "is not the config.json of a run"),
         (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--guidance_scale", "-1"], "at least 0"),
+        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr"], "REWARD.OPTION=VALUE"),
+        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr.x=1"], "its options:"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):

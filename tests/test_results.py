@@ -91,7 +91,7 @@ def test_parts_of_several_processes_are_merged_and_sorted(tmp_path):
     first, second = opened(tmp_path, world=2), ResultFolder(tmp_path, rank=1, world=2)
     second.append([record(1), record(3)])
     first.append([record(0), record(2)])
-    first.close(1)
+    first.close(1, {})
     assert [r.sample_id for r in read_records(tmp_path / RESULTS)] == [0, 1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([AVERAGES, RESULTS, SETTINGS])
 
@@ -107,7 +107,7 @@ def test_without_resume_an_earlier_evaluation_is_replaced(tmp_path):
     files = opened(tmp_path)
     files.append([record(0)])
     files.save_image(0, np.zeros((8, 8, 3), np.uint8))
-    files.close(1)
+    files.close(1, {})
     again = opened(tmp_path)
     assert again.done() == set()
     assert not (tmp_path / AVERAGES).exists() and not again.image_path(0).exists()
@@ -139,3 +139,17 @@ def test_table_is_aligned():
     assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n"]
     assert table[2].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
     assert len({line.rstrip()[-1] for line in table}) and table[0].index("score") == table[2].index("a ")
+
+
+def test_a_combined_figure_is_the_plain_mean_of_means():
+    records = [
+        Record(0, "a", {}, {"one": 1.0, "two": -10.0}),
+        Record(1, "b", {}, {"one": 0.0, "two": -10.0}),
+        Record(2, "c", {}, {"one": 1.0, "two": -10.0}),
+        Record(3, "d", {}, {"one": -10.0, "two": 0.0}),
+    ]
+    found = summarise(records, combined={"overall": ("one", "two")})
+    assert math.isclose(found["overall"].mean, (2 / 3 + 0) / 2)
+    assert math.isclose(found["overall"].standard_error, found["one"].standard_error / 2)
+    assert found["overall"].count == 4
+    assert "overall" not in summarise(records[:3], combined={"overall": ("one", "two")})  # nothing is known of "two"

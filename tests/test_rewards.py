@@ -9,7 +9,6 @@ from PIL import Image
 
 from diffusionopd import rewards
 from diffusionopd.rewards import (
-    KNOWN_REWARDS,
     NOT_APPLICABLE,
     REGISTRY,
     Composite,
@@ -18,6 +17,7 @@ from diffusionopd.rewards import (
     Scorer,
     build_composite,
     build_scorer,
+    check_options,
     score_all,
     to_pil,
     to_uint8,
@@ -82,19 +82,12 @@ def test_no_pictures_at_all():
 def test_names_of_the_upstream_release_are_known():
     upstream = {"geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward"}
     tiny = {"tiny_compose", "tiny_ocr", "tiny_scene"}
-    assert upstream | tiny | {"jpeg_compressibility", "jpeg_incompressibility"} <= KNOWN_REWARDS
+    assert upstream | tiny | {"jpeg_compressibility", "jpeg_incompressibility"} == set(REGISTRY)
 
 
 def test_a_misspelled_reward_names_the_nearest():
     with pytest.raises(RewardError, match="did you mean 'pickscore'"):
         build_scorer("pikscore")
-
-
-def test_a_known_reward_without_scorer_says_so():
-    missing = sorted(KNOWN_REWARDS - REGISTRY.keys())
-    for name in missing:
-        with pytest.raises(RewardError, match=f"'{name}' has no scorer in this version"):
-            build_scorer(name)
 
 
 def test_a_missing_package_names_the_command(monkeypatch):
@@ -107,14 +100,35 @@ def test_a_missing_package_names_the_command(monkeypatch):
 def test_a_registered_reward_is_built_with_its_options(monkeypatch):
     monkeypatch.setattr(rewards, "REGISTRY", dict(REGISTRY))
     rewards.register("fixed", f"{__name__}:Fixed")
-    scorer = build_scorer("fixed", fixed=[1.0, 2.0])
+    scorer = build_scorer("fixed", options={"fixed": [1.0, 2.0]})
     assert isinstance(scorer, Scorer)
     assert scorer.score(None, ["", ""], [{}, {}])["fixed"].tolist() == [1.0, 2.0]
 
 
 def test_an_option_that_a_scorer_does_not_have_is_refused():
     with pytest.raises(RewardError, match="colour"):
-        build_scorer("jpeg_compressibility", colour=True)
+        build_scorer("jpeg_compressibility", options={"colour": True})
+    with pytest.raises(RewardError, match="unexpected keyword argument 'modle'.*its options: device, dtype, model"):
+        check_options({"pickscore": {"modle": "x"}})
+
+
+def test_options_are_checked_without_loading_anything():
+    check_options({"pickscore": {"model": "no/such-model", "dtype": "bfloat16"}})
+    with pytest.raises(RewardError, match="did you mean 'pickscore'"):
+        check_options({"pickscor": {}})
+    with pytest.raises(RewardError, match="must be {option: value}, not 3"):
+        check_options({"pickscore": 3})
+
+
+class Placed:
+    def __init__(self, device="cpu"):
+        self.device = device
+
+
+def test_a_reward_may_have_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(rewards, "REGISTRY", {"placed": f"{__name__}:Placed"})
+    assert build_scorer("placed", "cuda:1").device == "cuda:1"
+    assert build_scorer("placed", "cuda:1", options={"device": "cuda:0"}).device == "cuda:0"
 
 
 # ---- JPEG ------------------------------------------------------------------------------------------------------------

@@ -77,14 +77,14 @@ def tensor(images: list[Image.Image]) -> torch.Tensor:
 def test_pickscore_and_clipscore_are_the_official_logits(folder, images):
     wanted = official_logits(folder, images)
     assert np.ptp(wanted) > 0.05  # the pictures are told apart
-    pick = build_scorer("pickscore", model=folder, processor=folder)
-    clip = build_scorer("clipscore", model=folder)
+    pick = build_scorer("pickscore", options={"model": folder, "processor": folder})
+    clip = build_scorer("clipscore", options={"model": folder})
     np.testing.assert_allclose(pick.score(images, PROMPTS, [{}] * 3)["pickscore"], wanted, atol=1e-4)
     np.testing.assert_allclose(clip.score(images, PROMPTS, [{}] * 3)["clipscore"], wanted / 100, atol=1e-6)
 
 
 def test_every_form_of_a_picture_scores_the_same(folder, images):
-    scorer = build_scorer("clipscore", model=folder)
+    scorer = build_scorer("clipscore", options={"model": folder})
     pixels = tensor(images)
     scores = [scorer.score(form, PROMPTS, [{}] * 3)["clipscore"] for form in (images, pixels, pixels.float() / 255)]
     np.testing.assert_array_equal(scores[0], scores[1])
@@ -92,7 +92,7 @@ def test_every_form_of_a_picture_scores_the_same(folder, images):
 
 
 def test_long_prompts_are_cut_to_the_context(folder, images):
-    score = build_scorer("clipscore", model=folder).score(images[:1], ["a red circle " * 40], [{}])
+    score = build_scorer("clipscore", options={"model": folder}).score(images[:1], ["a red circle " * 40], [{}])
     assert np.isfinite(score["clipscore"]).all()
 
 
@@ -112,21 +112,21 @@ def test_aesthetic_is_the_official_head_on_the_unit_embedding(folder, images, tm
     with torch.no_grad():
         features = CLIPModel.from_pretrained(folder).get_image_features(official_pixels(images)).pooler_output
         wanted = head(features / features.norm(dim=-1, keepdim=True)).squeeze(-1).numpy()
-    scorer = build_scorer("aesthetic", model=folder, head=str(path))
+    scorer = build_scorer("aesthetic", options={"model": folder, "head": str(path)})
     np.testing.assert_allclose(scorer.score(images, PROMPTS, [{}] * 3)["aesthetic"], wanted, atol=1e-5)
 
 
 def test_what_is_missing_is_named_with_the_command(folder, tmp_path):
     with pytest.raises(RewardError, match="hf download nobody/no-such-clip"):
-        build_scorer("clipscore", model="nobody/no-such-clip")
+        build_scorer("clipscore", options={"model": "nobody/no-such-clip"})
     with pytest.raises(RewardError, match="curl -L"):
-        build_scorer("aesthetic", model=folder, head=str(tmp_path / "none.pth"))
+        build_scorer("aesthetic", options={"model": folder, "head": str(tmp_path / "none.pth")})
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, other)
     with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
-        build_scorer("aesthetic", model=folder, head=str(other))
+        build_scorer("aesthetic", options={"model": folder, "head": str(other)})
     Path(other).write_bytes(b"not a checkpoint")
     with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
-        build_scorer("aesthetic", model=folder, head=str(other))
+        build_scorer("aesthetic", options={"model": folder, "head": str(other)})
     with pytest.raises(RewardError, match="no dtype"):
-        build_scorer("clipscore", model=folder, dtype="int8")
+        build_scorer("clipscore", options={"model": folder, "dtype": "int8"})

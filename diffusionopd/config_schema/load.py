@@ -139,6 +139,10 @@ def _with_defaults(given: ConfigDict | Mapping[str, Any]) -> ConfigDict:
 def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
     """Set ``key`` (``a.b``, ``a.b[0].c``) to what ``text`` says; the problem if there is no such place."""
     try:
+        if key.startswith("reward_options."):  # whose rewards and options are free: it starts empty
+            reward = key.split(".")[1]
+            if reward not in config.reward_options:
+                config.reward_options[reward] = ConfigDict(type_safe=False)
         value = _parse(text, _current(config, key))
         config_path.set_value(key, config, value, accept_new_attributes=True)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:

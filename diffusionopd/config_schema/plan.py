@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd.config_schema.problems import Problems
 from diffusionopd.config_schema.sources import TeacherSpec, run_folder, with_origin
-from diffusionopd.config_schema.values import NO_EFFECT, NOISY_KERNELS, ODE_SOLVERS
+from diffusionopd.config_schema.values import NO_EFFECT, NOISY_KERNELS, ODE_SOLVERS, to_plain
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class RunPlan:
     backward_batches: int  # per process, before the one optimizer step
     model: str
     run_dir: Path
+    reward_options: dict[str, dict[str, Any]]  # reward -> keyword arguments of its scorer
     num_prompts: tuple[int, ...]  # training prompts of each task
     notes: tuple[str, ...]  # settings that are accepted but change nothing
 
@@ -162,6 +163,7 @@ def make_plan(
         backward_batches=train.gradient_accumulation_steps,
         model=config.pretrained.model,
         run_dir=run_folder(config.save_dir, config.logdir, config.run_name),
+        reward_options=to_plain(config.reward_options),
         num_prompts=num_prompts,
         notes=notes,
     )

@@ -29,6 +29,8 @@ class TeacherSpec:
     proxy_reward: dict[str, float]
     prompt_fn: str
     guidance_scale: float
+    eval_guidance_scale: float  # of the student, in evaluations on this task
+    eval_num_steps: int
 
 
 TEACHER_FIELDS = tuple(field.name for field in fields(TeacherSpec))
@@ -141,7 +143,11 @@ def check_teachers(
     if not entries:
         problems.add(key, "is empty", "Give at least one teacher, as in config/opd.py.")
         return (), ()
-    default_guidance = values.get("sample.teacher_guidance_scale")
+    defaults = {
+        "guidance_scale": values.get("sample.teacher_guidance_scale"),
+        "proxy_reward": {},
+    }
+    common = {name: values.get(f"sample.{name}") for name in ("eval_guidance_scale", "eval_num_steps")}
     with_test = values.get("eval_freq") != 0
     specs, prompts = [], []
     for index, entry in enumerate(entries):
@@ -150,13 +156,13 @@ def check_teachers(
             problems.add(where, f"is {entry!r}", f"It must be a dict with {', '.join(TEACHER_FIELDS)}.")
             continue
         given = {name: value for name, value in entry.items() if value is not None}
-        teacher: dict[str, Any] = dict.fromkeys(TEACHER_FIELDS)
-        teacher |= {"guidance_scale": default_guidance, "proxy_reward": {}} | given
+        teacher: dict[str, Any] = dict.fromkeys(field for field in TEACHER_FIELDS if field not in common)
+        teacher |= defaults | given
         _check_teacher_fields(where, teacher, problems)
         _check_rewards(f"{where}.proxy_reward", teacher["proxy_reward"], reward_names, problems)
         _check_adapter(f"{where}.lora_path", teacher["lora_path"], problems)
         prompts.append(_check_dataset(where, teacher, with_test, problems))
-        specs.append(TeacherSpec(**{name: teacher[name] for name in TEACHER_FIELDS}))
+        specs.append(TeacherSpec(**{name: (common | teacher)[name] for name in TEACHER_FIELDS}))
     names = [spec.name for spec in specs]
     for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
         problems.add(f"{key}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
@@ -170,9 +176,14 @@ def _check_teacher_fields(where: str, teacher: dict[str, Any], problems: Problem
     name = teacher["name"]
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         problems.add(f"{where}.name", f"is {name!r}", 'It must be made of letters, digits, "-" and "_".')
-    guidance = teacher["guidance_scale"]
-    if not is_number(guidance) or guidance < 1:
-        problems.add(f"{where}.guidance_scale", f"is {guidance!r}", "It must be a number of at least 1 (1: without).")
+    for field in {"guidance_scale", "eval_guidance_scale"} & teacher.keys():
+        if not is_number(teacher[field]) or teacher[field] < 1:
+            problems.add(
+                f"{where}.{field}", f"is {teacher[field]!r}", "It must be a number of at least 1 (1: without)."
+            )
+    steps = teacher.get("eval_num_steps", 1)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        problems.add(f"{where}.eval_num_steps", f"is {steps!r}", "It must be an integer of at least 1.")
 
 
 def _check_rewards(where: str, rewards: Any, known: Collection[str] | None, problems: Problems) -> None:

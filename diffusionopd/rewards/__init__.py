@@ -17,7 +17,6 @@ from diffusionopd.rewards.worker import RewardWorker
 
 __all__ = [
     "AVERAGE",
-    "KNOWN_REWARDS",
     "NOT_APPLICABLE",
     "REGISTRY",
     "Composite",
@@ -29,6 +28,7 @@ __all__ = [
     "build_composite",
     "build_scorer",
     "check_name",
+    "check_options",
     "check_weights",
     "register",
     "score_all",
@@ -40,6 +40,9 @@ __all__ = [
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",
+    "geneval": "diffusionopd.rewards.geneval:GenEval",
+    "hpsv2": "diffusionopd.rewards.hpsv2:Hpsv2",
+    "imagereward": "diffusionopd.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusionopd.rewards.jpeg:JpegIncompressibility",
     "ocr": "diffusionopd.rewards.ocr:Ocr",
@@ -47,18 +50,18 @@ REGISTRY: dict[str, str] = {
     "tiny_compose": "diffusionopd.tiny.scorers:TinyCompose",
     "tiny_ocr": "diffusionopd.tiny.scorers:TinyOcr",
     "tiny_scene": "diffusionopd.tiny.scorers:TinyScene",
+    "unifiedreward": "diffusionopd.rewards.unifiedreward:UnifiedReward",
 }
 """Reward name -> "module:attribute" of its class."""
 
-UPSTREAM_REWARDS = frozenset(
-    ("geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
-)
-"""The names that configs of the upstream release use, whether or not their scorer is there."""
-
-KNOWN_REWARDS = UPSTREAM_REWARDS | REGISTRY.keys()
-"""Every name a config may use."""
-
-EXTRAS: dict[str, str] = {"ocr": "ocr", "tiny_compose": "tiny", "tiny_ocr": "tiny", "tiny_scene": "tiny"}
+EXTRAS: dict[str, str] = {
+    "geneval": "geneval",
+    "hpsv2": "hpsv2",
+    "ocr": "ocr",
+    "tiny_compose": "tiny",
+    "tiny_ocr": "tiny",
+    "tiny_scene": "tiny",
+}
 """Reward name -> the extra of this package that installs what the scorer imports."""
 
 
@@ -69,55 +72,70 @@ def register(name: str, target: str) -> None:
 
 def check_name(name: str) -> None:
     """Raises `RewardError` for a name that no config may use, with the nearest one that it may."""
-    known = KNOWN_REWARDS | REGISTRY.keys()
-    if name in known:
+    if name in REGISTRY:
         return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+    near = difflib.get_close_matches(name, REGISTRY, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(REGISTRY))}"
     raise RewardError(f"unknown reward '{name}'; {hint}")
 
 
-def build_scorer(name: str, device: str = "cpu", **options: Any) -> Scorer:
+def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Scorer:
     """Import and construct the scorer of a reward.
 
     Args:
         name: a key of `REGISTRY`.
-        device: where its model runs; handed on to scorers that have one.
-        options: the scorer's own keyword arguments.
+        device: where its model runs, unless the options say otherwise; handed on to scorers that have one.
+        options: the scorer's own keyword arguments, a device of its own among them.
 
     Raises:
-        RewardError: unknown name, no scorer of that name in this version, a package that is not installed (with the
-            command that installs it), or an option that the scorer does not have.
+        RewardError: unknown name, a package that is not installed (with the command that installs it), a file or server
+            that is not there, or an option that the scorer does not have.
     """
+    factory = _find(name)
+    options = options or {}
+    _check_options(name, factory, options)
+    arguments = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    try:
+        return factory(**{**arguments, **options})
+    except ImportError as error:
+        raise _not_installed(name, error) from error
+
+
+def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Options of rewards (`reward_options` of a configuration), before anything is loaded: names and keys only.
+
+    Raises:
+        RewardError: an unknown reward, an option that its scorer does not have, a package that is not installed.
+    """
+    for name, given in options.items():
+        check_name(name)
+        if not isinstance(given, Mapping):
+            raise RewardError(f"the options of reward '{name}' must be {{option: value}}, not {given!r}")
+        _check_options(name, _find(name), given)
+
+
+def _find(name: str) -> Any:
+    """The class of a scorer."""
     check_name(name)
-    if name not in REGISTRY:
-        raise RewardError(
-            f"reward '{name}' has no scorer in this version; available: {', '.join(sorted(REGISTRY))}. "
-            "A scorer of your own can be added with diffusionopd.rewards.register (docs/rewards.md)"
-        )
     module, attribute = REGISTRY[name].split(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-        return factory(**_arguments(name, factory, device, options))
+        return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {_install(name)}") from error
+        raise _not_installed(name, error) from error
 
 
-def _install(name: str) -> str:
-    return f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
+def _not_installed(name: str, error: ImportError) -> RewardError:
+    install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
+    return RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}")
 
 
-def _arguments(name: str, factory: Any, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, checked, with the device for those scorers that take one."""
+def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
     signature = inspect.signature(factory)
-    arguments = dict(options)
-    if "device" in signature.parameters:
-        arguments["device"] = device
     try:
-        signature.bind(**arguments)
+        signature.bind_partial(**options)
     except TypeError as error:
-        raise RewardError(f"reward '{name}': {error}; its options are {', '.join(signature.parameters)}") from error
-    return arguments
+        known = ", ".join(signature.parameters) or "none"
+        raise RewardError(f"reward '{name}': {error}; its options: {known}") from error
 
 
 def build_composite(
@@ -135,4 +153,4 @@ def build_composite(
     """
     check_weights(weights)
     given = options or {}
-    return Composite(weights, {name: build_scorer(name, device, **given.get(name, {})) for name in weights})
+    return Composite(weights, {name: build_scorer(name, device, given.get(name)) for name in weights})
