@@ -108,6 +108,6 @@ def test_every_key_is_read_somewhere():
     read = set().union(*(_attributes(path) for path in [*LIBRARY, *_files("scripts")]))
     keys = set(flatten(base_config())) - NO_EFFECT - CHECKED_ONLY
     wanted = {key: key if key.split(".")[0] in SECTIONS else f"config.{key}" for key in keys}
-    # The teachers, and what they do not say themselves, reach the code through RunPlan.teachers, which the checks build.
+    # Teachers, and what they do not say themselves, reach the code through RunPlan.teachers, which the checks build.
     shared = {f"sample.{name}" for name in ("teacher_guidance_scale", "eval_guidance_scale", "eval_num_steps")}
     assert sorted(key for key in keys - {"train.teachers"} - shared if wanted[key] not in read) == []
