@@ -176,7 +176,7 @@ def _check_teacher_fields(where: str, teacher: dict[str, Any], problems: Problem
     name = teacher["name"]
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         problems.add(f"{where}.name", f"is {name!r}", 'It must be made of letters, digits, "-" and "_".')
-    for field in {"guidance_scale", "eval_guidance_scale"} & teacher.keys():
+    for field in [field for field in ("guidance_scale", "eval_guidance_scale") if field in teacher]:
         if not is_number(teacher[field]) or teacher[field] < 1:
             problems.add(
                 f"{where}.{field}", f"is {teacher[field]!r}", "It must be a number of at least 1 (1: without)."
