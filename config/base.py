@@ -107,19 +107,26 @@ def get_config() -> ConfigDict:
     sample.deterministic = False
     # Start the pictures of one prompt from the same initial noise.
     sample.same_latent = False
-    # [no effect] Of reinforcement-learning code: its batch size, advantage scaling and SDE window.
+    # [no effect] Of reinforcement-learning code: its batch size and SDE window.
     sample.batch_size = 1
-    sample.global_std = False
     sample.sde_window_size = 0
     sample.sde_window_range = (0, 0)
 
-    # ---- Distillation ------------------------------------------------------------------------------------------------
+    # ---- What is trained, and how ------------------------------------------------------------------------------------------------
     config.train = train = ConfigDict(type_safe=False)
+    # How: "opd", on-policy distillation from the teachers; "sft", supervised on the teachers' samples; or, without
+    # teachers, from rewards: "nft" (DiffusionNFT), "grpo" (Flow-GRPO), "grpo_guard" (GRPO-Guard).
+    train.algorithm = "opd"
+    # Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an equal
+    # share of the rounds, one after another. num_batches_per_epoch is shared by the tasks of a round.
+    train.task_order = "together"
     # The tasks: a list of {name, dataset, lora_path, proxy_reward, prompt_fn, guidance_scale, ...}:
     #   name            of the task, in logs and files: letters, digits, "-", "_"
     #   dataset         folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl
     #   lora_path       the teacher: local folder, .safetensors file, or hub id with subfolder ("organisation/name/sub")
-    #   proxy_reward    {reward: weight} to monitor (monitor_freq) and evaluate (eval_freq) with; {} for none
+    #                   (without effect when the training is from rewards)
+    #   proxy_reward    {reward: weight} to monitor (monitor_freq) and evaluate (eval_freq) with; {} for none. Training
+    #                   from rewards maximises their weighted mean
     #   prompt_fn       "general_ocr" reads the .txt files, one prompt a line; "geneval" reads the .jsonl files
     #   guidance_scale  of this teacher; optional (sample.teacher_guidance_scale)
     #   eval_guidance_scale, eval_num_steps
@@ -133,9 +140,10 @@ def get_config() -> ConfigDict:
     train.target = "mean"
     # Divide each sample's error by its own mean magnitude (detached).
     train.self_normalize = False
-    # "policy_gradient" clips the probability ratio to [1 - clip_range, 1 + clip_range].
+    # "policy_gradient", and "grpo", clip the probability ratio to [1 - clip_range, 1 + clip_range].
     train.clip_range = 1e-4
-    # Weight of the same loss towards the base model without adapters; above 0 it costs one more evaluation a step.
+    # Weight of staying near the base model without adapters (distillation: by the same loss; grpo: by the KL; nft: by
+    # the squared distance of the velocities); above 0 it costs one more evaluation a step.
     train.beta = 0.0
     # The loss is multiplied by this before the backward pass, so that the gradient is large against adam_epsilon
     # (measured in docs/method.md); the logged loss and gradient norm, and max_grad_norm, are in units of the loss as
@@ -147,10 +155,10 @@ def get_config() -> ConfigDict:
     train.timestep_fraction = 1.0
     # Pictures per process in one backward pass. Divides sample.train_batch_size.
     train.batch_size = 1
-    # Backward batches per optimizer step: num_batches_per_epoch * sample.train_batch_size / train.batch_size, which
-    # makes one optimizer step a round.
+    # Backward batches per optimizer step. Distillation: num_batches_per_epoch * sample.train_batch_size /
+    # train.batch_size, which makes one optimizer step a round; else any divisor of that.
     train.gradient_accumulation_steps = 1
-    # Optimizer steps on one round's trajectories. Above 1 the trajectories are kept in memory.
+    # Passes over one round's trajectories or samples. Distillation above 1 keeps the trajectories in memory.
     train.num_inner_epochs = 1
     # AdamW.
     train.learning_rate = 3e-4
@@ -162,6 +170,26 @@ def get_config() -> ConfigDict:
     train.use_8bit_adam = False
     # Norm to which the gradient of a round is clipped, in units of the loss as it is.
     train.max_grad_norm = 1.0
+
+    # ---- Training from rewards (nft, grpo, grpo_guard) ---------------------------------------------------------------
+    # Without train.teachers, the one task: folder of its prompts, their format, and its {reward: weight}.
+    config.dataset = ""
+    config.prompt_fn = ""
+    config.reward_fn = {}
+    # Advantages are rewards minus the mean of their prompt's pictures (False: of all the round's pictures of the task),
+    # divided by the same pictures' standard deviation, or with sample.global_std by that of all.
+    config.per_prompt_stat_tracking = True
+    sample.global_std = False
+    # Advantages are clipped to [-adv_clip_max, adv_clip_max].
+    train.adv_clip_max = 5.0
+    # "grpo_guard" clips its normalised ratio to [1 - clip_range_lt, 1 + clip_range_gt].
+    train.clip_range_lt = 1e-4
+    train.clip_range_gt = 1e-4
+    # nft: how far the two implicit policies are from the old one; small is bold.
+    train.nft_beta = 1.0
+    # nft: after n rounds the sampling policy keeps min(slope * max(n - start, 0), maximum) of itself and takes the rest
+    # from the student: (start, slope, maximum).
+    train.old_policy_decay = (0, 0.001, 0.5)
 
     # ---- The student's adapter ---------------------------------------------------------------------------------------
     # LoRA to start the student from (forms as for teachers); None is a fresh one.
@@ -186,18 +214,11 @@ def get_config() -> ConfigDict:
     train.ema_decay = 0.9
     train.ema_interval = 8
 
-    # ---- Accepted, without effect on distillation --------------------------------------------------------------------
-    # [no effect] Teachers carry their own prompts and rewards; these belong to single-task reinforcement learning.
-    config.dataset = ""
-    config.prompt_fn = ""
+    # ---- Accepted, without effect ------------------------------------------------------------------------------------
+    # [no effect] Tasks carry their own prompts and rewards.
     config.prompt_fn_kwargs = {}
-    config.reward_fn = {}
     config.proxy_reward_fn = {}
-    config.per_prompt_stat_tracking = True
-    # [no effect] Advantage clipping, one-sided ratio clipping and time shift of reinforcement learning.
-    train.adv_clip_max = 5.0
-    train.clip_range_lt = 1e-4
-    train.clip_range_gt = 1e-4
+    # [no effect] The schedule's shift is the base model's own.
     train.timestep_shift = 1.0
     # [no effect] Evaluations are written to the run folder; the optimizer of a LoRA is too small to offload.
     config.save_eval_dir = ""

@@ -234,6 +234,14 @@ class Adapters:
                 layer.lora_A[name].weight.copy_(weights.a[module])
                 layer.lora_B[name].weight.copy_(weights.b[module])
 
+    def add_copy(self, name: str, of: str) -> None:
+        """Add a frozen copy of the adapter ``of``, with its tensors as they are now."""
+        config = LoraConfig(**{k: v for k, v in self.configs[of].to_dict().items() if k in _LORA_FIELDS})
+        self._inject(name, config, trainable=False)
+        with torch.no_grad():
+            for mine, other in zip(self.parameters(name), self.parameters(of), strict=True):
+                mine.copy_(other)
+
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""
         self.add_from(name, source)

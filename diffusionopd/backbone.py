@@ -49,6 +49,7 @@ class Backbone:
         self.transformer = transformer.to(self.device).requires_grad_(False).eval()
         self.vae = vae.to(self.device).requires_grad_(False).eval()
         self.scheduler = scheduler
+        self.evaluations = 0  # of the transformer so far, counted in single pictures
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
@@ -101,6 +102,7 @@ class Backbone:
         return v_negative + guidance_scale * (v_positive - v_negative)
 
     def _forward(self, x: Tensor, sigma: float, text: TextEmbeddings) -> Tensor:
+        self.evaluations += len(x)
         # The transformer embeds time in units of the scheduler's training steps (1000), in float32.
         time = torch.full((len(x),), sigma * self.scheduler.config.num_train_timesteps, device=self.device)
         with self._autocast():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from diffusionopd.config_schema import RunPlan, TeacherSpec
 from diffusionopd.distributed import Stream, noise
 from diffusionopd.prompts import Prompt, PromptSampler
 from diffusionopd.text import TextCache
+
+
+def draw_none(step: int) -> Tensor:
+    """For batches that are never noised again."""
+    raise ValueError(f"this batch has no forward noise for step {step}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Batch:
     draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
     prompts: Sequence[Prompt] = ()
     wants_picture: bool = False
+    samples: Sequence[int] = ()  # their indices in the task's round, over all batches and processes
+    groups: Sequence[int] = ()  # those of their prompts: samples of one group share one
+    draw_forward_noise: Callable[[int], Tensor] = draw_none  # as draw_noise, for noising final latents again
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class BatchMaker:
     def round(self, index: int, *, watched: bool) -> Iterator[Batch]:
         """The batches of round ``index`` (from 0), task by task; ``watched`` asks the first of each for pictures."""
         plan, size = self.plan, self.backward_size
-        for task in range(len(plan.teachers)):
+        for task in plan.tasks_of(index):
             for batch in range(plan.batches_per_task):
                 first = (batch * self.world + self.rank) * plan.batch_size
                 for start in range(first, first + plan.batch_size, size):
@@ -67,8 +76,8 @@ class BatchMaker:
         prompts = [texts[sampler.index(index, group)] for group in groups]
         own = groups if self.same_latent else samples
 
-        def draw_noise(step: int) -> Tensor:
-            return noise(self.latent_shape, [(Stream.STEP, *key, i, step) for i in samples]).to(self.device)
+        def draw(stream: Stream, step: int) -> Tensor:
+            return noise(self.latent_shape, [(stream, *key, i, step) for i in samples]).to(self.device)
 
         return Batch(
             task=teacher.name,
@@ -76,9 +85,12 @@ class BatchMaker:
             teacher_guidance=teacher.guidance_scale,
             x=noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own]).to(self.device),
             text=self.text.get([prompt.text for prompt in prompts], self.device, self.dtype),
-            draw_noise=draw_noise,
+            draw_noise=partial(draw, Stream.STEP),
             prompts=prompts,
             wants_picture=watched,
+            samples=tuple(samples),
+            groups=tuple(groups),
+            draw_forward_noise=partial(draw, Stream.FORWARD),
         )
 
 

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     STEP = 2
     EVALUATION = 3
     STUDENT_INIT = 4
+    FORWARD = 5
 
 
 def generator(*key: int) -> torch.Generator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +12,11 @@ from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import mean_over_processes
+from diffusionopd.learner import STUDENT, Learner, RoundResult
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
-from diffusionopd.optim import NonFiniteError, StudentOptimizer
+from diffusionopd.optim import StudentOptimizer
 from diffusionopd.rollout import Velocity, Visit, rollout
 from diffusionopd.transitions import Transition
-
-STUDENT = "student"
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,7 @@ class Recipe:
     inner_epochs: int = 1
 
 
-@dataclass
-class RoundResult:
-    """Losses in the paper's units, averaged over samples and processes, ``[batches, trained steps]``, and pictures."""
-
-    losses: Tensor
-    grad_norm: float | None
-    pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
-
-
-class Distiller:
+class Distiller(Learner):
     """The student and its teachers on one backbone, and the round that pulls one to the others."""
 
     def __init__(
@@ -57,10 +46,7 @@ class Distiller:
         negative: TextEmbeddings,
         recipe: Recipe,
     ) -> None:
-        self.backbone = backbone
-        self.adapters = adapters
-        self.optimizer = optimizer
-        self.negative = negative
+        super().__init__(backbone, adapters, optimizer, negative, recipe.transitions, recipe.trained_steps)
         self.recipe = recipe
 
     def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
@@ -96,24 +82,6 @@ class Distiller:
             losses[i, visit.step] = loss.detach()
         self._step(batches, losses, name)
 
-    def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
-        losses = mean_over_processes(losses).cpu()
-        if not losses.isfinite().all():
-            self.optimizer.discard()
-            i, step = (int(n) for n in (~losses.isfinite()).nonzero()[0])
-            raise NonFiniteError(
-                f"{name}: the loss is {losses[i, step].item()} for task {batches[i].task!r} at step {step} "
-                f"(sigma {self.recipe.transitions[step].sigma:.4f}). The student has not been changed; resume from "
-                "the last checkpoint with a lower learning rate, or mixed_precision bf16 or no."
-            )
-        try:
-            return losses, self.optimizer.step()
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last "
-                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
-            ) from error
-
     def _loss(self, batch: Batch, visit: Visit, v_student: Tensor) -> Tensor:
         """The recipe's loss of one visit, ``[B]``; ``v_student`` may come from newer weights than the visit."""
         recipe, tr = self.recipe, visit.transition
@@ -144,16 +112,6 @@ class Distiller:
 
     def _student(self, batch: Batch) -> Velocity:
         return self._policy(STUDENT, batch, self.recipe.student_guidance)
-
-    def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            self.adapters.use(adapter)
-            return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
-
-        return velocity
-
-    def _table(self, batches: Sequence[Batch]) -> Tensor:
-        return torch.zeros(len(batches), self.recipe.trained_steps, device=self.backbone.device)
 
 
 def _without_graph(visit: Visit) -> Visit:

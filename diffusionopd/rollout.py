@@ -30,6 +30,24 @@ class Visit:
     x_next: Tensor
 
 
+@torch.no_grad()
+def walk(
+    x: Tensor,
+    transitions: Sequence[Transition],
+    policy: Velocity,
+    *,
+    draw_noise: Callable[[int], Tensor],
+    multistep: bool = False,
+) -> Iterator[Visit]:
+    """The trajectory of one policy from ``x`` to the picture, without gradient or teacher. Arguments as for rollout."""
+    solver = DpmSolver2() if multistep else None
+    for step, transition in enumerate(transitions):
+        v = policy(x, transition.sigma)
+        x_next = _next(solver, transition, x, v, step, draw_noise)
+        yield Visit(step, transition, x, v, None, x_next)
+        x = x_next
+
+
 def rollout(
     x: Tensor,
     transitions: Sequence[Transition],
@@ -60,10 +78,19 @@ def rollout(
         # runs the forward again there).
         with torch.set_grad_enabled(trained):
             v_student = student(x, transition.sigma)
-        v = v_student.detach()
-        if solver is not None:
-            x_next = solver.step(transition, x, v)
-        else:
-            x_next = transition.sample(x, v, draw_noise(step) if transition.std > 0 else None)
+        x_next = _next(solver, transition, x, v_student.detach(), step, draw_noise)
         yield Visit(step, transition, x, v_student, v_teacher, x_next)
         x = x_next
+
+
+def _next(
+    solver: DpmSolver2 | None,
+    transition: Transition,
+    x: Tensor,
+    v: Tensor,
+    step: int,
+    draw_noise: Callable[[int], Tensor],
+) -> Tensor:
+    if solver is not None:
+        return solver.step(transition, x, v)
+    return transition.sample(x, v, draw_noise(step) if transition.std > 0 else None)

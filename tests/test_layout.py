@@ -20,6 +20,7 @@ ROWS = (
     {"transitions", "distributed", "config_schema", "adapters", "conditioning", "geneval_classes"},
     {"losses", "prompts", "text", "backbone", "metrics", "checkpoint", "optim", "rewards"},
     {"rollout", "batches", "benchmarks", "results", "monitor", "downloads"},
+    {"learner"},
     {"opd", "evaluation", "report", "stage1"},
     {"trainer"},
 )

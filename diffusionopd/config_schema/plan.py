@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd.config_schema.problems import Problems
 from diffusionopd.config_schema.sources import TeacherSpec, run_folder, with_origin
-from diffusionopd.config_schema.values import NO_EFFECT, NOISY_KERNELS, ODE_SOLVERS, to_plain
+from diffusionopd.config_schema.values import NOISY_KERNELS, ODE_SOLVERS, REWARD_ALGORITHMS, to_plain, unused_keys
 
 
 @dataclass(frozen=True)
@@ -34,36 +34,77 @@ class RunPlan:
     student_guidance: float  # 1.0 without classifier-free guidance
     student_evaluations: int  # transformer evaluations of single pictures
     teacher_evaluations: int
+    sampling_evaluations: int  # of the student, without gradient
     base_evaluations: int  # for train.beta
-    backward_batches: int  # per process, before the one optimizer step
+    backward_batches: int  # per process and round
+    accumulation: int  # of them before an optimizer step
+    algorithm: str
+    task_order: str
     model: str
     run_dir: Path
     reward_options: dict[str, dict[str, Any]]  # reward -> keyword arguments of its scorer
     num_prompts: tuple[int, ...]  # training prompts of each task
     notes: tuple[str, ...]  # settings that are accepted but change nothing
 
+    @property
+    def from_rewards(self) -> bool:
+        """Whether there are no teachers: the tasks' rewards are trained on."""
+        return self.algorithm in REWARD_ALGORITHMS
+
+    def tasks_of(self, index: int) -> range:
+        """Which tasks round ``index`` (from 0) visits."""
+        count = len(self.teachers)
+        if self.task_order == "together":
+            return range(count)
+        task = index % count if self.task_order == "alternate" else index * count // self.num_rounds
+        return range(task, task + 1)
+
+    def rounds_of(self, task: int, start: int = 0) -> range:
+        """The rounds from ``start`` that visit a task."""
+        count = len(self.teachers)
+        if self.task_order == "together":
+            return range(start, self.num_rounds)
+        if self.task_order == "alternate":
+            return range(start + (task - start) % count, self.num_rounds, count)
+        first, end = (-(-part * self.num_rounds // count) for part in (task, task + 1))
+        return range(max(start, first), end)
+
     def describe(self) -> str:
         """The plan as a table for people, without a trailing newline."""
         rows = [
             ("model", with_origin(self.model)),
             ("written to", str(self.run_dir)),
-            ("rounds", f"{self.num_rounds}, each with one visit of every task"),
+            ("rounds", f"{self.num_rounds}, {_VISITS[self.task_order]}"),
             ("processes", f"{self.num_processes}, {self.batch_size} pictures a batch in each"),
-            ("a round", f"{self.images_per_round} pictures, {self.backward_batches} backward batches a process"),
+            ("a round", self._round()),
             ("a task", f"{self.images_per_task} pictures of {self.groups_per_task} prompts, in {self._batches()}"),
             ("steps", f"{self.trained_steps} of {self.num_steps} trained, {self._sampler()}"),
             ("student guidance", _guidance(self.student_guidance)),
             ("student evaluations", f"{self.student_evaluations} of the transformer a round, with gradient"),
-            ("teacher evaluations", f"{self.teacher_evaluations} of the transformer a round"),
         ]
+        if self.teacher_evaluations:
+            rows.append(("teacher evaluations", f"{self.teacher_evaluations} of the transformer a round"))
+        if self.sampling_evaluations:
+            rows.append(("sampling evaluations", f"{self.sampling_evaluations} of the transformer a round"))
         if self.base_evaluations:
             rows.append(("base evaluations", f"{self.base_evaluations} of the transformer a round, for train.beta"))
         for teacher, prompts in zip(self.teachers, self.num_prompts, strict=True):
             rounds = prompts / self.groups_per_task
             rows.append((f"task {teacher.name}", f"{prompts} prompts, all seen every {rounds:g} rounds"))
-            rows.append(("", f"teacher {with_origin(teacher.lora_path)}, guidance {_guidance(teacher.guidance_scale)}"))
+            rows.append(("", self._teacher(teacher)))
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
+
+    def _round(self) -> str:
+        steps = self.backward_batches // self.accumulation
+        optimizer = f"{steps} optimizer step{'' if steps == 1 else 's'}"
+        return f"{self.images_per_round} pictures, {self.backward_batches} backward batches a process, {optimizer}"
+
+    def _teacher(self, task: TeacherSpec) -> str:
+        if self.from_rewards:
+            parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
+            return f"{self.algorithm} on the mean of {parts}"
+        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}"
 
     def _batches(self) -> str:
         return f"{self.batches_per_task} batch{'' if self.batches_per_task == 1 else 'es'} a process"
@@ -74,6 +115,13 @@ class RunPlan:
         return f"kernel {self.kernel}" + (f" with noise level {self.noise_level:g}" if self.kernel != "ode" else "")
 
 
+_VISITS = {
+    "together": "each with one visit of every task",
+    "alternate": "each with one task, in turn",
+    "cascade": "each with one task, one after another",
+}
+
+
 def check_batches(values: dict[str, Any], num_processes: int, problems: Problems) -> None:
     """Batch arithmetic: everything that must divide something else. Raises ValueError for no process at all."""
     if num_processes < 1:
@@ -82,7 +130,8 @@ def check_batches(values: dict[str, Any], num_processes: int, problems: Problems
         near = round(values["resolution"] / 16) * 16
         problems.add("resolution", f"is {values['resolution']}", f"It must be a multiple of 16, such as {near}.")
     batches, tasks = "sample.num_batches_per_epoch", "train.teachers"
-    if problems.good(batches, tasks) and values[batches] % len(values[tasks]):
+    together = values.get("train.task_order") == "together"
+    if together and problems.good(batches, tasks) and values[tasks] and values[batches] % len(values[tasks]):
         up = math.ceil(values[batches] / len(values[tasks])) * len(values[tasks])
         what = f"is {values[batches]}, not a multiple of the {len(values[tasks])} teachers"
         problems.add(batches, what, f"Set it to {up} (and train.gradient_accumulation_steps to match).")
@@ -96,7 +145,11 @@ def check_batches(values: dict[str, Any], num_processes: int, problems: Problems
         problems.add(part, what, f"Choose a divisor of {values[batch]}.")
     elif problems.good(batch, part, steps, batches):
         right = values[batches] * values[batch] // values[part]
-        if values[steps] != right:
+        distilled = values.get("train.algorithm") == "opd"
+        if not distilled and right % values[steps]:
+            what = f"is {values[steps]}, which does not divide the {right} backward batches of a round"
+            problems.add(steps, what, f"Choose a divisor of {right}.")
+        if distilled and values[steps] != right:
             what = f"is {values[steps]}, but one optimizer step a round needs {right}"
             arithmetic = f"{values[batches]} batches x {values[batch]} pictures / {values[part]}"
             problems.add(steps, what, f"Set it to {right} ({arithmetic}).")
@@ -114,7 +167,15 @@ def check_sampler(values: dict[str, Any], problems: Problems) -> None:
     if values[solver] in ("cps", "ddim") and values[noise] > 1:
         problems.add(noise, f"is {values[noise]}", f"Solver {values[solver]!r} takes at most 1.")
     kernel, _ = _kernel(values[solver], values[noise], values["sample.deterministic"])
-    if problems.good("train.loss") and values["train.loss"] == "policy_gradient" and kernel == "ode":
+    algorithm = values.get("train.algorithm")
+    if algorithm in ("grpo", "grpo_guard") and kernel == "ode":
+        remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
+        problems.add("train.algorithm", f"is {algorithm!r}, which needs a sampler with noise", remedy)
+    if algorithm in REWARD_ALGORITHMS and problems.good("sample.num_image_per_prompt"):
+        if values["sample.num_image_per_prompt"] == 1 and values.get("per_prompt_stat_tracking") is True:
+            remedy = "Set it to at least 2, such as 8: advantages compare the pictures of one prompt."
+            problems.add("sample.num_image_per_prompt", "is 1", remedy)
+    if algorithm == "opd" and problems.good("train.loss") and values["train.loss"] == "policy_gradient" and kernel == "ode":
         remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
         problems.add("train.loss", "is 'policy_gradient', which needs a sampler with noise", remedy)
 
@@ -136,12 +197,17 @@ def make_plan(
     """The counts that follow from a configuration in which nothing is wrong."""
     sample, train = config.sample, config.train
     kernel, noise_level = _kernel(sample.solver, sample.noise_level, sample.deterministic)
-    batches_per_task = sample.num_batches_per_epoch // len(teachers)
+    visited = len(teachers) if train.task_order == "together" else 1
+    batches_per_task = sample.num_batches_per_epoch // visited
     images_per_task = batches_per_task * sample.train_batch_size * num_processes
     trained_steps = int(sample.num_steps * train.timestep_fraction)
     student_guidance = float(sample.guidance_scale) if train.cfg else 1.0
     visits = images_per_task * trained_steps
-    student_evaluations = visits * len(teachers) * _passes(student_guidance) * train.num_inner_epochs
+    student_evaluations = visits * visited * _passes(student_guidance) * train.num_inner_epochs
+    pictures = images_per_task * sample.num_steps * visited
+    teacher_passes = sum(_passes(teacher.guidance_scale) for teacher in teachers) * visited / len(teachers)
+    from_rewards = train.algorithm in REWARD_ALGORITHMS
+    old_policy = student_evaluations if train.algorithm == "nft" else 0
     return RunPlan(
         teachers=teachers,
         num_processes=num_processes,
@@ -149,7 +215,7 @@ def make_plan(
         batch_size=sample.train_batch_size,
         batches_per_task=batches_per_task,
         images_per_task=images_per_task,
-        images_per_round=images_per_task * len(teachers),
+        images_per_round=images_per_task * visited,
         groups_per_task=images_per_task // sample.num_image_per_prompt,
         num_steps=sample.num_steps,
         trained_steps=trained_steps,
@@ -158,9 +224,16 @@ def make_plan(
         multistep=sample.solver == "dpm2",
         student_guidance=student_guidance,
         student_evaluations=student_evaluations,
-        teacher_evaluations=visits * sum(_passes(teacher.guidance_scale) for teacher in teachers),
-        base_evaluations=student_evaluations if train.beta > 0 else 0,
-        backward_batches=train.gradient_accumulation_steps,
+        teacher_evaluations={
+            "opd": round(visits * teacher_passes),
+            "sft": round(images_per_task * sample.num_steps * teacher_passes),
+        }.get(train.algorithm, 0),
+        sampling_evaluations=pictures * _passes(student_guidance) + old_policy if from_rewards else 0,
+        base_evaluations=student_evaluations if train.beta > 0 and train.algorithm != "sft" else 0,
+        backward_batches=sample.num_batches_per_epoch * sample.train_batch_size // train.batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        algorithm=train.algorithm,
+        task_order=train.task_order,
         model=config.pretrained.model,
         run_dir=run_folder(config.save_dir, config.logdir, config.run_name),
         reward_options=to_plain(config.reward_options),
@@ -181,14 +254,16 @@ def _guidance(scale: float) -> str:
 def notes(values: dict[str, Any], defaults: dict[str, Any]) -> tuple[str, ...]:
     """What was set and does nothing."""
     notes = []
-    unused = sorted(key for key in NO_EFFECT if _plain(values[key]) != _plain(defaults[key]))
+    algorithm = values["train.algorithm"]
+    unused = sorted(key for key in unused_keys(algorithm) if _plain(values[key]) != _plain(defaults[key]))
     if unused:
-        notes.append(f"without effect on distillation: {', '.join(unused)}")
+        what = "distillation" if algorithm == "opd" else algorithm
+        notes.append(f"without effect on {what}: {', '.join(unused)}")
     solver, noise = values["sample.solver"], values["sample.noise_level"]
     if noise > 0 and (solver in ODE_SOLVERS or values["sample.deterministic"]):
         why = f"solver {solver} adds none" if solver in ODE_SOLVERS else "sample.deterministic is True"
         notes.append(f"sample.noise_level {noise:g} is ignored: {why}")
-    if values["train.loss"] == "policy_gradient":
+    if algorithm == "opd" and values["train.loss"] == "policy_gradient":
         ignored = [key for key in ("train.target", "train.self_normalize") if values[key] != defaults[key]]
         notes.extend(f"{key} is ignored: train.loss is policy_gradient" for key in ignored)
     return tuple(notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionopd.config_schema.problems import Problems, nearest
-from diffusionopd.config_schema.values import is_number, unset
+from diffusionopd.config_schema.values import REWARD_ALGORITHMS, is_number, unset
 
 TRACKERS = ("tensorboard", "wandb")
 PROMPT_FILES = {"general_ocr": "{split}.txt", "geneval": "{split}_metadata.jsonl"}
@@ -21,11 +21,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """One task: its prompts, its teacher and the rewards that monitor it."""
+    """One task: its prompts, its teacher and the rewards that monitor it, or that it is trained on."""
 
     name: str
     dataset: str
-    lora_path: str
+    lora_path: str  # empty when the training is from rewards
     proxy_reward: dict[str, float]
     prompt_fn: str
     guidance_scale: float
@@ -139,9 +139,11 @@ def check_teachers(
     key = "train.teachers"
     if not problems.good(key):
         return (), ()
-    entries = values[key]
+    from_rewards = values.get("train.algorithm") in REWARD_ALGORITHMS
+    entries = values[key] or (_single_task(values) if from_rewards else [])
     if not entries:
-        problems.add(key, "is empty", "Give at least one teacher, as in config/opd.py.")
+        remedy = "Give at least one task, or dataset, prompt_fn and reward_fn, as in config/teacher.py."
+        problems.add(key, "is empty", remedy if from_rewards else "Give at least one teacher, as in config/opd.py.")
         return (), ()
     defaults = {
         "guidance_scale": values.get("sample.teacher_guidance_scale"),
@@ -160,13 +162,27 @@ def check_teachers(
         teacher |= defaults | given
         _check_teacher_fields(where, teacher, problems)
         _check_rewards(f"{where}.proxy_reward", teacher["proxy_reward"], reward_names, problems)
-        _check_adapter(f"{where}.lora_path", teacher["lora_path"], problems)
+        if from_rewards:
+            teacher["lora_path"] = ""
+            if not teacher["proxy_reward"]:
+                problems.add(f"{where}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
+        else:
+            _check_adapter(f"{where}.lora_path", teacher["lora_path"], problems)
         prompts.append(_check_dataset(where, teacher, with_test, problems))
         specs.append(TeacherSpec(**{name: (common | teacher)[name] for name in TEACHER_FIELDS}))
     names = [spec.name for spec in specs]
     for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
         problems.add(f"{key}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
     return tuple(specs), tuple(prompts)
+
+
+def _single_task(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The task that the upstream keys of single-task reinforcement learning describe."""
+    if not values.get("dataset"):
+        return []
+    name = re.sub(r"[^\w-]", "_", Path(str(values["dataset"])).name)
+    fields = {"dataset": values["dataset"], "prompt_fn": values["prompt_fn"], "proxy_reward": values["reward_fn"]}
+    return [{"name": name, **fields}]
 
 
 def _check_teacher_fields(where: str, teacher: dict[str, Any], problems: Problems) -> None:

@@ -16,14 +16,28 @@ SECTIONS = ("pretrained", "sample", "train")
 NOISY_KERNELS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps", "ddim": "ddim"}
 ODE_SOLVERS = ("dpm1", "dpm2")
 
-# Keys that upstream files set and distillation does not use.
+REWARD_ALGORITHMS = ("nft", "grpo", "grpo_guard")
+ALGORITHMS = ("opd", "sft", *REWARD_ALGORITHMS)
+
+# Keys that upstream files set and nothing uses.
 NO_EFFECT = frozenset(
-    "dataset prompt_fn prompt_fn_kwargs reward_fn proxy_reward_fn per_prompt_stat_tracking save_eval_dir debug "
-    "fsdp_optimizer_offload sample.batch_size sample.global_std sample.sde_window_size sample.sde_window_range "
-    "train.adv_clip_max train.clip_range_lt train.clip_range_gt train.timestep_shift".split()
+    "prompt_fn_kwargs proxy_reward_fn save_eval_dir debug fsdp_optimizer_offload sample.batch_size "
+    "sample.sde_window_size sample.sde_window_range train.timestep_shift".split()
 )
+# Keys that only some algorithms use.
+USED_BY = {
+    **dict.fromkeys(("dataset", "prompt_fn", "reward_fn", "per_prompt_stat_tracking"), REWARD_ALGORITHMS),
+    **dict.fromkeys(("sample.global_std", "train.adv_clip_max"), REWARD_ALGORITHMS),
+    **dict.fromkeys(("train.clip_range_lt", "train.clip_range_gt"), ("grpo_guard",)),
+    **dict.fromkeys(("train.nft_beta", "train.old_policy_decay"), ("nft",)),
+    **dict.fromkeys(("train.loss", "train.target", "train.self_normalize"), ("opd",)),
+    "train.clip_range": ("opd", "grpo"),
+    "train.beta": ("opd", *REWARD_ALGORITHMS),
+}
 
 CHOICES: dict[str, tuple] = {
+    "train.algorithm": ALGORITHMS,
+    "train.task_order": ("together", "alternate", "cascade"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "use_lora": (True,),
     "sample.solver": (*NOISY_KERNELS, *ODE_SOLVERS),
@@ -64,12 +78,21 @@ INTERVALS = {
     "train.max_grad_norm": "(0, inf)",
     "train.loss_scale": "(0, inf)",
     "train.clip_range": "(0, inf)",
+    "train.clip_range_lt": "(0, inf)",
+    "train.clip_range_gt": "(0, inf)",
+    "train.adv_clip_max": "(0, inf)",
+    "train.nft_beta": "(0, inf)",
     "train.beta": "[0, inf)",
     "train.lora_rank": "[1, inf)",
     "train.lora_alpha": "(0, inf)",
     "train.ema_decay": "[0, 1)",
     "train.ema_interval": "[1, inf)",
 }
+
+
+def unused_keys(algorithm: Any) -> frozenset[str]:
+    """The keys that this algorithm does not use."""
+    return NO_EFFECT | {key for key, users in USED_BY.items() if algorithm not in users}
 
 
 def base_config() -> ConfigDict:
@@ -116,8 +139,9 @@ def check_names(values: dict[str, Any], defaults: dict[str, Any], problems: Prob
 
 def check_values(values: dict[str, Any], defaults: dict[str, Any], problems: Problems) -> None:
     """Each value has its default's type and lies in its range or among its choices."""
+    unused = unused_keys(values.get("train.algorithm"))
     for key, default in defaults.items():
-        if key not in values or key in NO_EFFECT:
+        if key not in values or key in unused:
             continue
         value, expected = values[key], _type_name(default)
         if not _has_type(value, default):

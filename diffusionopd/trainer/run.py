@@ -1,4 +1,4 @@
-"""A distillation run: build from a config, resume, loop over rounds, save."""
+"""One run: build from a config, resume, loop over rounds, save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import platform
 import time
 import warnings
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -26,14 +27,22 @@ from diffusionopd.backbone import DTYPES, load_backbone, load_text_encoder, text
 from diffusionopd.batches import Batch, BatchMaker, adapter_name
 from diffusionopd.config_schema import RunPlan, check
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
+from diffusionopd.learner import STUDENT, RoundResult
 from diffusionopd.metrics import MetricsWriter
 from diffusionopd.monitor import Monitor, Picture
-from diffusionopd.opd import STUDENT, Distiller, Recipe, RoundResult
-from diffusionopd.optim import Ema, StudentOptimizer
+from diffusionopd.optim import Ema
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
-from diffusionopd.rewards import REGISTRY, RewardError, build_scorer, check_options
+from diffusionopd.rewards import (
+    REGISTRY,
+    RewardError,
+    RewardWorker,
+    Scores,
+    build_composite,
+    build_scorer,
+    check_options,
+)
 from diffusionopd.text import TextCache
-from diffusionopd.transitions import schedule
+from diffusionopd.trainer.learners import Parts, build_learner, build_optimizer
 
 # Encoding a large prompt set for the first time may keep the other processes waiting this long.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
@@ -89,10 +98,11 @@ class Trainer:
         self.resumed_from = self._find_resume()
         self.completed = _completed_rounds(self.resumed_from)
         self._load_prompts()
+        self._build_rewards()
         self._fill_text_cache()
         self._load_models()
         self._build_batches()
-        self._build_distiller()
+        self._build_learner()
         self._build_metrics()
         if self.resumed_from is not None:
             self._load_state(self.resumed_from)
@@ -130,11 +140,25 @@ class Trainer:
                 test = load_prompts(teacher.dataset, teacher.prompt_fn, "test")
                 self.test_prompts[teacher.name] = test[: config.eval_num_prompts or None]
 
+    def _build_rewards(self) -> None:
+        """The rewards that are trained on, before any weight is loaded; RewardError for one that cannot be had."""
+        tasks = self.plan.teachers if self.plan.from_rewards else ()
+        self.rewards = {
+            task.name: RewardWorker(build_composite(task.proxy_reward, str(self.device), self.plan.reward_options))
+            for task in tasks
+        }
+
+    def _score(self, batch: Batch, latents: Tensor) -> Future[Scores]:
+        """Scores to come of a batch's final latents, from a thread: the next batch is sampled meanwhile."""
+        texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
+        return self.rewards[batch.task].submit(self.backbone.decode(latents), texts, metadata)
+
     def _fill_text_cache(self) -> None:
         """Encode every prompt that the rest of the run will see; the encoders are gone from memory afterwards."""
-        config, rounds = self.config, range(self.completed, self.config.num_epochs)
+        config = self.config
         texts = [""]
-        for name, sampler in self.samplers.items():
+        for task, (name, sampler) in enumerate(self.samplers.items()):
+            rounds = self.plan.rounds_of(task, self.completed)
             texts += [self.prompts[name][i].text for i in sampler.used_by(rounds)]
             texts += [prompt.text for prompt in self.test_prompts.get(name, [])]
         model, revision = config.pretrained.model, config.pretrained.revision or None
@@ -165,7 +189,7 @@ class Trainer:
                 target_modules=config.train.lora_target_modules,
                 seed=config.seed,
             )
-        for teacher in self.plan.teachers:
+        for teacher in self.plan.teachers if not self.plan.from_rewards else ():
             self.adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
 
     def _build_batches(self) -> None:
@@ -186,36 +210,14 @@ class Trainer:
             world=self.world,
         )
 
-    def _build_distiller(self) -> None:
-        train, plan = self.config.train, self.plan
+    def _build_learner(self) -> None:
+        train = self.config.train
         parameters = self.adapters.parameters(STUDENT)
-        self.optimizer = StudentOptimizer(
-            parameters,
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.adam_weight_decay,
-            epsilon=train.adam_epsilon,
-            max_grad_norm=train.max_grad_norm,
-            loss_scale=train.loss_scale,
-            dynamic_scale=self.dtype == torch.float16,
-            use_8bit=train.use_8bit_adam,
-        )
+        self.optimizer = build_optimizer(self.config, self.adapters, self.dtype)
         self.ema = Ema(parameters, train.ema_decay, train.ema_interval) if train.ema else None
-        sigmas = self.backbone.sigmas(plan.num_steps, self.config.resolution)
-        recipe = Recipe(
-            transitions=schedule(plan.kernel, sigmas, plan.noise_level),
-            trained_steps=plan.trained_steps,
-            multistep=plan.multistep,
-            student_guidance=plan.student_guidance,
-            loss=train.loss,
-            target=train.target,
-            self_normalize=train.self_normalize,
-            clip_range=train.clip_range,
-            beta=train.beta,
-            inner_epochs=train.num_inner_epochs,
-        )
         negative = self.text.get([""], self.device, self.dtype)
-        self.distiller = Distiller(self.backbone, self.adapters, self.optimizer, negative, recipe)
+        parts = Parts(self.backbone, self.adapters, self.optimizer, negative)
+        self.learner = build_learner(self.config, self.plan, parts, self._score)
 
     def _build_metrics(self) -> None:
         run_dir, config = self.plan.run_dir, self.config
@@ -225,7 +227,9 @@ class Trainer:
         self.metrics.start_trackers(config.run_project, _flat(config.to_dict()))
         if self.is_main:
             _write_json(run_dir / "config.json", config.to_dict())
-        rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if config.monitor_freq else {}
+        # Rewards that are trained on are measured anyway.
+        watched = bool(config.monitor_freq) and not self.plan.from_rewards
+        rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if watched else {}
         self.monitor = Monitor(
             self.backbone.decode, rewards, run_dir / "samples", str(self.device), self.plan.reward_options
         )
@@ -256,14 +260,15 @@ class Trainer:
         self.accelerator.print(f"writing to {self.plan.run_dir}" + self._resume_note())
         saved = self.resumed_from
         bar = tqdm(
-            total=config.num_epochs, initial=self.completed, desc="distilling", unit="round", disable=not self.is_main
+            total=config.num_epochs, initial=self.completed, desc=self._verb(), unit="round", disable=not self.is_main
         )
         with bar:
             while self.completed < config.num_epochs:
                 row = self._round(self.completed)
                 self.completed += 1
                 bar.update()
-                bar.set_postfix({k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k.startswith("loss/")})
+                shown = "reward/" if self.plan.from_rewards else "loss/"
+                bar.set_postfix({k.removeprefix(shown): f"{v:.3g}" for k, v in row.items() if k.startswith(shown)})
                 if self._due(config.eval_freq):
                     row |= self._evaluate()
                 self._hold(row)
@@ -275,16 +280,21 @@ class Trainer:
     def close(self) -> None:
         """Write what is still held, end threads and trackers."""
         self.monitor.close()
+        for worker in self.rewards.values():
+            worker.close(cancel=True)
         self.accelerator.end_training()
 
     def _round(self, index: int) -> dict[str, Any]:
         """Round ``index`` (from 0); its metrics."""
         started, config = time.perf_counter(), self.config
         number, last = index + 1, index + 1 == config.num_epochs
-        score = bool(config.monitor_freq) and (number % config.monitor_freq == 0 or number == 1 or last)
+        score = bool(config.monitor_freq) and not self.plan.from_rewards and (number % config.monitor_freq == 0 or number == 1 or last)
         grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
         batches = list(self.batches.round(index, watched=score or grid))
-        result = self.distiller.round(batches, f"round {number}")
+        evaluations = self.backbone.evaluations
+        result = self.learner.round(batches, f"round {number}")
+        result.metrics["evaluations"] = float((self.backbone.evaluations - evaluations) * self.world)
+        self.learner.finish(number)
         self._flush()
         if self.ema is not None:
             self.ema.update(number)
@@ -295,7 +305,9 @@ class Trainer:
         return self._row(number, batches, result, time.perf_counter() - started)
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
-        by_task = {t.name: [i for i, b in enumerate(batches) if b.task == t.name] for t in self.plan.teachers}
+        by_task = {
+            name: [i for i, b in enumerate(batches) if b.task == name] for name in dict.fromkeys(b.task for b in batches)
+        }
         return {
             "round": number,
             "loss": result.losses.mean().item(),
@@ -303,6 +315,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": self.optimizer.lr,
             "seconds": seconds,
+            **result.metrics,
         }
 
     def _hold(self, row: dict[str, Any]) -> None:
@@ -342,6 +355,9 @@ class Trainer:
                 scores |= {f"eval/{task}/{name}": value for name, value in means.items()}
         return scores
 
+    def _verb(self) -> str:
+        return "distilling" if self.plan.algorithm == "opd" else "training"
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.completed % every == 0
 
@@ -378,7 +394,8 @@ class Trainer:
             "scaler": self.optimizer.state_scalars(),
             "versions": _versions(),
         }
-        checkpoint.save_state(folder / "state", tensors | self.optimizer.state_tensors(), scalars)
+        tensors |= self.optimizer.state_tensors() | self.learner.state_tensors()
+        checkpoint.save_state(folder / "state", tensors, scalars)
         _write_json(folder / "config.json", self.config.to_dict())
 
     def _load_state(self, folder: Path) -> None:
@@ -399,6 +416,7 @@ class Trainer:
             self.ema.load([parts["ema"].get(i, student[i]) for i in range(len(student))])
         optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
         self.optimizer.load_state(optimizer, scalars["scaler"])
+        self.learner.load_state(tensors)
 
     def _resume_note(self) -> str:
         if self.resumed_from is None:

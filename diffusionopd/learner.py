@@ -1,0 +1,184 @@
+"""What every way of training has in common: policies on one backbone, tables of losses, the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import Backbone
+from diffusionopd.batches import Batch
+from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.distributed import mean_over_processes
+from diffusionopd.optim import NonFiniteError, StudentOptimizer
+from diffusionopd.rollout import Velocity
+from diffusionopd.transitions import Transition
+
+STUDENT = "student"
+
+
+@dataclass
+class RoundResult:
+    """What a round reports. Losses are in the formula's own units, averaged over samples and processes."""
+
+    losses: Tensor  # [batches, trained steps], of the first pass over the round's samples
+    grad_norm: float | None  # of the first optimizer step; None when fp16 overflowed
+    pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
+    metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
+
+
+class Learner:
+    """The student beside the other adapters on one backbone; subclasses say what a round is."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Adapters,
+        optimizer: StudentOptimizer,
+        negative: TextEmbeddings,
+        transitions: Sequence[Transition],
+        trained_steps: int,
+    ) -> None:
+        """``negative``: embeddings of the empty prompt, batch 1; the first ``trained_steps`` steps are trained."""
+        self.backbone = backbone
+        self.adapters = adapters
+        self.optimizer = optimizer
+        self.negative = negative
+        self.transitions = transitions
+        self.trained_steps = trained_steps
+
+    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+        """Train on the batches of one round; ``name`` is for messages.
+
+        Raises NonFiniteError, before the student changes by it, naming ``name``, task and step.
+        """
+        raise NotImplementedError
+
+    def finish(self, completed: int) -> None:
+        """Called after each round with the number of rounds completed."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resume needs beside the student and its optimizer, by name."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_tensors` returned."""
+
+    def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            self.adapters.use(adapter)
+            return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+
+        return velocity
+
+    def _table(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.zeros(len(batches), self.trained_steps, device=self.backbone.device)
+
+    def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
+        """One optimizer step; the losses' means over processes, on the CPU, and the gradient's norm."""
+        losses = mean_over_processes(losses).cpu()
+        if not losses.isfinite().all():
+            self.optimizer.discard()
+            i, step = (int(n) for n in (~losses.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"{name}: the loss is {losses[i, step].item()} for task {batches[i].task!r} at step {step} "
+                f"(sigma {self.transitions[step].sigma:.4f}). The student has not been changed; resume from "
+                "the last checkpoint with a lower learning rate, or mixed_precision bf16 or no."
+            )
+        try:
+            return losses, self.optimizer.step()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last "
+                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
+            ) from error
+
+
+@dataclass
+class Sample:
+    """What is kept of a batch between sampling and training: constants, ``[B, C, h, w]``."""
+
+    x0: Tensor  # final latents
+    visits: Sequence[tuple[Tensor, Tensor, Tensor]] = ()  # (x, velocity, x_next) of each trained step, where needed
+
+
+class SampledLearner(Learner):
+    """Rounds in two parts: sample everything, then train on it, in one optimizer step or several."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Adapters,
+        optimizer: StudentOptimizer,
+        negative: TextEmbeddings,
+        transitions: Sequence[Transition],
+        trained_steps: int,
+        *,
+        guidance_scale: float = 1.0,
+        accumulation: int = 0,
+        inner_epochs: int = 1,
+    ) -> None:
+        """As for Learner; ``accumulation`` batches make one optimizer step (0: all of a round), ``inner_epochs`` passes
+        over the samples; ``guidance_scale`` is the student's in training."""
+        super().__init__(backbone, adapters, optimizer, negative, transitions, trained_steps)
+        self.guidance_scale = guidance_scale
+        self.accumulation = accumulation
+        self.inner_epochs = inner_epochs
+
+    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+        """Sample, weigh, train. See :meth:`Learner.round`."""
+        samples = [self._collect(batch) for batch in batches]
+        weights, metrics = self._weigh(batches)
+        result = RoundResult(self._table(batches), None, metrics=metrics)
+        result.pictures = [(b, s.x0) for b, s in zip(batches, samples, strict=True) if b.wants_picture]
+        self._begin_training()
+        for epoch in range(self.inner_epochs):
+            for i, part in enumerate(self._parts(len(batches))):
+                losses, norm = self._train(batches, samples, weights, part, f"{name}, optimizer step {i + 1}")
+                if epoch == 0:
+                    result.losses[part] = losses.to(result.losses.device)
+                    result.grad_norm = norm if i == 0 else result.grad_norm
+        result.losses = result.losses.cpu()
+        result.metrics |= self._statistics()
+        return result
+
+    def _parts(self, count: int) -> Iterator[list[int]]:
+        size = self.accumulation or count
+        for start in range(0, count, size):
+            yield list(range(start, start + size))
+
+    def _train(
+        self, batches: Sequence[Batch], samples: Sequence[Sample], weights: Sequence[Tensor], part: list[int], name: str
+    ) -> tuple[Tensor, float | None]:
+        own = [batches[i] for i in part]
+        losses = self._table(own)
+        for row, i in enumerate(part):
+            for step in range(self.trained_steps):
+                loss = self._loss(batches[i], samples[i], weights[i], step).mean()
+                self.optimizer.backward(loss / losses.numel())
+                losses[row, step] = loss.detach()
+        return self._step(own, losses, name)
+
+    # --- what subclasses say ---------------------------------------------------------------------------------------
+
+    def _collect(self, batch: Batch) -> Sample:
+        """The samples of one batch, without gradient."""
+        raise NotImplementedError
+
+    def _weigh(self, batches: Sequence[Batch]) -> tuple[Sequence[Tensor], dict[str, float]]:
+        """A weight for each sample of each batch, ``[B]`` each, and what is to be reported about them."""
+        raise NotImplementedError
+
+    def _loss(self, batch: Batch, sample: Sample, weight: Tensor, step: int) -> Tensor:
+        """The loss ``[B]`` of one trained step."""
+        raise NotImplementedError
+
+    def _begin_training(self) -> None:
+        """Called between sampling and training."""
+
+    def _statistics(self) -> dict[str, float]:
+        """What was counted while training."""
+        return {}
