@@ -15,8 +15,8 @@ pytest.importorskip("rapidfuzz")
 
 
 def rendered(text: str) -> Image.Image:
-    image = Image.new("RGB", (384, 128), "white")
-    ImageDraw.Draw(image).text((24, 36), text, fill="black", font=ImageFont.load_default(44))
+    image = Image.new("RGB", (384, 384), "white")
+    ImageDraw.Draw(image).text((24, 160), text, fill="black", font=ImageFont.load_default(44))
     return image
 
 

@@ -295,11 +295,20 @@ def test_a_proxy_of_the_environment_is_not_for_this_machine(build, server, monke
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_server_is_an_error_at_the_start(build, server):
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The seconds that were to be waited between repetitions, in place of the waiting."""
+    seconds: list[float] = []
+    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=seconds.append, time=time.time))
+    return seconds
+
+
+def test_a_dead_server_is_an_error_at_the_start(build, pauses):
     unused = ChatServer()
     unused.server_close()
     with pytest.raises(RewardError, match=f"{unused.address}/v1 does not answer.*python -m sglang.launch_server"):
         build(base_url=unused.address, retries=3, backoff=60.0)
+    assert pauses == []
 
 
 def test_a_server_without_models_is_an_error_at_the_start(build, server):
@@ -332,9 +341,13 @@ def test_a_timeout_is_asked_again(build, server):
     assert len(server.requests) == 2
 
 
-def test_retry_after_is_honoured_up_to_a_bound(build, server, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=pauses.append, time=time.time))
+def test_repetitions_wait_twice_as_long_each_time(build, server, pauses):
+    server.answer = lambda number, body: (503, {}, "") if number <= 4 else chat("Final Score: 5")
+    build(retries=4, backoff=1.5).score(grey(0), ["p"], [{}])
+    assert pauses == [3, 6, 12]  # the first repetition does not wait
+
+
+def test_retry_after_is_honoured_up_to_a_bound(build, server, pauses):
     asked = {1: "3", 2: "86400"}
     server.answer = lambda number, body: (
         (429, {"Retry-After": asked[number]}, "") if number in asked else chat("Final Score: 5")
