@@ -67,6 +67,11 @@ def test_question_is_taken_out_of_the_source_without_running_it(server, tmp_path
     digest = hashlib.sha256(expected.encode()).hexdigest()
     fetch(entry(server, digest, "client.py", "question.txt", extract="question"), tmp_path)
     assert (tmp_path / "question.txt").read_text() == expected
+    server.files["/client.py"] = b"x = 1"
+    with pytest.raises(DownloadError, match="holds 0"):
+        fetch(entry(server, digest, "client.py", "question.txt", extract="question"), tmp_path, force=True)
+    assert (tmp_path / "question.txt").read_text() == expected
+    assert not (tmp_path / "question.txt.part").exists()
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ MODELS = {
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
 _DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 _QUESTION_SOURCES = (
+    f"{FLOW_GRPO}flow_grpo/rewards.py",  # quotes the client of the authors, which is the second source
     f"{GITHUB}CodeGoat24/UnifiedReward/030998295ce601e0a0884e506040b2724d63b6d4/sglang_llava/sglang_inference.py",
-    f"{FLOW_GRPO}flow_grpo/rewards.py",  # quotes it, word for word
 )
 
 REWARDS = {

@@ -63,8 +63,9 @@ def _load(file: File, path: Path, pause: float) -> str:
     partial = path.with_name(f"{path.name}.part")
     facts = _from_first_source(file, partial, pause)
     if file.extract:
-        content = EXTRACTS[file.extract](partial.read_bytes())
-        replace_atomically(partial, content)
+        source = partial.read_bytes()
+        partial.unlink()
+        replace_atomically(partial, EXTRACTS[file.extract](source))
         facts = Facts(0, "")  # the source's, not those of what is kept
     actual = sha256_of(partial)
     for expected in (file.sha256, facts.sha256):

@@ -90,7 +90,7 @@ def _receive_once(url: str, partial: Path) -> Facts:
             total = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
             if total and int(total[1]) == start:
                 return Facts(start, _linked_sha256(response))
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise _Interrupted("the partial file does not fit")
         _check_status(response, url)
         if response.status_code == 200:  # everything: a server that knows no ranges
