@@ -115,6 +115,9 @@ def test_a_position_needs_a_target_that_matched_and_every_object_in_place():
         (2, -2, set()),  # 2 = 0.1 (10 + 10): just as far apart as does not count
         (3, 0, set()),  # (3 - 2) / 3 is below one half
         (4, 0, set()),  # one half itself is not enough
+        (-4, 0, set()),
+        (0, 4, set()),
+        (0, -4, set()),
         (5, 0, {"right of"}),
     ],
 )

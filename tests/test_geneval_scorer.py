@@ -130,13 +130,14 @@ def test_scores_of_a_batch(scorer):
 
 
 def test_colours_are_those_of_the_picture_itself(scorer):
-    item, pixels = detection(4, 4, 40, 36), np.stack([picture(3), picture(4)])
-    colours = [scorer.colours(image, "dog", [item])[0] for image in pixels]
-    metadata = [line("colors", DOG | {"color": colour}) for colour in colours]
-    metadata.append(line("colors", DOG | {"color": next(c for c in COLOURS if c != colours[1])}))
-    scorer.detector = HandMade([{"dog": [item]}] * 3)
-    scores = scorer.score(np.concatenate([pixels, pixels[1:]]), ["p"] * 3, metadata)
-    assert scores["colors_accuracy"].tolist() == [1, 1, 0] and scores["geneval"].tolist() == [1, 1, 0.5]
+    pixels = np.zeros((2, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    pixels[1] = 255
+    asked = [DOG | {"color": "black"}, DOG | {"color": "white"}]
+    scorer.colours = lambda picture, name, items: ["white" if picture.mean() > 127 else "black"] * len(items)
+    for order, wanted in (([0, 1], [1, 1]), ([1, 0], [0, 0]), ([0, 0], [1, 0])):
+        scorer.detector = HandMade([{"dog": [detection(4, 4, 40, 36)]}] * 2)
+        scores = scorer.score(pixels[order], ["p"] * 2, [line("colors", clause) for clause in asked])
+        assert scores["colors_accuracy"].tolist() == wanted
 
 
 def test_the_overall_score_is_made_of_the_six_tags(scorer):
