@@ -1,4 +1,4 @@
-"""How HPSv2 and ImageReward prepare a picture, without torchvision.
+"""How CLIP, HPSv2 and ImageReward prepare a picture, without torchvision.
 
 Letters: S side of the square that the model sees.
 """
@@ -31,8 +31,8 @@ def fit_and_pad(picture: Image.Image, side: int) -> Tensor:
 def resize_and_crop(picture: Image.Image, side: int) -> Tensor:
     """`[3, S, S]` float32: shorter side to S by PIL's bicubic, centre crop, normalised.
 
-    torchvision's `Resize` and `CenterCrop` as ImageReward composes them: the longer side is cut to an integer, and half
-    a pixel of offset goes to the even neighbour.
+    torchvision's `Resize` and `CenterCrop` as OpenAI's CLIP and ImageReward compose them: the longer side is cut to an
+    integer, and half a pixel of offset goes to the even neighbour.
     """
     width, height = (int(side * length / min(picture.size)) for length in picture.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
