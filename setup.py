@@ -35,6 +35,8 @@ EXTRAS = {
     "ocr": OCR,
     "geneval": SCIPY,
     "hpsv2": ["ftfy>=6.3,<7"],
+    # Of its own environment: it pins numpy and PyYAML below constraints.txt (docs/rewards.md).
+    "paddle": ["paddleocr>=3.7,<4", "paddlepaddle>=3.3,<4", "rapidfuzz>=3.9,<4"],
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.19,<1"],
 }

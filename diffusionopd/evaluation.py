@@ -320,6 +320,7 @@ def _settings(job: Job, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, A
         for name in benchmark.rewards
     }
     return {
+        "dataset": benchmark.name,
         "model": job.model,
         "revision": job.revision,
         "lora": job.lora.source if job.lora else None,

@@ -274,3 +274,29 @@ def test_closing_finishes_or_drops_what_waits():
         worker.close()  # again: no effect
         with pytest.raises(RewardError, match="closed"):
             worker.submit(pictures(1), ["p"], [{}])
+
+
+def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
+    monkeypatch.setattr(rewards.worker, "PATIENCE", 0.05)
+    let_go = threading.Event()
+
+    class Hanging:
+        def score(self, images, prompts, metadata):
+            let_go.wait(60)
+            return {}
+
+    worker = RewardWorker(Hanging(), max_pending=1)
+    futures = [worker.submit(pictures(1), ["a"], [{}])]
+
+    def fill() -> None:
+        with pytest.raises(RewardError, match="closed"):
+            while True:
+                futures.append(worker.submit(pictures(1), ["a"], [{}]))
+
+    blocked = threading.Thread(target=fill)
+    blocked.start()
+    worker.close(cancel=True)
+    blocked.join(5)
+    assert not blocked.is_alive()  # a full queue is given up, too
+    assert not futures[0].done() and all(future.cancelled() for future in futures[1:])
+    let_go.set()

@@ -44,16 +44,19 @@ def folder(tmp_path_factory) -> str:
 def images() -> list[Image.Image]:
     """Pictures wider than high, so that resizing and cropping both matter."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
-    return [Image.fromarray(array).resize((160, 96), Image.Resampling.BILINEAR) for array in pixels]
+    # Shrunk to the model's side, 3 columns more than a multiple of 4 are cut off: the case in which half pixels matter.
+    width = 3 * SIDE + 3 * 3
+    return [Image.fromarray(array).resize((width, 3 * SIDE), Image.Resampling.BILINEAR) for array in pixels]
 
 
 def official_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """OpenAI's transform written out: shorter side by bicubic, centre crop, to tensor, normalise."""
+    """OpenAI's transform written out: shorter side by bicubic, centre crop (half a pixel to the even side, as
+    torchvision does), to tensor, normalise."""
     batch = []
     for image in images:
         scale = SIDE / min(image.size)
         resized = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (resized.width - SIDE) // 2, (resized.height - SIDE) // 2
+        left, top = (round((edge - SIDE) / 2) for edge in resized.size)
         array = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float64) / 255
         batch.append(torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1).float())
     return torch.stack(batch)
@@ -119,14 +122,14 @@ def test_aesthetic_is_the_official_head_on_the_unit_embedding(folder, images, tm
 def test_what_is_missing_is_named_with_the_command(folder, tmp_path):
     with pytest.raises(RewardError, match="hf download nobody/no-such-clip"):
         build_scorer("clipscore", options={"model": "nobody/no-such-clip"})
-    with pytest.raises(RewardError, match="curl -L"):
+    with pytest.raises(RewardError, match="python scripts/download.py rewards aesthetic"):
         build_scorer("aesthetic", options={"model": folder, "head": str(tmp_path / "none.pth")})
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, other)
-    with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
+    with pytest.raises(RewardError, match="is not the checkpoint of reward 'aesthetic'"):
         build_scorer("aesthetic", options={"model": folder, "head": str(other)})
     Path(other).write_bytes(b"not a checkpoint")
-    with pytest.raises(RewardError, match="is not the aesthetic predictor's file"):
+    with pytest.raises(RewardError, match="is not the checkpoint of reward 'aesthetic'"):
         build_scorer("aesthetic", options={"model": folder, "head": str(other)})
     with pytest.raises(RewardError, match="no dtype"):
         build_scorer("clipscore", options={"model": folder, "dtype": "int8"})

@@ -1,18 +1,22 @@
-"""The reading reward: its formula, what prompts ask for, and the real engine on rendered text."""
+"""The reading reward: its formula, what prompts ask for, the real engine on rendered text, and PaddleOCR's two APIs."""
+
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusionopd.rewards import RewardError, build_scorer
-from diffusionopd.rewards.ocr import normalised, ocr_reward, wanted_text
+from diffusionopd.rewards.ocr import Ocr, normalised, ocr_reward, wanted_text
 
 pytest.importorskip("rapidocr")
+pytest.importorskip("rapidfuzz")
 
 
 def rendered(text: str) -> Image.Image:
-    image = Image.new("RGB", (384, 128), "white")
-    ImageDraw.Draw(image).text((24, 36), text, fill="black", font=ImageFont.load_default(44))
+    image = Image.new("RGB", (384, 384), "white")
+    ImageDraw.Draw(image).text((24, 160), text, fill="black", font=ImageFont.load_default(44))
     return image
 
 
@@ -41,6 +45,7 @@ def test_reward_is_one_minus_the_clipped_edit_distance(read, wanted, reward):
         ("the baker's sign 'NO 7'", "no7"),
         ('first "A1" then "B2"', "a1"),
         ("don't mind: \"it's fine\"", "it'sfine"),
+        ('A "Café" in the rain', "café"),
     ],
 )
 def test_the_quoted_text_is_wanted(prompt, wanted):
@@ -59,8 +64,136 @@ def test_spaces_and_case_do_not_count():
     assert normalised(" Step\tGoal\n42 ") == "stepgoal42"
 
 
-def test_the_engine_reads_rendered_text():
-    scorer = build_scorer("ocr")
+# ---- RapidOCR --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rapidocr():
+    return build_scorer("ocr")
+
+
+def test_the_engine_reads_rendered_text(rapidocr):
     images = [rendered("HELLO 2024"), rendered("HELLO 2034"), rendered("")]
-    scores = scorer.score(images, ['a sign "Hello 2024"'] * 3, [{}] * 3)["ocr"]
+    scores = rapidocr.score(images, ['a sign "Hello 2024"'] * 3, [{}] * 3)["ocr"]
     np.testing.assert_allclose(scores, [1.0, 8 / 9, 0.0])
+
+
+@pytest.mark.parametrize(("text", "at"), [("OPEN LATE", 0), ("Spring Sale", 5), ("Gate 42", -1)])
+def test_a_wrong_letter_of_n_costs_one_nth(rapidocr, text, at):
+    letters = list(text)
+    letters[at] = "X"
+    scores = rapidocr.score([rendered(text), rendered("".join(letters))], [f'a sign "{text}"'] * 2, [{}] * 2)["ocr"]
+    np.testing.assert_allclose(scores, [1.0, 1 - 1 / len(normalised(text))])
+
+
+@pytest.mark.parametrize("size", [(512, 512), (8, 8)])
+def test_an_empty_picture_is_read_as_nothing(rapidocr, size):
+    scores = rapidocr.score([Image.new("RGB", size, "navy")], ['a sign "Hello"'], [{}])
+    assert scores["ocr"].tolist() == [0.0]
+
+
+def test_the_engine_is_given_bgr(monkeypatch):
+    seen = []
+
+    def engine(pixels):
+        seen.append(pixels)
+        return SimpleNamespace(txts=None)
+
+    monkeypatch.setattr("rapidocr.RapidOCR", lambda params: engine)
+    assert Ocr().read(np.full((2, 2, 3), (1, 2, 3), dtype=np.uint8)) == ""
+    assert seen[0][0, 0].tolist() == [3, 2, 1] and seen[0].flags["C_CONTIGUOUS"]
+
+
+def test_what_the_engine_raises_is_no_score(monkeypatch):
+    def broken(pixels):
+        raise RuntimeError("engine is broken")
+
+    monkeypatch.setattr("rapidocr.RapidOCR", lambda params: broken)
+    with pytest.raises(RuntimeError, match="engine is broken"):
+        Ocr().score([rendered("A")], ['"A"'], [{}])
+
+
+def test_another_engine_is_refused():
+    with pytest.raises(RewardError, match="'rapidocr' or 'paddleocr', not 'tesseract'"):
+        build_scorer("ocr", options={"engine": "tesseract"})
+
+
+# ---- PaddleOCR, by stand-ins with the arguments and results that its documentation gives ----------------------------
+
+
+class Paddle3:
+    """3.x: refuses arguments it does not know; one mapping a picture, with empty lists where there is no text."""
+
+    def __init__(self, *, lang=None, ocr_version=None, device=None, use_doc_orientation_classify=None,
+                 use_doc_unwarping=None, use_textline_orientation=None, enable_mkldnn=None):  # fmt: skip
+        self.made = {name: value for name, value in locals().items() if name != "self"}
+        Paddle3.last = self
+
+    def predict(self, input, **_):
+        texts = ["Hello", "Wor ld"] if input.any() else []
+        return [{"input_path": None, "rec_texts": texts, "rec_scores": [0.9] * len(texts), "rec_polys": []}]
+
+    def ocr(self, img, **kwargs):
+        return self.predict(img, **kwargs)  # `cls` would be refused here
+
+
+class Paddle2:
+    """2.x: takes any argument; per picture a list of [box, (text, confidence)], or None where there is no text."""
+
+    def __init__(self, **made):
+        self.made = made
+        Paddle2.last = self
+
+    def ocr(self, img, det=True, rec=True, cls=True):
+        assert not cls, "the direction classifier is not loaded"
+        box = [[0.0, 0.0], [9.0, 0.0], [9.0, 5.0], [0.0, 5.0]]
+        return [[[box, ("Hello", 0.9)], [box, ("Wor ld", 0.8)]] if img.any() else None]
+
+
+@pytest.fixture
+def paddle(monkeypatch):
+    def install(engine: type, cuda: bool = False):
+        device = SimpleNamespace(is_compiled_with_cuda=lambda: cuda)
+        monkeypatch.setitem(sys.modules, "paddle", SimpleNamespace(device=device))
+        monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=engine))
+        return engine
+
+    return install
+
+
+@pytest.mark.parametrize("engine", [Paddle2, Paddle3])
+def test_paddleocr_is_read_through_either_api(paddle, engine):
+    paddle(engine)
+    images = np.stack([np.full((8, 8, 3), 255, np.uint8), np.zeros((8, 8, 3), np.uint8)])
+    scores = build_scorer("ocr", options={"engine": "paddleocr"}).score(images, ['a sign "hello world"'] * 2, [{}] * 2)[
+        "ocr"
+    ]
+    np.testing.assert_allclose(scores, [1.0, 0.0])
+    assert engine.last.made["lang"] == "en" and engine.last.made["ocr_version"] == "PP-OCRv4"
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "place_2", "place_3"),
+    [
+        ("cpu", True, (False, 0), "cpu"),
+        ("cuda", True, (True, 0), "gpu:0"),
+        ("cuda:3", True, (True, 3), "gpu:3"),
+        ("cuda:3", False, (False, 0), "cpu"),
+    ],
+)
+def test_paddleocr_runs_where_paddle_can(paddle, device, cuda, place_2, place_3):
+    paddle(Paddle2, cuda)
+    Ocr("paddleocr", device)
+    assert (Paddle2.last.made["use_gpu"], Paddle2.last.made["gpu_id"]) == place_2
+    paddle(Paddle3, cuda)
+    Ocr("paddleocr", device)
+    assert Paddle3.last.made["device"] == place_3
+
+
+@pytest.mark.parametrize("missing", ["paddle", "paddleocr"])
+def test_missing_paddle_names_the_command(paddle, monkeypatch, missing):
+    paddle(Paddle3)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(RewardError, match=rf"{missing}.*pip install -e '\.\[paddle\]'") as error:
+        build_scorer("ocr", options={"engine": "paddleocr"})
+    assert "[ocr]" not in str(error.value)

@@ -145,11 +145,11 @@ def check_teachers(
         remedy = "Give at least one task, or dataset, prompt_fn and reward_fn, as in config/teacher.py."
         problems.add(key, "is empty", remedy if from_rewards else "Give at least one teacher, as in config/opd.py.")
         return (), ()
-    defaults = {
+    defaults: dict[str, Any] = {
         "guidance_scale": values.get("sample.teacher_guidance_scale"),
         "proxy_reward": {},
     }
-    common = {name: values.get(f"sample.{name}") for name in ("eval_guidance_scale", "eval_num_steps")}
+    common: dict[str, Any] = {name: values.get(f"sample.{name}") for name in ("eval_guidance_scale", "eval_num_steps")}
     with_test = values.get("eval_freq") != 0
     specs, prompts = [], []
     for index, entry in enumerate(entries):

@@ -1,7 +1,35 @@
-"""The report of a distillation: `collect` reads a run and its evaluations, `summary` and `render` are pure."""
+"""Pages of results.
+
+`collect` reads a distillation and `render` draws it; `read_models`, `compare` and `render_comparison` put evaluated
+models side by side.
+"""
 
 from diffusionopd.report.collect import ReportError, collect
+from diffusionopd.report.comparison import Comparison, compare, published_models
+from diffusionopd.report.comparison_data import ComparisonError, Evaluation, Model, read_models
+from diffusionopd.report.comparison_page import render_comparison
+from diffusionopd.report.comparison_text import csv_table, text_comparison
 from diffusionopd.report.data import Picture, Report, Task, summary, teacher_folder, text_table
 from diffusionopd.report.page import render
 
-__all__ = ["Picture", "Report", "ReportError", "Task", "collect", "render", "summary", "teacher_folder", "text_table"]
+__all__ = [
+    "Comparison",
+    "ComparisonError",
+    "Evaluation",
+    "Model",
+    "Picture",
+    "Report",
+    "ReportError",
+    "Task",
+    "collect",
+    "compare",
+    "csv_table",
+    "published_models",
+    "read_models",
+    "render",
+    "render_comparison",
+    "summary",
+    "teacher_folder",
+    "text_comparison",
+    "text_table",
+]

@@ -1,19 +1,17 @@
 """The LAION aesthetic predictor (improved-aesthetic-predictor, "sac+logos+ava1-l14-linearMSE")."""
 
-import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.clip import CLIP_L, load_clip
 from diffusionopd.rewards.images import Images
+from diffusionopd.rewards.weights import filled, load_official
 
 HEAD = "reward_ckpts/sac+logos+ava1-l14-linearMSE.pth"
-SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
 WIDTHS = (1024, 128, 64, 16, 1)
 
 
@@ -35,17 +33,8 @@ class AestheticHead(nn.Module):
 
 
 def load_head(path: str, width: int) -> AestheticHead:
-    """The head from its published file. Raises `RewardError` if it is missing (with the command), or another file."""
-    if not Path(path).is_file():
-        raise RewardError(f"reward 'aesthetic' needs {path}. To fetch it: curl -L --create-dirs -o '{path}' '{SOURCE}'")
-    head = AestheticHead(width)
-    try:
-        head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        raise RewardError(
-            f"{path} is not the aesthetic predictor's file: {error}. Fetch it again from {SOURCE}"
-        ) from error
-    return head.requires_grad_(False).eval()
+    """The head from its published file. Raises `RewardError` as `load_official`."""
+    return load_official("aesthetic", path, lambda state: filled(lambda: AestheticHead(width), state))
 
 
 class Aesthetic:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-# The class without `Pil` turns into another one, with other rounding, as soon as torchvision is installed.
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
 from diffusionopd.rewards.base import RewardError, Scores
 from diffusionopd.rewards.images import Images, to_pil
+from diffusionopd.rewards.transforms import resize_and_crop
+from diffusionopd.rewards.weights import load_tokenizer, scorer_dtype
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_H_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -28,21 +27,28 @@ class Clip:
     """A frozen CLIP with its own preprocessing: embeddings of unit length, and the logit scale."""
 
     def __init__(self, model: str, processor: str, device: str, dtype: torch.dtype):
-        """Load from the hub or local folders. Raises `RewardError` with the command that fetches what is missing."""
+        """Load model and tokenizer (of `processor`) from the hub or local folders.
+
+        Raises:
+            RewardError: one is missing, with the command that fetches it.
+        """
         try:
             self.model = CLIPModel.from_pretrained(model, dtype=dtype)
-            self.tokenizer = CLIPTokenizer.from_pretrained(processor)
-            self.processor = CLIPImageProcessorPil.from_pretrained(processor)
         except (OSError, ValueError) as error:
             fetch = " && ".join(f"hf download {name}" for name in dict.fromkeys((model, processor)))
             raise RewardError(f"the CLIP model '{model}' cannot be loaded: {error}. To fetch it: {fetch}") from error
+        self.tokenizer = load_tokenizer(CLIPTokenizer, processor)
         self.model.to(device).requires_grad_(False).eval()
         self.device = device
 
     @torch.no_grad()
     def image_embeddings(self, images: Images) -> Tensor:
-        """`[B, P]` float32, unit length. CLIP's own transform: shorter side, bicubic, centre crop, normalise."""
-        pixels = self.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+        """`[B, P]` float32, unit length. CLIP's own transform: shorter side, bicubic, centre crop, normalise.
+
+        Not by transformers' image processor: its crop of a picture that is not square may be a pixel off OpenAI's.
+        """
+        side = self.model.config.vision_config.image_size
+        pixels = torch.stack([resize_and_crop(picture, side) for picture in to_pil(images)])
         return _unit(self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output)
 
     @torch.no_grad()
@@ -77,10 +83,7 @@ def load_clip(model: str, processor: str, device: str, dtype: str) -> Clip:
     Raises:
         RewardError: weights that cannot be had, with the command that fetches them; no such dtype.
     """
-    number = getattr(torch, dtype, None)
-    if not isinstance(number, torch.dtype) or not number.is_floating_point:
-        raise RewardError(f"'{dtype}' is no dtype of a scorer: use float32, bfloat16 or float16")
-    return Clip(model, processor, device, number)
+    return Clip(model, processor, device, scorer_dtype(dtype))
 
 
 class PickScore:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ import torch
 
 from diffusionopd.rewards.base import RewardError, Scorer, Scores
 from diffusionopd.rewards.images import Images, to_uint8
+
+POLL = 0.01
+"""Seconds between two looks at a full queue."""
+
+PATIENCE = 10.0
+"""Seconds for which a cancelled worker's last batch is waited for."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,30 @@ class RewardWorker:
         """
         pictures = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).clone()
         job = _Job(Future(), pictures, tuple(prompts), tuple(metadata))
-        with self._lock:
-            if self._closed:
-                raise RewardError("the reward worker is closed")
-            self._jobs.put(job)
-        return job.future
+        while True:
+            with self._lock:  # never held while waiting: `close` may come meanwhile
+                if self._closed:
+                    raise RewardError("the reward worker is closed")
+                try:
+                    self._jobs.put_nowait(job)
+                    return job.future
+                except queue.Full:
+                    pass
+            time.sleep(POLL)
 
     def close(self, cancel: bool = False) -> None:
-        """Finish what is queued (or, with `cancel`, drop what has not begun), then end the thread. May be repeated."""
+        """Finish what is queued (or, with `cancel`, drop what has not begun), then end the thread. May be repeated.
+
+        With `cancel`, a batch being scored is waited for `PATIENCE` seconds only: a scorer that hangs must not keep the
+        program from ending (the thread is a daemon).
+        """
         with self._lock:
             already, self._closed = self._closed, True
         if cancel:
             self._drop_pending()
         if not already:
             self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(PATIENCE if cancel else None)
 
     def __enter__(self) -> "RewardWorker":
         return self

@@ -55,13 +55,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "prompt", eps
     kept = rewards[applies]
     numbers, group = torch.unique(groups[applies], return_inverse=True)
     mean, std = _group_statistics(kept, group, len(numbers))
-    centred = torch.where(std[group] > 0, kept - mean[group], 0.0)
+    advantage = kept - mean[group]
     if scale == "prompt":
-        centred = centred / (std[group] + epsilon)
+        advantage = advantage / (std[group] + epsilon)
     elif scale == "global" and len(kept):
-        centred = centred / (kept.std(correction=0) + epsilon)
+        advantage = advantage / (kept.std(correction=0) + epsilon)
     values = torch.zeros_like(rewards)
-    values[applies] = centred
+    values[applies] = torch.where(std[group] > 0, advantage, 0.0)
     share = (std == 0).double().mean().item() if len(numbers) else 0.0
     return Advantages(values, mean, std, share, int((~applies).sum()))
 

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompt each group of a round gets.
+"""Prompt files: what is accepted, what is refused and how.
 
 Two file formats, named as upstream names them: "general_ocr" is one prompt a line (`{train,test}.txt`); "geneval" is
 one JSON object a line with a "prompt" key (`{train,test}_metadata.jsonl`), and the whole object goes to the scorer.
@@ -7,14 +7,11 @@ one JSON object a line with a "prompt" key (`{train,test}_metadata.jsonl`), and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from diffusionopd.distributed import Stream, generator
 
 
 class PromptError(ValueError):
@@ -39,8 +36,12 @@ def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt
         raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(_FORMATS))}")
     if split not in ("train", "test"):
         raise PromptError(f"unknown split {split!r}: use 'train' or 'test'")
-    file_name, parse = _FORMATS[prompt_fn]
-    path = Path(dataset) / file_name.format(split=split)
+    return read_prompts(Path(dataset) / _FORMATS[prompt_fn][0].format(split=split), prompt_fn)
+
+
+def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
+    """Prompts of one file in the format of `prompt_fn`. Raises as `load_prompts`."""
+    parse = _FORMATS[prompt_fn][1]
     lines = _read_text(path, prompt_fn).split("\n")  # not splitlines(): it also cuts at U+2028, which JSON may contain
     prompts = [parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -53,7 +54,8 @@ def _read_text(path: Path, prompt_fn: str) -> str:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise PromptError(
-            f"prompt file {path} does not exist; prompt_fn {prompt_fn!r} reads it: check the path or get the data"
+            f"prompt file {path} does not exist; prompt_fn {prompt_fn!r} reads it: check the path, or fetch the "
+            "published prompts: python scripts/download.py datasets"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise PromptError(f"prompt file {path} cannot be read: {error}") from error
@@ -95,45 +97,18 @@ _FORMATS: dict[str, tuple[str, Callable[[str, str], Prompt]]] = {
 }
 
 
-class PromptSampler:
-    """The prompt of every group of every round, as a pure function of (seed, task, position).
-
-    A group is one prompt with its `num_image_per_prompt` pictures; a round has `groups_per_round` of them over all
-    processes. Positions `round * groups_per_round + group` walk through one fresh permutation of the prompts after
-    another, so each prompt comes once before any comes twice, whatever the number of processes or restarts.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int, task_index: int, groups_per_round: int) -> None:
-        """Raises ValueError without prompts or with fewer than one group a round."""
-        if len(prompts) == 0:
-            raise ValueError("a sampler needs at least one prompt")
-        if groups_per_round < 1:
-            raise ValueError(f"groups_per_round must be at least 1, got {groups_per_round}")
-        self._count = len(prompts)
-        self._key = (Stream.PROMPT, seed, task_index)
-        self._groups_per_round = groups_per_round
-        self._cached: tuple[int, list[int]] = (-1, [])  # the permutation last used: (epoch, its order)
-
-    def index(self, round_index: int, group_index: int) -> int:
-        """Index of the prompt for a group (0 <= group_index < groups_per_round) of a round (counted from 0)."""
-        if round_index < 0:
-            raise ValueError(f"rounds count from 0, got {round_index}")
-        if not 0 <= group_index < self._groups_per_round:
-            raise ValueError(f"group {group_index} is outside the round's {self._groups_per_round} groups")
-        epoch, offset = divmod(round_index * self._groups_per_round + group_index, self._count)
-        return self._permutation(epoch)[offset]
-
-    def used_by(self, rounds: range) -> list[int]:
-        """Sorted indices of the prompts that these rounds use, each once: what the text cache must hold for them."""
-        used: set[int] = set()
-        for round_index in rounds:
-            used.update(self.index(round_index, group) for group in range(self._groups_per_round))
-            if len(used) == self._count:
-                break
-        return sorted(used)
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if self._cached[0] != epoch:
-            order = torch.randperm(self._count, generator=generator(*self._key, epoch)).tolist()
-            self._cached = (epoch, order)
-        return self._cached[1]
+def write_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:
+    """Write a prompt file, whole or not at all. Raises PromptError where there is one already, or it cannot be."""
+    if path.exists() and not overwrite:
+        raise PromptError(f"{path} exists already; choose another --output, or replace it with --force")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PromptError(f"{path} cannot be written: {error.strerror}") from error

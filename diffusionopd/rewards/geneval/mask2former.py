@@ -1,0 +1,102 @@
+"""Mask2Former as mmdetection runs it: its resizing, normalisation and padding, its way from logits to instances.
+
+transformers' own `post_process_instance_segmentation` is another rule: it resizes to 384 x 384 first and does not
+know of padding. Letters: B pictures, Q queries, C classes, K instances, H and W the size of the picture in pixels,
+h and w of what the model sees.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Mask2FormerForUniversalSegmentation
+
+from diffusionopd.geneval_classes import CLASSES
+from diffusionopd.rewards.geneval.resize import resize_bilinear
+from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
+
+LONG_SIDE, SHORT_SIDE, DIVISOR = 1333, 800, 32
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB in [0, 255]
+MAX_INSTANCES = 100
+
+Size = tuple[int, int]
+
+
+def resized_size(height: int, width: int) -> Size:
+    """The largest size of the same shape within 1333 x 800, rounded to whole pixels."""
+    scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def preprocess(pixels: Tensor) -> tuple[Tensor, Size]:
+    """uint8 `[B, H, W, 3]` RGB to float32 `[B, 3, h, w]`, and the size without the padding.
+
+    Resized as OpenCV does, normalised, and padded with zeros at the right and the bottom to multiples of 32.
+    """
+    size = resized_size(pixels.shape[1], pixels.shape[2])
+    images = resize_bilinear(pixels, *size).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    bottom, right = -size[0] % DIVISOR, -size[1] % DIVISOR
+    return F.pad((images - mean) / std, (0, right, 0, bottom)), size
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, padded: Size, resized: Size, original: Size, floor: float
+) -> list[tuple[int, Detection]]:
+    """The instances of one picture, as `(class index, detection)`.
+
+    Of all pairs of query and class the `MAX_INSTANCES` most probable are instances. Their score is the probability
+    times the mean of the sigmoid within the mask, and the mask is where its logit, resized to the padded input, cut to
+    the picture and resized to the original, is positive. As the second factor is below 1, pairs up to `floor` are
+    left out before their masks are resized: nothing above `floor` is lost, and few masks are large.
+
+    Args:
+        class_logits: `[Q, C + 1]`, "no object" last.
+        mask_logits: `[Q, h / 4, w / 4]`.
+        padded, resized, original: (height, width) of the model's input, of the picture in it, of the picture.
+    """
+    probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+    count = min(MAX_INSTANCES, probabilities.numel())
+    best, index = probabilities.flatten().topk(count)
+    best, index = best[best > floor], index[best > floor]
+    if len(index) == 0:
+        return []
+    query, label = index // probabilities.shape[1], index % probabilities.shape[1]
+    logits = _resize(mask_logits[query].float(), padded)[:, : resized[0], : resized[1]]
+    logits = _resize(logits, original)
+    masks = logits > 0
+    scores = best * (logits.sigmoid() * masks).sum(dim=(1, 2)) / (masks.sum(dim=(1, 2)) + 1e-6)
+    found = zip(label.tolist(), scores.tolist(), masks.cpu().numpy(), strict=True)
+    return [(name, Detection(bounding_box(mask), score, mask)) for name, score, mask in found if score > floor]
+
+
+def _resize(logits: Tensor, size: Size) -> Tensor:
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The smallest box (left, top, right, bottom), right and bottom exclusive, of a bool `[H, W]` mask not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+class Mask2Former:
+    """The detector on a frozen transformers model."""
+
+    def __init__(self, model: Mask2FormerForUniversalSegmentation):
+        """Args: `model`, with COCO's 80 classes in COCO's order."""
+        self.model = model
+
+    @torch.no_grad()
+    def detect(self, pixels: np.ndarray) -> list[dict[str, list[Detection]]]:
+        """As `Detector.detect`."""
+        images, resized = preprocess(torch.from_numpy(pixels).to(self.model.device))
+        padded, original = (images.shape[2], images.shape[3]), (pixels.shape[1], pixels.shape[2])
+        outputs = self.model(pixel_values=images.to(self.model.dtype))
+        pictures = []
+        for logits in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+            objects: dict[str, list[Detection]] = {}
+            for label, detection in instances(*logits, padded, resized, original, THRESHOLD):
+                objects.setdefault(CLASSES[label], []).append(detection)
+            pictures.append(objects)
+        return pictures

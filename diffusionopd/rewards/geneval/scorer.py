@@ -1,0 +1,84 @@
+"""The reward `geneval`: detect, judge, and report by kind of prompt."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from diffusionopd.geneval_classes import TAGS
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores
+from diffusionopd.rewards.clip import CLIP_L, load_clip
+from diffusionopd.rewards.geneval.colours import ColourClassifier
+from diffusionopd.rewards.geneval.convert import CHECKPOINT
+from diffusionopd.rewards.geneval.detector import build_detector
+from diffusionopd.rewards.geneval.request import parse_request
+from diffusionopd.rewards.geneval.rules import Verdict, judge, select_objects
+from diffusionopd.rewards.images import Images, to_uint8
+
+
+class GenEval:
+    """`geneval`: the share of what the prompt asks for that the picture shows, 0 to 1, as a reward for training.
+
+    `accuracy` and `strict_accuracy` are 1 or 0 (see `rules.judge`), `<tag>_accuracy` and `<tag>_strict_accuracy` the
+    same for the pictures of one of the six tags. GenEval's own overall score is the plain mean of the six accuracies.
+    """
+
+    combined: Mapping[str, tuple[str, ...]] = {"geneval_overall": tuple(f"{tag}_accuracy" for tag in TAGS)}
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        detector: str = "converted",
+        checkpoint: str = CHECKPOINT,
+        clip: str = CLIP_L,
+        batch_size: int = 8,
+    ):
+        """Load detector and CLIP.
+
+        Args:
+            device: where both run.
+            dtype: of both; published scores are those of float32.
+            detector: "converted", "transformers:NAME" or "mmdet:CONFIG.py", see `build_detector`.
+            checkpoint: mmdetection's .pth file, of which a converted copy is kept beside it.
+            clip: that names colours, hub id or folder.
+            batch_size: pictures that the detector sees at once, enlarged to 800 pixels.
+
+        Raises:
+            RewardError: as `build_detector` and `load_clip`.
+        """
+        if batch_size < 1:
+            raise RewardError(f"reward 'geneval': batch_size must be at least 1, not {batch_size}")
+        colours = load_clip(clip, clip, device, dtype)
+        self.batch_size = batch_size
+        self.colours = ColourClassifier(colours)
+        self.detector = build_detector(detector, checkpoint, device, colours.model.dtype)
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`. Raises `RewardError` for a prompt without GenEval's metadata, before anything is run."""
+        requests = [parse_request(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
+        pixels = to_uint8(images)
+        found = []
+        for start in range(0, len(pixels), self.batch_size):
+            found += self.detector.detect(pixels[start : start + self.batch_size])
+        verdicts = [
+            judge(select_objects(detections, request.tag), request, partial(self.colours, picture))
+            for detections, request, picture in zip(found, requests, pixels, strict=True)
+        ]
+        return _scores(verdicts, [request.tag for request in requests])
+
+
+def _scores(verdicts: Sequence[Verdict], tags: Sequence[str]) -> Scores:
+    correct = np.array([verdict.correct for verdict in verdicts], dtype=np.float64)
+    strict = np.array([verdict.strict for verdict in verdicts], dtype=np.float64)
+    scores = {
+        "geneval": np.array([verdict.soft for verdict in verdicts], dtype=np.float64),
+        "accuracy": correct,
+        "strict_accuracy": strict,
+    }
+    for tag in TAGS:
+        is_tag = np.array([tag == other for other in tags], dtype=bool)
+        scores[f"{tag}_accuracy"] = np.where(is_tag, correct, NOT_APPLICABLE)
+        scores[f"{tag}_strict_accuracy"] = np.where(is_tag, strict, NOT_APPLICABLE)
+    return scores

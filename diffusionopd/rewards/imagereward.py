@@ -1,0 +1,109 @@
+"""ImageReward v1.0: Xu et al., arXiv 2304.05977; weights `THUDM/ImageReward` on the hub.
+
+Letters: B pictures, S side of the square that the model sees, L tokens of a prompt, D width of the text encoder.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertTokenizer
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from diffusionopd.rewards.aesthetic import AestheticHead
+from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.blip_keys import read_text_config, read_vision_config, split_parts
+from diffusionopd.rewards.images import Images, to_pil
+from diffusionopd.rewards.transforms import resize_and_crop
+from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
+
+CHECKPOINT = "reward_ckpts/ImageReward.pt"
+TOKENIZER = "bert-base-uncased"
+MAX_TOKENS = 35
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's output on the authors' data (`ImageReward.py` of the official repository)."""
+
+
+class ImageRewardModel(nn.Module):
+    """BLIP's text encoder, which attends to the picture's patches, and a head on its first token."""
+
+    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: AestheticHead):
+        """Args: `head`, of the aesthetic predictor's form, on the text encoder's width."""
+        super().__init__()
+        self.vision, self.text, self.head = vision, text, head
+
+    def forward(self, pixels: Tensor, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[B, 3, S, S]`, `[B, L]` and `[B, L]` to `[B]` float32, of mean 0 and deviation 1 on the authors' data."""
+        patches = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
+        states = self.text(tokens, attention_mask=attention_mask, encoder_hidden_states=patches).last_hidden_state
+        return (self.head(states[:, 0].float()) - MEAN) / STD
+
+
+def _build_model(state: Any) -> ImageRewardModel:
+    vision, text, head = split_parts(state)
+    vision_config, text_config = read_vision_config(vision), read_text_config(text)
+    return ImageRewardModel(
+        filled(lambda: BlipVisionModel(vision_config), vision),
+        filled(lambda: BlipTextModel(text_config, add_pooling_layer=False), text),
+        filled(lambda: AestheticHead(text_config.hidden_size), head),
+    )
+
+
+def _check_tokenizer(name: str, tokens: int, vocabulary: int) -> None:
+    """Raises `RewardError` for a tokenizer with tokens that the model does not have."""
+    if tokens > vocabulary:
+        raise RewardError(
+            f"the tokenizer '{name}' has {tokens} tokens, the model of reward 'imagereward' has {vocabulary}: "
+            f"use {TOKENIZER}"
+        )
+
+
+@functools.cache
+def load_imagereward(
+    checkpoint: str, tokenizer: str, device: str, dtype: str
+) -> tuple[ImageRewardModel, BertTokenizer]:
+    """Model and tokenizer, once for all scorers in a process; the head stays in float32, as officially.
+
+    Raises:
+        RewardError: as `load_official`; a tokenizer that is missing or another model's; a dtype that is none.
+    """
+    number = scorer_dtype(dtype)
+    model = load_official("imagereward", checkpoint, _build_model).to(device).eval()
+    model.vision.to(number)
+    model.text.to(number)
+    words = load_tokenizer(BertTokenizer, tokenizer)
+    _check_tokenizer(tokenizer, len(words), model.text.config.vocab_size)
+    return model, words
+
+
+class ImageReward:
+    """`imagereward`: preference for the picture given its prompt, about -2.3 to 2.
+
+    The official repository's four example pictures should score 0.58, 0.27, -1.41 and -2.03 (its README; not run here).
+    Prompts are cut to 35 tokens. Every picture is scored with its own prompt only.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        checkpoint: str = CHECKPOINT,
+        tokenizer: str = TOKENIZER,
+    ):
+        """Args: `checkpoint`, the official file; `tokenizer`, hub id or folder. Raises as `load_imagereward`."""
+        self.model, self.tokenizer = load_imagereward(checkpoint, tokenizer, device, dtype)
+
+    @torch.no_grad()
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`."""
+        device, side = self.model.vision.device, self.model.vision.config.image_size
+        pixels = torch.stack([resize_and_crop(picture, side) for picture in to_pil(images)])
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
+        scores = self.model(pixels.to(device), tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+        return {"imagereward": scores.double().cpu().numpy()}

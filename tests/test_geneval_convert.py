@@ -1,0 +1,150 @@
+"""The official weights: mmdetection's names and layouts on a tiny Mask2Former of random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusionopd.rewards import RewardError
+from diffusionopd.rewards.geneval import convert
+from diffusionopd.rewards.geneval.detector import build_detector, load_model
+from tests.geneval_tiny import mmdet_state, save_checkpoint, tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("backbone.patch_embed.projection.bias", "encoder.swin.embeddings.patch_embeddings.projection.bias"),
+        ("backbone.stages.2.blocks.17.ffn.layers.0.0.weight", "encoder.swin.encoder.layers.2.blocks.17.mlp.fc1.weight"),
+        ("backbone.stages.0.downsample.norm.bias", "encoder.swin.encoder.layers.0.downsample.norm.bias"),
+        ("backbone.norm3.weight", "encoder.hidden_states_norms.stage4.weight"),
+        ("panoptic_head.pixel_decoder.lateral_convs.0.gn.bias", "decoder.adapter_1.1.bias"),
+        ("panoptic_head.pixel_decoder.input_convs.2.conv.bias", "decoder.input_projections.2.0.bias"),
+        ("panoptic_head.pixel_decoder.level_encoding.weight", "decoder.level_embed"),
+        (
+            "panoptic_head.pixel_decoder.encoder.layers.5.attentions.0.sampling_offsets.bias",
+            "decoder.encoder.layers.5.self_attn.sampling_offsets.bias",
+        ),
+        ("panoptic_head.pixel_decoder.encoder.layers.5.norms.1.bias", "decoder.encoder.layers.5.final_layer_norm.bias"),
+    ],
+)
+def test_names_of_the_pixel_level(key, wanted):
+    assert convert.renamed(key) == f"model.pixel_level_module.{wanted}"
+
+
+@pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("transformer_decoder.layers.8.attentions.0.attn.in_proj_weight", "decoder.layers.8.cross_attn.in_proj_weight"),
+        ("transformer_decoder.layers.8.norms.1.weight", "decoder.layers.8.self_attn_layer_norm.weight"),
+        ("transformer_decoder.post_norm.bias", "decoder.layernorm.bias"),
+        ("mask_embed.4.bias", "decoder.mask_predictor.mask_embedder.2.0.bias"),
+        ("query_embed.weight", "queries_embedder.weight"),
+        ("level_embed.weight", "level_embed.weight"),
+    ],
+)
+def test_names_of_the_transformer(key, wanted):
+    assert convert.renamed(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
+
+
+def test_patch_merging_gives_the_same_after_conversion(model):
+    """mmdetection unfolds 2 x 2 patches, channel by channel; transformers concatenates four slices."""
+    torch.manual_seed(0)
+    key = "backbone.stages.0.downsample."
+    state = {f"{key}norm.weight": torch.rand(64), f"{key}norm.bias": torch.rand(64)}
+    state[f"{key}reduction.weight"] = torch.randn(32, 64)
+    x = torch.randn(2, 16, 6, 10)
+    patches = F.unfold(x, kernel_size=2, stride=2).transpose(1, 2)
+    normed = F.layer_norm(patches, (64,), state[f"{key}norm.weight"], state[f"{key}norm.bias"])
+    wanted = normed @ state[f"{key}reduction.weight"].T
+
+    module = type(model.model.pixel_level_module.encoder.swin.encoder.layers[0].downsample)(dim=16)
+    names = {name.split("downsample.")[1]: value for name, value in convert.convert_state(state).items()}
+    module.load_state_dict(names)
+    torch.testing.assert_close(module(x.flatten(2).transpose(1, 2), (6, 10)), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_joint_projections_are_split_in_order():
+    whole = torch.arange(18.0).view(9, 2)
+    swin = convert.convert_state({"backbone.stages.1.blocks.0.attn.w_msa.qkv.weight": whole})
+    assert [name.split("attention.")[1] for name in swin] == ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+    assert torch.equal(torch.cat(list(swin.values())), whole)
+    prefix = "panoptic_head.transformer_decoder.layers.0.attentions."
+    decoder = convert.convert_state({f"{prefix}1.attn.in_proj_bias": whole[:, 0]})
+    assert [name.split("self_attn.")[1] for name in decoder] == ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
+    assert len(convert.convert_state({f"{prefix}0.attn.in_proj_bias": whole[:, 0]})) == 1
+
+
+def test_a_checkpoint_becomes_the_model_it_was_made_from_and_is_kept(model, tmp_path):
+    path = save_checkpoint(tmp_path / "official.pth", mmdet_state(model))
+    folder = convert.converted_folder(str(path), tiny_config())
+    assert folder == tmp_path / convert.CONVERTED and [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
+    loaded = load_model(str(folder), "cpu", torch.float32)
+    wanted = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        assert name in convert.UNUSED or torch.equal(value, wanted[name]), name
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+    path.unlink()
+    detector = build_detector("converted", str(path), "cpu", torch.float32)  # the copy is enough
+    assert detector.model.state_dict().keys() == wanted.keys()
+    with pytest.raises(RewardError, match="converted from official.pth, not from other.pth: remove it"):
+        convert.converted_folder(str(tmp_path / "other.pth"))
+
+
+def test_of_several_processes_the_first_copy_stays(model, tmp_path):
+    folder = tmp_path / convert.CONVERTED
+    convert._write(model, "first.pth", folder)
+    convert._write(model, "second.pth", folder)
+    assert [path.name for path in tmp_path.iterdir()] == [convert.CONVERTED]
+    convert._check_source(folder, "first.pth")
+    (tmp_path / "file").touch()
+    with pytest.raises(RewardError, match="cannot write the converted weights"):
+        convert._write(model, "first.pth", tmp_path / "file" / "folder")
+
+
+def test_the_official_configuration_has_the_official_sizes():
+    with torch.device("meta"):
+        model = convert.Mask2FormerForUniversalSegmentation(convert.swin_small_config())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shapes["class_predictor.weight"] == (81, 256)
+    assert shapes["model.transformer_module.queries_features.weight"] == (100, 256)
+    assert len([name for name in shapes if name.endswith("cross_attn.in_proj_weight")]) == 9
+    assert len([name for name in shapes if name.endswith("self_attn.sampling_offsets.weight")]) == 6
+    assert len([name for name in shapes if "layers.2.blocks" in name and name.endswith("layernorm_before.bias")]) == 18
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda state: state.pop("panoptic_head.cls_embed.bias"), r"lacks class_predictor.bias \(1 in all\)"),
+        (lambda state: state.update({"backbone.extra": torch.zeros(1)}), r"unknown backbone.extra \(1 in all\)"),
+        (lambda state: state.update({"panoptic_head.cls_embed.bias": torch.zeros(134)}), "is another model than"),
+        (lambda state: state.update({"backbone.stages.0.downsample.norm.bias": torch.zeros(7)}), "is another model"),
+    ],
+)  # fmt: skip
+def test_every_entry_is_accounted_for(model, change, what, tmp_path):
+    state = mmdet_state(model)
+    change(state)
+    with pytest.raises(RewardError, match=what):
+        convert.convert(save_checkpoint(tmp_path / "changed.pth", state), tiny_config())
+    assert not (tmp_path / convert.CONVERTED).exists()
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(RewardError, match=r"needs the detector's weights .*none.pth.*download.py rewards geneval"):
+        build_detector("converted", str(tmp_path / "none.pth"), "cpu", torch.float32)
+    other = tmp_path / "other.pth"
+    for content in ({"weight": torch.zeros(1)}, {"state_dict": {"a": 1}}, {"state_dict": {"a": Path("/")}}, [1]):
+        torch.save(content, other)
+        with pytest.raises(RewardError, match="is no mmdetection checkpoint"):
+            convert.read_checkpoint(other)
+    other.write_bytes(b"<html>not found</html>")
+    with pytest.raises(RewardError, match="is no mmdetection checkpoint"):
+        convert.read_checkpoint(other)

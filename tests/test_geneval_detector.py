@@ -1,0 +1,233 @@
+"""The detector on a tiny Mask2Former of random weights: what comes before and after it, and the choice of one."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusionopd.geneval_classes import CLASSES
+from diffusionopd.rewards import RewardError
+from diffusionopd.rewards.geneval import mask2former
+from diffusionopd.rewards.geneval.detector import build_detector
+from diffusionopd.rewards.geneval.labels import check_labels
+from diffusionopd.rewards.geneval.resize import resize_bilinear
+from tests.geneval_tiny import COCO, save_checkpoint, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Smooth random pictures, uint8 [2, 40, 56, 3]."""
+    noise = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(3))
+    smooth = F.interpolate(noise, (40, 56), mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@pytest.fixture
+def small_input(monkeypatch):
+    """Pictures enlarged to 96 pixels instead of 800: the same code, a hundredth of the time."""
+    monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
+    monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ((512, 512), (800, 800)),
+        ((1024, 1024), (800, 800)),
+        ((512, 768), (800, 1200)),
+        ((480, 640), (800, 1067)),  # 1066.67
+        ((300, 900), (444, 1333)),  # the long side decides
+        ((900, 300), (1333, 444)),
+    ],
+)
+def test_the_size_is_that_of_mmcv(size, wanted):
+    assert mask2former.resized_size(*size) == wanted
+
+
+def random_picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((64, 64), (100, 100)), ((30, 50), (80, 133)), ((99, 101), (80, 82)), ((160, 90), (80, 45)), ((7, 1), (9, 3))],
+)
+def test_resizing_is_that_of_cv2_to_the_last_bit(size, wanted):
+    cv2 = pytest.importorskip("cv2")
+    picture = random_picture(*size)
+    ours = resize_bilinear(torch.from_numpy(picture)[None], *wanted)[0].numpy()
+    np.testing.assert_array_equal(ours, cv2.resize(picture, wanted[::-1], interpolation=cv2.INTER_LINEAR))
+
+
+def test_resizing_stays_within_a_level_of_the_formula():
+    picture = torch.from_numpy(random_picture(30, 50))[None]
+    exact = F.interpolate(picture.permute(0, 3, 1, 2).double(), (80, 133), mode="bilinear", align_corners=False)
+    assert (resize_bilinear(picture, 80, 133).permute(0, 3, 1, 2) - exact).abs().max() < 1
+
+
+def test_preprocessing_resizes_normalises_and_pads(small_input):
+    picture = torch.from_numpy(random_picture(30, 50))[None]
+    images, size = mask2former.preprocess(picture)
+    assert size == (96, 160) and images.shape == (1, 3, 96, 160) and images.dtype == torch.float32
+    resized = resize_bilinear(picture, *size)[0].numpy()
+    wanted = (resized - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    np.testing.assert_allclose(images[0].permute(1, 2, 0).numpy(), wanted, atol=1e-5)
+    images, size = mask2former.preprocess(picture[:, :, :41])
+    assert size == (96, 131) and images.shape == (1, 3, 96, 160)
+    assert images[..., 131:].abs().max() == 0 and images[..., 130].abs().min() > 0
+
+
+def slow_instances(class_logits, mask_logits, padded, resized, original):
+    """mmdetection's rule, one pair of query and class after the other, all masks at full size."""
+    queries, classes = class_logits.shape[0], class_logits.shape[1] - 1
+    pairs = []
+    for query in range(queries):
+        probabilities = class_logits[query].softmax(0)
+        pairs += [(probabilities[label].item(), query, label) for label in range(classes)]
+    found = []
+    for probability, query, label in sorted(pairs, reverse=True)[:100]:
+        logits = F.interpolate(mask_logits[query][None, None], padded, mode="bilinear", align_corners=False)
+        logits = logits[:, :, : resized[0], : resized[1]]
+        logits = F.interpolate(logits, original, mode="bilinear", align_corners=False)[0, 0]
+        inside = logits[logits > 0].sigmoid()
+        if len(inside):
+            ys, xs = torch.nonzero(logits > 0, as_tuple=True)
+            box = tuple(float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+            found.append((label, box, probability * inside.mean().item(), (logits > 0).numpy()))
+    return found
+
+
+def test_instances_are_those_of_the_slow_loop():
+    generator = torch.Generator().manual_seed(1)
+    class_logits = 3 * torch.randn(20, 9, generator=generator)
+    mask_logits = F.interpolate(torch.randn(1, 20, 4, 5, generator=generator), (16, 24))[0]
+    sizes = ((64, 96), (50, 90), (35, 63))
+    wanted = [found for found in slow_instances(class_logits, mask_logits, *sizes) if found[2] > 0.1]
+    got = mask2former.instances(class_logits, mask_logits, *sizes, floor=0.1)
+    assert len(got) == len(wanted) > 10
+    by_score = sorted(got, key=lambda pair: pair[1].score, reverse=True)
+    for (label, detection), other in zip(by_score, sorted(wanted, key=lambda found: -found[2]), strict=True):
+        assert label == other[0] and detection.box == other[1]
+        assert detection.score == pytest.approx(other[2], abs=1e-6)
+        np.testing.assert_array_equal(detection.mask, other[3])
+
+
+def test_an_empty_mask_is_no_instance():
+    class_logits = torch.tensor([[9.0, 0.0, 0.0]])
+    assert mask2former.instances(class_logits, -torch.ones(1, 4, 4), (16, 16), (16, 16), (16, 16), floor=0.0) == []
+    found = mask2former.instances(class_logits, torch.ones(1, 4, 4), (16, 16), (16, 16), (16, 16), floor=0.5)
+    assert [(label, item.box) for label, item in found] == [(0, (0.0, 0.0, 16.0, 16.0))]
+
+
+def test_detections_are_in_range_and_do_not_depend_on_the_batch(model, pixels, small_input):
+    detector = mask2former.Mask2Former(model)
+    together = detector.detect(pixels)
+    alone = [detector.detect(pixels[i : i + 1])[0] for i in range(2)]
+    assert sum(len(found) for picture in together for found in picture.values()) >= 4
+    for first, second in zip(together, alone, strict=True):
+        assert first.keys() == second.keys() and first.keys() <= set(CLASSES)
+        for name, found in first.items():
+            for a, b in zip(found, second[name], strict=True):
+                left, top, right, bottom = a.box
+                assert 0 <= left < right <= 56 and 0 <= top < bottom <= 40 and 0.3 < a.score <= 1
+                assert a.mask.shape == (40, 56) and a.mask[int(top) : int(bottom), int(left) : int(right)].any()
+                assert a.score == pytest.approx(b.score, abs=1e-4) and a.box == b.box
+
+
+# --------------------------------------------------------------------------------------------------------- choices
+
+
+def test_a_transformers_detector_is_taken_with_a_warning(model, pixels, tmp_path, small_input):
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="not comparable"):
+        detector = build_detector(f"transformers:{tmp_path}", "unused.pth", "cpu", torch.float32)
+    wanted = mask2former.Mask2Former(model).detect(pixels)
+    assert [picture.keys() for picture in detector.detect(pixels)] == [picture.keys() for picture in wanted]
+
+
+def test_choices_that_are_none_are_refused():
+    for choice in ("mmdetection", "transformers:", "mmdet", "yolo:x"):
+        with pytest.raises(RewardError, match="is none of converted, transformers"):
+            build_detector(choice, "x.pth", "cpu", torch.float32)
+    with (
+        pytest.raises(RewardError, match="hf download nobody/no-such-detector"),
+        pytest.warns(UserWarning, match="comparable"),
+    ):
+        build_detector("transformers:nobody/no-such-detector", "x.pth", "cpu", torch.float32)
+
+
+def test_labels_must_be_cocos_in_order():
+    check_labels("d", COCO)
+    check_labels("d", ["sofa" if name == "couch" else name for name in COCO])
+    with pytest.raises(RewardError, match="133 classes, not COCO's 80"):
+        check_labels("d", [*COCO, *["wall"] * 53])
+    with pytest.raises(RewardError, match="calls class 1 'car', which is 'bicycle'"):
+        check_labels("d", ["person", "car", "bicycle", *COCO[3:]])
+
+
+class FakeMmdet:
+    """Stands in for `mmdet.apis`: what mmdetection 2 or 3 gives for one dog and one doubtful cat."""
+
+    def __init__(self, version: int, weights: dict[str, torch.Tensor]):
+        self.version, self.weights, self.seen = version, weights, []
+
+    def init_detector(self, config, checkpoint, device):
+        model = types.SimpleNamespace(state_dict=lambda: self.weights, CLASSES=tuple(COCO))
+        if self.version == 3:
+            model.dataset_meta = {"classes": tuple(COCO)}
+        return model
+
+    def inference_detector(self, model, picture):
+        self.seen.append(picture)
+        boxes, masks = [np.zeros((0, 5), np.float32) for _ in COCO], [[] for _ in COCO]
+        mask = np.zeros(picture.shape[:2], dtype=bool)
+        mask[2:6, 1:4] = True
+        for name, score in (("dog", 0.8), ("cat", 0.1)):
+            boxes[COCO.index(name)] = np.array([[1, 2, 4, 6, score]], np.float32)
+            masks[COCO.index(name)] = [mask]
+        if self.version == 2:
+            return boxes, masks
+        labels = [COCO.index("dog"), COCO.index("cat")]
+        rows = np.concatenate([boxes[label] for label in labels])
+        found = types.SimpleNamespace(
+            labels=np.array(labels), bboxes=rows[:, :4], scores=rows[:, 4], masks=np.stack([mask, mask])
+        )
+        found.cpu = found.numpy = lambda: found
+        return types.SimpleNamespace(pred_instances=found)
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[str, str]:
+    (tmp_path / "config.py").touch()
+    return str(tmp_path / "config.py"), str(save_checkpoint(tmp_path / "w.pth", {"a": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_mmdetection_is_given_bgr_and_read_in_both_versions(version, files, pixels, monkeypatch):
+    fake = FakeMmdet(version, {"a": torch.zeros(1)})
+    monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=fake))
+    detector = build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)
+    objects = detector.detect(pixels)
+    np.testing.assert_array_equal(fake.seen[1], pixels[1][:, :, ::-1])
+    assert [list(picture) for picture in objects] == [["dog"], ["dog"]]
+    (dog,) = objects[0]["dog"]
+    assert dog.box == (1, 2, 4, 6) and dog.score == pytest.approx(0.8) and dog.mask.sum() == 12
+
+
+def test_mmdetection_with_other_weights_or_without_itself_is_an_error(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=FakeMmdet(2, {"b": torch.zeros(1)})))
+    with pytest.raises(RewardError, match="does not fit the installed mmdetection: 2 entries differ, such as a"):
+        build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)
+    with pytest.raises(RewardError, match="there is no file none.py"):
+        build_detector("mmdet:none.py", files[1], "cpu", torch.float32)
+    monkeypatch.setitem(sys.modules, "mmdet", None)
+    with pytest.raises(RewardError, match="needs mmdetection, which cannot be imported"):
+        build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)

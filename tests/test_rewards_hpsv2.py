@@ -1,0 +1,319 @@
+"""HPSv2 against open_clip's forward pass and HPSv2's preprocessing written out, on a tiny checkpoint of its format."""
+
+import html
+import math
+import re
+import sys
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from diffusionopd.rewards import RewardError
+from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip
+from diffusionopd.rewards.open_clip_keys import read_config
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's constants
+SIDE, PATCH, CONTEXT = 32, 8, 24
+VISION, TEXT, COMMON, LAYERS, HEADS = 160, 128, 48, 2, 2  # head widths 80 and 64, as in ViT-H-14
+BYTES = sorted(ByteLevel.alphabet())
+VOCABULARY = [*BYTES, *(character + "</w>" for character in BYTES), "<|startoftext|>", "<|endoftext|>"]
+PROMPTS = [
+    "a red circle",
+    # Escaped twice (ftfy leaves entities alone beside a "<"), a broken character, white space, capitals.
+    "  <Two> &amp;amp; three\n\tcafÃ© SIGNS, don't!  ",
+    "a picture with more words than the context of this model has room for " * 3,
+]
+
+
+def block_shapes(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}ln_1.weight": (width,),
+        f"{prefix}ln_1.bias": (width,),
+        f"{prefix}attn.in_proj_weight": (3 * width, width),
+        f"{prefix}attn.in_proj_bias": (3 * width,),
+        f"{prefix}attn.out_proj.weight": (width, width),
+        f"{prefix}attn.out_proj.bias": (width,),
+        f"{prefix}ln_2.weight": (width,),
+        f"{prefix}ln_2.bias": (width,),
+        f"{prefix}mlp.c_fc.weight": (2 * width, width),
+        f"{prefix}mlp.c_fc.bias": (2 * width,),
+        f"{prefix}mlp.c_proj.weight": (width, 2 * width),
+        f"{prefix}mlp.c_proj.bias": (width,),
+    }
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """A state dict with the names of open_clip's CLIP."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (CONTEXT, TEXT),
+        "text_projection": (TEXT, COMMON),
+        "logit_scale": (),
+        "visual.class_embedding": (VISION,),
+        "visual.positional_embedding": ((SIDE // PATCH) ** 2 + 1, VISION),
+        "visual.proj": (VISION, COMMON),
+        "visual.conv1.weight": (VISION, 3, PATCH, PATCH),
+        "token_embedding.weight": (len(VOCABULARY), TEXT),
+    }
+    for name, width in (("visual.ln_pre", VISION), ("visual.ln_post", VISION), ("ln_final", TEXT)):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for layer in range(LAYERS):
+        shapes |= block_shapes(f"visual.transformer.resblocks.{layer}.", VISION)
+        shapes |= block_shapes(f"transformer.resblocks.{layer}.", TEXT)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 and "embedding" not in name else 0.3
+        one = 1.0 if re.search(r"ln_\w+\.weight", name) else 0.0
+        state[name] = one + scale * torch.randn(shape, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return random_state()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, state):
+    """The checkpoint as published, and CLIP's tokenizer over bytes without merges."""
+    path = tmp_path_factory.mktemp("hpsv2")
+    torch.save({"epoch": 1, "name": "tiny", "state_dict": state}, path / "hps.pt")
+    vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CONTEXT).save_pretrained(path / "tokenizer")
+    yield path
+    load_hps_clip.cache_clear()
+
+
+def scorer(folder: Path, **options) -> Hpsv2:
+    return Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer=str(folder / "tokenizer"), **options)
+
+
+def pictures(width: int, height: int) -> list[Image.Image]:
+    """Smooth noise, so that resizing matters but does not blur everything away."""
+    noise = np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 6, 8, 3), dtype=np.uint8)
+    return [Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in noise]
+
+
+# ---- the official steps ----------------------------------------------------------------------------------------------
+
+
+def cubic_weights(length: int, size: int) -> torch.Tensor:
+    """`[size, length]`: bicubic resampling with antialiasing, kernel a = -0.5 widened by the scale, as PIL's."""
+    scale = length / size
+    stretch = max(scale, 1.0)
+    weights = torch.zeros(size, length, dtype=torch.float64)
+    for row in range(size):
+        for column in range(length):
+            x = abs((column + 0.5 - (row + 0.5) * scale) / stretch)
+            if x < 1:
+                weights[row, column] = 1.5 * x**3 - 2.5 * x**2 + 1
+            elif x < 2:
+                weights[row, column] = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def official_pixels(image: Image.Image) -> torch.Tensor:
+    """To tensor, longest side to SIDE, zeros around, then mean and deviation."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
+    height, width = pixels.shape[1:]
+    scale = SIDE / max(height, width)
+    high, wide = round(height * scale), round(width * scale)
+    resized = cubic_weights(height, high) @ pixels @ cubic_weights(width, wide).T
+    padded = torch.zeros(3, SIDE, SIDE, dtype=torch.float64)
+    top, left = (SIDE - high) // 2, (SIDE - wide) // 2
+    padded[:, top : top + high, left : left + wide] = resized
+    mean, std = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (MEAN, STD))
+    return (padded - mean) / std
+
+
+def official_tokens(prompt: str) -> torch.Tensor:
+    """open_clip's `tokenize`, for a vocabulary without merges: `[CONTEXT]`, zeros after EOT."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    text = re.sub(r"\s+", " ", text).strip().lower()
+    words = re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+", text)
+    ids = [VOCABULARY.index("<|startoftext|>")]
+    for word in words:
+        ((characters, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)
+        ids += [VOCABULARY.index(character) for character in characters[:-1]]
+        ids.append(VOCABULARY.index(characters[-1] + "</w>"))
+    ids = [*ids, VOCABULARY.index("<|endoftext|>")]
+    if len(ids) > CONTEXT:
+        ids = [*ids[: CONTEXT - 1], VOCABULARY.index("<|endoftext|>")]
+    return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
+
+
+def layer_norm(w: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+
+def transformer(w: dict, prefix: str, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Pre-norm residual blocks on `[tokens, width]`, with exact GELU."""
+    for layer in range(LAYERS):
+        p = f"{prefix}{layer}."
+        qkv = F.linear(layer_norm(w, p + "ln_1", x), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"])
+        q, k, v = (part.reshape(len(x), HEADS, -1).transpose(0, 1) for part in qkv.chunk(3, dim=-1))
+        logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        attention = (logits if mask is None else logits + mask).softmax(dim=-1)
+        attended = (attention @ v).transpose(0, 1).reshape(x.shape)
+        x = x + F.linear(attended, w[p + "attn.out_proj.weight"], w[p + "attn.out_proj.bias"])
+        hidden = F.gelu(F.linear(layer_norm(w, p + "ln_2", x), w[p + "mlp.c_fc.weight"], w[p + "mlp.c_fc.bias"]))
+        x = x + F.linear(hidden, w[p + "mlp.c_proj.weight"], w[p + "mlp.c_proj.bias"])
+    return x
+
+
+def official_score(state: dict[str, torch.Tensor], image: Image.Image, prompt: str) -> float:
+    """One picture and one prompt through open_clip's CLIP, in float64."""
+    w = {name: value.double() for name, value in state.items()}
+    patches = F.conv2d(official_pixels(image)[None], w["visual.conv1.weight"], stride=PATCH)[0].flatten(1).T
+    x = torch.cat([w["visual.class_embedding"][None], patches]) + w["visual.positional_embedding"]
+    x = transformer(w, "visual.transformer.resblocks.", layer_norm(w, "visual.ln_pre", x))
+    picture = layer_norm(w, "visual.ln_post", x[0]) @ w["visual.proj"]
+    tokens = official_tokens(prompt)
+    mask = torch.full((CONTEXT, CONTEXT), -torch.inf, dtype=torch.float64).triu(1)
+    x = transformer(w, "transformer.resblocks.", w["token_embedding.weight"][tokens] + w["positional_embedding"], mask)
+    text = layer_norm(w, "ln_final", x)[tokens.argmax()] @ w["text_projection"]
+    return float(picture @ text / (picture.norm() * text.norm()))
+
+
+# ---- the scorer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 48), (41, 64), (20, 11), (SIDE, SIDE), (SIDE, 19)])
+def test_score_is_the_official_cosine(folder, state, size):
+    images = pictures(*size)
+    wanted = np.array([official_score(state, image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)])
+    assert np.ptp(wanted) > 0.01  # the pairs are told apart
+    scores = scorer(folder).score(images, PROMPTS, [{}] * len(PROMPTS))
+    assert list(scores) == ["hpsv2"] and scores["hpsv2"].dtype == np.float64
+    np.testing.assert_allclose(scores["hpsv2"], wanted, atol=1e-5)
+
+
+def test_prompts_become_the_official_tokens(folder):
+    tokenizer = scorer(folder).clip.tokenizer
+    for prompt in PROMPTS:
+        ids = tokenizer(clean_prompt(prompt), truncation=True, max_length=CONTEXT)["input_ids"]
+        wanted = official_tokens(prompt)
+        assert ids == wanted[: wanted.argmax() + 1].tolist()
+    assert clean_prompt(PROMPTS[1]) == "<two> & three café signs, don't!"
+
+
+def test_scores_do_not_depend_on_the_batch(folder):
+    images, hps = pictures(75, 48), scorer(folder)
+    together = hps.score(images, PROMPTS, [{}] * 3)["hpsv2"]
+    alone = [hps.score([image], [prompt], [{}])["hpsv2"][0] for image, prompt in zip(images, PROMPTS, strict=True)]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_every_form_of_a_picture_scores_the_same(folder):
+    images, hps = pictures(75, 48), scorer(folder)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    scores = [hps.score(form, PROMPTS, [{}] * 3)["hpsv2"] for form in (images, pixels, pixels.float() / 255)]
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_array_equal(scores[0], scores[2])
+
+
+def test_half_precision_is_near(folder):
+    images = pictures(75, 48)
+    half = scorer(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.clip.model.parameters()} == {torch.bfloat16}
+    exact = scorer(folder).score(images, PROMPTS, [{}] * 3)["hpsv2"]
+    np.testing.assert_allclose(half.score(images, PROMPTS, [{}] * 3)["hpsv2"], exact, atol=0.02)
+    with pytest.raises(RewardError, match="no dtype"):
+        scorer(folder, dtype="int8")
+
+
+def test_weights_are_loaded_once_and_frozen(folder):
+    first, second = scorer(folder), scorer(folder)
+    assert first.clip is second.clip
+    assert not any(parameter.requires_grad for parameter in first.clip.model.parameters())
+
+
+def test_the_published_sizes_give_the_published_configuration():
+    """ViT-H-14 of open_clip's `model_configs`, from tensors without data."""
+    sizes = {
+        "visual.conv1.weight": (1280, 3, 14, 14),
+        "visual.positional_embedding": (257, 1280),
+        "token_embedding.weight": (49408, 1024),
+        "positional_embedding": (77, 1024),
+        "text_projection": (1024, 1024),
+    }
+    sizes |= {f"visual.transformer.resblocks.{i}.mlp.c_fc.bias": (5120,) for i in range(32)}
+    sizes |= {f"transformer.resblocks.{i}.mlp.c_fc.bias": (4096,) for i in range(24)}
+    config = read_config({name: torch.empty(shape, device="meta") for name, shape in sizes.items()})
+    vision, text = config.vision_config, config.text_config
+    assert (vision.image_size, vision.num_hidden_layers, vision.num_attention_heads) == (224, 32, 16)
+    assert (text.num_hidden_layers, text.num_attention_heads, text.eos_token_id) == (24, 16, 49407)
+
+
+# ---- what is wrong with the files ------------------------------------------------------------------------------------
+
+
+def test_missing_files_are_named_with_the_command(folder, tmp_path):
+    with pytest.raises(RewardError, match=r"none\.pt.*python scripts/download\.py rewards hpsv2"):
+        Hpsv2(checkpoint=str(tmp_path / "none.pt"), tokenizer=str(folder / "tokenizer"))
+    with pytest.raises(RewardError, match="hf download nobody/no-such-tokenizer"):
+        Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer="nobody/no-such-tokenizer")
+
+
+def broken(state: dict[str, torch.Tensor], case: str) -> object:
+    """The content of a file that is not the checkpoint."""
+    if case == "bare":
+        return state
+    if case == "list":
+        return [1, 2]
+    changed = dict(state)
+    if case == "missing":
+        del changed["visual.transformer.resblocks.1.attn.in_proj_bias"]
+    elif case == "first missing":
+        del changed["visual.conv1.weight"]
+    elif case == "shape":
+        changed["ln_final.bias"] = torch.zeros(3)
+    else:
+        changed[case] = torch.zeros(1)
+    return {"state_dict": changed}
+
+
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        ("bare", "state_dict"),
+        ("list", "indices"),
+        ("missing", r"layers\.1\.self_attn\.q_proj\.bias"),
+        ("first missing", r"no entry 'visual\.conv1\.weight'"),
+        ("shape", "size mismatch"),
+        ("score_predictor.weight", r"unexpected entry 'score_predictor\.weight'"),
+        ("transformer.resblocks.0.ln_3.bias", r"unexpected entry 'transformer\.resblocks\.0\.ln_3\.bias'"),
+    ],
+)
+def test_another_file_is_refused(folder, state, tmp_path, case, problem):
+    path = tmp_path / "other.pt"
+    torch.save(broken(state, case), path)
+    with pytest.raises(RewardError, match=rf"(?s)is not the checkpoint of reward 'hpsv2'.*{problem}.*download\.py"):
+        Hpsv2(checkpoint=str(path), tokenizer=str(folder / "tokenizer"))
+
+
+def test_a_file_without_tensors_is_refused(folder, tmp_path):
+    path = tmp_path / "page.pt"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(RewardError, match="is not the checkpoint"):
+        Hpsv2(checkpoint=str(path), tokenizer=str(folder / "tokenizer"))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
+    vocabulary = {token: i for i, token in enumerate(reversed(VOCABULARY))}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    with pytest.raises(RewardError, match="ends a text with token 0"):
+        Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer=str(tmp_path))
+
+
+def test_a_missing_package_is_an_import_error_of_the_constructor(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match="ftfy"):
+        scorer(folder)

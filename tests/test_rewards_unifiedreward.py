@@ -1,0 +1,394 @@
+"""UnifiedReward against a chat server on the loopback: what it asks, what it reads, what it does in trouble."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import urllib3.util.retry
+from PIL import Image
+
+from diffusionopd.rewards import NOT_APPLICABLE, RewardError, Scorer
+from diffusionopd.rewards.unifiedreward import LONGEST_PAUSE, OWN_QUESTION, UnifiedReward, api_root, final_score
+
+KEY = "sk-very-secret"
+Reply = tuple[int, dict[str, str], str]
+
+
+def chat(answer: str | None) -> Reply:
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "ChatServer"
+
+    def do_GET(self):
+        self.send(self.server.models if self.path == "/v1/models" else (404, {}, "no such page"))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
+            number = len(self.server.requests)
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        try:
+            reply = self.server.answer(number, body)
+        finally:
+            with self.server.lock:
+                self.server.under_way -= 1
+        self.send(reply)
+
+    def send(self, reply: Reply):
+        status, headers, text = reply
+        try:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+        except OSError:  # the client has given up
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Answers by `answer(number of the request, its body)`."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.requests, self.under_way, self.most_under_way = threading.Lock(), [], 0, 0
+        self.models: Reply = (200, {}, '{"data": []}')
+        self.answer: Callable[[int, dict], Reply] = lambda number, body: chat("Final Score: 4")
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def server():
+    with ChatServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def question(tmp_path):
+    path = tmp_path / "question.txt"
+    path.write_text("<image>\nHow good? {1-5}\nCaption: [{prompt}]\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def build(server, question, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    options = {"api_key_variable": "TEST_KEY", "backoff": 0.001, "timeout": 10.0, "question": question}
+    return lambda **given: UnifiedReward(**{"base_url": server.address, **options, **given})
+
+
+def grey(*levels: int) -> torch.Tensor:
+    return torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+def sent_picture(body: dict) -> Image.Image:
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    kind, _, data = url.partition(",")
+    assert kind == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def sent_text(body: dict) -> str:
+    return body["messages"][0]["content"][1]["text"]
+
+
+# ---- reading an answer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 4.5", 4.5),
+        ("dog (object): 1\nFinal Score: 3", 3.0),
+        ("**Final Score:** 4", 4.0),
+        ("**Final Score: 2.75**", 2.75),
+        ("Final Score: **4/5**", 4.0),
+        ("Final Score: **4**/5.0", 4.0),
+        ("final score = 1", 1.0),
+        ("FINAL  SCORE: 5.", 5.0),
+        ("'Final Score:' 3 out of 5", 3.0),
+        ("Final Score: 4, since 3 dogs are there", 4.0),
+        ("Final Score: 4\n- 3 dogs", 4.0),
+        ("Final Score: 4 - good", 4.0),
+        ("I give a final score after this. Final Score: 2", 2.0),
+        ("Final Score: 1-5\nFinal Score: 2", 2.0),
+    ],
+)
+def test_the_score_is_found(answer, score):
+    assert final_score(answer) == score
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "4", "Final Score:", "Final Score: four", "Final Score: 45", "Final Score: 4,5", "Final Score: 0", "Final "
+     "Score: 5.5", "Final Score: -3", "Final Score: 4/10", "Final Score: 4/50", "Final Score: **4**/10",
+     "Final Score: 4 out of 10", "Final Score: 3%", "Final Score (1-5)", "Score: 3", "Final Score: 2.3.4"],
+)  # fmt: skip
+def test_what_is_no_score_is_none(answer):
+    assert final_score(answer) is None
+
+
+def test_answers_without_a_score_do_not_apply_and_are_counted(build, server):
+    answers = ["Final Score: 5", "I cannot say. " * 100, None, "Final Score: 45"]
+    server.answer = lambda number, body: chat(answers[int(sent_text(body)[-2])])
+    scorer = build()
+    with pytest.warns(UserWarning, match=r"without a score: 'I cannot say\. .* \.\.\.'") as caught:
+        scores = scorer.score(grey(0, 1, 2, 3), ["0", "1", "2", "3"], [{}] * 4)
+    assert scores["unifiedreward"].tolist() == [1.0, NOT_APPLICABLE, NOT_APPLICABLE, NOT_APPLICABLE]
+    assert scores["unifiedreward_unparsable"].tolist() == [0.0, 1.0, 1.0, 1.0]
+    scorer.score(grey(0, 1), ["1", "1"], [{}] * 2)
+    assert len(caught) == 1 and len(str(caught[0].message)) < 400
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_that_of_the_official_client(build, server):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 512, 512, 3), dtype=np.uint8)
+    build().score(pixels, ["a {red} dog"], [{}])
+    request = server.requests[0]
+    assert request.path == "/v1/chat/completions"
+    assert request.body["model"] == "UnifiedReward-7b-v1.5" and request.body["temperature"] == 0
+    assert [part["type"] for part in request.body["messages"][0]["content"]] == ["image_url", "text"]
+    assert sent_text(request.body) == "<image>\nHow good? {1-5}\nCaption: [a {red} dog]"
+    np.testing.assert_array_equal(np.asarray(sent_picture(request.body)), pixels[0])
+
+
+def test_pictures_of_another_size_become_512(build, server):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    build().score([image], ["p"], [{}])
+    wanted = np.asarray(image.resize((512, 512), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(np.asarray(sent_picture(server.requests[0].body)), wanted)
+
+
+def test_scores_are_in_the_order_of_the_pictures(build, server):
+    def answer(number, body):
+        level = sent_picture(body).getpixel((0, 0))[0]
+        assert sent_text(body).endswith(f"[prompt {level}]")
+        time.sleep(0.02 * (5 - level))  # the last picture is answered first
+        return chat(f"Final Score: {level}")
+
+    server.answer = answer
+    scorer = build(concurrency=5)
+    assert isinstance(scorer, Scorer)
+    for _ in range(2):  # a second batch is as good as the first
+        scores = scorer.score(grey(1, 2, 3, 4, 5), [f"prompt {i}" for i in range(1, 6)], [{}] * 5)
+        np.testing.assert_allclose(scores["unifiedreward"], [0.2, 0.4, 0.6, 0.8, 1.0])
+        assert scores["unifiedreward"].dtype == np.float64
+    assert scorer.score([], [], [])["unifiedreward"].shape == (0,)
+
+
+def test_no_more_requests_than_the_bound_are_under_way(build, server):
+    together = threading.Barrier(3)
+
+    def answer(number, body):
+        together.wait(timeout=10)  # three must come before one is answered
+        time.sleep(0.05)  # a fourth would come now
+        return chat("Final Score: 3")
+
+    server.answer = answer
+    build(concurrency=3).score(grey(*range(9)), ["p"] * 9, [{}] * 9)
+    assert server.most_under_way == 3
+
+
+def test_without_the_official_question_it_asks_its_own_and_says_so(build, server, tmp_path):
+    with pytest.warns(UserWarning, match="cannot be compared.*scripts/download.py rewards unifiedreward"):
+        scorer = build(question=str(tmp_path / "none.txt"))
+    scorer.score(grey(0), ["a dog"], [{}])
+    assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
+    assert "Final Score:" in OWN_QUESTION and OWN_QUESTION.count("{prompt}") == 1
+
+
+def test_a_question_without_a_place_for_the_caption_is_refused(build, tmp_path):
+    (tmp_path / "other.txt").write_text("404: Not Found")
+    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*scripts/download.py"):
+        build(question=str(tmp_path / "other.txt"))
+
+
+# ---- address, key, options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_the_address_may_be_given_with_and_without_v1(given):
+    assert api_root(given) == "http://h:1/v1"
+
+
+def test_a_path_of_its_own_is_kept():
+    assert api_root("https://h/models/reward/") == "https://h/models/reward"
+
+
+@pytest.mark.parametrize("given", ["", "h:1", "ftp://h/v1", "http://"])
+def test_what_is_no_address_is_refused(given):
+    with pytest.raises(RewardError, match="base_url must look like"):
+        api_root(given)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(RewardError, match="api_key_variable") as error:
+        api_root(f"http://user:{KEY}@h:1/v1")
+    assert KEY not in str(error.value)
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(build, server):
+    server.answer = lambda number, body: (400, {}, f"bad request with key {KEY}")
+    scorer = build()
+    with pytest.raises(RewardError, match=r"HTTP 400: bad request with key \*\*\*") as error:
+        scorer.score(grey(0), ["p"], [{}])
+    request = server.requests[0]
+    assert request.headers["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in json.dumps(request.body) + str(error.value) + repr(error.value.__cause__)
+
+
+def test_without_a_key_none_is_sent(build, server, monkeypatch):
+    monkeypatch.delenv("TEST_KEY")
+    build().score(grey(0), ["p"], [{}])
+    assert "Authorization" not in server.requests[0].headers
+
+
+def test_a_refused_key_names_its_variable_only(build, server):
+    server.models = (401, {}, f"wrong key {KEY}")
+    with pytest.raises(RewardError, match=r"HTTP 401.*wrong key \*\*\*.*variable TEST_KEY") as error:
+        build()
+    assert KEY not in str(error.value)
+
+
+def test_a_key_that_cannot_be_sent_is_refused_at_once(build, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", f"{KEY}\nX-Other: 1")
+    with pytest.raises(RewardError, match="TEST_KEY holds characters") as error:
+        build()
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("option", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"connect_timeout": -1.0},
+                                    {"backoff": -1.0}])  # fmt: skip
+def test_options_that_are_none_are_refused(build, option):
+    with pytest.raises(RewardError, match=f"{next(iter(option))}="):
+        build(**option)
+
+
+def test_a_proxy_of_the_environment_is_not_for_this_machine(build, server, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert build().score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [0.8]
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The seconds that were to be waited between repetitions, in place of the waiting."""
+    seconds: list[float] = []
+    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=seconds.append, time=time.time))
+    return seconds
+
+
+def test_a_dead_server_is_an_error_at_the_start(build, pauses):
+    unused = ChatServer()
+    unused.server_close()
+    with pytest.raises(RewardError, match=f"{unused.address}/v1 does not answer.*python -m sglang.launch_server"):
+        build(base_url=unused.address, retries=3, backoff=60.0)
+    assert pauses == []
+
+
+def test_a_server_without_models_is_an_error_at_the_start(build, server):
+    server.models = (404, {}, "nothing here")
+    with pytest.raises(RewardError, match="GET /models with HTTP 404: nothing here"):
+        build()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_passes_is_asked_again(build, server, status):
+    server.answer = lambda number, body: chat("Final Score: 5") if number == 3 else (status, {}, "busy")
+    assert build(retries=2).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
+    first, *others = (request.body for request in server.requests)
+    assert others == [first, first]
+
+
+def test_a_timeout_is_asked_again(build, server):
+    late = threading.Event()
+
+    def answer(number, body):
+        if number == 1:
+            late.wait(10)
+        return chat("Final Score: 5")
+
+    server.answer = answer
+    try:
+        assert build(retries=1, timeout=1.0).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
+    finally:
+        late.set()
+    assert len(server.requests) == 2
+
+
+def test_repetitions_wait_twice_as_long_each_time(build, server, pauses):
+    server.answer = lambda number, body: (503, {}, "") if number <= 4 else chat("Final Score: 5")
+    build(retries=4, backoff=1.5).score(grey(0), ["p"], [{}])
+    assert pauses == [3, 6, 12]  # the first repetition does not wait
+
+
+def test_retry_after_is_honoured_up_to_a_bound(build, server, pauses):
+    asked = {1: "3", 2: "86400"}
+    server.answer = lambda number, body: (
+        (429, {"Retry-After": asked[number]}, "") if number in asked else chat("Final Score: 5")
+    )
+    build().score(grey(0), ["p"], [{}])
+    assert pauses == [3, LONGEST_PAUSE]
+
+
+def test_a_request_that_fails_for_good_names_server_and_cause(build, server):
+    server.answer = lambda number, body: (503, {}, "out of memory")
+    scorer = build(retries=1, concurrency=1)
+    with pytest.raises(RewardError, match=f"{server.address}/v1 answers.*HTTP 503: out of memory"):
+        scorer.score(grey(*range(40)), ["p"] * 40, [{}] * 40)
+    assert len(server.requests) < 40  # the pictures behind the first are given up, but for what was under way
+    server.answer = lambda number, body: chat("Final Score: 5")
+    assert scorer.score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
+
+
+def test_a_bad_request_is_not_repeated(build, server):
+    server.answer = lambda number, body: (400, {}, "context too long " * 100)
+    with pytest.raises(RewardError, match="HTTP 400: context too long") as error:
+        build().score(grey(0), ["p"], [{}])
+    assert len(server.requests) == 1 and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["<html>", "[]", '{"choices": []}', '{"choices": [{"text": "x"}]}', '{"choices": 1}'])
+def test_what_is_no_chat_completion_is_an_error(build, server, text):
+    server.answer = lambda number, body: (200, {}, text)
+    with pytest.raises(RewardError, match="no chat completion"):
+        build().score(grey(0), ["p"], [{}])
+
+
+def test_a_server_that_dies_is_an_error_not_a_score(build, server):
+    server.models = (200, {"Connection": "close"}, "{}")
+    scorer = build(retries=1)
+    server.shutdown()
+    server.socket.close()
+    with pytest.raises(RewardError, match=f"{server.address}/v1 does not answer POST.*sglang"):
+        scorer.score(grey(0), ["p"], [{}])
+
+
+def test_as_many_prompts_as_pictures(build):
+    with pytest.raises(ValueError, match="shorter"):
+        build().score(grey(0, 1), ["p"], [{}] * 2)

@@ -1,0 +1,294 @@
+"""Stage-1 objectives against sample-by-sample loops, torch.distributions, hand-written gradients and Monte Carlo."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from diffusionopd.stage1.objectives import (
+    grpo_guard_loss,
+    grpo_loss,
+    kl_to_reference,
+    nft_loss,
+    old_policy_decay,
+    optimality,
+    reference_penalty,
+)
+from diffusionopd.transitions import schedule, transition
+
+SHAPE = (3, 2, 2, 2)
+SIZE = math.prod(SHAPE[1:])
+STEP = transition("flow_sde", 0.8, 0.7, 0.7)
+NOISY = [
+    transition("flow_sde", 1.0, 0.96, 0.7, 0.96),
+    STEP,
+    transition("dance_sde", 0.8, 0.7, 0.3),
+    transition("cps", 0.8, 0.7, 0.7),
+    transition("ddim", 0.8, 0.7, 1.0),
+]
+SD3_SIGMAS = [3 * u / (1 + 2 * u) for u in (1 - i / 10 for i in range(11))]
+ADVANTAGE = torch.tensor([1.5, -0.8, 0.0], dtype=torch.float64)
+GRPO = pytest.mark.parametrize("loss_function", [grpo_loss, grpo_guard_loss])
+
+
+def normal(seed, shape=SHAPE, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- DiffusionNFT -----------------------------------------------------------------------------------------------------
+
+
+def nft_by_loops(v, v_old, x0, x_t, sigma, r, beta):
+    """The definition, one sample and one element at a time, in Python floats."""
+    losses = []
+    for i in range(len(v)):
+        elements = list(zip(*(tensor[i].flatten().tolist() for tensor in (v, v_old, x0, x_t)), strict=True))
+        total = 0.0
+        for weight, sign in ((r[i], 1), (1 - r[i], -1)):
+            errors = []
+            for new, old, data, noisy in elements:
+                mixed = beta * new + (1 - beta) * old if sign == 1 else (1 + beta) * old - beta * new
+                errors.append(noisy - sigma[i] * mixed - data)
+            normalizer = max(sum(abs(e) for e in errors) / len(errors), 1e-5)
+            total += weight * sum(e * e for e in errors) / len(errors) / normalizer / beta
+        losses.append(total)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_nft_is_its_definition(beta):
+    v, v_old, x0, x_t, sigma = normal(0), normal(1), normal(2), normal(3), torch.tensor([0.2, 0.7, 1.0]).double()
+    r = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    expected = nft_by_loops(v, v_old, x0, x_t, sigma.tolist(), r.tolist(), beta)
+    torch.testing.assert_close(nft_loss(v, v_old, x0, x_t, sigma, r, beta), expected)
+    one_sigma = nft_by_loops(v, v_old, x0, x_t, [0.7] * 3, r.tolist(), beta)
+    torch.testing.assert_close(nft_loss(v, v_old, x0, x_t, 0.7, r, beta), one_sigma)
+
+
+@pytest.mark.parametrize("clip", [5.0, 2.0])
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_nft_on_policy_has_the_advantage_times_the_gradient_of_the_error(beta, clip):
+    """Times the clip range, whatever it and beta: A * d/dv [ mean (x_t - t v - x0)^2 / w ], with w a constant."""
+    v_old, x0, sigma = normal(1), normal(2), 0.7
+    x_t = (1 - sigma) * x0 + sigma * normal(3)
+    v = v_old.clone().requires_grad_()
+    loss = clip * nft_loss(v, v_old, x0, x_t, sigma, optimality(ADVANTAGE, clip), beta)
+    (gradient,) = torch.autograd.grad(loss.sum(), v)
+    error = x_t - sigma * v_old - x0
+    expected = -2 * sigma * error / SIZE / error.abs().mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(gradient, ADVANTAGE.view(-1, 1, 1, 1) * expected)
+    assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))  # advantage 0, optimality 1/2: no pull at all
+
+
+@pytest.mark.parametrize(("r", "better"), [(1.0, True), (0.0, False)])
+def test_nft_step_moves_towards_a_good_picture_and_away_from_a_bad_one(r, better):
+    v_old, x0, sigma = normal(1), normal(2), 0.7
+    x_t = (1 - sigma) * x0 + sigma * normal(3)
+    v = v_old.clone().requires_grad_()
+    nft_loss(v, v_old, x0, x_t, sigma, torch.full((3,), r), 1.0).sum().backward()
+    before, after = ((x_t - sigma * u - x0).square().mean(dim=(1, 2, 3)) for u in (v_old, v_old - 0.1 * v.grad))
+    assert ((after < before) == better).all()
+
+
+def test_nft_normaliser_is_detached_and_has_a_floor():
+    """An error of 1e-7 everywhere: its mean absolute value is below 1e-5, which divides instead."""
+    zeros = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    v = zeros.clone().requires_grad_()
+    loss = nft_loss(v, zeros, zeros, zeros + 1e-7, 1.0, torch.ones(1), 1.0)
+    assert loss.item() == pytest.approx(1e-14 / 1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), v)
+    torch.testing.assert_close(gradient, torch.full_like(v, -2e-7 / 4 / 1e-5))
+
+
+def test_nft_pulls_on_the_student_alone_and_takes_half_precision():
+    leaves = [normal(i).to(torch.bfloat16).requires_grad_() for i in range(2)]
+    x0, x_t, r = normal(2, dtype=torch.float32), normal(3, dtype=torch.float32), torch.tensor([0.1, 0.5, 0.9])
+    loss = nft_loss(*leaves, x0, x_t, torch.tensor([0.2, 0.7, 1.0]), r, 0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, nft_loss(*(leaf.float() for leaf in leaves), x0, x_t, [0.2, 0.7, 1.0], r, 0.1))
+    loss.sum().backward()
+    assert leaves[0].grad is not None and leaves[1].grad is None
+
+
+def test_optimality_maps_the_clipped_advantage_to_the_unit_interval():
+    advantage = torch.tensor([-9.0, -5.0, -2.5, 0.0, 1.0, 5.0, 9.0])
+    torch.testing.assert_close(optimality(advantage, 5.0), torch.tensor([0.0, 0.0, 0.25, 0.5, 0.6, 1.0, 1.0]))
+
+
+def test_reference_penalty_is_the_mean_squared_distance():
+    v, v_ref = normal(0).requires_grad_(), normal(1).requires_grad_()
+    penalty = reference_penalty(v, v_ref)
+    for i in range(len(v)):
+        pairs = zip(v[i].flatten().tolist(), v_ref[i].flatten().tolist(), strict=True)
+        assert penalty[i].item() == pytest.approx(sum((p - q) ** 2 for p, q in pairs) / SIZE)
+    penalty.sum().backward()
+    torch.testing.assert_close(v.grad, 2 / SIZE * (v - v_ref).detach())
+    assert v_ref.grad is None
+
+
+@pytest.mark.parametrize(
+    ("schedule_of", "expected"),
+    [
+        ((0, 0.001, 0.5), {0: 0.0, 1: 0.001, 499: 0.499, 500: 0.5, 10_000: 0.5}),
+        ((75, 0.0075, 0.999), {0: 0.0, 75: 0.0, 76: 0.0075, 175: 0.75, 300: 0.999}),
+    ],
+)
+def test_old_policy_decay_follows_the_published_schedules(schedule_of, expected):
+    assert {step: old_policy_decay(step, *schedule_of) for step in expected} == pytest.approx(expected)
+
+
+# --- Flow-GRPO and GRPO-Guard -----------------------------------------------------------------------------------------
+
+
+def sampled(step, distance=0.05, seed=0):
+    """A state, the old policy's next one, and two velocities whose means are `distance` stds apart or so."""
+    x, v_old, noise = normal(seed), normal(seed + 1), normal(seed + 2)
+    v_student = v_old + distance * step.std / abs(step.b) * normal(seed + 3)
+    return x, step.a * x + step.b * v_old + step.std * noise, v_student, v_old
+
+
+def ratio_by_densities(step, x, x_next, v_student, v_old, guard):
+    """The published definitions, from torch.distributions and the two means."""
+    means = [step.a * x + step.b * v for v in (v_student, v_old)]
+    new, old = (Normal(mean, step.std).log_prob(x_next).mean(dim=(1, 2, 3)) for mean in means)
+    if not guard:
+        return torch.exp(new - old)
+    distance = (means[0] - means[1]).square().mean(dim=(1, 2, 3))
+    return torch.exp((new - old) * step.std + distance / (2 * step.std))
+
+
+@GRPO
+@pytest.mark.parametrize("clip_low", [1e-3, 100.0])
+@pytest.mark.parametrize("step", NOISY, ids=repr)
+def test_grpo_is_its_definition(step, clip_low, loss_function):
+    x, x_next, v_student, v_old = sampled(step)
+    guard = loss_function is grpo_guard_loss
+    loss, ratio = loss_function(step, x, x_next, v_student, v_old, ADVANTAGE, clip_low, 2e-3)
+    expected = ratio_by_densities(step, x, x_next, v_student, v_old, guard)
+    torch.testing.assert_close(ratio, expected)
+    for i, (a, q) in enumerate(zip(ADVANTAGE.tolist(), expected.tolist(), strict=True)):
+        surrogate = max(-a * q, -a * min(max(q, 1 - clip_low), 1 + 2e-3))
+        length = step.sigma - step.sigma_next if guard else 1.0
+        assert loss[i].item() == pytest.approx(surrogate / length)
+
+
+@GRPO
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", NOISY, ids=repr)
+def test_on_policy_ratio_is_exactly_one(step, dtype, loss_function):
+    x, v, noise = (normal(i).to(dtype) for i in range(3))
+    _, ratio = loss_function(step, x, step.sample(x, v, noise), v, v.clone(), ADVANTAGE, 1e-5, 1e-5)
+    assert torch.equal(ratio, torch.ones_like(ratio))
+
+
+@pytest.mark.parametrize("step", NOISY, ids=repr)
+def test_grpo_on_policy_has_the_gradient_of_minus_the_advantage_times_the_log_density(step):
+    x, x_next, _, v_old = sampled(step)
+    v = v_old.clone().requires_grad_()
+    loss, _ = grpo_loss(step, x, x_next, v, v_old, ADVANTAGE, 1e-4, 1e-4)
+    (gradient,) = torch.autograd.grad(loss.sum(), v)
+    log_prob = Normal(step.a * x + step.b * v, step.std).log_prob(x_next).mean(dim=(1, 2, 3))
+    (expected,) = torch.autograd.grad((-ADVANTAGE * log_prob).sum(), v)
+    torch.testing.assert_close(gradient, expected)
+
+
+def on_policy_pull(loss_function, step):
+    """The factor k of the on-policy gradient -A eps / D * k with respect to the velocity."""
+    x, x_next, _, v_old = sampled(step)
+    v = v_old.clone().requires_grad_()
+    loss, _ = loss_function(step, x, x_next, v, v_old, ADVANTAGE, 0.1, 0.1)
+    (gradient,) = torch.autograd.grad(loss.sum(), v)
+    unit = -ADVANTAGE.view(-1, 1, 1, 1) * normal(2) / SIZE  # normal(2) is the noise of `sampled`
+    factor = ((gradient * unit).sum() / unit.square().sum()).item()
+    torch.testing.assert_close(gradient, factor * unit)
+    return factor
+
+
+def test_the_guard_gives_every_step_of_the_flow_sde_the_same_pull():
+    steps = schedule("flow_sde", SD3_SIGMAS, 0.7)
+    guarded = [on_policy_pull(grpo_guard_loss, step) for step in steps]
+    assert guarded == pytest.approx([-1.0, *[-(1 + 0.7**2 / 2)] * 9])
+    plain = [on_policy_pull(grpo_loss, step) for step in steps]
+    assert plain == pytest.approx([step.b / step.std for step in steps])
+    assert plain[9] / plain[1] > 20  # what the docstring says of the loss without the guard
+
+
+@pytest.mark.parametrize("step", [STEP, NOISY[3]], ids=repr)
+def test_the_guard_takes_the_bias_out_of_the_log_ratio(step):
+    """A student whose mean moved by 0.3 std, on the old policy's samples: the expected plain log-ratio is -0.3^2/2."""
+    count = 4000
+    x, noise, direction = normal(0, (count, SIZE)), normal(1, (count, SIZE)), normal(2, (SIZE,))
+    v_old = normal(3, (count, SIZE))
+    delta = 0.3 * direction / direction.square().mean().sqrt()
+    v_student = v_old + delta * step.std / step.b
+    x_next = step.a * x + step.b * v_old + step.std * noise
+    arguments = (step, x, x_next, v_student, v_old, torch.ones(count).double(), 9.0, 9.0)
+    plain, guarded = (function(*arguments)[1].log() for function in (grpo_loss, grpo_guard_loss))
+    error = 0.3 / math.sqrt(SIZE * count)  # standard error of the plain mean; the guard's is std times as large
+    assert abs(plain.mean().item() + 0.3**2 / 2) < 4 * error
+    assert abs(guarded.mean().item()) < 4 * error * step.std
+    assert 0.3**2 / 2 > 8 * error  # both tests could have failed
+    assert guarded.std().item() == pytest.approx(0.3 * step.std / math.sqrt(SIZE), rel=0.05)
+
+
+@GRPO
+@pytest.mark.parametrize("advantage", [1.0, -1.0], ids=["good sample", "bad sample"])
+@pytest.mark.parametrize("towards", [-1.0, 1.0], ids=["ratio below", "ratio above"])
+def test_clipping_stops_only_what_has_gone_far_enough(towards, advantage, loss_function):
+    """One dimension, old mean 0, sample at +1 std: the student moved away from it or towards it, beyond the clip."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    v_student = (zero + 0.3 * towards * STEP.std / STEP.b).requires_grad_()
+    loss, ratio = loss_function(STEP, zero, zero + STEP.std, v_student, zero, torch.tensor([advantage]), 0.01, 0.01)
+    loss.sum().backward()
+    assert (ratio.item() > 1.01) if towards > 0 else (ratio.item() < 0.99)
+    assert (v_student.grad.abs().item() == 0) == (advantage * towards > 0)
+
+
+@GRPO
+def test_each_side_has_its_own_clip_range(loss_function):
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    for towards, wide in ((1.0, (0.01, 9.0)), (-1.0, (0.9, 0.01))):
+        v_student = (zero + 0.3 * towards * STEP.std / STEP.b).requires_grad_()
+        loss, _ = loss_function(STEP, zero, zero + STEP.std, v_student, zero, torch.tensor([towards]), *wide)
+        loss.sum().backward()
+        assert v_student.grad.abs().item() > 0
+
+
+def test_a_ratio_near_one_keeps_its_digits_in_float32():
+    """A step of std 0.01 and a difference of 1e-3 std: two float32 log-densities already differ by their rounding."""
+    step = transition("dance_sde", 0.8, 0.79, 0.1)
+    single = [tensor.float() for tensor in sampled(step, distance=1e-3)]
+    exact = ratio_by_densities(step, *(tensor.double() for tensor in single), guard=False)
+    _, ratio = grpo_loss(step, *single, ADVANTAGE, 9.0, 9.0)
+    assert ratio.dtype == torch.float32
+    assert (ratio.double() - exact).abs().max() < 1e-7
+    assert (ratio_by_densities(step, *single, guard=False).double() - exact).abs().max() > 3e-7
+
+
+@GRPO
+def test_grpo_pulls_on_the_student_alone(loss_function):
+    leaves = [normal(i).requires_grad_() for i in range(4)]
+    advantage = ADVANTAGE.clone().requires_grad_()
+    loss, ratio = loss_function(STEP, *leaves, advantage, 9.0, 9.0)
+    loss.sum().backward()
+    assert [leaf.grad is not None for leaf in (*leaves, advantage)] == [False, False, True, False, False]
+    assert not ratio.requires_grad
+
+
+@GRPO
+@pytest.mark.parametrize("step", [transition("ode", 0.8, 0.7), transition("cps", 0.1, 0.0, 0.7)], ids=repr)
+def test_a_step_without_a_density_is_refused(step, loss_function):
+    x = normal(0)
+    with pytest.raises(ValueError, match=r"density.*noise_level"):
+        loss_function(step, x, x, x, x, ADVANTAGE, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("step", NOISY, ids=repr)
+def test_kl_to_the_reference_is_that_of_the_two_gaussians(step):
+    x, v, v_ref = normal(0), normal(1).requires_grad_(), normal(2).requires_grad_()
+    kl = kl_to_reference(step, v, v_ref)
+    student, reference = (Normal(step.a * x + step.b * u.detach(), step.std) for u in (v, v_ref))
+    torch.testing.assert_close(kl.detach(), kl_divergence(student, reference).mean(dim=(1, 2, 3)))
+    kl.sum().backward()
+    assert v.grad is not None and v_ref.grad is None
