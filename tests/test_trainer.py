@@ -233,7 +233,9 @@ def launch(script: Path, processes: int = 2) -> None:
 
 def test_a_complete_text_cache_never_loads_an_encoder(tiny_config, monkeypatch):
     train(tiny_config(run_name="a", num_epochs=1))
-    monkeypatch.setattr("diffusionopd.trainer.run.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(
+        "diffusionopd.trainer.run.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
+    )
     assert train(tiny_config(run_name="b", num_epochs=1)) is not None
 
 

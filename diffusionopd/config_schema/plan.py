@@ -175,7 +175,12 @@ def check_sampler(values: dict[str, Any], problems: Problems) -> None:
         if values["sample.num_image_per_prompt"] == 1 and values.get("per_prompt_stat_tracking") is True:
             remedy = "Set it to at least 2, such as 8: advantages compare the pictures of one prompt."
             problems.add("sample.num_image_per_prompt", "is 1", remedy)
-    if algorithm == "opd" and problems.good("train.loss") and values["train.loss"] == "policy_gradient" and kernel == "ode":
+    if (
+        algorithm == "opd"
+        and problems.good("train.loss")
+        and values["train.loss"] == "policy_gradient"
+        and kernel == "ode"
+    ):
         remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
         problems.add("train.loss", "is 'policy_gradient', which needs a sampler with noise", remedy)
 

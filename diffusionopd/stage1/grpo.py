@@ -50,9 +50,7 @@ class Grpo(Reinforced):
             with torch.no_grad():
                 v_base = self._policy(None, batch, self.guidance_scale)(x, transition.sigma)
         v_student = self._policy(STUDENT, batch, self.guidance_scale)(x, transition.sigma)
-        loss, ratio = self._objective(
-            transition, x, x_next, v_student, v_old, weight, self.clip_low, self.clip_high
-        )
+        loss, ratio = self._objective(transition, x, x_next, v_student, v_old, weight, self.clip_low, self.clip_high)
         self._count(ratio.detach())
         if v_base is not None:
             loss = loss + self.recipe.reference_weight * kl_to_reference(transition, v_student, v_base)

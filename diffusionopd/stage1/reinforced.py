@@ -74,9 +74,7 @@ class Reinforced(SampledLearner):
 
     def _trajectory(self, batch: Batch) -> Iterator[Visit]:
         policy = self._policy(self.behaviour, batch, self.guidance_scale)
-        return walk(
-            batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.recipe.multistep
-        )
+        return walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.recipe.multistep)
 
     def _collect(self, batch: Batch) -> Sample:
         visits, final = [], batch.x

@@ -288,7 +288,11 @@ class Trainer:
         """Round ``index`` (from 0); its metrics."""
         started, config = time.perf_counter(), self.config
         number, last = index + 1, index + 1 == config.num_epochs
-        score = bool(config.monitor_freq) and not self.plan.from_rewards and (number % config.monitor_freq == 0 or number == 1 or last)
+        score = (
+            bool(config.monitor_freq)
+            and not self.plan.from_rewards
+            and (number % config.monitor_freq == 0 or number == 1 or last)
+        )
         grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
         batches = list(self.batches.round(index, watched=score or grid))
         evaluations = self.backbone.evaluations
@@ -306,7 +310,8 @@ class Trainer:
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
         by_task = {
-            name: [i for i, b in enumerate(batches) if b.task == name] for name in dict.fromkeys(b.task for b in batches)
+            name: [i for i, b in enumerate(batches) if b.task == name]
+            for name in dict.fromkeys(b.task for b in batches)
         }
         return {
             "round": number,
