@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
     sample.sde_window_size = 0
     sample.sde_window_range = (0, 0)
 
-    # ---- What is trained, and how ------------------------------------------------------------------------------------------------
+    # ---- What is trained, and how ------------------------------------------------------------------------------------
     config.train = train = ConfigDict(type_safe=False)
     # How: "opd", on-policy distillation from the teachers; "sft", supervised on the teachers' samples; or, without
     # teachers, from rewards: "nft" (DiffusionNFT), "grpo" (Flow-GRPO), "grpo_guard" (GRPO-Guard).

@@ -9,25 +9,7 @@
 
 import sys
 
-from diffusionopd.config_schema import load_config, split_arguments
-from diffusionopd.trainer import train
-
-
-def main(arguments: list[str]) -> str | None:
-    """Run; returns an error message for the exit status, or None."""
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return None
-    try:
-        source, overrides, rest = split_arguments(arguments)
-        dry_run = "--dry_run" in rest
-        if unknown := [argument for argument in rest if argument != "--dry_run"]:
-            return f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>"
-        train(load_config(source or "config/opd.py:mopd", overrides), dry_run=dry_run)
-    except ValueError as error:
-        return f"error: {error}"
-    return None
-
+from diffusionopd.trainer import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(sys.argv[1:], "config/opd.py:mopd", __doc__))

@@ -111,6 +111,13 @@ def test_sopd_has_its_own_default(launch):
     assert lines[-1] == "config/opd.py:sopd_ocr"
 
 
+def test_a_teacher_is_named(launch):
+    _, lines = launch("teacher.sh", "--dry_run", CONFIG="config/teacher.py:tiny_scene")
+    assert lines[-4:] == ["scripts/train_teacher.py", "--config", "config/teacher.py:tiny_scene", "--dry_run"]
+    done, _ = launch("teacher.sh")
+    assert done.returncode != 0 and "names what to train" in done.stderr
+
+
 def test_eval_takes_variables_and_arguments(launch):
     _, lines = launch("eval.sh", "--save_images", CHECKPOINT="a folder", DATASET="ocr")
     assert lines[-6:] == ["scripts/evaluate.py", "--checkpoint_path", "a folder", "--dataset", "ocr", "--save_images"]

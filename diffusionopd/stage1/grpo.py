@@ -33,7 +33,7 @@ class Grpo(Reinforced):
         clip_high: float,
         guard: bool,
     ) -> None:
-        """The ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; ``guard`` chooses GRPO-Guard's normalised ratio."""
+        """The ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; ``guard`` chooses GRPO-Guard's objective."""
         super().__init__(backbone, adapters, optimizer, negative, recipe, score)
         self.clip_low, self.clip_high = clip_low, clip_high
         self._objective = grpo_guard_loss if guard else grpo_loss

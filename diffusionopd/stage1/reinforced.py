@@ -22,7 +22,7 @@ from diffusionopd.stage1.advantages import Advantages, clip_advantages, group_ad
 from diffusionopd.transitions import Transition
 
 Score = Callable[[Batch, Tensor], "Future[Scores]"]
-"""``(batch, final latents [B, C, h, w])`` -> scores to come, ``avg`` (the weighted mean that is trained on) among them."""
+"""``(batch, final latents [B, C, h, w])`` -> scores to come, among them ``avg``, the weighted mean to be trained on."""
 
 
 @dataclass(frozen=True)

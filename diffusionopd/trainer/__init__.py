@@ -1,5 +1,7 @@
 """A run from its configuration: build, resume, loop over rounds, save."""
 
-from diffusionopd.trainer.run import RunError, Trainer, make_accelerator, train
+from diffusionopd.trainer.command import run_command
+from diffusionopd.trainer.run import Trainer, make_accelerator, train
+from diffusionopd.trainer.state import RunError
 
-__all__ = ["RunError", "Trainer", "make_accelerator", "train"]
+__all__ = ["RunError", "Trainer", "make_accelerator", "run_command", "train"]

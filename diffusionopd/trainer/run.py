@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 import warnings
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +40,18 @@ from diffusionopd.rewards import (
 )
 from diffusionopd.text import TextCache
 from diffusionopd.trainer.learners import Parts, build_learner, build_optimizer
+from diffusionopd.trainer.state import (
+    RunError,
+    changed_since,
+    completed_rounds,
+    flat,
+    load_state,
+    save_state,
+    write_json,
+)
 
 # Encoding a large prompt set for the first time may keep the other processes waiting this long.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
-
-
-class RunError(ValueError):
-    """A run that must not start; the message says why and what to do."""
 
 
 def make_accelerator(config: ConfigDict) -> Accelerator:
@@ -96,7 +98,7 @@ class Trainer:
             raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.resumed_from = self._find_resume()
-        self.completed = _completed_rounds(self.resumed_from)
+        self.completed = completed_rounds(self.resumed_from)
         self._load_prompts()
         self._build_rewards()
         self._fill_text_cache()
@@ -105,7 +107,7 @@ class Trainer:
         self._build_learner()
         self._build_metrics()
         if self.resumed_from is not None:
-            self._load_state(self.resumed_from)
+            load_state(self.resumed_from / "state", self.learner, self.ema)
         self._check_processes_agree()
 
     # --- build ---------------------------------------------------------------------------------------------------
@@ -224,9 +226,9 @@ class Trainer:
         file = run_dir / "metrics.jsonl" if self.is_main else None
         self.metrics = MetricsWriter(file, _trackers(config), self.accelerator)
         self.metrics.truncate_after(self.completed)
-        self.metrics.start_trackers(config.run_project, _flat(config.to_dict()))
+        self.metrics.start_trackers(config.run_project, flat(config.to_dict()))
         if self.is_main:
-            _write_json(run_dir / "config.json", config.to_dict())
+            write_json(run_dir / "config.json", config.to_dict())
         # Rewards that are trained on are measured anyway.
         watched = bool(config.monitor_freq) and not self.plan.from_rewards
         rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if watched else {}
@@ -391,75 +393,16 @@ class Trainer:
         with self._averaged():
             self.adapters.save_peft(STUDENT, folder / "lora", base)
             self.adapters.save_diffusers(STUDENT, folder / "diffusers", base)
-        tensors: dict[str, Tensor] = {f"student.{i}": p for i, p in enumerate(self.optimizer.parameters)}
-        tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow if self.ema else [])}
-        scalars = {
-            "round": self.completed,
-            "num_processes": self.world,
-            "scaler": self.optimizer.state_scalars(),
-            "versions": _versions(),
-        }
-        tensors |= self.optimizer.state_tensors() | self.learner.state_tensors()
-        checkpoint.save_state(folder / "state", tensors, scalars)
-        _write_json(folder / "config.json", self.config.to_dict())
-
-    def _load_state(self, folder: Path) -> None:
-        tensors, scalars = checkpoint.load_state(folder / "state")
-        parts: dict[str, dict[int, Tensor]] = {"student": {}, "ema": {}}
-        for key, tensor in tensors.items():
-            part, number = key.split(".")[:2]
-            if part in parts:
-                parts[part][int(number)] = tensor
-        student = [parts["student"][i] for i in range(len(parts["student"]))]
-        if [t.shape for t in student] != [p.shape for p in self.optimizer.parameters]:
-            raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
-        with torch.no_grad():
-            for parameter, saved in zip(self.optimizer.parameters, student, strict=True):
-                parameter.copy_(saved)
-        if self.ema is not None:
-            # A run that had no EMA until now starts its average from the student.
-            self.ema.load([parts["ema"].get(i, student[i]) for i in range(len(student))])
-        optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        self.optimizer.load_state(optimizer, scalars["scaler"])
-        self.learner.load_state(tensors)
+        save_state(folder / "state", self.learner, self.ema, self.completed, self.world)
+        write_json(folder / "config.json", self.config.to_dict())
 
     def _resume_note(self) -> str:
         if self.resumed_from is None:
             return ""
-        old = json.loads((self.resumed_from / "config.json").read_text(encoding="utf-8"))
-        before, now = _flat(old), _flat(json.loads(json.dumps(self.config.to_dict())))
-        changed = [
-            f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
-        ]
+        changed = changed_since(self.resumed_from, self.config)
         note = f", resuming after round {self.completed} from {self.resumed_from}"
         return note + ("; changed since then: " + ", ".join(changed) if changed else "")
 
 
 def _trackers(config: ConfigDict) -> list[str]:
     return [name for name in config.log_with.split(",") if name and name != "none"]
-
-
-def _completed_rounds(folder: Path | None) -> int:
-    return 0 if folder is None else int(checkpoint.load_state(folder / "state")[1]["round"])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                value if isinstance(value, int | float | str | bool) or value is None else str(value)
-            )
-    return flat
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

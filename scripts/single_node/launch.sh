@@ -36,7 +36,7 @@ else
     fi
 fi
 
-if [ "$1" = scripts/train_opd.py ]; then
+if [ "$1" != scripts/evaluate.py ]; then
     # A mistake is said once and at once here, instead of by each process and before the launcher's own stack trace.
     "$PYTHON" -m diffusionopd.config_schema --num_processes "$processes" "${@:2}"
 fi

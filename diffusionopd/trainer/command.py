@@ -1,0 +1,30 @@
+"""The command line of the training scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusionopd.config_schema import load_config, split_arguments
+from diffusionopd.trainer.run import train
+
+
+def run_command(arguments: Sequence[str], default: str | None, usage: str | None) -> str | None:
+    """Train as the command line says.
+
+    ``--config FILE:NAME`` (else ``default``), ``--config.KEY=VALUE``, ``--dry_run``, ``--help`` (prints ``usage``).
+    Returns an error message for the exit status, or None.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(usage)
+        return None
+    try:
+        source, overrides, rest = split_arguments(arguments)
+        if unknown := [argument for argument in rest if argument != "--dry_run"]:
+            return f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>"
+        source = source or default
+        if source is None:
+            return "error: --config FILE:NAME is missing; --help has examples"
+        train(load_config(source, overrides), dry_run="--dry_run" in rest)
+    except ValueError as error:
+        return f"error: {error}"
+    return None
