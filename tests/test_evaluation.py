@@ -258,6 +258,7 @@ def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):
         "unifiedreward": {"timeout": 2.5, "base_url": "http://localhost:1/v1"},
     }
     assert configured == {"pickscore": {"model": "a", "dtype": "float32"}}
+    assert script["read_options"](["ocr.engine=paddleocr"], {}) == {"ocr": {"engine": "paddleocr"}}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
