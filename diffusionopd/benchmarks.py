@@ -66,7 +66,8 @@ def find_benchmark(
         check_name(name)
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
-    prompt_fn = "geneval" if (folder / "test_metadata.jsonl").is_file() else "general_ocr"
+    is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
+    prompt_fn = "geneval" if is_geneval else "general_ocr"
     prompts = load_prompts(folder, task["prompt_fn"] if task else prompt_fn, "test")
     named = task is not None or dataset in BENCHMARKS
     own = task or {}

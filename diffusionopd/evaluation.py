@@ -174,7 +174,7 @@ def evaluate(
         files.append(records)
     barrier()
     if rank == 0:
-        files.close(images_per_prompt, _combined(scorers))
+        files.close(_combined(scorers))
     barrier()
     return read_averages(files.folder / AVERAGES)
 
@@ -203,7 +203,7 @@ def evaluate_task(
         if gather is None:
             raise ValueError("evaluate_task needs `gather` when there are several processes")
         records = gather(records)
-    return {name: summary.mean for name, summary in summarise(records, combined=_combined(scorers)).items()}
+    return {name: summary.mean for name, summary in summarise(records, _combined(scorers)).items()}
 
 
 def _combined(scorers: Mapping[str, Scorer]) -> dict[str, Sequence[str]]:

@@ -81,24 +81,22 @@ def write_text_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def summarise(
-    records: Iterable[Record], images_per_prompt: int = 1, combined: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, Summary]:
+def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] | None = None) -> dict[str, Summary]:
     """Mean, standard error and count of every score, over the samples to which it applies.
 
-    The standard error is that of the mean over prompts: several images of a prompt are averaged first, because they are
-    not independent draws. It is 0 for a single prompt.
+    The standard error is that of the mean over prompts: the images of one text are averaged first, because they are not
+    independent draws, whether they come from several images a prompt or from a prompt that is in the test set several
+    times (GenEval's has each of its 553 four times). It is 0 for a single prompt.
 
     Args:
         combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
             them applies to some sample.
     """
-    by_score: dict[str, dict[int, list[float]]] = {}
+    by_score: dict[str, dict[str, list[float]]] = {}
     for record in records:
         for name, value in record.scores.items():
             if value != NOT_APPLICABLE:
-                by_prompt = by_score.setdefault(name, {})
-                by_prompt.setdefault(record.sample_id // images_per_prompt, []).append(value)
+                by_score.setdefault(name, {}).setdefault(record.prompt, []).append(value)
     summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
     for name, parts in (combined or {}).items():
         if all(part in summaries for part in parts):
@@ -226,13 +224,13 @@ class ResultFolder:
         """Where the picture of a sample is or will be."""
         return self.folder / "images" / f"{sample_id:05d}.jpg"
 
-    def close(self, images_per_prompt: int, combined: Mapping[str, Sequence[str]]) -> None:
-        """Merge the parts, sorted by sample, and write the averages; arguments as for `summarise`."""
+    def close(self, combined: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Merge the parts, sorted by sample, and write the averages; `combined` as for `summarise`."""
         records = self._merge()
         self._write(records)
         for part in self._parts():
             part.unlink()
-        averages = averages_json(summarise(records, images_per_prompt, combined))
+        averages = averages_json(summarise(records, combined))
         write_text_atomically(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
 
     def _parts(self) -> list[Path]:

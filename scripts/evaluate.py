@@ -114,10 +114,11 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
         option, equals, value = rest.partition("=")
         if not (name and dot and option and equals):
             raise EvaluationError(f"--reward_options takes REWARD.OPTION=VALUE, not {text!r}")
+        chosen = options.setdefault(name, {})
         try:
-            options.setdefault(name, {})[option] = ast.literal_eval(value)
+            chosen[option] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a plain word, path or address
-            options[name][option] = value
+            chosen[option] = value
     return options
 
 

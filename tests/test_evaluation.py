@@ -206,7 +206,7 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         find_benchmark("nonesuch")
     with pytest.raises(RewardError, match="did you mean"):
         find_benchmark("mine", ["jpeg_compressability"])
-    with pytest.raises(PromptError, match="does not exist"):
+    with pytest.raises(PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*download.py datasets"):
         find_benchmark("geneval")
     with pytest.raises(BenchmarkError, match="limit of 0"):
         find_benchmark("mine", ["ocr"], limit=0)
@@ -258,6 +258,7 @@ def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):
         "unifiedreward": {"timeout": 2.5, "base_url": "http://localhost:1/v1"},
     }
     assert configured == {"pickscore": {"model": "a", "dtype": "float32"}}
+    assert script["read_options"](["ocr.engine=paddleocr"], {}) == {"ocr": {"engine": "paddleocr"}}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def write_evaluations(root: Path, count: int = 8) -> None:
                 score = float(i < round(level * count))
                 files.append([Record(i, f'a <sign> "{i}" & {task}', {}, {f"tiny_{task}": score})])
                 files.save_image(i, picture(m))
-            files.close(1, {})
+            files.close()
 
 
 @pytest.fixture(scope="module")

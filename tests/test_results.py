@@ -48,8 +48,9 @@ def test_a_score_that_never_applies_has_no_average():
 
 
 def test_standard_error_counts_prompts_not_pictures():
-    records = [Record(i, "p", {}, {"a": value}) for i, value in enumerate([0.0, 0.0, 1.0, 1.0])]
-    two = summarise(records, images_per_prompt=2)["a"]
+    """Images of one text count once, whether made for one line of the test set or for several."""
+    records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
+    two = summarise(records)["a"]
     assert two.count == 4 and two.mean == 0.5
     assert math.isclose(two.standard_error, np.std([0, 1], ddof=1) / math.sqrt(2))
     assert summarise(records[:1])["a"].standard_error == 0.0
@@ -91,7 +92,7 @@ def test_parts_of_several_processes_are_merged_and_sorted(tmp_path):
     first, second = opened(tmp_path, world=2), ResultFolder(tmp_path, rank=1, world=2)
     second.append([record(1), record(3)])
     first.append([record(0), record(2)])
-    first.close(1, {})
+    first.close()
     assert [r.sample_id for r in read_records(tmp_path / RESULTS)] == [0, 1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([AVERAGES, RESULTS, SETTINGS])
 
@@ -107,7 +108,7 @@ def test_without_resume_an_earlier_evaluation_is_replaced(tmp_path):
     files = opened(tmp_path)
     files.append([record(0)])
     files.save_image(0, np.zeros((8, 8, 3), np.uint8))
-    files.close(1, {})
+    files.close()
     again = opened(tmp_path)
     assert again.done() == set()
     assert not (tmp_path / AVERAGES).exists() and not again.image_path(0).exists()

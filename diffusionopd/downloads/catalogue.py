@@ -102,7 +102,7 @@ MODELS = {
     "sd3.5-medium": Item((_SD35,), "the base model; Stability AI Community License, to be accepted on the hub first"),
     "loras": Item((_LORAS,), "the released teachers and student; terms on the hub"),
     "clip-l": Item((_CLIP_L,), "OpenAI, MIT: clipscore, aesthetic, geneval"),
-    "clip-h": Item((_CLIP_H,), "LAION, MIT: tokenizer and image transform of pickscore and hpsv2"),
+    "clip-h": Item((_CLIP_H,), "LAION, MIT: tokenizer of pickscore and hpsv2"),
     "pickscore": Item((_PICKSCORE,), "Kirstain et al., arXiv 2305.01569: pickscore; terms on the hub"),
     "bert": Item((_BERT,), "Google, Apache-2.0: tokenizer of imagereward"),
     "mask2former": Item((_MASK2FORMER,), "another training than GenEval's detector; terms on the hub"),

@@ -15,6 +15,7 @@ from diffusionopd.rewards.geneval.detector import build_detector
 from diffusionopd.rewards.geneval.request import parse_request
 from diffusionopd.rewards.geneval.rules import Verdict, judge, select_objects
 from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.rewards.weights import scorer_dtype
 
 
 class GenEval:
@@ -50,10 +51,10 @@ class GenEval:
         """
         if batch_size < 1:
             raise RewardError(f"reward 'geneval': batch_size must be at least 1, not {batch_size}")
-        colours = load_clip(clip, clip, device, dtype)
         self.batch_size = batch_size
-        self.colours = ColourClassifier(colours)
-        self.detector = build_detector(detector, checkpoint, device, colours.model.dtype)
+        # First, because its file is missing at once, and CLIP only after several tries to reach the hub.
+        self.detector = build_detector(detector, checkpoint, device, scorer_dtype(dtype))
+        self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `RewardError` for a prompt without GenEval's metadata, before anything is run."""
