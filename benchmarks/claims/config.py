@@ -1,0 +1,164 @@
+"""The paper's comparisons in the tiny world: one configuration an experiment, all on the same prompts and test sets.
+
+Teachers come from rewards (DiffusionNFT), students from these teachers; ``run.py`` fills in the teachers of a seed.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_configs = Path(__file__).resolve().parents[2] / "config"
+_defaults = runpy.run_path(str(_configs / "base.py"))["get_config"]
+_teacher = runpy.run_path(str(_configs / "teacher.py"))["get_config"]
+
+TASKS = {"compose": "geneval", "ocr": "general_ocr", "scene": "general_ocr"}  # name -> format of its prompts
+
+
+def get_config(name: str) -> ConfigDict:
+    """Return the experiment called ``name``."""
+    return globals()[name]()
+
+
+# ---- from rewards ----------------------------------------------------------------------------------------------------
+
+
+def teacher_compose() -> ConfigDict:
+    return _watched(_teacher("tiny_compose"), only="compose")
+
+
+def teacher_ocr() -> ConfigDict:
+    return _watched(_teacher("tiny_ocr"), only="ocr")
+
+
+def teacher_scene() -> ConfigDict:
+    return _watched(_teacher("tiny_scene"), only="scene")
+
+
+def guard_scene() -> ConfigDict:
+    """GRPO-Guard instead of DiffusionNFT on one task."""
+    return _watched(_guarded(_teacher("tiny_scene")), only="scene")
+
+
+def multitask_nft() -> ConfigDict:
+    """One student from all rewards, a task a round in turn; as many rounds a task as a teacher has, and as many more as
+    the distillation costs."""
+    return _several(_teacher("tiny_compose"), "alternate")
+
+
+def multitask_guard() -> ConfigDict:
+    return _guarded(_several(_teacher("tiny_compose"), "alternate"))
+
+
+def cascade_nft() -> ConfigDict:
+    """The tasks one after another."""
+    return _several(_teacher("tiny_compose"), "cascade")
+
+
+# ---- from teachers ---------------------------------------------------------------------------------------------------
+
+
+def opd() -> ConfigDict:
+    """The paper's method: closed form, ODE, the loss of eq. 12."""
+    return _distilled()
+
+
+def opd_noise03() -> ConfigDict:
+    return _noisy(_distilled(), 0.3)
+
+
+def opd_noise07() -> ConfigDict:
+    return _noisy(_distilled(), 0.7)
+
+
+def ppo_noise03() -> ConfigDict:
+    """The surrogate of section 3.3 at equal noise."""
+    return _surrogate(opd_noise03())
+
+
+def ppo_noise07() -> ConfigDict:
+    return _surrogate(opd_noise07())
+
+
+def sft() -> ConfigDict:
+    """Supervised on samples of the teachers."""
+    config = _distilled()
+    config.train.algorithm = "sft"
+    return config
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _watched(config: ConfigDict, only: str = "") -> ConfigDict:
+    """Scored on 48 test prompts a task every tenth round; ``only`` is the one task of a teacher."""
+    names = [only] if only else list(TASKS)
+    config.train.teachers = [_task(name) for name in names]
+    config.eval_freq = 10
+    config.eval_num_prompts = 48
+    config.monitor_freq = 0
+    config.sample_freq = 0
+    config.save_freq = 10
+    config.num_checkpoint_limit = 2
+    config.sample.test_batch_size = 16
+    return config
+
+
+def _task(name: str) -> dict:
+    return {
+        "name": name,
+        "dataset": f"assets/tiny/dataset/{name}",
+        "lora_path": f"assets/tiny/teachers/{name}/lora",  # run.py puts the seed's own teacher here
+        "proxy_reward": {f"tiny_{name}": 1.0},
+        "prompt_fn": TASKS[name],
+        "guidance_scale": 1.0,
+    }
+
+
+def _several(config: ConfigDict, order: str) -> ConfigDict:
+    config = _watched(config)
+    config.train.task_order = order
+    config.num_epochs = 135  # at 384 evaluations each as many as three teachers and the distillation together
+    return config
+
+
+def _guarded(config: ConfigDict) -> ConfigDict:
+    config.train.algorithm = "grpo_guard"
+    config.sample.noise_level = 0.7
+    config.train.clip_range_lt = 1e-3
+    config.train.clip_range_gt = 1e-3
+    return config
+
+
+def _distilled() -> ConfigDict:
+    config = _watched(_defaults())
+    config.num_epochs = 80
+    config.mixed_precision = "no"
+    config.resolution = 64
+    config.max_sequence_length = 14
+    config.pretrained.model = "assets/tiny/model"
+    config.sample.num_steps = 10
+    config.sample.eval_num_steps = 10
+    config.sample.guidance_scale = 1.0
+    config.sample.eval_guidance_scale = 1.0
+    config.sample.noise_level = 0.0
+    config.sample.train_batch_size = 4
+    config.sample.num_batches_per_epoch = 3
+    config.train.cfg = False
+    config.train.batch_size = 4
+    config.train.gradient_accumulation_steps = 3
+    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
+    config.train.learning_rate = 1e-3
+    config.train.ema = True
+    config.train.ema_interval = 1
+    return config
+
+
+def _noisy(config: ConfigDict, level: float) -> ConfigDict:
+    config.sample.noise_level = level
+    return config
+
+
+def _surrogate(config: ConfigDict) -> ConfigDict:
+    config.train.loss = "policy_gradient"
+    return config

@@ -1,0 +1,233 @@
+"""Run the paper's comparisons in the tiny world and keep every result.
+
+    python benchmarks/claims/run.py                       all, seeds 1 2 3: hours, in as many sittings as you like
+    python benchmarks/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
+    python benchmarks/claims/run.py --short               three rounds each, to see that everything runs
+
+A finished run is one file in results/, and is not run again; a run that was interrupted goes on from its checkpoint.
+--jobs runs at once, one thread each. The table and the plots: python benchmarks/claims/report.py
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+
+from tqdm import tqdm
+
+from diffusionopd.results import read_averages, write_text_atomically
+
+HERE = Path(__file__).parent
+CONFIG = "benchmarks/claims/config.py"
+TASKS = ("compose", "ocr", "scene")
+TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
+LABELS = {
+    "base": "base",
+    **{f"shipped_{task}": f"shipped teacher, {task}" for task in TASKS},
+    **{f"teacher_{task}": f"NFT teacher, {task}" for task in TASKS},
+    "guard_scene": "GRPO-Guard teacher, scene",
+    "multitask_nft": "multi-task NFT",
+    "multitask_guard": "multi-task GRPO-Guard",
+    "cascade_nft": "cascade NFT",
+    "sft": "SFT on teacher samples",
+    "opd": "DiffusionOPD (ODE)",
+    "opd_noise03": "DiffusionOPD, noise 0.3",
+    "opd_noise07": "DiffusionOPD, noise 0.7",
+    "ppo_noise03": "PPO-style OPD, noise 0.3",
+    "ppo_noise07": "PPO-style OPD, noise 0.7",
+}
+DISTILLED = ("sft", "opd", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with one seed."""
+
+    experiment: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}-seed{self.seed}"
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """Runs whose LoRAs this one takes as teachers."""
+        return tuple(Run(teacher, self.seed) for teacher in TEACHERS) if self.experiment in DISTILLED else ()
+
+    @property
+    def trained(self) -> bool:
+        return self.experiment != "base" and not self.experiment.startswith("shipped_")
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where runs happen, where results go, and how long they are."""
+
+    logs: Path
+    results: Path
+    short: bool
+
+    def result_file(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
+
+    def folder(self, run: Run) -> Path:
+        return self.logs / run.name
+
+    def do(self, run: Run) -> None:
+        """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed."""
+        started = time.perf_counter()
+        if run.trained:
+            self._train(run)
+        scores = self._evaluate(run)
+        result = self._describe(run, scores, time.perf_counter() - started)
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
+
+    def _train(self, run: Run) -> None:
+        settings = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
+        for i, teacher in enumerate(run.needs):
+            lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
+            settings[f"train.teachers[{i}].lora_path"] = lora
+        if self.short:
+            settings |= {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
+
+    def _latest(self, run: Run) -> str:
+        return (self.folder(run) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+
+    def _evaluate(self, run: Run) -> dict[str, dict[str, float]]:
+        which = ["--checkpoint_path", str(self.folder(run))]
+        if run.experiment == "base":
+            which = ["--base", "--config", f"{CONFIG}:opd"]
+        elif not run.trained:
+            which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
+        output = self.folder(run) / "evaluation"
+        limit = "6" if self.short else "128"
+        self._start(
+            run, "evaluate", "scripts/evaluate.py", *which, "--dataset", "compose", "tiny_ocr", "scene", "--output_dir",
+            str(output), "--limit", limit, "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
+        )  # fmt: skip
+        found = {}
+        for task in TASKS:
+            folder = output / ("tiny_ocr" if task == "ocr" else task)
+            summary = read_averages(folder / "average_scores.json")[f"tiny_{task}"]
+            found[task] = {"mean": summary.mean, "standard_error": summary.standard_error, "count": summary.count}
+        return found
+
+    def _start(self, run: Run, what: str, *command: str) -> None:
+        log = self.logs / f"{run.name}.{what}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment |= {"TRANSFORMERS_VERBOSITY": "error"}
+        with log.open("w", encoding="utf-8") as output:
+            code = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
+            ).returncode
+        if code:
+            end = log.read_text(encoding="utf-8")[-1500:]
+            raise RuntimeError(f"{run.name}: {what} ended with status {code}; the log {log} ends with\n{end}")
+
+    def _describe(self, run: Run, scores: dict[str, dict[str, float]], seconds: float) -> dict:
+        rows = self._rows(run)
+        curve, total = [], 0.0
+        for row in rows:
+            total += row["evaluations"]
+            seen = {task: row[f"eval/{task}/tiny_{task}"] for task in TASKS if f"eval/{task}/tiny_{task}" in row}
+            if seen:
+                curve.append({"round": row["round"], "evaluations": total, "scores": seen})
+        teachers = [json.loads(self.result_file(teacher).read_text(encoding="utf-8")) for teacher in run.needs]
+        return {
+            "experiment": run.experiment,
+            "label": LABELS[run.experiment],
+            "seed": run.seed,
+            "form": "short" if self.short else "full",
+            "rounds": len(rows),
+            "seconds": round(sum(row["seconds"] for row in rows) or seconds, 1),
+            "evaluations": total,
+            "teacher_evaluations": sum(teacher["evaluations"] for teacher in teachers),
+            "curve": curve,
+            "final": scores,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def _rows(self, run: Run) -> list[dict]:
+        if not run.trained:
+            return []
+        text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs, each once, teachers before what needs them; seed by seed, so that whole comparisons come early."""
+    runs: dict[Run, None] = {}
+    for seed in seeds:
+        for experiment in experiments:
+            # Nothing is trained here, so that seeds differ by the initial noise of the evaluation alone.
+            run = Run(experiment, seed)
+            runs |= dict.fromkeys((*run.needs, run))
+    return list(runs)
+
+
+def run_all(runs: Sequence[Run], workshop: Workshop, jobs: int) -> list[str]:
+    """Do what has no result yet, ``jobs`` at a time; the messages of what failed."""
+    waiting = [run for run in runs if not workshop.result_file(run).is_file()]
+    failures: list[str] = []
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
+        working: dict[Future, Run] = {}
+        while waiting or working:
+            for run in [run for run in waiting if all(workshop.result_file(need).is_file() for need in run.needs)]:
+                if len(working) < jobs:
+                    waiting.remove(run)
+                    working[pool.submit(workshop.do, run)] = run
+            if not working:
+                failures += [f"{run.name}: its teachers are missing" for run in waiting]
+                break
+            bar.set_postfix_str(", ".join(run.name for run in working.values()))
+            done, _ = wait(working, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = working.pop(future)
+                bar.update()
+                if error := future.exception():
+                    failures.append(f"{run.name}: {error}")
+    return failures
+
+
+def main() -> None:
+    """Flags to results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[*LABELS, []], help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="runs at once")
+    parser.add_argument("--short", action="store_true", help="three rounds each, results in --logs")
+    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "claims", help="run folders")
+    flags = parser.parse_args()
+    logs = flags.logs / "short" if flags.short else flags.logs
+    workshop = Workshop(logs.resolve(), logs.resolve() / "results" if flags.short else HERE / "results", flags.short)
+    seeds = flags.seeds[:1] if flags.short else flags.seeds
+    runs = plan(flags.experiments or list(LABELS), seeds)
+    print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")
+    failures = run_all(runs, workshop, flags.jobs)
+    print("\n".join(failures) or "all done")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
