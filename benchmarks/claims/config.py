@@ -118,7 +118,8 @@ def _task(name: str) -> dict:
 def _several(config: ConfigDict, order: str) -> ConfigDict:
     config = _watched(config)
     config.train.task_order = order
-    config.num_epochs = 135  # at 384 evaluations each as many as three teachers and the distillation together
+    config.num_epochs = 270  # at 192 evaluations each as many as three teachers and the distillation together
+    config.eval_freq = 30
     return config
 
 
