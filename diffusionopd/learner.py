@@ -118,13 +118,16 @@ class SampledLearner(Learner):
         trained_steps: int,
         *,
         guidance_scale: float = 1.0,
+        multistep: bool = False,
         accumulation: int = 0,
         inner_epochs: int = 1,
     ) -> None:
         """As for Learner; ``accumulation`` batches make one optimizer step (0: all of a round), ``inner_epochs`` passes
-        over the samples; ``guidance_scale`` is the student's in training."""
+        over the samples; ``guidance_scale`` is the student's in training, ``multistep`` samples by the second-order
+        ODE solver."""
         super().__init__(backbone, adapters, optimizer, negative, transitions, trained_steps)
         self.guidance_scale = guidance_scale
+        self.multistep = multistep
         self.accumulation = accumulation
         self.inner_epochs = inner_epochs
 

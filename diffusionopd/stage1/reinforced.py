@@ -65,6 +65,7 @@ class Reinforced(SampledLearner):
             recipe.transitions,
             recipe.trained_steps,
             guidance_scale=recipe.guidance_scale,
+            multistep=recipe.multistep,
             accumulation=recipe.accumulation,
             inner_epochs=recipe.inner_epochs,
         )
@@ -74,7 +75,7 @@ class Reinforced(SampledLearner):
 
     def _trajectory(self, batch: Batch) -> Iterator[Visit]:
         policy = self._policy(self.behaviour, batch, self.guidance_scale)
-        return walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.recipe.multistep)
+        return walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.multistep)
 
     def _collect(self, batch: Batch) -> Sample:
         visits, final = [], batch.x

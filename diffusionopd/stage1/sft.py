@@ -19,7 +19,7 @@ class Supervised(SampledLearner):
     def _collect(self, batch: Batch) -> Sample:
         policy = self._policy(batch.teacher, batch, batch.teacher_guidance)
         final = batch.x
-        for visit in walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise):
+        for visit in walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.multistep):
             final = visit.x_next
         return Sample(final)
 

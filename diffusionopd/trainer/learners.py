@@ -56,6 +56,7 @@ def build_learner(config: ConfigDict, plan: RunPlan, parts: Parts, score: Score)
             transitions,
             plan.trained_steps,
             guidance_scale=plan.student_guidance,
+            multistep=plan.multistep,
             accumulation=plan.accumulation,
             inner_epochs=config.train.num_inner_epochs,
         )

@@ -307,7 +307,7 @@ class Trainer:
         if result.pictures:
             name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
             pictures = [Picture(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
-            self.monitor.watch(pictures, score=score, grid=name, title=f"student after {index} rounds")
+            self.monitor.watch(pictures, score=score, grid=name, title=f"pictures of round {number}")
         return self._row(number, batches, result, time.perf_counter() - started)
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
