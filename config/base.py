@@ -208,9 +208,9 @@ def get_config() -> ConfigDict:
         "attn.to_q",
         "attn.to_v",
     )
-    # Average the student's weights over optimizer steps; evaluation and the saved LoRA use the average.
+    # Average the student's weights over rounds; evaluation and the saved LoRA use the average.
     train.ema = False
-    # The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every ema_interval optimizer steps.
+    # The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every ema_interval rounds.
     train.ema_decay = 0.9
     train.ema_interval = 8
 

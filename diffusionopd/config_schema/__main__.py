@@ -1,7 +1,7 @@
 """Check a command line before processes are started: ``python -m diffusionopd.config_schema --num_processes N ...``.
 
-Takes the arguments of ``scripts/train_opd.py`` and ``train_teacher.py``. Silent when all is well; otherwise prints the problems, once and
-without a stack trace, and exits with status 2. It needs neither torch nor a GPU and takes a second.
+Takes the arguments of ``scripts/train_opd.py`` and ``train_teacher.py``. Silent when all is well; otherwise prints the
+problems, once and without a stack trace, and exits with status 2. It needs neither torch nor a GPU and takes a second.
 """
 
 from __future__ import annotations
