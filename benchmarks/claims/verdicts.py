@@ -1,0 +1,242 @@
+"""The paper's claims (arXiv 2605.15055, sections 3.3 and 4), each with the rule by which runs decide it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from benchmarks.claims.curves import TASKS, Result, Runs, at_evaluations, curve_from_base, mean_height, rounds_to
+
+HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured yet"
+COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
+TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
+RIVALS = ("multitask_nft", "multitask_guard", "cascade_nft")
+Seed = Mapping[str, Result]
+"""Experiment -> result, all of one seed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One number that has to satisfy ``value relation limit``, for the mean over the seeds that have it."""
+
+    name: str
+    relation: str
+    limit: float
+    values: Mapping[int, float]  # by seed
+    why_none: str = ""  # why there are no values
+
+    @property
+    def mean(self) -> float | None:
+        return fmean(self.values.values()) if self.values else None
+
+    @property
+    def verdict(self) -> str:
+        if self.mean is None:
+            return UNMEASURED
+        return HOLDS if self._satisfied(self.mean) else FAILS
+
+    @property
+    def seeds_that_hold(self) -> int:
+        return sum(self._satisfied(value) for value in self.values.values())
+
+    def _satisfied(self, value: float) -> bool:
+        return bool(COMPARE[self.relation](value, self.limit))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, how it is decided, and the numbers."""
+
+    statement: str
+    rule: str
+    parts: Sequence[Part]
+
+    @property
+    def verdict(self) -> str:
+        """A part that fails decides; else every part has to be measured."""
+        found = {part.verdict for part in self.parts}
+        return next(verdict for verdict in (FAILS, UNMEASURED, HOLDS) if verdict in found)
+
+
+def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
+    """All claims; ``variance`` is the content of ``variance.json``, None before it was measured."""
+    return [
+        Claim(
+            "Teachers: an off-the-shelf RL algorithm makes each task's teacher from its reward alone.",
+            "(teacher − base) / (shipped teacher − base) on the teacher's own task is at least 0.5.",
+            list(_teachers(runs)),
+        ),
+        Claim(
+            "One student reaches each of its teachers on the teacher's task.",
+            "student / teacher on the teacher's task is at least 0.97.",
+            [
+                _part(task, "≥", 0.97, runs, ("opd", f"teacher_{task}"), lambda s, t=task: _student(s, t))
+                for task in TASKS
+            ],
+        ),
+        Claim(
+            "At equal cost the student is better than multi-task RL and cascade RL.",
+            "Average of OPD at its last curve point minus that of the other, whose curve is interpolated at as many "
+            "evaluations (a curve that ends earlier counts with its end), is above 0.",
+            list(_equal_cost(runs)),
+        ),
+        Claim(
+            "The closed form beats the PPO-style surrogate at equal noise.",
+            "Average of the closed form minus that of the surrogate is above 0: of the finished students, and as the "
+            "mean over the rounds (area under the curve).",
+            list(_closed_form(runs)),
+        ),
+        Claim(
+            "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
+            "Rounds until the interpolated curve has 90% of the teacher's score, noise 0.7 over ODE, is above 1 (a run "
+            "of noise 0.7 that never gets there counts with its length, an ODE run that does not with 0).",
+            [
+                _part(
+                    task,
+                    ">",
+                    1.0,
+                    runs,
+                    ("base", f"teacher_{task}", "opd", "opd_noise07"),
+                    lambda s, t=task: _speed(s, t),
+                )
+                for task in TASKS
+            ],
+        ),  # fmt: skip
+        Claim(
+            "The surrogate has the closed form's gradient on average, and score-function noise on top.",
+            "Means over the measured steps: measured / predicted variance is within a quarter of 1; the squared error "
+            "of the mean is at most 1.5 times what that variance explains; noise is most of the total variance, which "
+            "is that over draws plus the closed form's own over pictures.",
+            list(_estimators(variance)),
+        ),
+    ]
+
+
+def _part(
+    name: str, relation: str, limit: float, runs: Runs, needs: Sequence[str], measure: Callable[[Seed], float | None]
+) -> Part:
+    """The measure on every seed for which all the needed runs are there; None from it means undefined."""
+    missing = [name for name in needs if not runs.get(name)]
+    if missing:
+        return Part(name, relation, limit, {}, f"no run of {', '.join(missing)}")
+    seeds = sorted(set.intersection(*(set(runs[name]) for name in needs)))
+    if not seeds:
+        return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
+    found = {seed: measure({name: runs[name][seed] for name in needs}) for seed in seeds}
+    values = {seed: value for seed, value in found.items() if value is not None}
+    return Part(name, relation, limit, values, "" if values else "undefined: no gap to measure by, or no curve")
+
+
+# ---- what is measured on one seed ------------------------------------------------------------------------------------
+
+
+def _teachers(runs: Runs) -> Iterator[Part]:
+    for teacher, task in [*((f"teacher_{task}", task) for task in TASKS), ("guard_scene", "scene")]:
+        algorithm = "GRPO-Guard" if teacher.startswith("guard") else "NFT"
+
+        def share(seed: Seed, teacher: str = teacher, task: str = task) -> float | None:
+            base, shipped, own = (seed[name].final[task].mean for name in ("base", f"shipped_{task}", teacher))
+            return (own - base) / (shipped - base) if shipped > base else None
+
+        yield _part(f"{task}, {algorithm}", "≥", 0.5, runs, ("base", f"shipped_{task}", teacher), share)
+
+
+def _student(seed: Seed, task: str) -> float | None:
+    teacher = seed[f"teacher_{task}"].final[task].mean
+    return seed["opd"].final[task].mean / teacher if teacher > 0 else None
+
+
+def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
+    """Mean over tasks of ``(score - lowest) / (highest - lowest)``, over base and the seed's teachers.
+
+    This scale does not depend on what is compared on it. None where all of them score the same.
+    """
+    total = 0.0
+    for task in TASKS:
+        levels = [seed[name].final[task].mean for name in ("base", *TEACHERS)]
+        low, high = min(levels), max(levels)
+        if low == high:
+            return None
+        total += (scores[task] - low) / (high - low)
+    return total / len(TASKS)
+
+
+def _difference(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _equal_cost(runs: Runs) -> Iterator[Part]:
+    for with_teachers in (True, False):
+        for rival in RIVALS:
+
+            def lead(seed: Seed, rival: str = rival, with_teachers: bool = with_teachers) -> float | None:
+                opd, other = seed["opd"], curve_from_base(seed[rival], seed["base"])
+                if not opd.curve or not other:
+                    return None
+                own = opd.curve[-1]
+                cost = own.evaluations + (opd.teacher_evaluations if with_teachers else 0)
+                others = at_evaluations(other, cost)
+                return _difference(normalised_average(seed, own.scores), normalised_average(seed, others))
+
+            name = f"{rival}, {'with' if with_teachers else 'without'} the teachers' cost"
+            yield _part(name, ">", 0.0, runs, ("base", *TEACHERS, "opd", rival), lead)
+
+
+def _closed_form(runs: Runs) -> Iterator[Part]:
+    for noise in ("03", "07"):
+        closed, surrogate = f"opd_noise{noise}", f"ppo_noise{noise}"
+        needs = ("base", *TEACHERS, closed, surrogate)
+
+        def final(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
+            return _difference(*(normalised_average(seed, seed[name].means()) for name in (closed, surrogate)))
+
+        def area(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
+            end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in (closed, surrogate))
+            return _difference(*(_height(seed, name, end) for name in (closed, surrogate))) if end else None
+
+        yield _part(f"noise 0.{noise[1]}, final", ">", 0.0, runs, needs, final)
+        yield _part(f"noise 0.{noise[1]}, area", ">", 0.0, runs, needs, area)
+
+
+def _height(seed: Seed, name: str, end: int) -> float | None:
+    """Normalised average as a mean over the rounds from 0 to ``end``."""
+    points = [(p.round, normalised_average(seed, p.scores)) for p in curve_from_base(seed[name], seed["base"])]
+    known = [(x, y) for x, y in points if y is not None]
+    return mean_height(known, end) if known else None
+
+
+def _speed(seed: Seed, task: str) -> float | None:
+    """Rounds of noise 0.7 over rounds of the ODE; None without curves, or where the base is there already."""
+    level = 0.9 * seed[f"teacher_{task}"].final[task].mean
+    names = ("opd", "opd_noise07")
+    if not all(seed[name].curve for name in names) or seed["base"].final[task].mean >= level:
+        return None
+    ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, level) for name in names)
+    if ode is None:
+        return 0.0
+    return (seed["opd_noise07"].curve[-1].round if noisy is None else noisy) / ode
+
+
+def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
+    """Means of ratios over the measured states of each noise level, so that no step outweighs the others."""
+    names = {
+        "difference of measured and predicted variance": ("≤", 0.25),
+        "squared error of the mean / that expected": ("≤", 1.5),
+        "noise / total variance": (">", 0.5),
+    }
+    if variance is None:
+        reason = "no variance.json: python benchmarks/claims/variance.py"
+        yield from (Part(name, *rule, {}, reason) for name, rule in names.items())
+        return
+    for level in variance["settings"]["levels"]:
+        states = [state for state in variance["states"] if state["noise"] == level]
+        values = (
+            abs(fmean(state["variance"] / state["predicted"] for state in states) - 1),
+            fmean(state["error"] / state["variance"] for state in states),
+            fmean(state["variance"] / (state["variance"] + state["between_pictures"]) for state in states),
+        )
+        for (name, rule), value in zip(names.items(), values, strict=True):
+            yield Part(f"noise {level}, {name}", *rule, {variance["settings"]["seed"]: value})

@@ -1,0 +1,308 @@
+"""The claims report: verdicts in both directions from runs made up for the purpose, and the variance's formula."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.claims import variance
+from benchmarks.claims.curves import (
+    TASKS,
+    ClaimsError,
+    Point,
+    at_evaluations,
+    mean_height,
+    read_results,
+    rounds_to,
+)
+from benchmarks.claims.report import markdown, missing, table
+from benchmarks.claims.run import LABELS
+from benchmarks.claims.verdicts import FAILS, HOLDS, UNMEASURED, claims, normalised_average
+from diffusionopd.transitions import transition
+
+from .conftest import ROOT
+
+TEACHER_COST, COST = 300.0, 100.0
+LEVEL = {"base": 0.2, "multitask_nft": 0.7, "multitask_guard": 0.6, "cascade_nft": 0.75, "sft": 0.7, "opd": 0.89}
+LEVEL |= {"opd_noise03": 0.85, "opd_noise07": 0.84, "ppo_noise03": 0.6, "ppo_noise07": 0.5}
+FIRST_ROUND = {"opd": 0.85, "opd_noise07": 0.5}  # scores at round 10 of 40; others are halfway up there
+
+
+def final_scores(experiment: str) -> dict[str, float]:
+    """Teachers have 0.9 on their own task and 0.2 elsewhere; others the same on all three."""
+    kind, _, task = experiment.partition("_")
+    if kind in ("teacher", "shipped", "guard"):
+        return {each: 0.9 if each == task else 0.2 for each in TASKS}
+    return dict.fromkeys(TASKS, LEVEL[experiment])
+
+
+def run(experiment: str, seed: int = 1, curve: list[dict] | None = None, **changes: float) -> dict:
+    """A result file's content; ``changes`` are tasks' final scores."""
+    scores = final_scores(experiment) | changes
+    trained = experiment != "base" and not experiment.startswith("shipped")
+    distilled = experiment == "sft" or experiment.startswith(("opd", "ppo"))
+    cost = COST if distilled else TEACHER_COST + COST
+    if curve is None and trained:
+        own = [experiment.partition("_")[2]] if experiment.startswith(("teacher", "guard")) else TASKS
+        early = {t: FIRST_ROUND.get(experiment, (0.2 + scores[t]) / 2) for t in own}
+        late = {t: scores[t] for t in own}
+        curve = [
+            {"round": 10, "evaluations": cost / 4, "scores": early},
+            {"round": 40, "evaluations": cost, "scores": late},
+        ]
+    return {
+        "experiment": experiment, "label": LABELS[experiment], "seed": seed, "rounds": 40 if trained else 0,
+        "form": "full", "seconds": 1.0, "evaluations": cost if trained else 0, "curve": curve or [],
+        "teacher_evaluations": TEACHER_COST if distilled else 0,
+        "final": {t: {"mean": s, "standard_error": 0.01, "count": 128} for t, s in scores.items()},
+        "machine": "none", "date": "2026-01-01",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """``results(contents, without=..., seeds=...)``: a folder of all experiments, the given contents in their place."""
+
+    def make(*contents: dict, without: tuple[str, ...] = (), seeds: tuple[int, ...] = (1,)):
+        files = {(name, seed): run(name, seed) for name in LABELS if name not in without for seed in seeds}
+        files |= {(content["experiment"], content["seed"]): content for content in contents}
+        for (name, seed), content in files.items():
+            (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return make
+
+
+def judged(folder) -> dict[int, str]:
+    """Claim number -> verdict."""
+    return {i: claim.verdict for i, claim in enumerate(claims(read_results(folder), None), 1)}
+
+
+def parts(folder, number: int) -> dict:
+    return {part.name: part for part in claims(read_results(folder), None)[number - 1].parts}
+
+
+ALL_HOLD = {1: HOLDS, 2: HOLDS, 3: HOLDS, 4: HOLDS, 5: HOLDS, 6: UNMEASURED}
+
+
+def test_good_runs_hold(results):
+    assert judged(results(seeds=(1, 2, 3))) == ALL_HOLD
+
+
+@pytest.mark.parametrize(
+    ("number", "content"),
+    [
+        (1, run("teacher_ocr", ocr=0.54)),  # 0.34 of 0.7
+        (1, run("guard_scene", scene=0.5)),
+        (2, run("opd", scene=0.87)),  # 0.967
+        (3, run("cascade_nft", compose=1.0, ocr=1.0, scene=1.0)),
+        (4, run("ppo_noise07", compose=1.0, ocr=1.0, scene=1.0)),
+        (4, run("opd_noise03", compose=0.6, ocr=0.6, scene=0.6)),  # a tie is no win
+        (4, run("opd_noise03", curve=run("ppo_noise03")["curve"])),  # nor is it along the curve
+        (5, run("opd_noise07", curve=run("opd")["curve"])),
+    ],
+    ids=lambda value: value["experiment"] if isinstance(value, dict) else str(value),
+)
+def test_each_claim_can_fail(results, number, content):
+    assert judged(results(content)) == ALL_HOLD | {number: FAILS}
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.001, HOLDS), (-0.001, FAILS)])
+def test_half_of_the_gap_is_the_limit(results, shift, verdict):
+    folder = results(run("teacher_compose", compose=0.55 + shift), run("guard_scene", scene=0.55 + shift))
+    found = parts(folder, 1)
+    assert found["compose, NFT"].verdict == found["scene, GRPO-Guard"].verdict == verdict
+    assert found["compose, NFT"].mean == pytest.approx(0.5 + shift / 0.7)
+    assert found["ocr, NFT"].verdict == HOLDS
+
+
+def test_the_mean_over_seeds_decides_and_the_seeds_are_counted(results):
+    folder = results(run("opd", 3, ocr=0.86), seeds=(1, 2, 3))
+    part = parts(folder, 2)["ocr"]
+    assert part.verdict == HOLDS and part.seeds_that_hold == 2
+    assert part.mean == pytest.approx((2 * 0.89 + 0.86) / 0.9 / 3)
+
+
+def test_equal_cost_reads_the_other_curve_at_the_students_cost(results):
+    """Cascade: base 0.2 at 0, 0.2 at 100 (OPD alone), then 1.0 at 400 (OPD and its teachers)."""
+    curve = [
+        {"round": 10, "evaluations": COST, "scores": dict.fromkeys(TASKS, 0.2)},
+        {"round": 40, "evaluations": COST + TEACHER_COST, "scores": dict.fromkeys(TASKS, 1.0)},
+    ]
+    found = parts(results(run("cascade_nft", curve=curve)), 3)
+    assert found["cascade_nft, with the teachers' cost"].mean == pytest.approx((0.89 - 1.0) / 0.7)
+    assert found["cascade_nft, without the teachers' cost"].mean == pytest.approx((0.89 - 0.2) / 0.7)
+
+
+def test_speed_is_the_ratio_of_interpolated_rounds(results):
+    """90% of 0.9 is 0.81: the ODE on its way from 0.2 to 0.85 at round 10, noise 0.7 from 0.5 there to 0.84."""
+    ode, noisy = 10 * 0.61 / 0.65, 10 + 30 * 0.31 / 0.34
+    assert parts(results(), 5)["ocr"].mean == pytest.approx(noisy / ode)
+
+
+def test_speed_of_runs_that_never_arrive(results):
+    never = [{"round": 40, "evaluations": COST, "scores": dict.fromkeys(TASKS, 0.5)}]
+    assert parts(results(run("opd_noise07", curve=never)), 5)["ocr"].mean == pytest.approx(40 / (10 * 0.61 / 0.65))
+    assert parts(results(run("opd", curve=never)), 5)["ocr"].verdict == FAILS
+
+
+def test_what_is_missing_is_named(results):
+    folder = results(without=("opd", "guard_scene"), seeds=(1, 2))
+    assert judged(folder) == {1: UNMEASURED, 2: UNMEASURED, 3: UNMEASURED, 4: HOLDS, 5: UNMEASURED, 6: UNMEASURED}
+    runs = read_results(folder)
+    assert missing(runs) == ["guard_scene-seed1", "guard_scene-seed2", "opd-seed1", "opd-seed2"]
+    text = markdown(runs, claims(runs, None), None, [])
+    assert "no run of opd" in text and "opd-seed2" in text
+
+
+def test_a_failing_part_decides_before_a_missing_one(results):
+    assert judged(results(run("teacher_ocr", ocr=0.3), without=("guard_scene",)))[1] == FAILS
+
+
+def test_runs_of_different_seeds_are_not_compared(results):
+    folder = results(run("opd", 2), without=("opd",))
+    part = parts(folder, 2)["ocr"]
+    assert part.verdict == UNMEASURED and part.why_none == "no seed has all of opd, teacher_ocr"
+
+
+def test_no_gap_is_no_division_by_zero(results):
+    zero = dict.fromkeys(TASKS, 0.0)
+    contents = [run(name, **zero) for name in LABELS]
+    verdicts = judged(results(*contents))
+    assert set(verdicts.values()) == {UNMEASURED}
+    runs = read_results(results(*contents))
+    assert normalised_average({name: by_seed[1] for name, by_seed in runs.items()}, zero) is None
+    assert [row.average for row in table(runs)] == [None] * len(LABELS)
+
+
+def test_table_has_means_spreads_and_the_average_over_rows(results):
+    folder = results(run("opd", 2, ocr=0.99), without=tuple(set(LABELS) - {"base", "opd", "sft"}), seeds=(1, 2))
+    rows = {row.experiment: row for row in table(read_results(folder))}
+    assert list(rows) == ["base", "sft", "opd"]
+    opd = rows["opd"]
+    assert opd.means["ocr"] == pytest.approx(0.94)
+    assert opd.spreads["ocr"] == pytest.approx(0.1 / math.sqrt(2))
+    assert (rows["base"].average, opd.average) == (0.0, 1.0)
+    assert rows["sft"].average == pytest.approx((2 * 0.5 / 0.69 + 0.5 / 0.74) / 3)
+    assert (opd.evaluations, opd.with_teachers) == (COST, COST + TEACHER_COST)
+
+
+def test_interpolation_on_curves():
+    curve = [Point(0, 0.0, {"ocr": 0.2}), Point(10, 50.0, {"ocr": 0.4}), Point(20, 100.0, {"ocr": 0.3})]
+    assert at_evaluations(curve, 75.0) == {"ocr": pytest.approx(0.35)}
+    assert at_evaluations(curve, 1000.0) == {"ocr": 0.3}
+    assert rounds_to(curve, "ocr", 0.3) == pytest.approx(5.0)
+    assert rounds_to(curve, "ocr", 0.2) == 0.0
+    assert rounds_to(curve, "ocr", 0.41) is None
+    assert mean_height([(0, 0.0), (10, 1.0), (20, 1.0)], 15) == pytest.approx((5 + 5) / 15)
+
+
+@pytest.mark.parametrize("text", ["{", '{"experiment": "opd"}', "[]"])
+def test_a_file_that_is_no_result_is_named(results, text):
+    folder = results()
+    (folder / "opd-seed9.json").write_text(text)
+    with pytest.raises(ClaimsError, match=r"opd-seed9\.json is no result"):
+        read_results(folder)
+
+
+def test_forms_are_not_mixed_and_nothing_is_said_so(results, tmp_path):
+    with pytest.raises(ClaimsError, match="holds no results; make some with python benchmarks"):
+        read_results(tmp_path / "nothing")
+    with pytest.raises(ClaimsError, match="full, short"):
+        read_results(results(run("opd") | {"form": "short"}))
+
+
+STATE = {"noise": 0.3, "step": 0, "sigma": 1.0, "kl": 2.0, "closed_squared": 1.0, "between_pictures": 1.0}
+STATE |= {"variance": 8.0, "predicted": 8.0, "score_function": 6.0, "error": 8.0, "cosine": {"64": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({}, HOLDS), ({"predicted": 4.0}, FAILS), ({"error": 16.0}, FAILS), ({"between_pictures": 9.0}, FAILS)],
+)
+def test_verdict_on_the_estimators(results, changes, verdict):
+    figures = {"settings": {"seed": 1, "levels": [0.3]}, "states": [STATE | changes]}
+    assert claims(read_results(results()), figures)[5].verdict == verdict
+
+
+def test_report_as_it_is_run(results, tmp_path):
+    """From another folder and without PYTHONPATH, with the estimators' file."""
+    folder = results(seeds=(1, 2, 3))
+    figures = {"settings": {"seed": 1, "levels": [0.3]}, "states": [STATE]}
+    figures |= {"command": "python benchmarks/claims/variance.py", "date": "2026-01-01", "machine": "none"}
+    (folder / "variance.json").write_text(json.dumps(figures))
+    output = tmp_path / "output"
+    script = str(ROOT / "benchmarks" / "claims" / "report.py")
+    command = [sys.executable, script, "--results", str(folder), "--output", str(output)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plots = {"methods.png", "noise.png", "estimators.png", "teachers.png"}
+    assert {path.name for path in output.iterdir()} == {"claims.md", "claims.json"} | plots
+    assert all((output / name).read_bytes()[:4] == b"\x89PNG" for name in plots)
+    text = (output / "claims.md").read_text()
+    assert "DiffusionOPD (ODE) | 3 | 0.890 ± 0.000" in text and all(f"({name})" in text for name in plots)
+    content = json.loads((output / "claims.json").read_text())
+    assert [claim["verdict"] for claim in content["claims"]] == [HOLDS] * 6
+    assert content["missing"] == []
+
+
+# ---- the variance of the estimators ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A student ``v = x W`` with 12 values a latent, and its estimate over many draws, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    step = transition("flow_sde", 0.8, 0.7, 0.7)
+    x, weight = normal(3, 12), (normal(12, 12) / 4).requires_grad_()
+    v_teacher = (x @ weight).detach() + 0.5 * step.std / abs(step.b) * normal(3, 12)
+    estimate = variance.measure(
+        step, x, x @ weight, v_teacher, [weight], lambda purpose, k: normal(3, 12), draws=4000, probes=400
+    )
+    return step, x, weight.detach(), v_teacher, estimate
+
+
+def test_prediction_is_the_formula_with_the_exact_jacobian(linear):
+    """For ``v = x W`` the gradient of a cotangent ``c`` is the outer product of x and c: ``|J|_F^2 = 12 |x|^2``."""
+    step, x, weight, v_teacher, estimate = linear
+    d = step.b * (x @ weight - v_teacher) / step.std
+    squared, kl = d.square().sum(1), 0.5 * d.square().sum(1)
+    factor = (step.b / (step.std * 12 * 3)) ** 2 * x.square().sum(1)
+    assert estimate.kl == pytest.approx(kl.mean().item())
+    assert estimate.predicted == pytest.approx((factor * (12 * (kl**2 + squared) + squared)).sum().item(), rel=0.05)
+    assert estimate.score_function == pytest.approx((factor * 12 * kl**2).sum().item(), rel=0.05)
+    gradient = step.b / (step.std * 12 * 3) * x.T @ d
+    assert estimate.closed_squared == pytest.approx(gradient.square().sum().item())
+
+
+def test_surrogate_has_the_predicted_variance_and_the_closed_form_as_its_mean(linear):
+    *_, estimate = linear
+    assert estimate.variance == pytest.approx(estimate.predicted, rel=0.08)
+    assert 0.3 < estimate.error / estimate.variance < 2
+    assert list(estimate.cosine)[:4] == [1, 2, 4, 8] and max(estimate.cosine) == 4000
+    assert estimate.cosine[4000] == pytest.approx(variance.expected_cosine(estimate, 4000), abs=0.02)
+    assert estimate.cosine[4000] > 0.9 > estimate.cosine[1]
+
+
+def test_variance_script_writes_its_figures(tmp_path):
+    file = tmp_path / "variance.json"
+    options = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0", "--steps", "1", "--levels", "0.7"]
+    script = str(ROOT / "benchmarks" / "claims" / "variance.py")
+    command = [sys.executable, script, *options, "--output", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads(file.read_text())
+    assert content["command"].startswith("python benchmarks/claims/variance.py --draws 2 --probes 1")
+    assert str(ROOT) not in file.read_text()
+    (state,) = content["states"]
+    assert (state["noise"], state["step"]) == (0.7, 1)
+    assert all(state[key] > 0 for key in ("kl", "variance", "predicted", "closed_squared", "between_pictures"))
