@@ -5,6 +5,8 @@
     python benchmarks/claims/run.py --short               three rounds each, to see that everything runs
 
 A finished run is one file in results/, and is not run again; a run that was interrupted goes on from its checkpoint.
+Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
+them ("backwards"), because the methods differ in their share.
 --jobs runs at once, one thread each. The table and the plots: python benchmarks/claims/report.py
 """
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from tqdm import tqdm
 
+from diffusionopd.config_schema import RunPlan, check, load_config
 from diffusionopd.results import read_averages, write_text_atomically
 
 HERE = Path(__file__).parent
@@ -161,12 +164,16 @@ class Workshop:
             "rounds": len(rows),
             "seconds": round(sum(row["seconds"] for row in rows) or seconds, 1),
             "evaluations": total,
+            "backwards": self._plan(run).student_evaluations * len(rows) if run.trained else 0,
             "teacher_evaluations": sum(teacher["evaluations"] for teacher in teachers),
             "curve": curve,
             "final": scores,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             "date": datetime.date.today().isoformat(),
         }
+
+    def _plan(self, run: Run) -> RunPlan:
+        return check(load_config(str(ROOT / CONFIG) + f":{run.experiment}"), num_processes=1)
 
     def _rows(self, run: Run) -> list[dict]:
         if not run.trained:
