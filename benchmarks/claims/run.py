@@ -35,7 +35,7 @@ from tqdm import tqdm
 from diffusionopd.config_schema import RunPlan, check, load_config
 from diffusionopd.results import read_averages, write_text_atomically
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 CONFIG = "benchmarks/claims/config.py"
 TASKS = ("compose", "ocr", "scene")
 TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
@@ -187,7 +187,6 @@ def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     runs: dict[Run, None] = {}
     for seed in seeds:
         for experiment in experiments:
-            # Nothing is trained here, so that seeds differ by the initial noise of the evaluation alone.
             run = Run(experiment, seed)
             runs |= dict.fromkeys((*run.needs, run))
     return list(runs)
@@ -226,8 +225,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="three rounds each, results in --logs")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "claims", help="run folders")
     flags = parser.parse_args()
-    logs = flags.logs / "short" if flags.short else flags.logs
-    workshop = Workshop(logs.resolve(), logs.resolve() / "results" if flags.short else HERE / "results", flags.short)
+    logs = (flags.logs / "short" if flags.short else flags.logs).resolve()
+    os.chdir(ROOT)  # configurations name files from there
+    workshop = Workshop(logs, logs / "results" if flags.short else HERE / "results", flags.short)
     seeds = flags.seeds[:1] if flags.short else flags.seeds
     runs = plan(flags.experiments or list(LABELS), seeds)
     print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")

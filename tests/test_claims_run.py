@@ -1,0 +1,74 @@
+"""The comparisons' driver: what is run in which order, and one experiment from end to end in its short form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.claims.run import LABELS, Run, Workshop, plan, run_all  # noqa: E402
+from diffusionopd.config_schema import check, load_config  # noqa: E402
+from diffusionopd.rewards import REGISTRY  # noqa: E402
+
+
+def test_teachers_come_before_their_students_and_once():
+    names = [run.name for run in plan(["opd", "teacher_ocr", "sft"], [1, 2])]
+    first = ["teacher_compose-seed1", "teacher_ocr-seed1", "teacher_scene-seed1", "opd-seed1", "sft-seed1"]
+    assert names == first + [name.replace("seed1", "seed2") for name in first]
+
+
+def test_every_experiment_is_a_sound_configuration(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trained = [name for name in LABELS if Run(name, 1).trained]
+    assert len(trained) == 13
+    plans = {name: check(load_config(f"benchmarks/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
+
+    def forwards(name: str) -> int:
+        one = plans[name]
+        each = one.student_evaluations + one.teacher_evaluations + one.sampling_evaluations + one.base_evaluations
+        return each * one.num_rounds
+
+    teachers = sum(forwards(f"teacher_{task}") for task in ("compose", "ocr", "scene"))
+    for rival in ("multitask_nft", "cascade_nft"):
+        assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
+
+
+def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    done = []
+
+    def do(self, run):
+        if run.experiment == "teacher_ocr":
+            raise RuntimeError("out of luck")
+        done.append(run.experiment)
+        self.results.mkdir(exist_ok=True)
+        self.result_file(run).write_text("{}")
+
+    monkeypatch.setattr(Workshop, "do", do)
+    workshop = Workshop(tmp_path, tmp_path / "results", short=True)
+    failures = run_all(plan(["opd", "guard_scene"], [1]), workshop, jobs=2)
+    assert sorted(done) == ["guard_scene", "teacher_compose", "teacher_scene"]
+    assert failures == ["teacher_ocr-seed1: out of luck", "opd-seed1: its teachers are missing"]
+
+
+def test_the_short_form_of_a_teacher(tmp_path):
+    """Three rounds from rewards, resumed once, evaluated: a result file of the documented form."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "claims" / "run.py"),
+        "teacher_scene",
+        "--short",
+        "--jobs",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--logs", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "short" / "results" / "teacher_scene-seed1.json").read_text())
+    assert (result["rounds"], result["evaluations"], result["backwards"]) == (3, 3 * 192, 3 * 48)
+    assert result["final"]["compose"]["count"] == 6
+    assert result["curve"][0]["round"] == 3 and 0 <= result["curve"][0]["scores"]["scene"] <= 1
