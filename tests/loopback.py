@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from diffusionopd.downloads import File
+
+CONTENT = bytes(i * 7 % 251 for i in range(300_000))
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -74,3 +80,13 @@ def loopback(monkeypatch, files):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def entry(server, sha256=SHA256, name="file.bin", path="folder/file.bin", **more):
+    """The catalogue's entry of a file on the server."""
+    return File(path, (f"{server.url}/{name}",), sha256, **more)
+
+
+def left(root):
+    """The files in a folder."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())

@@ -30,25 +30,15 @@ from diffusionopd.downloads.extracts import EXTRACTS, question
 from diffusionopd.downloads.files import fetch
 from diffusionopd.downloads.hub import snapshot
 from diffusionopd.rewards import clip
-from tests.loopback import loopback
+from tests.loopback import CONTENT, SHA256, entry, left, loopback
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTENT = bytes(i * 7 % 251 for i in range(300_000))
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
 def server(monkeypatch):
     with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
         yield server
-
-
-def entry(server, sha256=SHA256, name="file.bin", path="folder/file.bin", **more):
-    return File(path, (f"{server.url}/{name}",), sha256, **more)
-
-
-def left(root):
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 # --- the question ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -12,24 +11,13 @@ import pytest
 from diffusionopd.downloads import DownloadError, File, transfer
 from diffusionopd.downloads.checksums import SUMS, record, recorded
 from diffusionopd.downloads.files import fetch
-from tests.loopback import loopback
-
-CONTENT = bytes(i * 7 % 251 for i in range(300_000))
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+from tests.loopback import CONTENT, SHA256, entry, left, loopback
 
 
 @pytest.fixture
 def server(monkeypatch):
     with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
         yield server
-
-
-def entry(server, sha256=SHA256, name="file.bin", path="folder/file.bin", **more):
-    return File(path, (f"{server.url}/{name}",), sha256, **more)
-
-
-def left(root):
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
