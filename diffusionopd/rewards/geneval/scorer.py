@@ -1,5 +1,6 @@
 """The reward `geneval`: detect, judge, and report by kind of prompt."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,9 @@ from diffusionopd.rewards.geneval.request import parse_request
 from diffusionopd.rewards.geneval.rules import Verdict, judge, select_objects
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.weights import scorer_dtype
+
+load_detector = functools.cache(build_detector)
+"""`build_detector`, once for all scorers in a process: monitoring and evaluation share it."""
 
 
 class GenEval:
@@ -53,7 +57,7 @@ class GenEval:
             raise RewardError(f"reward 'geneval': batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
         # First, because its file is missing at once, and CLIP only after several tries to reach the hub.
-        self.detector = build_detector(detector, checkpoint, device, scorer_dtype(dtype))
+        self.detector = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
