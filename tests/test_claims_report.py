@@ -29,8 +29,12 @@ from .conftest import ROOT
 
 TEACHER_COST, COST = 300.0, 100.0
 LEVEL = {"base": 0.2, "multitask_nft": 0.7, "multitask_guard": 0.6, "cascade_nft": 0.75, "sft": 0.7, "opd": 0.89}
-LEVEL |= {"opd_noise03": 0.85, "opd_noise07": 0.84, "ppo_noise03": 0.6, "ppo_noise07": 0.5}
-FIRST_ROUND = {"opd": 0.85, "opd_noise07": 0.5}  # scores at round 10 of 40; others are halfway up there
+LEVEL |= {"opd_noise00": 0.89, "opd_noise03": 0.85, "opd_noise07": 0.84, "ppo_noise03": 0.6, "ppo_noise07": 0.5}
+FIRST_ROUND = {
+    "opd": 0.85,
+    "opd_noise00": 0.85,
+    "opd_noise07": 0.5,
+}  # scores at round 10 of 40; others are halfway up there
 
 
 def final_scores(experiment: str) -> dict[str, float]:
@@ -104,7 +108,7 @@ def test_good_runs_hold(results):
         (4, run("ppo_noise07", compose=1.0, ocr=1.0, scene=1.0)),
         (4, run("opd_noise03", compose=0.6, ocr=0.6, scene=0.6)),  # a tie is no win
         (4, run("opd_noise03", curve=run("ppo_noise03")["curve"])),  # nor is it along the curve
-        (5, run("opd_noise07", curve=run("opd")["curve"])),
+        (5, run("opd_noise07", curve=run("opd_noise00")["curve"])),
     ],
     ids=lambda value: value["experiment"] if isinstance(value, dict) else str(value),
 )
@@ -148,12 +152,12 @@ def test_speed_is_the_ratio_of_interpolated_rounds(results):
 def test_speed_of_runs_that_never_arrive(results):
     never = [{"round": 40, "evaluations": COST, "scores": dict.fromkeys(TASKS, 0.5)}]
     assert parts(results(run("opd_noise07", curve=never)), 5)["ocr"].mean == pytest.approx(40 / (10 * 0.61 / 0.65))
-    assert parts(results(run("opd", curve=never)), 5)["ocr"].verdict == FAILS
+    assert parts(results(run("opd_noise00", curve=never)), 5)["ocr"].verdict == FAILS
 
 
 def test_what_is_missing_is_named(results):
     folder = results(without=("opd", "guard_scene"), seeds=(1, 2))
-    assert judged(folder) == {1: UNMEASURED, 2: UNMEASURED, 3: UNMEASURED, 4: HOLDS, 5: UNMEASURED, 6: UNMEASURED}
+    assert judged(folder) == {1: UNMEASURED, 2: UNMEASURED, 3: UNMEASURED, 4: HOLDS, 5: HOLDS, 6: UNMEASURED}
     runs = read_results(folder)
     assert missing(runs) == ["guard_scene-seed1", "guard_scene-seed2", "opd-seed1", "opd-seed2"]
     text = markdown(runs, claims(runs, None), None, [])
@@ -245,7 +249,7 @@ def test_report_as_it_is_run(results, tmp_path):
     assert {path.name for path in output.iterdir()} == {"claims.md", "claims.json"} | plots
     assert all((output / name).read_bytes()[:4] == b"\x89PNG" for name in plots)
     text = (output / "claims.md").read_text()
-    assert "DiffusionOPD (ODE) | 3 | 0.890 ± 0.000" in text and all(f"({name})" in text for name in plots)
+    assert "DiffusionOPD | 3 | 0.890 ± 0.000" in text and all(f"({name})" in text for name in plots)
     content = json.loads((output / "claims.json").read_text())
     assert [claim["verdict"] for claim in content["claims"]] == [HOLDS] * 6
     assert content["missing"] == []

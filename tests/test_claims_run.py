@@ -24,7 +24,7 @@ def test_teachers_come_before_their_students_and_once():
 def test_every_experiment_is_a_sound_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = [name for name in LABELS if Run(name, 1).trained]
-    assert len(trained) == 13
+    assert len(trained) == 14
     plans = {name: check(load_config(f"benchmarks/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
 
     def forwards(name: str) -> int:

@@ -278,10 +278,11 @@ def test_closing_finishes_or_drops_what_waits():
 
 def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
     monkeypatch.setattr(rewards.worker, "PATIENCE", 0.05)
-    let_go = threading.Event()
+    hanging, let_go = threading.Event(), threading.Event()
 
     class Hanging:
         def score(self, images, prompts, metadata):
+            hanging.set()
             let_go.wait(60)
             return {}
 
@@ -295,6 +296,7 @@ def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
 
     blocked = threading.Thread(target=fill)
     blocked.start()
+    assert hanging.wait(10)
     worker.close(cancel=True)
     blocked.join(5)
     assert not blocked.is_alive()  # a full queue is given up, too

@@ -59,16 +59,21 @@ def cascade_nft() -> ConfigDict:
 
 
 def opd() -> ConfigDict:
-    """The paper's method: closed form, ODE, the loss of eq. 12."""
+    """The method as the tiny world's own configuration has it: ODE, velocities compared, self-normalised."""
     return _distilled()
 
 
+def opd_noise00() -> ConfigDict:
+    """The ODE with the paper's loss (eq. 12), for comparison with the two noise levels (eq. 11)."""
+    return _by_the_paper(0.0)
+
+
 def opd_noise03() -> ConfigDict:
-    return _noisy(_distilled(), 0.3)
+    return _by_the_paper(0.3)
 
 
 def opd_noise07() -> ConfigDict:
-    return _noisy(_distilled(), 0.7)
+    return _by_the_paper(0.7)
 
 
 def ppo_noise03() -> ConfigDict:
@@ -132,16 +137,17 @@ def _guarded(config: ConfigDict) -> ConfigDict:
 
 
 def _distilled() -> ConfigDict:
-    """The tiny world's distillation with the paper's loss: the closed form on the steps' means (eq. 11 and 12)."""
     config = _watched(_tiny("mopd"))
     config.num_epochs = 80
-    config.train.target = "mean"
-    config.train.self_normalize = False
     return config
 
 
-def _noisy(config: ConfigDict, level: float) -> ConfigDict:
-    config.sample.noise_level = level
+def _by_the_paper(noise_level: float) -> ConfigDict:
+    """The closed form on the means of the steps."""
+    config = _distilled()
+    config.sample.noise_level = noise_level
+    config.train.target = "mean"
+    config.train.self_normalize = False
     return config
 
 

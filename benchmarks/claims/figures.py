@@ -31,7 +31,7 @@ METHODS = (
     Line("multitask_guard", SERIES[2]),
     Line("cascade_nft", SERIES[3]),
 )
-NOISE = (Line("opd", SERIES[0]), Line("opd_noise03", SERIES[2]), Line("opd_noise07", SERIES[1]))
+NOISE = (Line("opd_noise00", SERIES[0]), Line("opd_noise03", SERIES[2]), Line("opd_noise07", SERIES[1]))
 ESTIMATORS = (
     Line("opd_noise03", SERIES[2]),
     Line("ppo_noise03", SERIES[2], "--"),

@@ -48,13 +48,14 @@ LABELS = {
     "multitask_guard": "multi-task GRPO-Guard",
     "cascade_nft": "cascade NFT",
     "sft": "SFT on teacher samples",
-    "opd": "DiffusionOPD (ODE)",
-    "opd_noise03": "DiffusionOPD, noise 0.3",
-    "opd_noise07": "DiffusionOPD, noise 0.7",
+    "opd": "DiffusionOPD",
+    "opd_noise00": "DiffusionOPD, paper's loss, ODE",
+    "opd_noise03": "DiffusionOPD, paper's loss, noise 0.3",
+    "opd_noise07": "DiffusionOPD, paper's loss, noise 0.7",
     "ppo_noise03": "PPO-style OPD, noise 0.3",
     "ppo_noise07": "PPO-style OPD, noise 0.7",
 }
-DISTILLED = ("sft", "opd", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
+DISTILLED = ("sft", "opd", "opd_noise00", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
                     ">",
                     1.0,
                     runs,
-                    ("base", f"teacher_{task}", "opd", "opd_noise07"),
+                    ("base", f"teacher_{task}", "opd_noise00", "opd_noise07"),
                     lambda s, t=task: _speed(s, t),
                 )
                 for task in TASKS
@@ -211,7 +211,7 @@ def _height(seed: Seed, name: str, end: int) -> float | None:
 def _speed(seed: Seed, task: str) -> float | None:
     """Rounds of noise 0.7 over rounds of the ODE; None without curves, or where the base is there already."""
     level = 0.9 * seed[f"teacher_{task}"].final[task].mean
-    names = ("opd", "opd_noise07")
+    names = ("opd_noise00", "opd_noise07")
     if not all(seed[name].curve for name in names) or seed["base"].final[task].mean >= level:
         return None
     ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, level) for name in names)
