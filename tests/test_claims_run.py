@@ -45,13 +45,34 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
             raise RuntimeError("out of luck")
         done.append(run.experiment)
         self.results.mkdir(exist_ok=True)
-        self.result_file(run).write_text("{}")
+        self.result_file(run).write_text('{"rounds": 1}')
+        (self.folder(run) / "checkpoints").mkdir(parents=True)
+        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-1")
 
     monkeypatch.setattr(Workshop, "do", do)
     workshop = Workshop(tmp_path, tmp_path / "results", short=True)
     failures = run_all(plan(["opd", "guard_scene"], [1]), workshop, jobs=2)
     assert sorted(done) == ["guard_scene", "teacher_compose", "teacher_scene"]
     assert failures == ["teacher_ocr-seed1: out of luck", "opd-seed1: its teachers are missing"]
+
+
+def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
+    workshop, done = Workshop(tmp_path, tmp_path, short=True), []
+
+    def do(self, run):
+        done.append(run.experiment)
+        self.result_file(run).write_text('{"rounds": 1}')
+        (self.folder(run) / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-1")
+
+    monkeypatch.setattr(Workshop, "do", do)
+    runs = plan(["opd"], [1])
+    assert run_all(runs, workshop, jobs=1) == []
+    assert done == ["teacher_compose", "teacher_ocr", "teacher_scene", "opd"]
+    (workshop.folder(runs[1]) / "checkpoints" / "latest").write_text("checkpoint-0")  # cut short
+    assert run_all(runs, workshop, jobs=1) == [] and len(done) == 4  # nobody needs it
+    workshop.result_file(runs[3]).unlink()
+    assert run_all(runs, workshop, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
 
 
 def test_the_short_form_of_a_teacher(tmp_path):

@@ -93,6 +93,16 @@ class Workshop:
     def folder(self, run: Run) -> Path:
         return self.logs / run.name
 
+    def is_done(self, run: Run) -> bool:
+        return self.result_file(run).is_file()
+
+    def can_teach(self, run: Run) -> bool:
+        """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
+        if not self.is_done(run) or not (self.folder(run) / "checkpoints" / "latest").is_file():
+            return False
+        rounds = json.loads(self.result_file(run).read_text(encoding="utf-8"))["rounds"]
+        return self._latest(run) == f"checkpoint-{rounds}"
+
     def do(self, run: Run) -> None:
         """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed."""
         started = time.perf_counter()
@@ -195,12 +205,15 @@ def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
 
 def run_all(runs: Sequence[Run], workshop: Workshop, jobs: int) -> list[str]:
     """Do what has no result yet, ``jobs`` at a time; the messages of what failed."""
-    waiting = [run for run in runs if not workshop.result_file(run).is_file()]
+    waiting = [run for run in runs if not workshop.is_done(run)]
+    # A teacher whose folder is gone is trained again, to the same weights, for the students that still need it.
+    needed = {teacher for run in waiting for teacher in run.needs}
+    waiting += [run for run in runs if run in needed and workshop.is_done(run) and not workshop.can_teach(run)]
     failures: list[str] = []
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
         working: dict[Future, Run] = {}
         while waiting or working:
-            for run in [run for run in waiting if all(workshop.result_file(need).is_file() for need in run.needs)]:
+            for run in [run for run in waiting if all(map(workshop.can_teach, run.needs))]:
                 if len(working) < jobs:
                     waiting.remove(run)
                     working[pool.submit(workshop.do, run)] = run
