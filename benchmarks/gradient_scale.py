@@ -29,7 +29,8 @@ from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import noise
-from diffusionopd.opd import STUDENT, Distiller, Recipe
+from diffusionopd.learner import STUDENT, Parts
+from diffusionopd.opd import Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.transitions import schedule
 
@@ -121,7 +122,7 @@ def random_sd35(args: argparse.Namespace) -> tuple[Distiller, list[Batch]]:
     # One step of middling length stands for the round: all steps of a CPU run would take half an hour.
     steps = schedule("ode", backbone.sigmas(args.steps, args.resolution))
     recipe = Recipe([steps[(args.steps - 1) // 2]], 1)
-    return Distiller(backbone, adapters, optimizer, text.index(0), recipe), [batch]
+    return Distiller(Parts(backbone, adapters, optimizer, text.index(0)), recipe), [batch]
 
 
 if __name__ == "__main__":

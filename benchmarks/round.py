@@ -31,7 +31,8 @@ from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
 from diffusionopd.batches import Batch
 from diffusionopd.config_schema import base_config
 from diffusionopd.distributed import noise
-from diffusionopd.opd import STUDENT, Distiller, Recipe
+from diffusionopd.learner import STUDENT, Parts
+from diffusionopd.opd import Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.transitions import schedule
 
@@ -114,7 +115,7 @@ def build(args: argparse.Namespace) -> tuple[Distiller, list[Batch]]:
     negative = encoder([""]).to(args.device, dtype)
     trained = int(args.steps * args.timestep_fraction)
     recipe = Recipe(transitions, trained, student_guidance=args.guidance_scale)
-    return Distiller(backbone, adapters, optimizer, negative, recipe), batches
+    return Distiller(Parts(backbone, adapters, optimizer, negative), recipe), batches
 
 
 def reference_round(distiller: Distiller, batches: list[Batch]) -> None:

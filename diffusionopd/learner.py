@@ -30,23 +30,25 @@ class RoundResult:
     metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What every learner is made of."""
+
+    backbone: Backbone
+    adapters: Adapters
+    optimizer: StudentOptimizer
+    negative: TextEmbeddings  # of the empty prompt, batch 1
+
+
 class Learner:
     """The student beside the other adapters on one backbone; subclasses say what a round is."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
-        transitions: Sequence[Transition],
-        trained_steps: int,
-    ) -> None:
-        """``negative``: embeddings of the empty prompt, batch 1; the first ``trained_steps`` steps are trained."""
-        self.backbone = backbone
-        self.adapters = adapters
-        self.optimizer = optimizer
-        self.negative = negative
+    def __init__(self, parts: Parts, transitions: Sequence[Transition], trained_steps: int) -> None:
+        """The first ``trained_steps`` of the sampler's steps are trained."""
+        self.backbone = parts.backbone
+        self.adapters = parts.adapters
+        self.optimizer = parts.optimizer
+        self.negative = parts.negative
         self.transitions = transitions
         self.trained_steps = trained_steps
 
@@ -110,10 +112,7 @@ class SampledLearner(Learner):
 
     def __init__(
         self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
+        parts: Parts,
         transitions: Sequence[Transition],
         trained_steps: int,
         *,
@@ -125,7 +124,7 @@ class SampledLearner(Learner):
         """As for Learner; ``accumulation`` batches make one optimizer step (0: all of a round), ``inner_epochs`` passes
         over the samples; ``guidance_scale`` is the student's in training, ``multistep`` samples by the second-order
         ODE solver."""
-        super().__init__(backbone, adapters, optimizer, negative, transitions, trained_steps)
+        super().__init__(parts, transitions, trained_steps)
         self.guidance_scale = guidance_scale
         self.multistep = multistep
         self.accumulation = accumulation

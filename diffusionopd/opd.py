@@ -8,13 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.learner import STUDENT, Learner, RoundResult
+from diffusionopd.learner import STUDENT, Learner, Parts, RoundResult
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
-from diffusionopd.optim import StudentOptimizer
 from diffusionopd.rollout import Velocity, Visit, rollout
 from diffusionopd.transitions import Transition
 
@@ -38,15 +34,8 @@ class Recipe:
 class Distiller(Learner):
     """The student and its teachers on one backbone, and the round that pulls one to the others."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
-        recipe: Recipe,
-    ) -> None:
-        super().__init__(backbone, adapters, optimizer, negative, recipe.transitions, recipe.trained_steps)
+    def __init__(self, parts: Parts, recipe: Recipe) -> None:
+        super().__init__(parts, recipe.transitions, recipe.trained_steps)
         self.recipe = recipe
 
     def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:

@@ -12,7 +12,8 @@ import torch
 from benchmarks.three_pass import three_pass
 from diffusionopd.batches import Batch
 from diffusionopd.distributed import noise
-from diffusionopd.opd import STUDENT, Distiller, Recipe
+from diffusionopd.learner import STUDENT, Parts
+from diffusionopd.opd import Distiller, Recipe
 from diffusionopd.optim import Ema, NonFiniteError, StudentOptimizer
 from diffusionopd.transitions import schedule
 
@@ -47,7 +48,7 @@ def make_batches(backbone, text, guidances=(1.0, 1.0), size=2, watched=False):
 def make_distiller(backbone, adapters, text, kernel="ode", noise_level=0.0, trained=STEPS - 1, **recipe):
     optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-3, loss_scale=recipe.pop("loss_scale", 1.0))
     transitions = schedule(kernel, backbone.sigmas(STEPS, 64), noise_level)
-    return Distiller(backbone, adapters, optimizer, text(1, 99), Recipe(transitions, trained, **recipe))
+    return Distiller(Parts(backbone, adapters, optimizer, text(1, 99)), Recipe(transitions, trained, **recipe))
 
 
 def gradients(adapters):

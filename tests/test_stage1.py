@@ -14,7 +14,7 @@ from diffusionopd import checkpoint
 from diffusionopd.batches import Batch
 from diffusionopd.config_schema import ConfigError, check
 from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT
+from diffusionopd.learner import STUDENT, Parts
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.rewards import REGISTRY, RewardError
 from diffusionopd.stage1 import Grpo, Nft, RewardRecipe, Supervised
@@ -70,11 +70,11 @@ def recipe(backbone, kernel="ode", noise_level=0.0, **changes):
 
 def make(kind, backbone, adapters, text, score=darkness, lr=1e-3, **changes):
     optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=lr)
-    common = (backbone, adapters, optimizer, text(1, 99))
+    parts = Parts(backbone, adapters, optimizer, text(1, 99))
     if kind == "nft":
-        return Nft(*common, recipe(backbone, **changes), score, beta=0.5, decay=(0, 0.1, 0.5))
+        return Nft(parts, recipe(backbone, **changes), score, beta=0.5, decay=(0, 0.1, 0.5))
     given = recipe(backbone, "flow_sde", 0.7, **changes)
-    return Grpo(*common, given, score, clip_low=1e-3, clip_high=2e-3, guard=kind == "grpo_guard")
+    return Grpo(parts, given, score, clip_low=1e-3, clip_high=2e-3, guard=kind == "grpo_guard")
 
 
 def gradients(learner):
@@ -182,7 +182,7 @@ def test_the_old_policy_follows_by_its_schedule(backbone, adapters, text):
 def test_supervised_on_teacher_samples_equals_the_formula(backbone, adapters, text, monkeypatch):
     optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-3)
     transitions = schedule("ode", backbone.sigmas(STEPS, 64))
-    learner = Supervised(backbone, adapters, optimizer, text(1, 99), transitions, TRAINED)
+    learner = Supervised(Parts(backbone, adapters, optimizer, text(1, 99)), transitions, TRAINED)
     (batch,) = make_batches(backbone, text, watched=True)
     result, _ = kept_gradients(learner, [batch], monkeypatch)
     x = batch.x

@@ -234,7 +234,7 @@ def launch(script: Path, processes: int = 2) -> None:
 def test_a_complete_text_cache_never_loads_an_encoder(tiny_config, monkeypatch):
     train(tiny_config(run_name="a", num_epochs=1))
     monkeypatch.setattr(
-        "diffusionopd.trainer.run.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
+        "diffusionopd.trainer.setup.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
     )
     assert train(tiny_config(run_name="b", num_epochs=1)) is not None
 
@@ -291,7 +291,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(tiny_config, tmp_pat
 
 
 def test_dry_run_loads_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusionopd.trainer.run.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("diffusionopd.trainer.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
     assert train(tiny_config(), dry_run=True) is None
     assert "dry run" in capsys.readouterr().out
     assert not (tmp_path / "logs" / "run").exists()

@@ -42,8 +42,9 @@ from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
 from diffusionopd.batches import Batch
 from diffusionopd.distributed import Stream, noise
+from diffusionopd.learner import STUDENT, Parts
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
-from diffusionopd.opd import STUDENT, Distiller, Recipe
+from diffusionopd.opd import Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.prompts import load_prompts
 from diffusionopd.rollout import Velocity, walk
@@ -202,7 +203,7 @@ def build(args: argparse.Namespace) -> tuple[Distiller, Batch]:
     x = noise(backbone.latent_shape(64), [(Stream.LATENT, args.seed, 0, i) for i in range(len(prompts))])
     text = encoder([prompt.text for prompt in prompts])
     batch = Batch(args.task, TEACHER, 1.0, x, text, draw_noise=lambda step: torch.zeros_like(x))
-    return Distiller(backbone, adapters, optimizer, encoder([""]), recipe), batch
+    return Distiller(Parts(backbone, adapters, optimizer, encoder([""])), recipe), batch
 
 
 def first_noise(backbone: Backbone, batch: Batch, seed: int, index: int) -> Batch:

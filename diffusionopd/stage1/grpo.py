@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import mean_over_processes
-from diffusionopd.learner import STUDENT, Sample
-from diffusionopd.optim import StudentOptimizer
+from diffusionopd.learner import STUDENT, Parts, Sample
 from diffusionopd.rollout import Visit
 from diffusionopd.stage1.objectives import grpo_guard_loss, grpo_loss, kl_to_reference
 from diffusionopd.stage1.reinforced import Reinforced, RewardRecipe, Score
@@ -22,10 +18,7 @@ class Grpo(Reinforced):
 
     def __init__(
         self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
+        parts: Parts,
         recipe: RewardRecipe,
         score: Score,
         *,
@@ -34,7 +27,7 @@ class Grpo(Reinforced):
         guard: bool,
     ) -> None:
         """The ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; ``guard`` chooses GRPO-Guard's objective."""
-        super().__init__(backbone, adapters, optimizer, negative, recipe, score)
+        super().__init__(parts, recipe, score)
         self.clip_low, self.clip_high = clip_low, clip_high
         self._objective = grpo_guard_loss if guard else grpo_loss
         self._begin_training()

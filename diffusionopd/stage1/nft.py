@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.learner import STUDENT, Sample
-from diffusionopd.optim import StudentOptimizer
+from diffusionopd.learner import STUDENT, Parts, Sample
 from diffusionopd.stage1.objectives import nft_loss, old_policy_decay, optimality, reference_penalty
 from diffusionopd.stage1.reinforced import Reinforced, RewardRecipe, Score
 
@@ -27,10 +23,7 @@ class Nft(Reinforced):
 
     def __init__(
         self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
+        parts: Parts,
         recipe: RewardRecipe,
         score: Score,
         *,
@@ -38,7 +31,7 @@ class Nft(Reinforced):
         decay: tuple[int, float, float],
     ) -> None:
         """``beta`` mixes student and old policy into the two implicit ones; ``decay``: (start, slope, maximum) of d."""
-        super().__init__(backbone, adapters, optimizer, negative, recipe, score)
+        super().__init__(parts, recipe, score)
         self.beta = beta
         self.decay = decay
         self.adapters.add_copy(OLD, STUDENT)

@@ -9,13 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import sum_over_processes, together
-from diffusionopd.learner import STUDENT, Sample, SampledLearner
-from diffusionopd.optim import StudentOptimizer
+from diffusionopd.learner import STUDENT, Parts, Sample, SampledLearner
 from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, Scores
 from diffusionopd.rollout import Visit, walk
 from diffusionopd.stage1.advantages import Advantages, clip_advantages, group_advantages
@@ -47,21 +43,10 @@ class Reinforced(SampledLearner):
 
     behaviour = STUDENT  # the adapter that samples
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        adapters: Adapters,
-        optimizer: StudentOptimizer,
-        negative: TextEmbeddings,
-        recipe: RewardRecipe,
-        score: Score,
-    ) -> None:
+    def __init__(self, parts: Parts, recipe: RewardRecipe, score: Score) -> None:
         """``score`` is called as soon as a batch is sampled; its results are awaited after the last batch."""
         super().__init__(
-            backbone,
-            adapters,
-            optimizer,
-            negative,
+            parts,
             recipe.transitions,
             recipe.trained_steps,
             guidance_scale=recipe.guidance_scale,

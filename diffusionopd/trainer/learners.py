@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from ml_collections import ConfigDict
 
 from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
-from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.config_schema import RunPlan
-from diffusionopd.learner import STUDENT, Learner
+from diffusionopd.learner import STUDENT, Learner, Parts
 from diffusionopd.opd import Distiller, Recipe
 from diffusionopd.optim import StudentOptimizer
 from diffusionopd.stage1 import Grpo, Nft, RewardRecipe, Score, Supervised
 from diffusionopd.transitions import Transition, schedule
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What every learner is made of."""
-
-    backbone: Backbone
-    adapters: Adapters
-    optimizer: StudentOptimizer
-    negative: TextEmbeddings
 
 
 def build_optimizer(config: ConfigDict, adapters: Adapters, dtype: torch.dtype) -> StudentOptimizer:
@@ -49,10 +35,9 @@ def build_learner(config: ConfigDict, plan: RunPlan, parts: Parts, score: Score)
     transitions = schedule(plan.kernel, parts.backbone.sigmas(plan.num_steps, config.resolution), plan.noise_level)
     if plan.algorithm == "opd":
         return _distiller(config, plan, parts, transitions)
-    common = (parts.backbone, parts.adapters, parts.optimizer, parts.negative)
     if plan.algorithm == "sft":
         return Supervised(
-            *common,
+            parts,
             transitions,
             plan.trained_steps,
             guidance_scale=plan.student_guidance,
@@ -63,10 +48,10 @@ def build_learner(config: ConfigDict, plan: RunPlan, parts: Parts, score: Score)
     train, recipe = config.train, _reward_recipe(config, plan, transitions)
     if plan.algorithm == "nft":
         start, slope, maximum = train.old_policy_decay
-        return Nft(*common, recipe, score, beta=train.nft_beta, decay=(start, slope, maximum))
+        return Nft(parts, recipe, score, beta=train.nft_beta, decay=(start, slope, maximum))
     guard = plan.algorithm == "grpo_guard"
     low, high = (train.clip_range_lt, train.clip_range_gt) if guard else (train.clip_range, train.clip_range)
-    return Grpo(*common, recipe, score, clip_low=low, clip_high=high, guard=guard)
+    return Grpo(parts, recipe, score, clip_low=low, clip_high=high, guard=guard)
 
 
 def _distiller(config: ConfigDict, plan: RunPlan, parts: Parts, transitions: list[Transition]) -> Distiller:
@@ -83,7 +68,7 @@ def _distiller(config: ConfigDict, plan: RunPlan, parts: Parts, transitions: lis
         beta=train.beta,
         inner_epochs=train.num_inner_epochs,
     )
-    return Distiller(parts.backbone, parts.adapters, parts.optimizer, parts.negative, recipe)
+    return Distiller(parts, recipe)
 
 
 def _reward_recipe(config: ConfigDict, plan: RunPlan, transitions: list[Transition]) -> RewardRecipe:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-import warnings
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusionopd import checkpoint, distributed
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import DTYPES, load_backbone, load_text_encoder, text_key
-from diffusionopd.batches import Batch, BatchMaker, adapter_name
+from diffusionopd.backbone import DTYPES
+from diffusionopd.batches import Batch, BatchMaker
 from diffusionopd.config_schema import RunPlan, check
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
-from diffusionopd.learner import STUDENT, RoundResult
+from diffusionopd.learner import STUDENT, Parts, RoundResult
 from diffusionopd.metrics import MetricsWriter
 from diffusionopd.monitor import Monitor, Picture
 from diffusionopd.optim import Ema
-from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
 from diffusionopd.rewards import (
     REGISTRY,
-    RewardError,
-    RewardWorker,
     Scores,
-    build_composite,
-    build_scorer,
     check_options,
 )
 from diffusionopd.text import TextCache
-from diffusionopd.trainer.learners import Parts, build_learner, build_optimizer
+from diffusionopd.trainer.learners import build_learner, build_optimizer
+from diffusionopd.trainer.setup import (
+    build_evaluation_scorers,
+    build_rewards,
+    fill_text_cache,
+    load_models,
+    read_prompts,
+)
 from diffusionopd.trainer.state import (
     RunError,
     changed_since,
@@ -99,10 +98,10 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.resumed_from = self._find_resume()
         self.completed = completed_rounds(self.resumed_from)
-        self._load_prompts()
-        self._build_rewards()
-        self._fill_text_cache()
-        self._load_models()
+        self.prompts = read_prompts(config, plan)
+        self.rewards = build_rewards(plan, str(self.device))
+        self.text = self._encode_prompts()
+        self.backbone, self.adapters = load_models(config, plan, dtype=self.dtype, device=self.device)
         self._build_batches()
         self._build_learner()
         self._build_metrics()
@@ -129,77 +128,23 @@ class Trainer:
         checkpoint.verify(folder)
         return folder
 
-    def _load_prompts(self) -> None:
-        plan, config = self.plan, self.config
-        self.prompts: dict[str, list[Prompt]] = {}
-        self.test_prompts: dict[str, list[Prompt]] = {}
-        self.samplers: dict[str, PromptSampler] = {}
-        for index, teacher in enumerate(plan.teachers):
-            prompts = load_prompts(teacher.dataset, teacher.prompt_fn, "train")
-            self.prompts[teacher.name] = prompts
-            self.samplers[teacher.name] = PromptSampler(prompts, config.seed, index, plan.groups_per_task)
-            if config.eval_freq:
-                test = load_prompts(teacher.dataset, teacher.prompt_fn, "test")
-                self.test_prompts[teacher.name] = test[: config.eval_num_prompts or None]
-
-    def _build_rewards(self) -> None:
-        """The rewards that are trained on, before any weight is loaded; RewardError for one that cannot be had."""
-        tasks = self.plan.teachers if self.plan.from_rewards else ()
-        self.rewards = {
-            task.name: RewardWorker(build_composite(task.proxy_reward, str(self.device), self.plan.reward_options))
-            for task in tasks
-        }
+    def _encode_prompts(self) -> TextCache:
+        texts = self.prompts.used_from(self.plan, self.completed)
+        return fill_text_cache(
+            self.config, texts, dtype=self.dtype, device=self.device, rank=self.rank, world=self.world
+        )
 
     def _score(self, batch: Batch, latents: Tensor) -> Future[Scores]:
         """Scores to come of a batch's final latents, from a thread: the next batch is sampled meanwhile."""
         texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
         return self.rewards[batch.task].submit(self.backbone.decode(latents), texts, metadata)
 
-    def _fill_text_cache(self) -> None:
-        """Encode every prompt that the rest of the run will see; the encoders are gone from memory afterwards."""
-        config = self.config
-        texts = [""]
-        for task, (name, sampler) in enumerate(self.samplers.items()):
-            rounds = self.plan.rounds_of(task, self.completed)
-            texts += [self.prompts[name][i].text for i in sampler.used_by(rounds)]
-            texts += [prompt.text for prompt in self.test_prompts.get(name, [])]
-        model, revision = config.pretrained.model, config.pretrained.revision or None
-        key, length = text_key(model, revision), config.max_sequence_length
-        load = partial(
-            load_text_encoder, model, revision, dtype=self.dtype, device=self.device, max_sequence_length=length
-        )
-        self.text = TextCache(config.cache_dir, key, length, self.dtype)
-        distributed.together(
-            lambda: self.text.fill(texts, load, rank=self.rank, world=self.world), "encoding the prompts"
-        )
-
-    def _load_models(self) -> None:
-        config = self.config
-        self.backbone = load_backbone(
-            config.pretrained.model, config.pretrained.revision or None, dtype=self.dtype, device=self.device
-        )
-        if config.activation_checkpointing:
-            self.backbone.transformer.enable_gradient_checkpointing()
-        self.adapters = Adapters(self.backbone.transformer)
-        if config.train.lora_path:
-            self.adapters.add_from(STUDENT, config.train.lora_path, trainable=True)
-        else:
-            self.adapters.add_student(
-                STUDENT,
-                rank=config.train.lora_rank,
-                alpha=config.train.lora_alpha,
-                target_modules=config.train.lora_target_modules,
-                seed=config.seed,
-            )
-        for teacher in self.plan.teachers if not self.plan.from_rewards else ():
-            self.adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
-
     def _build_batches(self) -> None:
         config = self.config
         self.batches = BatchMaker(
             self.plan,
-            self.samplers,
-            self.prompts,
+            self.prompts.samplers,
+            self.prompts.train,
             self.text,
             latent_shape=self.backbone.latent_shape(config.resolution),
             device=self.device,
@@ -235,20 +180,8 @@ class Trainer:
         self.monitor = Monitor(
             self.backbone.decode, rewards, run_dir / "samples", str(self.device), self.plan.reward_options
         )
-        self.scorers = self._evaluation_scorers() if config.eval_freq else {}
+        self.scorers = build_evaluation_scorers(self.plan, str(self.device)) if config.eval_freq else {}
         self._held_row: dict[str, Any] | None = None
-
-    def _evaluation_scorers(self) -> dict[str, dict[str, Any]]:
-        """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
-        options = self.plan.reward_options
-        scorers: dict[str, dict[str, Any]] = {teacher.name: {} for teacher in self.plan.teachers}
-        for teacher in self.plan.teachers:
-            for name in teacher.proxy_reward:
-                try:
-                    scorers[teacher.name][name] = build_scorer(name, str(self.device), options.get(name))
-                except RewardError as error:
-                    warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
-        return {task: found for task, found in scorers.items() if found}
 
     def _check_processes_agree(self) -> None:
         tensors = [p for name in self.adapters.configs for p in self.adapters.parameters(name)]
@@ -352,7 +285,7 @@ class Trainer:
                 )
                 means = evaluate_task(
                     generate,
-                    self.test_prompts[task],
+                    self.prompts.test[task],
                     scorers,
                     batch_size=config.sample.test_batch_size,
                     rank=self.rank,
