@@ -1,0 +1,105 @@
+"""What a run is built from, before its first round: prompts, rewards, text embeddings, models, scorers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from diffusionopd import distributed
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder, text_key
+from diffusionopd.batches import adapter_name
+from diffusionopd.config_schema import RunPlan
+from diffusionopd.learner import STUDENT
+from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
+from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.text import TextCache
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts by task, and the order in which training sees them."""
+
+    train: Mapping[str, Sequence[Prompt]]
+    test: Mapping[str, Sequence[Prompt]]  # empty when nothing is evaluated
+    samplers: Mapping[str, PromptSampler]
+
+    def used_from(self, plan: RunPlan, completed: int) -> list[str]:
+        """Every text that rounds from ``completed`` on and evaluations encode, the empty prompt first."""
+        texts = [""]
+        for task, (name, sampler) in enumerate(self.samplers.items()):
+            texts += [self.train[name][i].text for i in sampler.used_by(plan.rounds_of(task, completed))]
+            texts += [prompt.text for prompt in self.test.get(name, [])]
+        return texts
+
+
+def read_prompts(config: ConfigDict, plan: RunPlan) -> PromptSets:
+    """Read and index the prompts of all tasks."""
+    train, test, samplers = {}, {}, {}
+    for index, task in enumerate(plan.teachers):
+        prompts = load_prompts(task.dataset, task.prompt_fn, "train")
+        train[task.name] = prompts
+        samplers[task.name] = PromptSampler(prompts, config.seed, index, plan.groups_per_task)
+        if config.eval_freq:
+            held_out = load_prompts(task.dataset, task.prompt_fn, "test")
+            test[task.name] = held_out[: config.eval_num_prompts or None]
+    return PromptSets(train, test, samplers)
+
+
+def build_rewards(plan: RunPlan, device: str) -> dict[str, RewardWorker]:
+    """The rewards that are trained on, by task, before any weight is loaded; RewardError for one that cannot be had."""
+    tasks = plan.teachers if plan.from_rewards else ()
+    return {task.name: RewardWorker(build_composite(task.proxy_reward, device, plan.reward_options)) for task in tasks}
+
+
+def build_evaluation_scorers(plan: RunPlan, device: str) -> dict[str, dict[str, Any]]:
+    """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
+    scorers: dict[str, dict[str, Any]] = {teacher.name: {} for teacher in plan.teachers}
+    for teacher in plan.teachers:
+        for name in teacher.proxy_reward:
+            try:
+                scorers[teacher.name][name] = build_scorer(name, device, plan.reward_options.get(name))
+            except RewardError as error:
+                warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+    return {task: found for task, found in scorers.items() if found}
+
+
+def fill_text_cache(
+    config: ConfigDict, texts: Sequence[str], *, dtype: torch.dtype, device: torch.device, rank: int, world: int
+) -> TextCache:
+    """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
+    model, revision = config.pretrained.model, config.pretrained.revision or None
+    key, length = text_key(model, revision), config.max_sequence_length
+    load = partial(load_text_encoder, model, revision, dtype=dtype, device=device, max_sequence_length=length)
+    cache = TextCache(config.cache_dir, key, length, dtype)
+    distributed.together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
+    return cache
+
+
+def load_models(
+    config: ConfigDict, plan: RunPlan, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Backbone, Adapters]:
+    """The base model with the student and, in a distillation, the teachers on it."""
+    backbone = load_backbone(config.pretrained.model, config.pretrained.revision or None, dtype=dtype, device=device)
+    if config.activation_checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()
+    adapters, train = Adapters(backbone.transformer), config.train
+    if train.lora_path:
+        adapters.add_from(STUDENT, train.lora_path, trainable=True)
+    else:
+        adapters.add_student(
+            STUDENT,
+            rank=train.lora_rank,
+            alpha=train.lora_alpha,
+            target_modules=train.lora_target_modules,
+            seed=config.seed,
+        )
+    for teacher in plan.teachers if not plan.from_rewards else ():
+        adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
+    return backbone, adapters
