@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.stages import stage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
@@ -123,7 +124,8 @@ class Backbone:
         """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``, ``chunk`` at a time."""
         config = self.vae.config
         scaled = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
-        images = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)]
+        with stage("VAE decode"):
+            images = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 

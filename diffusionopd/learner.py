@@ -15,6 +15,7 @@ from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import mean_over_processes
 from diffusionopd.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.rollout import Velocity
+from diffusionopd.stages import stage
 from diffusionopd.transitions import Transition
 
 STUDENT = "student"
@@ -71,8 +72,9 @@ class Learner:
 
     def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            self.adapters.use(adapter)
-            return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+            with stage(f"forward, {adapter or 'base'}"):
+                self.adapters.use(adapter)
+                return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
 
         return velocity
 

@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffusionopd.distributed import average_gradients
+from diffusionopd.stages import stage
 
 
 class NonFiniteError(RuntimeError):
@@ -55,7 +56,8 @@ class StudentOptimizer:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
-        self._scaler.scale(loss * self.loss_scale).backward()
+        with stage("backward"):
+            self._scaler.scale(loss * self.loss_scale).backward()
 
     def step(self) -> float | None:
         """Average gradients over processes, clip, step, and clear them. Returns the gradient's norm before clipping.
@@ -64,6 +66,10 @@ class StudentOptimizer:
         overflow is ordinary: the step is skipped, the scale halves, and None is returned; it raises once the scale is
         below 1, where the gradient itself must be broken.
         """
+        with stage("optimizer step"):
+            return self._step()
+
+    def _step(self) -> float | None:
         average_gradients(self.parameters)
         self._scaler.unscale_(self._adamw)
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -11,6 +11,7 @@ from diffusionopd.report.comparison_page import render_comparison
 from diffusionopd.report.comparison_text import csv_table, text_comparison
 from diffusionopd.report.data import Picture, Report, Task, summary, teacher_folder, text_table
 from diffusionopd.report.page import render
+from diffusionopd.report.plots import shares
 
 __all__ = [
     "Comparison",
@@ -28,6 +29,7 @@ __all__ = [
     "read_models",
     "render",
     "render_comparison",
+    "shares",
     "summary",
     "teacher_folder",
     "text_comparison",

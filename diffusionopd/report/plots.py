@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import AutoLocator, MaxNLocator
 
 Points = Sequence[tuple[float, float]]
 """(x, y) pairs in order of x."""
@@ -64,6 +64,18 @@ def loss_curves(losses: Mapping[str, Points]) -> str:
     if any(y > 0 for points in losses.values() for _, y in points):
         axes.set_yscale("log")
     _legend(axes)
+    return _svg(figure)
+
+
+def shares(values: Mapping[str, float], xlabel: str) -> str:
+    """Parts of a whole as horizontal bars, the first on top, as SVG; each has its share of the sum beside it."""
+    figure, axes = _figure(xlabel, "")
+    total = sum(values.values()) or 1.0
+    bars = axes.barh(list(values), list(values.values()), color=STUDENT)
+    axes.bar_label(bars, [f"{value / total:.1%}" for value in values.values()], padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(AutoLocator())
     return _svg(figure)
 
 

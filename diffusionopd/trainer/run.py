@@ -30,6 +30,7 @@ from diffusionopd.rewards import (
     Scores,
     check_options,
 )
+from diffusionopd.stages import stage
 from diffusionopd.text import TextCache
 from diffusionopd.trainer.learners import build_learner, build_optimizer
 from diffusionopd.trainer.setup import (
@@ -199,7 +200,7 @@ class Trainer:
         )
         with bar:
             while self.completed < config.num_epochs:
-                row = self._round(self.completed)
+                row = self.round(self.completed)
                 self.completed += 1
                 bar.update()
                 shown = "reward/" if self.plan.from_rewards else "loss/"
@@ -219,8 +220,8 @@ class Trainer:
             worker.close(cancel=True)
         self.accelerator.end_training()
 
-    def _round(self, index: int) -> dict[str, Any]:
-        """Round ``index`` (from 0); its metrics."""
+    def round(self, index: int) -> dict[str, Any]:
+        """Train round ``index`` (from 0); its metrics."""
         started, config = time.perf_counter(), self.config
         number, last = index + 1, index + 1 == config.num_epochs
         score = (
@@ -229,18 +230,22 @@ class Trainer:
             and (number % config.monitor_freq == 0 or number == 1 or last)
         )
         grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
-        batches = list(self.batches.round(index, watched=score or grid))
+        with stage("prompts and noise"):
+            batches = list(self.batches.round(index, watched=score or grid))
         evaluations = self.backbone.evaluations
         result = self.learner.round(batches, f"round {number}")
         result.metrics["evaluations"] = float((self.backbone.evaluations - evaluations) * self.world)
         self.learner.finish(number)
-        self._flush()
+        with stage("metrics"):
+            self._flush()
         if self.ema is not None:
-            self.ema.update(number)
+            with stage("moving average"):
+                self.ema.update(number)
         if result.pictures:
             name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
             pictures = [Picture(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
-            self.monitor.watch(pictures, score=score, grid=name, title=f"pictures of round {number}")
+            with stage("monitoring"):
+                self.monitor.watch(pictures, score=score, grid=name, title=f"pictures of round {number}")
         return self._row(number, batches, result, time.perf_counter() - started)
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
