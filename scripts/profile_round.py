@@ -6,7 +6,7 @@
 --config FILE:NAME       the configuration, of any training script; --config.KEY=VALUE sets a key of it
 --rounds N               rounds to time each way (default 3), after a warm-up
 --output FOLDER          default logs/profile/<run name>; gets summary.txt, summary.json, stages.svg, and
-                         trace.json for https://ui.perfetto.dev or chrome://tracing
+                         trace.json.gz for https://ui.perfetto.dev or chrome://tracing
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> str | None:
         return f"error: {error}"
     if found is not None:
         (folder / "stages.svg").write_text(shares(found.stage_seconds, "seconds of a round"), encoding="utf-8")
-        print(f"\n{found.text()}\nwritten to {folder}: summary.txt, summary.json, stages.svg, trace.json")
+        print(f"\n{found.text()}\nwritten to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
     return None
 
 

@@ -41,8 +41,8 @@ class Profile:
     def text(self) -> str:
         """The summary for people."""
         head = (
-            f"a round takes {self.round_seconds:.4g} s undisturbed (median of {self.rounds}), {self.staged_seconds:.4g} s "
-            f"with its stages one after the other; {self.machine}"
+            f"a round takes {self.round_seconds:.4g} s undisturbed, {self.staged_seconds:.4g} s with its stages one "
+            f"after the other (medians of {self.rounds}); {self.machine}"
         )
         width = max(map(len, self.stage_seconds))
         lines = [
@@ -54,7 +54,7 @@ class Profile:
 
 
 def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None:
-    """Profile rounds of ``config`` and write ``summary.txt``, ``summary.json`` and ``trace.json`` into ``folder``.
+    """Profile rounds of ``config`` and write ``summary.txt``, ``summary.json`` and ``trace.json.gz`` into ``folder``.
 
     The run itself lives in ``folder/run``: no run of the user's is touched, nothing is evaluated or saved. Every
     process of a distributed run takes part; the first one writes and returns the profile, the others return None.
@@ -65,7 +65,7 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None
         config.save_dir = str(folder / "run")
         config.resume_from = ""
         config.log_with = ""
-        config.num_epochs = 3 * rounds + 3  # more than are run: the last one would be monitored
+        config.num_epochs = 2 * rounds + 3  # more than are run: the last one would be monitored
         config.eval_freq = config.sample_freq = 0
     accelerator = make_accelerator(config)
     trainer = Trainer(config, check(config, accelerator.num_processes, REGISTRY), accelerator)
@@ -80,8 +80,10 @@ def _measure(trainer: Trainer, folder: Path, rounds: int) -> Profile | None:
     trainer.round(next(numbers))  # warm-up
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    undisturbed = [_seconds(trainer, next(numbers)) for _ in range(rounds)]
-    staged = [_stages(trainer, next(numbers)) for _ in range(rounds)]
+    undisturbed, staged = [], []
+    for _ in range(rounds):  # in turn, so that whatever else the machine does meets both alike
+        undisturbed.append(_seconds(trainer, next(numbers)))
+        staged.append(_stages(trainer, next(numbers)))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as traced:
         trainer.round(next(numbers))
@@ -98,7 +100,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int) -> Profile | None:
         operators=traced.key_averages().table(sort_by=own, row_limit=12, max_name_column_width=40),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    traced.export_chrome_trace(str(folder / "trace.json"))
+    traced.export_chrome_trace(str(folder / "trace.json.gz"))
     (folder / "summary.txt").write_text(found.text() + "\n", encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     return found
