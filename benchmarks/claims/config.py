@@ -129,8 +129,8 @@ def _several(config: ConfigDict, order: str) -> ConfigDict:
 
 
 def _guarded(config: ConfigDict) -> ConfigDict:
-    """At the teachers' learning rate and a clip range that no ratio reaches, a student of all tasks collapsed into scene's:
-    a log-ratio is a mean over 2048 dimensions, and 2e-5 clips a few percent of them."""
+    # At the teachers' learning rate and a clip range that no ratio reaches, a student of all tasks collapsed into
+    # scene's. A log-ratio is a mean over 2048 dimensions: 2e-5 clips a few percent of them.
     config.train.algorithm = "grpo_guard"
     config.sample.noise_level = 0.7
     config.train.learning_rate = 1e-3
