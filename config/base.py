@@ -59,6 +59,10 @@ def get_config() -> ConfigDict:
     config.allow_tf32 = True
     # Recompute activations in the backward pass: less memory, about a third more time for the student.
     config.activation_checkpointing = False
+    # Where text encoders work (they leave memory once every prompt is encoded) and where the VAE stays: "cpu",
+    # "cuda:1"; empty is the training device. Every process loads its own.
+    config.text_encoder_device = ""
+    config.vae_device = ""
     # Must be True: the student is a LoRA on the frozen base.
     config.use_lora = True
 

@@ -29,7 +29,7 @@ class BackboneError(ValueError):
 
 
 class Backbone:
-    """A frozen SD3 transformer, VAE and scheduler on one device.
+    """A frozen SD3 transformer, VAE and scheduler, on one device unless the VAE is given its own.
 
     The transformer's weights are held in ``dtype``, as loaded; in half precision the transformer runs under
     autocast, so that float32 LoRA weights take part, and velocities come back in float32. The VAE decodes in
@@ -44,11 +44,13 @@ class Backbone:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        vae_device: torch.device | str | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
+        self.vae_device = self.device if vae_device is None else torch.device(vae_device)
         self.transformer = transformer.to(self.device).requires_grad_(False).eval()
-        self.vae = vae.to(self.device).requires_grad_(False).eval()
+        self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
         self.evaluations = 0  # of the transformer so far, counted in single pictures
 
@@ -121,9 +123,12 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
-        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``, ``chunk`` at a time."""
+        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``, ``chunk`` at a time.
+
+        The images are on the VAE's device.
+        """
         config = self.vae.config
-        scaled = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+        scaled = latents.to(self.vae_device).float() / config.scaling_factor + (config.shift_factor or 0.0)
         with stage("VAE decode"):
             images = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
@@ -159,9 +164,17 @@ class SD3TextEncoder:
 
 
 def load_backbone(
-    model: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model: str,
+    revision: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vae_device: torch.device | str | None = None,
 ) -> Backbone:
-    """Load transformer, VAE and scheduler of a diffusers folder or hub id. Raises BackboneError naming the remedy."""
+    """Load transformer, VAE and scheduler of a diffusers folder or hub id. Raises BackboneError naming the remedy.
+
+    ``vae_device`` None is ``device``.
+    """
     try:
         common = {"revision": revision}
         transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype, **common)
@@ -169,7 +182,28 @@ def load_backbone(
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", **common)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
-    return Backbone(transformer, vae, scheduler, dtype=dtype, device=device)
+    return Backbone(transformer, vae, scheduler, dtype=dtype, device=device, vae_device=vae_device)
+
+
+def find_device(name: str | None, default: torch.device, key: str) -> torch.device:
+    """The device that the setting ``key`` names; ``default`` for none. BackboneError for one that is not there."""
+    if not name:
+        return default
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.") from error
+    present = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= present:
+        have = f"{present} GPU{'' if present == 1 else 's'}" if present else "no GPU"
+        raise BackboneError(f"{key} is {name!r}, but this process sees {have}. Name another, cpu, or leave it empty.")
+    return device
+
+
+def encoder_place(name: str | None, default: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the text encoders; float32 on a CPU beside a GPU, which is slow in half precision."""
+    device = find_device(name, default, "text_encoder_device")
+    return device, torch.float32 if device.type == "cpu" and default.type != "cpu" else dtype
 
 
 def load_text_encoder(

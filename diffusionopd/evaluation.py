@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusionopd.adapters import Adapters, LoraWeights
-from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder, text_key
+from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.benchmarks import Benchmark
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import Stream, noise, together
@@ -59,7 +59,7 @@ def sample_images(
         resolution: pixels a side, which the schedule's shift may depend on.
 
     Returns:
-        float32 `[B, 3, H, W]` in [0, 1], on the backbone's device.
+        float32 `[B, 3, H, W]` in [0, 1], on the VAE's device.
     """
     sigmas = backbone.sigmas(num_steps, resolution).tolist()
     x = latents
@@ -235,6 +235,8 @@ class Job:
     save_images: bool = False
     resume: bool = False
     cache_dir: str = ".cache/text"
+    text_encoder_device: str = ""  # empty: the process's own, as for vae_device
+    vae_device: str = ""
     reward_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -276,14 +278,18 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     """
     device, rank, world = state.device, state.process_index, state.num_processes
     dtype = job.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    place, precision = encoder_place(job.text_encoder_device, device, dtype)
+    vae_device = find_device(job.vae_device, device, "vae_device")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
     scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
     length = job.max_sequence_length
-    load = partial(load_text_encoder, job.model, job.revision, dtype=dtype, device=device, max_sequence_length=length)
+    load = partial(
+        load_text_encoder, job.model, job.revision, dtype=precision, device=place, max_sequence_length=length
+    )
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
     texts = ["", *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
-    backbone = load_backbone(job.model, job.revision, dtype=dtype, device=device)
+    backbone = load_backbone(job.model, job.revision, dtype=dtype, device=device, vae_device=vae_device)
     if job.lora is not None:
         adapters = Adapters(backbone.transformer)
         adapters.add_teacher("evaluated", job.lora)

@@ -63,6 +63,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
     parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
+    parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
+    parser.add_argument("--vae_device", help="likewise, for decoding")
     return parser.parse_args(arguments)
 
 
@@ -163,6 +165,8 @@ def make_job(flags: argparse.Namespace) -> Job:
         save_images=flags.save_images,
         resume=flags.resume,
         cache_dir=flags.cache_dir,
+        text_encoder_device=chosen(flags.text_encoder_device, config.get("text_encoder_device") or ""),
+        vae_device=chosen(flags.vae_device, config.get("vae_device") or ""),
         reward_options=options,
     )
 

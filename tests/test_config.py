@@ -228,6 +228,8 @@ def test_a_missing_key_is_named(folder):
         ("train.loss", "mse"),
         ("log_with", "mlflow"),
         ("cache_dir", ""),
+        ("vae_device", "gpu0"),
+        ("text_encoder_device", 3),
     ],
 )
 def test_a_bad_value_is_one_problem_that_names_key_and_value(folder, key, value):

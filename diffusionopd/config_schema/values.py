@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,9 @@ CHOICES: dict[str, tuple] = {
     "train.loss": ("kl", "policy_gradient"),
     "train.target": ("mean", "velocity", "x0"),
 }
+
+# Keys that name a device; whether it is there is seen when a run starts.
+DEVICES = ("text_encoder_device", "vae_device")
 
 INTERVALS = {
     "seed": "[0, inf)",
@@ -151,6 +155,8 @@ def check_values(values: dict[str, Any], defaults: dict[str, Any], problems: Pro
             problems.add(
                 key, f"is {value!r}", f"It must be one of {choices}.{nearest(str(value), map(str, CHOICES[key]))}"
             )
+        elif key in DEVICES and not re.fullmatch(r"(cpu|cuda(:\d+)?)?", value or ""):
+            problems.add(key, f"is {value!r}", 'It must be "cpu", "cuda", "cuda:<n>" or empty (the training device).')
         elif key in INTERVALS and not _inside(value, INTERVALS[key]):
             problems.add(key, f"is {value!r}", f"It must be {expected} in {INTERVALS[key]}.")
 

@@ -36,6 +36,7 @@ from diffusionopd.trainer.learners import build_learner, build_optimizer
 from diffusionopd.trainer.setup import (
     build_evaluation_scorers,
     build_rewards,
+    check_devices,
     fill_text_cache,
     load_models,
     read_prompts,
@@ -73,6 +74,7 @@ def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
     accelerator = make_accelerator(config)
     plan = check(config, accelerator.num_processes, REGISTRY)
     check_options(plan.reward_options)
+    check_devices(config, accelerator.device)
     accelerator.project_configuration.project_dir = str(plan.run_dir)
     accelerator.project_configuration.logging_dir = str(plan.run_dir / "trackers")
     accelerator.print(plan.describe())

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd import distributed
 from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder, text_key
+from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.batches import adapter_name
 from diffusionopd.config_schema import RunPlan
 from diffusionopd.learner import STUDENT
@@ -37,6 +37,12 @@ class PromptSets:
             texts += [self.train[name][i].text for i in sampler.used_by(plan.rounds_of(task, completed))]
             texts += [prompt.text for prompt in self.test.get(name, [])]
         return texts
+
+
+def check_devices(config: ConfigDict, device: torch.device) -> None:
+    """The devices that the configuration names are there; BackboneError before anything is loaded."""
+    find_device(config.text_encoder_device, device, "text_encoder_device")
+    find_device(config.vae_device, device, "vae_device")
 
 
 def read_prompts(config: ConfigDict, plan: RunPlan) -> PromptSets:
@@ -76,7 +82,8 @@ def fill_text_cache(
     """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
     model, revision = config.pretrained.model, config.pretrained.revision or None
     key, length = text_key(model, revision), config.max_sequence_length
-    load = partial(load_text_encoder, model, revision, dtype=dtype, device=device, max_sequence_length=length)
+    place, precision = encoder_place(config.text_encoder_device, device, dtype)
+    load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(config.cache_dir, key, length, dtype)
     distributed.together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
     return cache
@@ -86,7 +93,13 @@ def load_models(
     config: ConfigDict, plan: RunPlan, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Backbone, Adapters]:
     """The base model with the student and, in a distillation, the teachers on it."""
-    backbone = load_backbone(config.pretrained.model, config.pretrained.revision or None, dtype=dtype, device=device)
+    backbone = load_backbone(
+        config.pretrained.model,
+        config.pretrained.revision or None,
+        dtype=dtype,
+        device=device,
+        vae_device=find_device(config.vae_device, device, "vae_device"),
+    )
     if config.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     adapters, train = Adapters(backbone.transformer), config.train
