@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -71,7 +73,7 @@ def _locate(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return path / "lora" if (path / "lora" / PEFT_CONFIG).is_file() else path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", source) or source.startswith("."):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", source) or source.startswith(".") or ".." in source.split("/"):
         raise AdapterError(f"no LoRA at {source!r}: neither a file or folder nor a hub id such as owner/name/subfolder")
     owner, name, *subfolder = source.split("/")
     patterns = ["/".join([*subfolder, "*"])] if subfolder else None
@@ -90,9 +92,12 @@ def _locate(source: str) -> Path:
 
 def _read_peft(folder: Path) -> LoraWeights:
     try:
-        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        text = (folder / PEFT_CONFIG).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / PEFT_CONFIG} cannot be read: {error}") from error
+    config = {"alpha_pattern": None, "rank_pattern": None} | _parse_config(text, str(folder / PEFT_CONFIG))
+    if missing := {"r", "lora_alpha"} - config.keys():
+        raise AdapterError(f"{folder / PEFT_CONFIG} has no {_some(list(missing))}; save the adapter again")
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA" or used or config.get("bias", "none") != "none":
         raise AdapterError(
@@ -101,8 +106,8 @@ def _read_peft(folder: Path) -> LoraWeights:
         )
     tensors = _read_tensors(folder / PEFT_WEIGHTS, folder / "adapter_model.bin")
     a, b = _pair(tensors, str(folder))
-    alpha = {name: float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])) for name in a}
-    wrong = [n for n, x in a.items() if x.shape[0] != _by_pattern(config.get("rank_pattern"), n, config["r"])]
+    alpha = {name: float(_by_pattern(config["alpha_pattern"], name, config["lora_alpha"])) for name in a}
+    wrong = [n for n, x in a.items() if x.shape[0] != _by_pattern(config["rank_pattern"], n, config["r"])]
     if wrong:
         raise AdapterError(f"{folder}: the rank of {_some(wrong)} is not the {config['r']} of {PEFT_CONFIG}")
     targets = config.get("target_modules")
@@ -114,8 +119,10 @@ def _read_diffusers(path: Path) -> LoraWeights:
     if not file.is_file():
         raise AdapterError(f"{path} holds no LoRA: expected {PEFT_CONFIG} with {PEFT_WEIGHTS}, or {DIFFUSERS_WEIGHTS}")
     tensors = _read_tensors(file)
-    stored_alpha = {n.removesuffix(".alpha"): float(t) for n, t in tensors.items() if n.endswith(".alpha")}
-    stored_alpha = {_module_name(n): value for n, value in stored_alpha.items()}
+    scalars = {n: t for n, t in tensors.items() if n.endswith(".alpha")}
+    if odd := [n for n, t in scalars.items() if t.numel() != 1 or not math.isfinite(t.item())]:
+        raise AdapterError(f"{file}: not one finite number: {_some(odd)}")
+    stored_alpha = {_module_name(n.removesuffix(".alpha")): float(t) for n, t in scalars.items()}
     a, b = _pair({n: t for n, t in tensors.items() if not n.endswith(".alpha")}, str(file))
     config = _diffusers_metadata(file)
     default = {name: float(config.get("lora_alpha", x.shape[0])) for name, x in a.items()}
@@ -131,20 +138,81 @@ def _diffusers_metadata(file: Path) -> dict:
     """
     with safe_open(file, "pt") as handle:
         header = (handle.metadata() or {}).get("lora_adapter_metadata")
-    config = json.loads(header) if header else {}
-    return {key.removeprefix("transformer."): value for key, value in config.items() if key.startswith("transformer.")}
+    return _parse_config(header, f"the header of {file}", "transformer.") if header else {}
+
+
+def _parse_config(text: str, where: str, prefix: str = "") -> dict[str, Any]:
+    """The PEFT config in a JSON text, of its keys those with the prefix; AdapterError for values that PEFT refuses."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where} is no JSON: {error}; save the adapter again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{where} is a {type(found).__name__}, not a JSON object; save the adapter again")
+    config = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    wrong = [key for key, valid in _VALID.items() if key in config and not valid(config[key])]
+    if wrong:
+        shown = ", ".join(f"{key}={str(config[key])[:80]}" for key in wrong)
+        raise AdapterError(f"{where} is no config of a LoRA: {shown}")
+    return config
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_pattern(value: object) -> bool:
+    """Whether it is {regular expression: number}, or None."""
+    return value is None or (
+        isinstance(value, dict) and all(map(_is_expression, value)) and all(map(_is_positive, value.values()))
+    )
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _is_target(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return value is None or isinstance(value, str) and _is_expression(value)
+
+
+_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "r": lambda value: _is_positive(value) and isinstance(value, int),
+    "lora_alpha": _is_positive,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "target_modules": _is_target,
+}
+"""The keys of a PEFT config that are read, with what they may hold."""
 
 
 def _read_tensors(file: Path, pickle_file: Path | None = None) -> dict[str, Tensor]:
     try:
         if file.is_file():
             with safe_open(file, "pt") as handle:
-                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+                return _floats({name: handle.get_tensor(name) for name in handle.keys()}, file)  # noqa: SIM118
         if pickle_file is not None and pickle_file.is_file():
-            return torch.load(pickle_file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            return _floats(torch.load(pickle_file, map_location="cpu", weights_only=True), pickle_file)
+    except pickle.UnpicklingError as error:
+        raise AdapterError(f"{pickle_file} holds more than weights, which is not run; get it as {file.name}") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise AdapterError(f"{file} is truncated or no safetensors file ({error}); fetch or save it again") from error
     raise AdapterError(f"{file} does not exist; the adapter's weights are missing")
+
+
+def _floats(tensors: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors by name, if they are that, of floating-point types that can be computed with."""
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(t, Tensor) and t.dtype in types for t in tensors.values()):
+        raise AdapterError(f"{file}: only named tensors of float16, bfloat16, float32 or float64 make a LoRA")
+    return tensors
 
 
 def _module_name(key: str) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusionopd.conditioning import TextEmbeddings
@@ -22,6 +24,8 @@ from diffusionopd.stages import stage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+# What the libraries raise for a folder that holds something else, or damaged files.
+_UNREADABLE = (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError)
 
 
 class BackboneError(ValueError):
@@ -176,11 +180,11 @@ def load_backbone(
     ``vae_device`` None is ``device``.
     """
     try:
-        common = {"revision": revision}
+        common = {"revision": revision, "use_safetensors": True}
         transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype, **common)
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **common)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", **common)
-    except (OSError, ValueError, KeyError) as error:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
+    except _UNREADABLE as error:
         raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
     return Backbone(transformer, vae, scheduler, dtype=dtype, device=device, vae_device=vae_device)
 
@@ -221,9 +225,18 @@ def load_text_encoder(
         with torch.device("meta"):  # the pipeline reads the transformer's configuration when there is no T5
             transformer = SD3Transformer2DModel.from_config(config)
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model, revision=revision, transformer=transformer, vae=None, dtype=dtype, **_absent_t5(model, revision)
+            model,
+            revision=revision,
+            transformer=transformer,
+            vae=None,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            image_encoder=None,
+            feature_extractor=None,
+            **_absent_t5(model, revision),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise BackboneError(f"the text encoders of {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         if encoder is not None:
@@ -234,10 +247,20 @@ def load_text_encoder(
 def _absent_t5(model: str, revision: str | None) -> dict[str, None]:
     """``text_encoder_3=None, tokenizer_3=None`` for a pipeline that comes without T5: the loader wants to be told."""
     index = StableDiffusion3Pipeline.load_config(model, revision=revision)
+    _check_index(index)
     names = ("text_encoder_3", "tokenizer_3")
     listed = all((index.get(name) or (None,))[0] for name in names)
     present = not Path(model).is_dir() or all((Path(model) / name).is_dir() for name in names)
     return {} if listed and present else dict.fromkeys(names)
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """ValueError unless the text encoders are transformers' own CLIP and T5: other classes may stand for code."""
+    for name, entry in index.items():
+        if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list | tuple) and any(entry):
+            library, kind = (str(part) for part in entry)
+            if library != "transformers" or not kind.startswith(("CLIP", "T5")):
+                raise ValueError(f"its model_index.json asks for {library}.{kind} as {name}, where CLIP or T5 belongs")
 
 
 def text_key(model: str, revision: str | None = None) -> str:

@@ -365,7 +365,7 @@ def find_checkpoint(path: str) -> Path:
         given = given.parent
     for pointer in (given / "checkpoints" / "latest", given / "latest"):
         if pointer.is_file():
-            given = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+            given = pointer.parent / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
             break
     if given.name == "lora" and (given.parent / "config.json").is_file():
         given = given.parent

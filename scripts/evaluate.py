@@ -22,7 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.adapters import load_lora
 from diffusionopd.backbone import DTYPES
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
-from diffusionopd.config_schema import load_config
+from diffusionopd.config_schema import load_config, redacted
 from diffusionopd.evaluation import Job, find_checkpoint, run
 from diffusionopd.results import EvaluationError, format_table
 from diffusionopd.rewards import check_options
@@ -178,7 +178,7 @@ def main() -> None:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
         scores = run(job, state)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(error)}")
     state.print(f"\n{format_table(scores)}\n\nwritten to {job.output}")
     state.destroy_process_group()
 

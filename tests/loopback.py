@@ -24,10 +24,17 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Range")))
         status = server.statuses.get(self.path)
         content = server.files.get(self.path)
-        if status or content is None:
-            self.send_response(status or 404)
+        if target := server.redirects.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", target)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if status or content is None:
+            self.send_response(status or 404)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
             return
         start = 0
         if server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
@@ -42,7 +49,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if server.announced:
+            self.send_header("Content-Length", str(len(content) - start))
+        else:
+            self.close_connection = True
         for name, value in server.headers.get(self.path, {}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -72,6 +82,7 @@ def loopback(monkeypatch, files):
     server = Server(("127.0.0.1", 0), Handler)
     server.files, server.statuses, server.headers, server.requests = dict(files), {}, {}, []
     server.ranges, server.cut, server.cuts = True, 100_000, 0
+    server.redirects, server.announced = {}, True  # path -> Location; whether Content-Length is sent
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

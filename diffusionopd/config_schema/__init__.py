@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from diffusionopd.config_schema.load import load_config, split_arguments
 from diffusionopd.config_schema.plan import RunPlan, check_batches, check_sampler, make_plan, notes
 from diffusionopd.config_schema.problems import ConfigError, Problems
+from diffusionopd.config_schema.secrets import check_no_secrets, find_secrets, redacted
 from diffusionopd.config_schema.sources import (
     TeacherSpec,
     check_folders,
@@ -20,9 +21,19 @@ from diffusionopd.config_schema.sources import (
     check_packages,
     check_teachers,
 )
-from diffusionopd.config_schema.values import base_config, check_names, check_values, flatten
+from diffusionopd.config_schema.values import base_config, check_names, check_values, flatten, to_plain
 
-__all__ = ["ConfigError", "RunPlan", "TeacherSpec", "base_config", "check", "load_config", "split_arguments"]
+__all__ = [
+    "ConfigError",
+    "RunPlan",
+    "TeacherSpec",
+    "base_config",
+    "check",
+    "find_secrets",
+    "load_config",
+    "redacted",
+    "split_arguments",
+]
 
 
 def check(config: ConfigDict, num_processes: int, reward_names: Collection[str] | None = None) -> RunPlan:
@@ -33,6 +44,7 @@ def check(config: ConfigDict, num_processes: int, reward_names: Collection[str] 
     from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
     """
     values, defaults = flatten(config), flatten(base_config())
+    check_no_secrets(to_plain(config))  # alone: the other problems quote values
     problems = Problems()
     check_names(values, defaults, problems)
     check_values(values, defaults, problems)

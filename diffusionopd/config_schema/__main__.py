@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from diffusionopd.config_schema import ConfigError, check, load_config, split_arguments
+from diffusionopd.config_schema import ConfigError, check, load_config, redacted, split_arguments
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         if source is not None and not {"-h", "--help"} & set(rest):
             check(load_config(source, overrides), num_processes)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,7 +8,7 @@ from diffusionopd.downloads.catalogue import File
 from diffusionopd.downloads.checksums import move_into_place, record, recorded, replace_atomically, sha256_of
 from diffusionopd.downloads.errors import DownloadError, Refused
 from diffusionopd.downloads.extracts import EXTRACTS
-from diffusionopd.downloads.transfer import Facts, ask, receive, resolve
+from diffusionopd.downloads.transfer import LARGEST, Facts, ask, receive, resolve
 
 
 def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bool:
@@ -82,9 +82,10 @@ def _load(file: File, path: Path, pause: float) -> str:
 def _from_first_source(file: File, partial: Path, pause: float) -> Facts:
     """Receive from the first source that gives the file. Raises DownloadError; if none does, that of the last."""
     *others, last = (resolve(url) for url in file.urls)
+    largest = file.size if file.size and not file.extract else LARGEST
     for url in others:
         try:
-            return receive(url, partial, pause)
+            return receive(url, partial, pause, largest)
         except Refused:
             partial.unlink(missing_ok=True)
-    return receive(last, partial, pause)
+    return receive(last, partial, pause, largest)

@@ -20,6 +20,7 @@ CHUNK = 2**16  # bytes; what has arrived of a chunk is lost in a cut
 TIMEOUT = (10, 60)  # seconds to connect, and between two packets
 ATTEMPTS = 5  # connections in a row that bring nothing before it is given up
 SPARE = 64 * 2**20  # bytes to leave free on the disk
+LARGEST = 16 * 2**30  # bytes of a file whose size is not published: the largest such has 4 GB
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def ask(url: str) -> Facts:
         raise DownloadError(f"{redacted(url)} cannot be asked ({reason})") from None
 
 
-def receive(url: str, partial: Path, pause: float = 1.0) -> Facts:
+def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST) -> Facts:
     """Load `url` into `partial`, going on behind the bytes that are there already.
 
     Args:
         pause: seconds before the second attempt; doubled for each further one that brings nothing.
+        largest: bytes that the file may have; a server that sends more does not send the file.
 
     Raises:
         Refused: the server does not have the file, or does not give it.
@@ -66,7 +68,7 @@ def receive(url: str, partial: Path, pause: float = 1.0) -> Facts:
     idle, most = 0, _size(partial)
     while True:
         try:
-            return _receive_once(url, partial)
+            return _receive_once(url, partial, largest)
         except (requests.RequestException, _Interrupted) as error:
             idle = 0 if _size(partial) > most else idle + 1
             most = max(most, _size(partial))
@@ -83,7 +85,7 @@ class _Interrupted(Exception):
     """Worth another attempt."""
 
 
-def _receive_once(url: str, partial: Path) -> Facts:
+def _receive_once(url: str, partial: Path, largest: int) -> Facts:
     start = _size(partial)
     with _open(url, start) as response:
         if response.status_code == 416:  # nothing behind these bytes: all are there, or they are not of this file
@@ -99,8 +101,10 @@ def _receive_once(url: str, partial: Path) -> Facts:
             partial.unlink(missing_ok=True)
             raise _Interrupted("another part of the file came than was asked for")
         facts = _facts(response, start)
+        _check_size(url, partial, facts.size, largest)
         _check_space(partial, facts.size - start)
-        _write(response, partial, start, facts.size)
+        _write(response, partial, start, facts.size, largest)
+        _check_size(url, partial, _size(partial), largest)
     if facts.size and _size(partial) != facts.size:
         raise _Interrupted(f"{_size(partial)} of {facts.size} bytes arrived")
     return facts
@@ -109,7 +113,14 @@ def _receive_once(url: str, partial: Path) -> Facts:
 def _open(url: str, start: int) -> requests.Response:
     # Unpacked on the way, a file would have neither the announced size nor bytes to continue from.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    try:
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:  # also of a redirection
+        raise DownloadError(f"{redacted(url)} is or leads to no http address ({type(error).__name__})") from None
+    if url.startswith("https://") and not all(hop.url.startswith("https://") for hop in (*response.history, response)):
+        response.close()
+        raise DownloadError(f"{redacted(url)} leads away from https; try without proxies and mirrors")
+    return response
 
 
 def _check_status(response: requests.Response, url: str) -> None:
@@ -151,7 +162,16 @@ def _check_space(partial: Path, needed: int) -> None:
         )
 
 
-def _write(response: requests.Response, partial: Path, start: int, total: int) -> None:
+def _check_size(url: str, partial: Path, size: int, largest: int) -> None:
+    if size > largest:
+        partial.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{redacted(url)} sends more than the {largest} bytes that the file may have; nothing is kept"
+        )
+
+
+def _write(response: requests.Response, partial: Path, start: int, total: int, largest: int) -> None:
+    """Append to the partial file, or fill it anew; ends with the first chunk beyond `largest` bytes."""
     bar = tqdm(
         desc=partial.stem[:40], total=total or None, initial=start, unit="B", unit_scale=True, disable=None, leave=False
     )
@@ -160,6 +180,8 @@ def _write(response: requests.Response, partial: Path, start: int, total: int) -
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > largest:  # announced by no Content-Length
+                    break
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(f"the disk is full: {partial.name} is kept as far as it came") from None

@@ -9,6 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 THUMBNAIL = 256  # pixels: larger pictures are shrunk to this
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a browser may load for the page: its own pictures and style, no script and nothing from elsewhere."""
 
 
 def document(title: str, content: str, style: str = "") -> str:
@@ -17,6 +19,7 @@ def document(title: str, content: str, style: str = "") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{title}</h1></header>\n{content}</main>\n</body>\n</html>\n"
     )

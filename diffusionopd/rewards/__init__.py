@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from diffusionopd.config_schema.secrets import REMEDY, find_secrets
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all, weighted_average
 from diffusionopd.rewards.images import Images, to_pil, to_uint8
@@ -105,8 +106,11 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Options of rewards (`reward_options` of a configuration), before anything is loaded: names and keys only.
 
     Raises:
-        RewardError: an unknown reward, an option that its scorer does not have, a package that is not installed.
+        RewardError: an unknown reward, an option that its scorer does not have, or one that holds a secret, a package
+            that is not installed.
     """
+    for place, what in find_secrets(options):
+        raise RewardError(f"reward option {place} {what}. {REMEDY}")
     for name, given in options.items():
         check_name(name)
         if not isinstance(given, Mapping):

@@ -33,7 +33,7 @@ class Clip:
             RewardError: one is missing, with the command that fetches it.
         """
         try:
-            self.model = CLIPModel.from_pretrained(model, dtype=dtype)
+            self.model = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             fetch = " && ".join(f"hf download {name}" for name in dict.fromkeys((model, processor)))
             raise RewardError(f"the CLIP model '{model}' cannot be loaded: {error}. To fetch it: {fetch}") from error

@@ -97,18 +97,24 @@ def api_root(base_url: str) -> str:
     Raises:
         RewardError: not an http(s) address, or one with a password, which would end up in logs.
     """
-    parts = urlsplit(base_url)
-    if "@" in parts.netloc:
+    if "@" in base_url or "?" in base_url:
         raise RewardError(
-            "reward 'unifiedreward': base_url holds a user or password, which would end up in logs; put the key into "
-            "the environment variable that api_key_variable names"
+            "reward 'unifiedreward': base_url holds a user, a password or a query, which would end up in logs; put the "
+            "key into the environment variable that api_key_variable names"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
         raise RewardError(f"reward 'unifiedreward': base_url must look like http://127.0.0.1:17140, not {base_url!r}")
     return base_url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
 
 def _shortened(text: str, length: int = 300) -> str:
+    """For a terminal: on one line, without control characters, which could move its cursor."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * length])
     text = " ".join(text.split())
     return text if len(text) <= length else text[:length] + " ..."
 
@@ -138,14 +144,19 @@ class ChatServer:
         """Args as for `UnifiedReward`. Raises `RewardError` for an address or a key that cannot be one."""
         self.root = api_root(base_url)
         self._key_variable, self._timeout = key_variable, (connect_timeout, timeout)
+        if key_variable and not key_variable.isidentifier():  # the message does not quote it: it may be the key itself
+            raise RewardError("reward 'unifiedreward': api_key_variable must name an environment variable")
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise RewardError(f"the environment variable {key_variable} holds characters that no API key can have")
         self._session = requests.Session()
         # A proxy of the environment is for other machines, not for a server on this one.
-        self._session.trust_env = urlsplit(self.root).hostname not in ("127.0.0.1", "localhost", "::1")
+        here = urlsplit(self.root).hostname in ("127.0.0.1", "localhost", "::1")
+        self._session.trust_env = not here
         if self._key:
             self._session.auth = self._authorise
+            if not here and self.root.startswith("http:"):
+                warnings.warn(f"reward 'unifiedreward': the key goes unencrypted to {self.root}", stacklevel=3)
         retry = _PatientRetry(
             total=retries,
             backoff_factor=backoff,
@@ -170,13 +181,17 @@ class ChatServer:
         body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
         response = self._request("POST", "/chat/completions", timeout=self._timeout, json=body)
         try:
-            return response.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
+            answer = response.json()["choices"][0]["message"]["content"] or ""
+            if not isinstance(answer, str):
+                raise TypeError("its content is no text")
+            return answer
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise self._error("gave an answer that is no chat completion", response.text) from error
 
     def _request(self, method: str, path: str, **options: Any) -> requests.Response:
         try:
-            response = self._session.request(method, self.root + path, **options)
+            # A redirection would take pictures and prompts to a machine that nobody named.
+            response = self._session.request(method, self.root + path, allow_redirects=False, **options)
         except requests.RequestException as error:
             raise self._error(f"does not answer {method} {path}", str(error), f". To start one: {SERVE}") from error
         if response.status_code in (401, 403):

@@ -45,10 +45,15 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True))
     except _UNREADABLE as error:
-        problem = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"no entry {error}" if isinstance(error, KeyError) else cause(error)
         raise RewardError(
             f"{path} is not the checkpoint of reward '{reward}': {problem}. Remove it and fetch it again: {fetch}"
         ) from error
+
+
+def cause(error: Exception) -> str:
+    """What went wrong; torch's own words for a pickle with code in it advise to run it."""
+    return "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else str(error)
 
 
 def filled(factory: Callable[[], Module], state: StateDict) -> Module:
@@ -76,7 +81,7 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
     """
     problem = "its vocabulary is not there"
     try:
-        tokenizer = kind.from_pretrained(name)
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) > len(tokenizer.all_special_tokens):
             return tokenizer
     except (OSError, ValueError) as error:

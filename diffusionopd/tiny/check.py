@@ -41,7 +41,7 @@ def _scorer(task: str) -> Any:
 
 def load(assets: Path, teacher: str | None = None) -> StableDiffusion3Pipeline:
     """The base pipeline, or one with a teacher's LoRA merged into it."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(assets / "model")
+    pipe = StableDiffusion3Pipeline.from_pretrained(assets / "model", use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     if teacher is not None:
         adapted = PeftModel.from_pretrained(pipe.transformer, assets / "teachers" / teacher / "lora")

@@ -149,7 +149,7 @@ def learning_rate(done: float, step: int) -> float:
 
 
 def train(work: Path, minutes: float, out: Path) -> None:
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(work / "vae", use_safetensors=True).eval().requires_grad_(False)
     training = BaseTraining(vae, work)
     if training.resume() and training.rank == 0:
         print(f"base: resumed at step {training.step}", flush=True)

@@ -32,7 +32,7 @@ EmbeddingTable = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def train(task: str, model: Path, work: Path, out: Path, minutes: float, learning_rate: float = _LEARNING_RATE) -> None:
     parallel.start()
     torch.manual_seed(TASKS.index(task))
-    pipe = StableDiffusion3Pipeline.from_pretrained(model)
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, use_safetensors=True)
     pool = flow.cached_pool(work / "pool", task, POOL[task], POOL_SEED, pipe.vae, dull=task != "scene")
     batches = _batches(pool.latents, _embedding_table(pipe, pool.captions), seed=31 + TASKS.index(task))
     targets = list(base_config().train.lora_target_modules)

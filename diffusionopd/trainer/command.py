@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusionopd.config_schema import load_config, split_arguments
+from diffusionopd.config_schema import load_config, redacted, split_arguments
 from diffusionopd.trainer.run import train
 
 
@@ -20,11 +20,11 @@ def run_command(arguments: Sequence[str], default: str | None, usage: str | None
     try:
         source, overrides, rest = split_arguments(arguments)
         if unknown := [argument for argument in rest if argument != "--dry_run"]:
-            return f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>"
+            return redacted(f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>")
         source = source or default
         if source is None:
             return "error: --config FILE:NAME is missing; --help has examples"
         train(load_config(source, overrides), dry_run="--dry_run" in rest)
     except ValueError as error:
-        return f"error: {error}"
+        return f"error: {redacted(error)}"
     return None

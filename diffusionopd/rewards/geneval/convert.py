@@ -20,6 +20,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from diffusionopd.geneval_classes import CLASSES, RENAMED
 from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.weights import cause
 
 CHECKPOINT = "reward_ckpts/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 CONVERTED = "mask2former_swin-s-coco"
@@ -184,7 +185,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             raise TypeError("its state_dict holds other things than tensors")
         return dict(state)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise RewardError(f"{path} is no mmdetection checkpoint: {error}. To fetch the right one: {FETCH}") from error
+        raise RewardError(
+            f"{path} is no mmdetection checkpoint: {cause(error)}. To fetch the right one: {FETCH}"
+        ) from error
 
 
 def convert(path: Path, config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentation:

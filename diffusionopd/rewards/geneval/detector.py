@@ -56,7 +56,9 @@ def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype
 def load_model(name: str, device: str, dtype: torch.dtype) -> Mask2FormerForUniversalSegmentation:
     """A frozen Mask2Former of COCO's 80 classes. Raises `RewardError` as `build_detector`."""
     try:
-        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"the detector '{name}' cannot be loaded: {error}. To fetch it: hf download {name}"

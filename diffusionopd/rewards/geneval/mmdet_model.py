@@ -1,5 +1,6 @@
 """The detector in mmdetection's own hands, for those who have an environment in which it runs."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ class MmdetModel:
             if not Path(path).is_file():
                 raise RewardError(f"detector 'mmdet:{config}': there is no file {path}")
         self._infer = apis.inference_detector
+        weights = read_checkpoint(Path(checkpoint))  # first: mmdetection would run what a pickle holds
         self.model = apis.init_detector(config, checkpoint, device=device)
-        self._check_weights(checkpoint)
+        self._check_weights(checkpoint, weights)
         check_labels(f"mmdet:{config}", _class_names(self.model))
 
-    def _check_weights(self, checkpoint: str) -> None:
+    def _check_weights(self, checkpoint: str, weights: Collection[str]) -> None:
         """mmdetection only prints which weights it did not find; a detector of random ones would give scores too."""
-        differing = self.model.state_dict().keys() ^ read_checkpoint(Path(checkpoint)).keys()
+        differing = self.model.state_dict().keys() ^ set(weights)
         if differing:
             raise RewardError(
                 f"{checkpoint} does not fit the installed mmdetection: {len(differing)} entries differ, such as "

@@ -1,0 +1,524 @@
+"""What docs/security.md promises: no code from data, no secret in a file or message, nothing served, pages that run
+nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusionopd import checkpoint
+from diffusionopd.adapters import AdapterError, load_lora
+from diffusionopd.backbone import BackboneError, load_backbone, load_text_encoder
+from diffusionopd.config_schema import ConfigError, check, find_secrets, redacted
+from diffusionopd.downloads import DownloadError
+from diffusionopd.downloads.catalogue import CATALOGUE, File
+from diffusionopd.downloads.files import fetch
+from diffusionopd.report import compare, read_models, render_comparison
+from diffusionopd.report.data import Picture, Report, Task
+from diffusionopd.report.document import document, facts
+from diffusionopd.report.page import render
+from diffusionopd.results import Record, Summary, averages_json, summarise
+from diffusionopd.rewards import RewardError, build_scorer, check_options
+from diffusionopd.rewards.unifiedreward import ChatServer
+from diffusionopd.rewards.weights import load_official
+from diffusionopd.text import TextCache, TextCacheError
+from diffusionopd.trainer import run_command, train
+
+from .conftest import ROOT
+from .loopback import CONTENT, entry, left, loopback
+from .source_rules import broken_rules
+
+SOURCES = sorted(
+    path for folder in ("diffusionopd", "scripts", "benchmarks", "config") for path in (ROOT / folder).rglob("*.py")
+)
+# Files that are run are configurations, the defaults, and the classes of the reward registry; nothing that is data.
+RUNS_PYTHON = {
+    *("diffusionopd/config_schema/load.py", "diffusionopd/config_schema/values.py", "diffusionopd/rewards/__init__.py"),
+    *("config/opd.py", "config/teacher.py", "config/tiny.py", "benchmarks/claims/config.py"),
+}
+
+
+# --- the source ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_source_does_nothing_forbidden(path):
+    found = broken_rules(path.read_text(encoding="utf-8"))
+    if path.relative_to(ROOT).as_posix() in RUNS_PYTHON:
+        found = [problem for problem in found if "runs Python by" not in problem]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "import yaml",
+        "from tarfile import open",
+        "import zipfile as z",
+        "from pickle import loads",
+        "pickle.load(file)",
+        "pickle.Unpickler(file).load()",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+        "eval(text)",
+        "exec(text)",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.Popen(command, shell=shell)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True, use_safetensors=True)",
+        "CLIPModel.from_pretrained(name)",
+        "CLIPModel.from_pretrained(name, use_safetensors=None)",
+        "requests.get(url)",
+        "requests.get(url, timeout=3, verify=False)",
+        "server.bind(('0.0.0.0', 80))",
+        "server.bind(('', 80))",
+        "ThreadingHTTPServer((host, 0), Handler)",
+        "runpy.run_path(path)",
+        "importlib.import_module(name)",
+        "spec.loader.exec_module(module)",
+    ],
+)
+def test_the_rules_find_what_they_forbid(snippet):
+    assert broken_rules(f"def f():\n    {snippet}\n")[0].startswith("line 2 ")
+
+
+def test_the_rules_leave_safe_forms_alone():
+    safe = [
+        "import pickle\ntry:\n    torch.load(path, weights_only=True)\nexcept pickle.UnpicklingError:\n    pass",
+        "CLIPModel.from_pretrained(name, use_safetensors=True)\nspec = ast.literal_eval(text)\nmodel.eval()",
+        "requests.get(url, timeout=3)\nprobe.bind(('127.0.0.1', 0))\nsubprocess.run(['ls'])\nnp.load(path)",
+    ]
+    assert [broken_rules(source) for source in safe] == [[], [], []]
+
+
+def test_shell_scripts_fetch_and_evaluate_nothing():
+    for path in [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"]:
+        words = path.read_text(encoding="utf-8").split()
+        assert not {"eval", "curl", "wget", "sudo"} & set(words), path
+
+
+# --- weights that are programs ---------------------------------------------------------------------------------------
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.write_text, (self.file, "executed")
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """`canary(path)` writes a malicious checkpoint; afterwards none must have been run."""
+    alarm = tmp_path / "alarm"
+
+    def write(path: Path, legacy: bool = False) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"state_dict": {"w": torch.zeros(1)}, "more": Canary(alarm)}
+        if legacy:
+            path.write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, path)
+        return path
+
+    yield write
+    assert not alarm.exists()
+
+
+def test_the_canary_sings(tmp_path):
+    torch.save(Canary(tmp_path / "alarm"), tmp_path / "file")
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "alarm").read_text() == "executed"
+
+
+def linked_copy(folder: Path, target: Path) -> Path:
+    """A copy whose files are links; one is replaced by unlinking it first."""
+    return Path(shutil.copytree(folder, target, copy_function=os.link))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_pickles_are_no_loras(canary, tmp_path, name, legacy):
+    canary(tmp_path / "lora" / name, legacy)
+    if name.startswith("adapter"):
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+    with pytest.raises(AdapterError, match=str(tmp_path / "lora")):
+        load_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_are_no_scorers(canary, tmp_path, legacy):
+    path = str(canary(tmp_path / "weights.pt", legacy))
+    for name, option in (("hpsv2", "checkpoint"), ("imagereward", "checkpoint")):
+        with pytest.raises(RewardError, match=path):
+            build_scorer(name, options={option: path})
+    with pytest.raises(RewardError, match=path):
+        load_official("aesthetic", path, dict)
+    for detector in ("converted", f"mmdet:{path}"):
+        with pytest.raises(RewardError, match=f"{path}|mmdet"):
+            build_scorer("geneval", options={"detector": detector, "checkpoint": path})
+
+
+def test_mmdetection_does_not_see_a_pickle(canary, tmp_path, monkeypatch):
+    path = str(canary(tmp_path / "weights.pth"))
+    seen = []
+    apis = types.SimpleNamespace(inference_detector=None, init_detector=lambda *args, **options: seen.append(args))
+    monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=apis))
+    with pytest.raises(RewardError, match="is no mmdetection checkpoint"):
+        build_scorer("geneval", options={"detector": f"mmdet:{path}", "checkpoint": path})
+    assert seen == []
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
+def test_pickles_are_no_base_model(canary, pipeline_folder, tmp_path, part):
+    model = linked_copy(pipeline_folder, tmp_path / "model")
+    (weights,) = (model / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if "text" in part else "diffusion_pytorch_model.bin"
+    weights.unlink()
+    canary(model / part / name)
+    load = load_text_encoder if "text" in part else load_backbone
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load(str(model))
+    canary(weights)  # and under the right name
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load(str(model))
+
+
+def test_pickles_are_no_clip_and_no_detector(canary, pipeline_folder, tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    canary(folder / "pytorch_model.bin")
+    with pytest.raises(RewardError, match="cannot be loaded"):
+        build_scorer("clipscore", options={"model": str(folder)})
+    (folder / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
+    with pytest.raises(RewardError, match="cannot be loaded"), pytest.warns(UserWarning, match="comparable"):
+        build_scorer("geneval", options={"detector": f"transformers:{folder}"})
+
+
+def test_pickles_are_no_state_and_no_embedding(canary, tmp_path):
+    canary(tmp_path / "state" / "tensors.safetensors")
+    (tmp_path / "state" / "scalars.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.load_state(tmp_path / "state")
+    cache = TextCache(tmp_path / "cache", "model", 14, torch.float32)
+    canary(cache.path("a prompt"))
+    with pytest.raises(TextCacheError, match="was damaged"), pytest.warns(UserWarning, match="removed"):
+        cache.get(["a prompt"])
+
+
+# --- models that bring code ------------------------------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+Path({alarm!r}).write_text("executed")
+class Brought:
+    @classmethod
+    def from_pretrained(cls, *args, **options):
+        return cls()
+"""
+
+
+@pytest.mark.parametrize(
+    "part, entry, config",
+    [
+        ("text_encoder", ["brought", "Brought"], {}),
+        ("tokenizer", ["brought", "Brought"], {}),
+        ("text_encoder_2", ["transformers", "AutoModel"], {"auto_map": {"AutoModel": "brought.Brought"}}),
+        ("tokenizer_3", ["transformers", "AutoTokenizer"], {"auto_map": {"AutoTokenizer": ["brought.Brought", None]}}),
+        ("feature_extractor", ["brought", "Brought"], {}),
+        ("transformer", ["diffusers", "SD3Transformer2DModel"], {"auto_map": {"AutoModel": "brought.Brought"}}),
+        ("_class_name", ["brought", "Brought"], {}),
+    ],
+)
+def test_code_of_a_model_is_not_run(pipeline_folder, tmp_path, part, entry, config):
+    model, alarm = linked_copy(pipeline_folder, tmp_path / "model"), tmp_path / "alarm"
+    folder = model if part == "_class_name" else model / part
+    folder.mkdir(exist_ok=True)
+    (folder / "brought.py").write_text(CODE.format(alarm=str(alarm)))
+    index = json.loads((model / "model_index.json").read_text()) | {part: entry}
+    (model / "model_index.json").unlink()
+    (model / "model_index.json").write_text(json.dumps(index))
+    for file in [*folder.glob("config.json"), *folder.glob("tokenizer_config.json")] if config else []:
+        content = json.loads(file.read_text()) | config
+        file.unlink()
+        file.write_text(json.dumps(content))
+    for load in (load_text_encoder, load_backbone):
+        try:
+            load(str(model))
+        except BackboneError as error:
+            assert str(model) in str(error)  # noqa: PT017 (what is left alone may load)
+    assert not alarm.exists()
+    if part.startswith(("text_encoder", "tokenizer")):
+        with pytest.raises(BackboneError, match="CLIP or T5"):
+            load_text_encoder(str(model))
+
+
+def test_hub_ids_do_not_lead_out_of_their_repository():
+    for source in ("owner/name/../../secret", "../name", "owner/..", "owner/name/.."):
+        with pytest.raises(AdapterError, match="no LoRA at"):
+            load_lora(source)
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+def test_the_catalogue_stays_within_its_folders_and_https():
+    parts = [part for items in CATALOGUE.values() for item in items.values() for part in item.parts]
+    files = [part for part in parts if isinstance(part, File)]
+    assert len(files) >= 10
+    for file in files:
+        assert Path(file.path).parts[0] in ("dataset", "reward_ckpts") and ".." not in Path(file.path).parts
+        assert all(url.startswith(("https://", "hub:")) for url in file.urls)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
+        yield server
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"])
+def test_redirections_to_other_schemes_are_refused(server, tmp_path, target):
+    server.redirects = {"/file.bin": target}
+    with pytest.raises(DownloadError, match="leads to no http address"):
+        fetch(entry(server), tmp_path, pause=0)
+    assert left(tmp_path) == []
+
+
+def test_redirections_away_from_https_are_refused(tmp_path, monkeypatch):
+    from diffusionopd.downloads import transfer
+
+    hops = [types.SimpleNamespace(url="https://host/file"), types.SimpleNamespace(url="http://host/file")]
+    answer = types.SimpleNamespace(url="https://other/file", history=hops, close=lambda: None)
+    monkeypatch.setattr(transfer.requests, "get", lambda *args, **options: answer)
+    with pytest.raises(DownloadError, match="leads away from https"):
+        fetch(File("file.bin", ("https://host/file",)), tmp_path, pause=0)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_server_that_sends_too_much_is_cut(server, tmp_path, announced):
+    server.announced = announced
+    with pytest.raises(DownloadError, match="more than the 1000 bytes"):
+        fetch(entry(server, sha256="", size=1000), tmp_path, pause=0)
+    assert left(tmp_path) == []
+
+
+def test_the_test_server_is_seen_by_this_machine_only(server):
+    assert server.server_address[0] == "127.0.0.1"
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+HUB_TOKEN = "hf_" + "Q7x" * 10
+SECRETS = {
+    "HF_TOKEN": HUB_TOKEN,
+    "WANDB_API_KEY": "w" * 20 + "0123456789" * 2,
+    "UNIFIEDREWARD_API_KEY": "unified reward's key",
+}
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    return list(SECRETS.values())
+
+
+def holding(folder: Path, secrets: list[str]) -> list[str]:
+    """The files in which a secret occurs."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files or not folder.exists()
+    return [str(path) for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(secrets, tiny_config, tmp_path, capfd):
+    train(tiny_config(num_epochs=1, log_with="tensorboard", sample_freq=1))
+    run = tmp_path / "logs" / "run"
+    assert (run / "trackers").is_dir() and (run / "checkpoints" / "latest").is_file()
+    assert holding(tmp_path, secrets) == []
+    output = "".join(capfd.readouterr())
+    assert "writing to" in output and not any(secret in output for secret in secrets)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("reward_options", {"unifiedreward": {"api_key": "some key"}}),
+        ("reward_options", {"unifiedreward": {"base_url": "http://me:word@host:1"}}),
+        ("reward_options", {"unifiedreward": {"api_key_variable": HUB_TOKEN}}),
+        ("run_name", f"run-{HUB_TOKEN}"),
+        ("wandb_token", "some token"),
+        ("pretrained__model", "https://me:word@host/model"),
+        ("train__lora_path", f"owner/{SECRETS['WANDB_API_KEY']}"),
+    ],
+)
+def test_a_configuration_with_a_secret_is_refused_before_anything_is_written(
+    secrets, tiny_config, tmp_path, key, value
+):
+    config = tiny_config(**{key: value})
+    with pytest.raises(ConfigError, match="environment variable") as caught:
+        train(config)
+    assert key.replace("__", ".") in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in [*secrets, "some key", "some token", "me:word"])
+    assert not (tmp_path / "logs").exists()
+    with pytest.raises(ConfigError):
+        check(config, 1)
+
+
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(secrets):
+    for argument in (
+        f"--config.reward_options.unifiedreward.api_key={HUB_TOKEN}",
+        f"--config.train.lora_path=https://me:{HUB_TOKEN}@host/x",
+        f"--token={HUB_TOKEN}",
+    ):
+        message = run_command(["--config", str(ROOT / "config" / "tiny.py") + ":mopd", argument, "--dry_run"], None, "")
+        assert message.startswith("error: ") and not any(secret in message for secret in secrets)
+
+
+def test_the_first_check_of_the_launchers_does_not_repeat_a_secret(tmp_path):
+    command = [sys.executable, "-m", "diffusionopd.config_schema", "--num_processes", "1"]
+    command += ["--config", str(ROOT / "config" / "tiny.py") + ":mopd", f"--config.train.lora_path=x {HUB_TOKEN}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2 and "train.lora_path holds an access token" in done.stderr
+    assert HUB_TOKEN not in done.stderr + done.stdout
+
+
+def test_options_of_the_evaluator_hold_no_secrets():
+    with pytest.raises(RewardError, match=r"unifiedreward\.api_key holds a secret.*api_key_variable") as caught:
+        check_options({"unifiedreward": {"api_key": "some key"}})
+    assert "some key" not in str(caught.value)
+    check_options({"unifiedreward": {"api_key_variable": "MY_KEY", "base_url": "http://127.0.0.1:17140"}})
+
+
+def test_names_that_only_look_like_secrets_are_left_alone(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "1")
+    settings = {"max_tokens": "4", "tokenizer": "bert", "api_key_variable": "KEY", "token": None, "a": ["1", "sk-"]}
+    assert list(find_secrets(settings)) == []
+
+
+def test_redacted(monkeypatch):
+    monkeypatch.setenv("SOME_PASSWORD", "open sesame")
+    text = f"open sesame, {HUB_TOKEN} at http://u:p@host/a?sig=1 and https://host/b. Did you mean c?"
+    assert redacted(text) == "***, *** at http://host/a and https://host/b. Did you mean c?"
+
+
+@pytest.mark.parametrize("url", ["http://u:p@host", "http://host/v1?key=1", "u:p@host"])
+def test_addresses_with_secrets_are_refused_unquoted(url):
+    with pytest.raises(RewardError, match="would end up in logs") as caught:
+        ChatServer(url)
+    assert "u:p" not in str(caught.value) and "key=1" not in str(caught.value)
+
+
+def test_a_key_in_place_of_its_variable_is_not_repeated():
+    with pytest.raises(RewardError, match="must name an environment variable") as caught:
+        ChatServer("http://127.0.0.1:1", "sk-0123456789")
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn):
+    monkeypatch.setenv("A_KEY", "some key")
+    ChatServer("http://127.0.0.1:1", "A_KEY")
+    ChatServer("https://elsewhere.example:1", "A_KEY")
+    ChatServer("http://elsewhere.example:1", "NOT_SET")
+    assert len(recwarn) == 0
+    with pytest.warns(UserWarning, match="unencrypted"):
+        ChatServer("http://elsewhere.example:1", "A_KEY")
+
+
+def test_pictures_are_not_sent_where_a_server_redirects(server):
+    server.redirects = {"/v1/models": f"{server.url}/elsewhere", "/v1/chat/completions": f"{server.url}/elsewhere"}
+    chat = ChatServer(server.url, retries=0)
+    with pytest.raises(RewardError, match="HTTP 302"):
+        chat.check()
+    assert [path for path, _ in server.requests] == ["/v1/models"]
+
+
+def test_a_server_cannot_write_to_the_terminal(server):
+    server.statuses["/v1/models"] = 500
+    server.files["/v1/models"] = b"\x1b]0;title\x07\x1b[2J\x9b1m text"
+    with pytest.raises(RewardError) as caught:
+        ChatServer(server.url, retries=0).check()
+    assert str(caught.value).isprintable()
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>' onload='alert(1)&lt;"
+ALLOWED = set(
+    "html head meta title style body main header h1 h2 h3 section p span div strong b small figure figcaption img "
+    "table thead tbody tfoot tr th td dl dt dd ul li".split()
+)
+
+
+class Page(HTMLParser):
+    """Collects the elements of a page and what they refer to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def assert_harmless(text: str) -> None:
+    page = Page(text)
+    assert page.tags <= ALLOWED, page.tags - ALLOWED
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("href", "action", "srcdoc")]
+    assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
+    policy = [value for name, value in page.attributes if name == "content" and "default-src" in value]
+    assert policy and policy[0].startswith("default-src 'none'") and "script" not in policy[0]
+    assert any("<script>alert(1)</script>" in part for part in page.text), "shown as text"
+
+
+def test_the_page_of_a_distillation_runs_nothing(tmp_path):
+    from PIL import Image
+
+    file = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 8)).save(file)
+    models = ("base", f"teacher-{EVIL}", "student")
+    scores = {model: Summary(0.1 * i, 0.0, 3) for i, model in enumerate(models)}
+    shown = Picture(EVIL, dict.fromkeys(models, file), dict.fromkeys(models, 0.5))
+    points = [(1.0, 0.2), (2.0, 0.1)]
+    task = Task(EVIL, EVIL, scores, points, points, points, [shown])
+    assert_harmless(render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])))
+    assert_harmless(document(EVIL, facts([(EVIL, EVIL)])))
+
+
+def test_the_page_of_a_comparison_runs_nothing(tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        (folder / "images").mkdir(parents=True)
+        records = [Record(i, f"{EVIL} {i}", {EVIL: EVIL}, {EVIL: 0.5 * i, "ocr": float(name == "a")}) for i in range(2)]
+        settings = {"dataset": EVIL, "model": EVIL, "lora": EVIL, "rewards": [EVIL], "seed": EVIL + name}
+        (folder / "average_scores.json").write_text(json.dumps(averages_json(summarise(records))))
+        (folder / "evaluation_results.jsonl").write_text("".join(json.dumps(vars(r)) + "\n" for r in records))
+        (folder / "evaluation_settings.json").write_text(json.dumps(settings))
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(folder / "images" / f"{i:05d}.jpg")
+    models = read_models([f"{EVIL.replace('=', '')}={tmp_path / 'a'}", str(tmp_path / "b")])
+    assert_harmless(render_comparison(compare(models), EVIL))
