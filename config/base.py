@@ -157,6 +157,14 @@ def get_config() -> ConfigDict:
     train.cfg = True
     # Fraction of the steps to train on, from the first: int(num_steps * timestep_fraction) steps.
     train.timestep_fraction = 1.0
+    # Distillation: of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all
+    # equally likely; the others cost the student's forward pass only, and those after the last one nothing. The
+    # gradient is the same in expectation. 0 supervises all.
+    train.steps_per_rollout = 0
+    # Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside the
+    # base: its passes cost no more than the base's, its memory is that of these matrices (docs/performance.md). In half
+    # precision the copies are rounded.
+    train.merge_teachers = False
     # Pictures per process in one backward pass. Divides sample.train_batch_size.
     train.batch_size = 1
     # Backward batches per optimizer step. Distillation: num_batches_per_epoch * sample.train_batch_size /
@@ -170,6 +178,8 @@ def get_config() -> ConfigDict:
     train.adam_beta2 = 0.999
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
+    # AdamW and the moving average in a few kernels for all tensors together; the same to rounding.
+    train.fused_optimizer = True
     # AdamW with 8-bit state (needs bitsandbytes and a GPU).
     train.use_8bit_adam = False
     # Norm to which the gradient of a round is clipped, in units of the loss as it is.

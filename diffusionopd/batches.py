@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.config_schema import RunPlan, TeacherSpec
-from diffusionopd.distributed import Stream, noise
+from diffusionopd.distributed import Stream, generator, noise
 from diffusionopd.prompts import Prompt, PromptSampler
 from diffusionopd.text import TextCache
 
@@ -39,6 +39,7 @@ class Batch:
     wants_picture: bool = False
     samples: Sequence[int] = ()  # their indices in the task's round, over all batches and processes
     groups: Sequence[int] = ()  # those of their prompts: samples of one group share one
+    steps: Sequence[int] = ()  # which of the trained steps are supervised, increasing; empty: all of them
     draw_forward_noise: Callable[[int], Tensor] = draw_none  # as draw_noise, for noising final latents again
 
 
@@ -69,6 +70,11 @@ class BatchMaker:
                 for start in range(first, first + plan.batch_size, size):
                     yield self._batch(index, task, range(start, start + size), watched and batch == 0)
 
+    def _supervised(self, key: tuple[int, int, int]) -> tuple[int, ...]:
+        """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
+        count = self.plan.steps_per_rollout
+        return choose_steps(self.plan.trained_steps, count, *key) if count else ()
+
     def _batch(self, index: int, task: int, samples: Sequence[int], watched: bool) -> Batch:
         teacher, key = self.plan.teachers[task], (self.seed, index, task)
         groups = [sample // self.images_per_prompt for sample in samples]
@@ -90,8 +96,18 @@ class BatchMaker:
             wants_picture=watched,
             samples=tuple(samples),
             groups=tuple(groups),
+            steps=self._supervised(key),
             draw_forward_noise=partial(draw, Stream.FORWARD),
         )
+
+
+def choose_steps(trained_steps: int, count: int, *key: int) -> tuple[int, ...]:
+    """``count`` of the first ``trained_steps`` steps without replacement, increasing, each subset equally likely.
+
+    The mean of a loss over them has the mean over all steps as its expectation. A function of ``key`` alone.
+    """
+    order = torch.randperm(trained_steps, generator=generator(Stream.SUPERVISED_STEPS, *key))
+    return tuple(sorted(order[:count].tolist()))
 
 
 def adapter_name(teacher: TeacherSpec) -> str:

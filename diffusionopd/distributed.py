@@ -25,6 +25,7 @@ class Stream(IntEnum):
     EVALUATION = 3
     STUDENT_INIT = 4
     FORWARD = 5
+    SUPERVISED_STEPS = 6
 
 
 def generator(*key: int) -> torch.Generator:

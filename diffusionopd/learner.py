@@ -25,7 +25,7 @@ STUDENT = "student"
 class RoundResult:
     """What a round reports. Losses are in the formula's own units, averaged over samples and processes."""
 
-    losses: Tensor  # [batches, trained steps], of the first pass over the round's samples
+    losses: Tensor  # [batches, supervised steps of each], of the first pass over the round's samples
     grad_norm: float | None  # of the first optimizer step; None when fp16 overflowed
     pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
     metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
@@ -79,16 +79,21 @@ class Learner:
         return velocity
 
     def _table(self, batches: Sequence[Batch]) -> Tensor:
-        return torch.zeros(len(batches), self.trained_steps, device=self.backbone.device)
+        return torch.zeros(len(batches), len(self._steps(batches[0])), device=self.backbone.device)
+
+    def _steps(self, batch: Batch) -> Sequence[int]:
+        """The steps that a batch is supervised at, a column of the table each; as many in every batch."""
+        return batch.steps or range(self.trained_steps)
 
     def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
         """One optimizer step; the losses' means over processes, on the CPU, and the gradient's norm."""
         losses = mean_over_processes(losses).cpu()
         if not losses.isfinite().all():
             self.optimizer.discard()
-            i, step = (int(n) for n in (~losses.isfinite()).nonzero()[0])
+            i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])
+            step = self._steps(batches[i])[column]
             raise NonFiniteError(
-                f"{name}: the loss is {losses[i, step].item()} for task {batches[i].task!r} at step {step} "
+                f"{name}: the loss is {losses[i, column].item()} for task {batches[i].task!r} at step {step} "
                 f"(sigma {self.transitions[step].sigma:.4f}). The student has not been changed; resume from "
                 "the last checkpoint with a lower learning rate, or mixed_precision bf16 or no."
             )

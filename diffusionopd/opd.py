@@ -46,15 +46,16 @@ class Distiller(Learner):
         one optimizer step an epoch. Raises NonFiniteError, before the student changes, naming ``name``, task and step.
         """
         recipe, result = self.recipe, RoundResult(self._table(batches), None)
-        kept: list[tuple[int, Visit]] = []
+        kept: list[tuple[int, int, Visit]] = []
         for i, batch in enumerate(batches):
+            columns = {step: column for column, step in enumerate(self._steps(batch))}
             for visit in self._visits(batch):
                 if visit.v_teacher is not None:
                     loss = self._loss(batch, visit, visit.v_student).mean()
                     self.optimizer.backward(loss / result.losses.numel())
-                    result.losses[i, visit.step] = loss.detach()
+                    result.losses[i, columns[visit.step]] = loss.detach()
                     if recipe.inner_epochs > 1:
-                        kept.append((i, _without_graph(visit)))
+                        kept.append((i, columns[visit.step], _without_graph(visit)))
             if batch.wants_picture:
                 result.pictures.append((batch, visit.x_next))
         result.losses, result.grad_norm = self._step(batches, result.losses, name)
@@ -62,13 +63,13 @@ class Distiller(Learner):
             self._train_again(batches, kept, f"{name}, inner epoch {epoch + 1}")
         return result
 
-    def _train_again(self, batches: Sequence[Batch], kept: Sequence[tuple[int, Visit]], name: str) -> None:
+    def _train_again(self, batches: Sequence[Batch], kept: Sequence[tuple[int, int, Visit]], name: str) -> None:
         losses = self._table(batches)
-        for i, visit in kept:
+        for i, column, visit in kept:
             v_student = self._student(batches[i])(visit.x, visit.transition.sigma)
             loss = self._loss(batches[i], visit, v_student).mean()
             self.optimizer.backward(loss / losses.numel())
-            losses[i, visit.step] = loss.detach()
+            losses[i, column] = loss.detach()
         self._step(batches, losses, name)
 
     def _loss(self, batch: Batch, visit: Visit, v_student: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Distiller(Learner):
             self.recipe.transitions,
             self._student(batch),
             self._policy(batch.teacher, batch, batch.teacher_guidance),
-            trained_steps=self.recipe.trained_steps,
+            trained=self._steps(batch),
             draw_noise=batch.draw_noise,
             multistep=self.recipe.multistep,
             finish=batch.wants_picture,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ def rollout(
     student: Velocity,
     teacher: Velocity,
     *,
-    trained_steps: int,
+    trained: Collection[int],
     draw_noise: Callable[[int], Tensor],
     multistep: bool = False,
     finish: bool = False,
@@ -62,21 +62,21 @@ def rollout(
     """Walk from ``x`` (noise at sigma 1) along the student's trajectory, yielding the visit of every step in turn.
 
     The consumer calls backward on a visit before it asks for the next one, so memory is that of one step whatever their
-    number. The first ``trained_steps`` steps are supervised; the walk ends there unless ``finish`` asks for the
-    picture. ``draw_noise(step)`` gives the step's standard normal noise and is called for stochastic steps only.
-    ``multistep`` takes the next state from DPM-Solver++(2M); the supervision stays the one-step transition at the
-    visited state.
+    number. The steps in ``trained`` are supervised, the others only walked; the walk ends at the last of them unless
+    ``finish`` asks for the picture. ``draw_noise(step)`` gives the step's standard normal noise and is called for
+    stochastic steps only. ``multistep`` takes the next state from DPM-Solver++(2M); the supervision stays the one-step
+    transition at the visited state.
     """
     solver = DpmSolver2() if multistep else None
-    for step, transition in enumerate(transitions if finish else transitions[:trained_steps]):
-        trained = step < trained_steps
+    for step, transition in enumerate(transitions if finish else transitions[: max(trained) + 1]):
+        supervised = step in trained
         v_teacher = None
-        if trained:
+        if supervised:
             with torch.no_grad():
                 v_teacher = teacher(x, transition.sigma)
         # The student comes last, so that its adapter is in use when the consumer calls backward (gradient checkpointing
         # runs the forward again there).
-        with torch.set_grad_enabled(trained):
+        with torch.set_grad_enabled(supervised):
             v_student = student(x, transition.sigma)
         x_next = _next(solver, transition, x, v_student.detach(), step, draw_noise)
         yield Visit(step, transition, x, v_student, v_teacher, x_next)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -440,3 +441,23 @@ def test_settings_without_effect_are_named_once(folder):
     config.reward_fn = {"ocr": 1.0}
     notes = check(config, 8).notes
     assert notes == ("without effect on distillation: debug, reward_fn, sample.sde_window_size, train.timestep_shift",)
+
+
+def test_drawn_steps_change_the_counts_of_a_round(folder):
+    config = load_config(f"{OPD}:mopd", [("train.steps_per_rollout", "2")])
+    plan = check(config, 8)
+    assert plan.student_evaluations == 72 * 2 * 2
+    assert plan.teacher_evaluations == 24 * 2 * (2 + 2 + 1)
+    pairs = list(itertools.combinations(range(9), 2))
+    walked = sum(last - 1 for _, last in pairs) / len(pairs)  # steps before the last drawn one, without the first drawn
+    assert plan.sampling_evaluations == round(72 * 2 * walked)
+    assert "2 of them supervised in each rollout" in plan.describe()
+    config.train.steps_per_rollout = 10
+    assert "is 10, more than the 9 trained steps. Set it to at most 9" in _problems(config)[0]
+    config.train.steps_per_rollout = 9
+    plan = check(config, 8)
+    assert (plan.student_evaluations, plan.sampling_evaluations) == (72 * 9 * 2, 0)
+    config.train.algorithm = "sft"
+    plan = check(config, 8)
+    assert plan.steps_per_rollout == 0
+    assert "without effect on sft: train.steps_per_rollout" in plan.describe()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
 
 from benchmarks.three_pass import three_pass
-from diffusionopd.batches import Batch
+from diffusionopd.batches import Batch, choose_steps
 from diffusionopd.distributed import noise
 from diffusionopd.learner import STUDENT, Parts
 from diffusionopd.opd import Distiller, Recipe
@@ -297,3 +299,76 @@ def test_optimizer_state_round_trips_bit_for_bit():
     advance(other, resumed, 3)
     assert torch.equal(weight, other)
     assert resumed.state_scalars() == optimizer.state_scalars()
+
+
+def drawn(batches, steps):
+    return [dataclasses.replace(batch, steps=steps) for batch in batches]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch, count):
+    """Unbiased, exactly: every subset of the trained steps, each as likely as the others."""
+    perturb(adapters)
+    distiller = make_distiller(backbone, adapters, text, "flow_sde", 0.7)
+    freeze_step(distiller, monkeypatch)
+    batches = make_batches(backbone, text)
+    full = distiller.round(batches)
+    expected = gradients(adapters)
+    distiller.optimizer.discard()
+    subsets = list(itertools.combinations(range(STEPS - 1), count))
+    losses = []
+    for subset in subsets:
+        result = distiller.round(drawn(batches, subset))
+        assert result.losses.shape == (2, count)
+        torch.testing.assert_close(result.losses, full.losses[:, list(subset)], rtol=1e-5, atol=0)
+        losses.append(result.losses.mean())
+    torch.testing.assert_close(torch.stack(losses).mean(), full.losses.mean(), rtol=1e-5, atol=0)
+    for mine, other in zip(gradients(adapters), expected, strict=True):
+        assert (mine / len(subsets) - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(("watched", "student"), [(False, 3), (True, 5)])
+def test_undrawn_steps_cost_a_students_forward_and_those_after_the_last_nothing(
+    backbone, adapters, text, monkeypatch, watched, student
+):
+    distiller = make_distiller(backbone, adapters, text)
+    calls: list[tuple[str | None, bool]] = []
+    original = backbone.velocity
+    monkeypatch.setattr(
+        backbone, "velocity", lambda *a: (calls.append((adapters.active, torch.is_grad_enabled())), original(*a))[1]
+    )
+    distiller.round(drawn(make_batches(backbone, text, watched=watched)[:1], (0, 2)))
+    assert calls.count(("teacher_a", False)) == 2
+    assert calls.count((STUDENT, True)) == 2
+    assert calls.count((STUDENT, False)) == student - 2
+
+
+def test_inner_epochs_train_on_the_drawn_steps_alone(backbone, adapters, text):
+    distiller = make_distiller(backbone, adapters, text, inner_epochs=2, loss_scale=1e4)
+    visits = []
+    original = distiller._loss
+    distiller._loss = lambda batch, visit, v: visits.append(visit.step) or original(batch, visit, v)
+    result = distiller.round(drawn(make_batches(backbone, text), (1, 3)))
+    assert visits == [1, 3] * 4
+    assert result.losses.shape == (2, 2)
+
+
+def test_a_non_finite_loss_of_a_drawn_step_names_the_step(backbone, adapters, text, monkeypatch):
+    distiller = make_distiller(backbone, adapters, text)
+    original = backbone.velocity
+    monkeypatch.setattr(
+        backbone, "velocity", lambda *a: original(*a) * (float("nan") if adapters.active == "teacher_b" else 1.0)
+    )
+    sigma = distiller.recipe.transitions[2].sigma
+    with pytest.raises(NonFiniteError, match=rf"task 'b' at step 2 \(sigma {sigma:.4f}\)"):
+        distiller.round(drawn(make_batches(backbone, text), (2, 3)))
+
+
+def test_draws_depend_on_the_key_alone_and_favour_no_step():
+    assert choose_steps(9, 3, 42, 7, 1) == choose_steps(9, 3, 42, 7, 1)
+    draws = [choose_steps(4, 2, 42, round_, 0) for round_ in range(600)]
+    assert all(a < b for a, b in draws)
+    counts = collections.Counter(draws)
+    assert set(counts) == set(itertools.combinations(range(4), 2))
+    assert all(70 < count < 130 for count in counts.values()), "six subsets, 100 times each on average"
+    assert choose_steps(4, 2, 42, 0, 0) != choose_steps(4, 2, 42, 0, 1) or draws[1] != choose_steps(4, 2, 42, 1, 1)

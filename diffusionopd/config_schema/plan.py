@@ -28,13 +28,14 @@ class RunPlan:
     groups_per_task: int  # prompts, each with num_image_per_prompt pictures
     num_steps: int
     trained_steps: int
+    steps_per_rollout: int  # supervised ones among them; 0: all
     kernel: str  # name in diffusionopd.transitions
     noise_level: float
     multistep: bool  # rollouts by a second-order ODE solver
     student_guidance: float  # 1.0 without classifier-free guidance
     student_evaluations: int  # transformer evaluations of single pictures
     teacher_evaluations: int
-    sampling_evaluations: int  # of the student, without gradient
+    sampling_evaluations: int  # of the student, without gradient; the expectation where the steps are drawn
     base_evaluations: int  # for train.beta
     backward_batches: int  # per process and round
     accumulation: int  # of them before an optimizer step
@@ -78,14 +79,15 @@ class RunPlan:
             ("processes", f"{self.num_processes}, {self.batch_size} pictures a batch in each"),
             ("a round", self._round()),
             ("a task", f"{self.images_per_task} pictures of {self.groups_per_task} prompts, in {self._batches()}"),
-            ("steps", f"{self.trained_steps} of {self.num_steps} trained, {self._sampler()}"),
+            ("steps", f"{self.trained_steps} of {self.num_steps} trained{self._drawn()}, {self._sampler()}"),
             ("student guidance", _guidance(self.student_guidance)),
             ("student evaluations", f"{self.student_evaluations} of the transformer a round, with gradient"),
         ]
         if self.teacher_evaluations:
             rows.append(("teacher evaluations", f"{self.teacher_evaluations} of the transformer a round"))
         if self.sampling_evaluations:
-            rows.append(("sampling evaluations", f"{self.sampling_evaluations} of the transformer a round"))
+            average = " on average" if self.steps_per_rollout else ""
+            rows.append(("sampling evaluations", f"{self.sampling_evaluations} of the transformer a round{average}"))
         if self.base_evaluations:
             rows.append(("base evaluations", f"{self.base_evaluations} of the transformer a round, for train.beta"))
         for teacher, prompts in zip(self.teachers, self.num_prompts, strict=True):
@@ -108,6 +110,9 @@ class RunPlan:
 
     def _batches(self) -> str:
         return f"{self.batches_per_task} batch{'' if self.batches_per_task == 1 else 'es'} a process"
+
+    def _drawn(self) -> str:
+        return f", {self.steps_per_rollout} of them supervised in each rollout" if self.steps_per_rollout else ""
 
     def _sampler(self) -> str:
         if self.multistep:
@@ -161,6 +166,11 @@ def check_sampler(values: dict[str, Any], problems: Problems) -> None:
     if problems.good(steps, fraction) and int(values[steps] * values[fraction]) < 1:
         what = f"is {values[fraction]}, which trains none of {values[steps]} steps"
         problems.add(fraction, what, f"Set it to at least {1 / values[steps]:.3g}.")
+    elif problems.good(steps, fraction, "train.steps_per_rollout"):
+        chosen, trained = values["train.steps_per_rollout"], int(values[steps] * values[fraction])
+        if chosen > trained and values.get("train.algorithm") == "opd":
+            remedy = f"Set it to at most {trained}, or to 0 for all of them."
+            problems.add("train.steps_per_rollout", f"is {chosen}, more than the {trained} trained steps", remedy)
     solver, noise = "sample.solver", "sample.noise_level"
     if not problems.good(solver, noise, "sample.deterministic"):
         return
@@ -206,13 +216,18 @@ def make_plan(
     batches_per_task = sample.num_batches_per_epoch // visited
     images_per_task = batches_per_task * sample.train_batch_size * num_processes
     trained_steps = int(sample.num_steps * train.timestep_fraction)
+    chosen = train.steps_per_rollout if train.algorithm == "opd" else 0
     student_guidance = float(sample.guidance_scale) if train.cfg else 1.0
-    visits = images_per_task * trained_steps
+    visits = images_per_task * (chosen or trained_steps)
     student_evaluations = visits * visited * _passes(student_guidance) * train.num_inner_epochs
     pictures = images_per_task * sample.num_steps * visited
     teacher_passes = sum(_passes(teacher.guidance_scale) for teacher in teachers) * visited / len(teachers)
     from_rewards = train.algorithm in REWARD_ALGORITHMS
     old_policy = student_evaluations if train.algorithm == "nft" else 0
+    if from_rewards:
+        sampling = pictures * _passes(student_guidance) + old_policy
+    else:
+        sampling = round(images_per_task * visited * _passes(student_guidance) * _unsupervised(trained_steps, chosen))
     return RunPlan(
         teachers=teachers,
         num_processes=num_processes,
@@ -224,6 +239,7 @@ def make_plan(
         groups_per_task=images_per_task // sample.num_image_per_prompt,
         num_steps=sample.num_steps,
         trained_steps=trained_steps,
+        steps_per_rollout=chosen,
         kernel=kernel,
         noise_level=noise_level,
         multistep=sample.solver == "dpm2",
@@ -233,7 +249,7 @@ def make_plan(
             "opd": round(visits * teacher_passes),
             "sft": round(images_per_task * sample.num_steps * teacher_passes),
         }.get(train.algorithm, 0),
-        sampling_evaluations=pictures * _passes(student_guidance) + old_policy if from_rewards else 0,
+        sampling_evaluations=sampling,
         base_evaluations=student_evaluations if train.beta > 0 and train.algorithm != "sft" else 0,
         backward_batches=sample.num_batches_per_epoch * sample.train_batch_size // train.batch_size,
         accumulation=train.gradient_accumulation_steps,
@@ -245,6 +261,14 @@ def make_plan(
         num_prompts=num_prompts,
         notes=notes,
     )
+
+
+def _unsupervised(trained_steps: int, chosen: int) -> float:
+    """Steps of a rollout before the last of ``chosen`` drawn ones and not among them, in expectation.
+
+    The largest of k numbers drawn from 1 to T without replacement is k (T + 1) / (k + 1) on average.
+    """
+    return chosen * (trained_steps + 1) / (chosen + 1) - chosen
 
 
 def _passes(guidance_scale: float) -> int:

@@ -34,6 +34,8 @@ USED_BY = {
     **dict.fromkeys(("train.loss", "train.target", "train.self_normalize"), ("opd",)),
     "train.clip_range": ("opd", "grpo"),
     "train.beta": ("opd", *REWARD_ALGORITHMS),
+    "train.steps_per_rollout": ("opd",),
+    "train.merge_teachers": ("opd", "sft"),
 }
 
 CHOICES: dict[str, tuple] = {
@@ -74,6 +76,7 @@ INTERVALS = {
     "train.gradient_accumulation_steps": "[1, inf)",
     "train.num_inner_epochs": "[1, inf)",
     "train.timestep_fraction": "(0, 1]",
+    "train.steps_per_rollout": "[0, inf)",
     "train.learning_rate": "(0, inf)",
     "train.adam_beta1": "[0, 1)",
     "train.adam_beta2": "[0, 1)",

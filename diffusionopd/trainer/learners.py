@@ -27,6 +27,7 @@ def build_optimizer(config: ConfigDict, adapters: Adapters, dtype: torch.dtype) 
         loss_scale=train.loss_scale,
         dynamic_scale=dtype == torch.float16,
         use_8bit=train.use_8bit_adam,
+        fused=train.fused_optimizer,
     )
 
 

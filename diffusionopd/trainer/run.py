@@ -39,6 +39,7 @@ from diffusionopd.trainer.setup import (
     check_devices,
     fill_text_cache,
     load_models,
+    merged_note,
     read_prompts,
 )
 from diffusionopd.trainer.state import (
@@ -164,7 +165,7 @@ class Trainer:
         train = self.config.train
         parameters = self.adapters.parameters(STUDENT)
         self.optimizer = build_optimizer(self.config, self.adapters, self.dtype)
-        self.ema = Ema(parameters, train.ema_decay, train.ema_interval) if train.ema else None
+        self.ema = Ema(parameters, train.ema_decay, train.ema_interval, train.fused_optimizer) if train.ema else None
         negative = self.text.get([""], self.device, self.dtype)
         parts = Parts(self.backbone, self.adapters, self.optimizer, negative)
         self.learner = build_learner(self.config, self.plan, parts, self._score)
@@ -195,7 +196,7 @@ class Trainer:
     def run(self) -> Path | None:
         """Train to ``num_epochs`` rounds; returns the last checkpoint."""
         config = self.config
-        self.accelerator.print(f"writing to {self.plan.run_dir}" + self._resume_note())
+        self.accelerator.print(f"writing to {self.plan.run_dir}" + self._resume_note() + merged_note(self.adapters))
         saved = self.resumed_from
         bar = tqdm(
             total=config.num_epochs, initial=self.completed, desc=self._verb(), unit="round", disable=not self.is_main

@@ -17,6 +17,7 @@ from diffusionopd.backbone import Backbone, encoder_place, find_device, load_bac
 from diffusionopd.batches import adapter_name
 from diffusionopd.config_schema import RunPlan
 from diffusionopd.learner import STUDENT
+from diffusionopd.merged import MergedTeachers
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.text import TextCache
@@ -102,7 +103,8 @@ def load_models(
     )
     if config.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
-    adapters, train = Adapters(backbone.transformer), config.train
+    train = config.train
+    adapters = MergedTeachers(backbone.transformer) if train.merge_teachers else Adapters(backbone.transformer)
     if train.lora_path:
         adapters.add_from(STUDENT, train.lora_path, trainable=True)
     else:
@@ -116,3 +118,11 @@ def load_models(
     for teacher in plan.teachers if not plan.from_rewards else ():
         adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
     return backbone, adapters
+
+
+def merged_note(adapters: Adapters) -> str:
+    """What merged teachers take, for the line that a run begins with; empty without any."""
+    if not isinstance(adapters, MergedTeachers):
+        return ""
+    sizes = adapters.merged_bytes().values()
+    return f", {len(sizes)} merged teachers in {sum(sizes) / 1e9:.3g} GB"

@@ -1,0 +1,121 @@
+"""A merged teacher is the teacher: same velocities, and nothing else of the model notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusionopd.adapters import AdapterError, Adapters
+from diffusionopd.backbone import load_backbone
+from diffusionopd.merged import MergedTeachers
+
+from .conftest import TARGETS
+
+
+@pytest.fixture
+def both(pipeline_folder, make_lora):
+    """Two equal models with a student and two teachers, one of which adapts other modules; merged in the second."""
+
+    def build(kind, dtype=torch.float32):
+        backbone = load_backbone(str(pipeline_folder), dtype=dtype)
+        adapters = kind(backbone.transformer)
+        adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
+        adapters.add_teacher("teacher_a", make_lora(1))
+        adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3, targets=["attn.to_q", "ff.net.2"]))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapters.parameters("student"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        return backbone, adapters
+
+    return lambda dtype=torch.float32: (build(Adapters, dtype), build(MergedTeachers, dtype))
+
+
+def velocity(backbone, text, sigma=0.7):
+    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
+    return backbone.velocity(x, sigma, text(2))
+
+
+@torch.no_grad()
+def test_velocities_are_those_of_the_unmerged_adapters(both, text):
+    (plain, adapters), (merged, switched) = both()
+    base = dict(merged.transformer.named_parameters())
+    for name in ("teacher_a", "student", "teacher_b", "teacher_a", None, "teacher_b", "student"):
+        adapters.use(name)
+        switched.use(name)
+        assert switched.active == name
+        mine, other = velocity(merged, text), velocity(plain, text)
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        if name in ("student", None):
+            assert torch.equal(mine, other), "the student's and the base's arithmetic is untouched"
+    after = dict(merged.transformer.named_parameters())
+    assert base.keys() == after.keys()
+    assert all(base[name] is after[name] for name in base), "the base's own matrices are back"
+
+
+@torch.no_grad()
+def test_half_precision_rounds_the_sum_once(both, text):
+    """The merged teacher in bfloat16 is no further from the exact one than the unmerged one, up to a factor."""
+    (exact, adapters), _ = both()
+    adapters.use("teacher_a")
+    expected = velocity(exact, text)
+    errors = []
+    for backbone, own in both(torch.bfloat16):
+        own.use("teacher_a")
+        errors.append((velocity(backbone, text) - expected).norm().item())
+    assert errors[1] < 2 * errors[0]
+    assert errors[1] < 0.05 * expected.norm().item()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_students_graph_survives_a_teachers_pass(both, text, checkpointing):
+    gradients = []
+    for between, (backbone, adapters) in zip(((), ("teacher_a", None, "teacher_b")), both(), strict=True):
+        if checkpointing:
+            backbone.transformer.enable_gradient_checkpointing()
+        adapters.use("student")
+        v = velocity(backbone, text)
+        for name in between:
+            with torch.no_grad(), adapters.using(name):
+                velocity(backbone, text, 0.3)
+        assert adapters.active == "student"
+        v.square().mean().backward()
+        gradients.append([p.grad for p in adapters.parameters("student")])
+    for mine, other in zip(*gradients, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert torch.equal(mine, other)
+
+
+def test_adding_and_saving_while_a_teacher_is_in_use(both, text, make_lora, tmp_path):
+    (_, adapters), (backbone, merged) = both()
+    merged.use("teacher_a")
+    merged.add_teacher("teacher_c", make_lora(3))
+    adapters.add_teacher("teacher_c", make_lora(3))
+    assert merged.active == "teacher_a"
+    for kind, saved in ((adapters, tmp_path / "plain"), (merged, tmp_path / "merged")):
+        kind.save_peft("student", saved)
+        kind.save_diffusers("student", saved)
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        mine, other = load_file(tmp_path / "merged" / file.name), load_file(file)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in other)
+    for mine, other in zip(merged._merged["teacher_c"], merged._merged["teacher_a"], strict=True):
+        (layer, copy), (_, first) = mine, other
+        base = next(base for exchanged, base in merged._exchanged if exchanged is layer)
+        delta = layer.scaling["teacher_c"] * layer.lora_B["teacher_c"].weight @ layer.lora_A["teacher_c"].weight
+        torch.testing.assert_close(copy.weight, base.weight + delta, rtol=1e-6, atol=1e-7)
+        assert copy.bias is first.bias is base.bias
+    with pytest.raises(AdapterError, match="no adapter 'nobody'"):
+        merged.use("nobody")
+    assert merged.active == "teacher_a"
+
+
+def test_memory_is_that_of_the_adapted_matrices(both):
+    _, (backbone, merged) = both()
+    adapted = {n for n, m in backbone.transformer.named_modules() if "teacher_a" in getattr(m, "lora_A", {})}
+    assert len(adapted) == 31
+    expected = sum(backbone.transformer.get_submodule(n).get_base_layer().weight.numel() * 4 for n in adapted)
+    assert merged.merged_bytes()["teacher_a"] == expected
+    assert 0 < merged.merged_bytes()["teacher_b"] < expected * 4

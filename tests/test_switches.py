@@ -1,0 +1,71 @@
+"""What makes a round faster changes nothing but its time: ten rounds with each switch against ten without any."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffusionopd.trainer import train
+
+COMMON = {
+    "num_epochs": 10,
+    "eval_freq": 0,
+    "sample__num_steps": 2,
+    "sample__noise_level": 0.7,
+    "sample__train_batch_size": 1,
+    "train__batch_size": 1,
+    "train__timestep_fraction": 1.0,
+    "train__ema": True,
+    "train__ema_interval": 1,
+    "train__fused_optimizer": False,
+}
+KEYS = ("loss", "loss/first", "loss/second", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[dict]]:
+    """Metrics of the plain run, filled by the first test that needs them."""
+    return {}
+
+
+def rows(tiny_config, tmp_path, **changes) -> list[dict]:
+    train(tiny_config(**(COMMON | changes)))
+    lines = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in KEYS} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"train__fused_optimizer": True},
+        {"train__merge_teachers": True},
+        {"train__merge_teachers": True, "activation_checkpointing": True},
+    ],
+    ids=lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()),
+)
+def test_ten_rounds_are_those_of_the_plain_run(tiny_config, tmp_path, plain, switch):
+    if not plain:
+        plain["rows"] = rows(tiny_config, tmp_path, run_name="run")
+        assert plain["rows"][-1]["loss"] < 0.98 * plain["rows"][0]["loss"], "ten rounds must train something"
+        (tmp_path / "logs" / "run").rename(tmp_path / "logs" / "plain")
+    switched = rows(tiny_config, tmp_path, **switch)
+    assert len(switched) == 10
+    for mine, other in zip(switched, plain["rows"], strict=True):
+        for key in KEYS:
+            assert mine[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+def test_drawn_steps_do_not_depend_on_the_batch_size(tiny_config, tmp_path):
+    drawn = {"train__steps_per_rollout": 1, "num_epochs": 4, "train__timestep_fraction": 0.99, "sample__num_steps": 4}
+    ones = rows(tiny_config, tmp_path, sample__train_batch_size=2, train__gradient_accumulation_steps=4, **drawn)
+    (tmp_path / "logs" / "run").rename(tmp_path / "logs" / "ones")
+    twos = rows(tiny_config, tmp_path, sample__train_batch_size=2, train__batch_size=2, **drawn)
+    for mine, other in zip(ones, twos, strict=True):
+        for key in KEYS:
+            assert mine[key] == pytest.approx(other[key], rel=1e-4), key
+    lines = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
+    counted = [json.loads(line)["evaluations"] for line in lines]
+    # Of two pictures a task: the steps up to the drawn one, and the teachers there, one of them under guidance.
+    assert set(counted) <= {2 * (first + second + 3) for first in (1, 2, 3) for second in (1, 2, 3)}
+    assert len(set(counted)) > 1, "rounds draw anew"
