@@ -63,6 +63,9 @@ def get_config() -> ConfigDict:
     # "cuda:1"; empty is the training device. Every process loads its own.
     config.text_encoder_device = ""
     config.vae_device = ""
+    # Make the batches of the next round (prompts, cached embeddings, noise) in a thread while this one trains. They are
+    # the same; the embeddings of two rounds are in the host's memory.
+    config.prefetch = True
     # Must be True: the student is a LoRA on the frozen base.
     config.use_lora = True
 

@@ -7,7 +7,7 @@ whatever the number of processes and the size of a backward batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,17 +42,22 @@ class Batch:
     steps: Sequence[int] = ()  # which of the trained steps are supervised, increasing; empty: all of them
     draw_forward_noise: Callable[[int], Tensor] = draw_none  # as draw_noise, for noising final latents again
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
+        text = TextEmbeddings(*(part.to(device, non_blocking=True) for part in self.text))
+        return replace(self, x=self.x.to(device, non_blocking=True), text=text)
+
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes a process's batches of any round, in any order."""
+    """Makes a process's batches of any round, in any order and in any thread."""
 
     plan: RunPlan
     samplers: Mapping[str, PromptSampler]  # task -> which of its prompts comes when
     prompts: Mapping[str, Sequence[Prompt]]  # task -> its training prompts
     text: TextCache
     latent_shape: tuple[int, int, int]
-    device: torch.device
+    device: torch.device  # that the batches will be used on
     dtype: torch.dtype  # of the text embeddings
     seed: int
     backward_size: int  # samples in one backward pass
@@ -62,13 +67,20 @@ class BatchMaker:
     world: int
 
     def round(self, index: int, *, watched: bool) -> Iterator[Batch]:
-        """The batches of round ``index`` (from 0), task by task; ``watched`` asks the first of each for pictures."""
+        """The batches of round ``index`` (from 0), task by task; ``watched`` asks the first of each for pictures.
+
+        Their tensors are in the host's memory, pinned when they will be used on a GPU; noise that is drawn later is on
+        the device.
+        """
         plan, size = self.plan, self.backward_size
         for task in plan.tasks_of(index):
             for batch in range(plan.batches_per_task):
                 first = (batch * self.world + self.rank) * plan.batch_size
                 for start in range(first, first + plan.batch_size, size):
                     yield self._batch(index, task, range(start, start + size), watched and batch == 0)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _supervised(self, key: tuple[int, int, int]) -> tuple[int, ...]:
         """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
@@ -81,16 +93,18 @@ class BatchMaker:
         sampler, texts = self.samplers[teacher.name], self.prompts[teacher.name]
         prompts = [texts[sampler.index(index, group)] for group in groups]
         own = groups if self.same_latent else samples
+        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
 
         def draw(stream: Stream, step: int) -> Tensor:
-            return noise(self.latent_shape, [(stream, *key, i, step) for i in samples]).to(self.device)
+            drawn = noise(self.latent_shape, [(stream, *key, i, step) for i in samples])
+            return self._pinned(drawn).to(self.device, non_blocking=True)
 
         return Batch(
             task=teacher.name,
             teacher=adapter_name(teacher),
             teacher_guidance=teacher.guidance_scale,
-            x=noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own]).to(self.device),
-            text=self.text.get([prompt.text for prompt in prompts], self.device, self.dtype),
+            x=self._pinned(noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own])),
+            text=TextEmbeddings(*(self._pinned(part) for part in text)),
             draw_noise=partial(draw, Stream.STEP),
             prompts=prompts,
             wants_picture=watched,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,16 @@ class Picture:
     prompts: Sequence[Prompt]
 
 
+@dataclass
+class _Look:
+    """What the thread made of the pictures of a round."""
+
+    scores: list[tuple[str, Future[Scores]]] = field(default_factory=list)  # (task, its scores to come)
+    problem: str = ""  # with the grid
+
+
 class Monitor:
-    """Scores pictures in a worker thread and writes captioned grids.
+    """Decodes and scores pictures and writes captioned grids, in threads and, on a GPU, on a stream of its own.
 
     A reward that cannot be built or that fails is reported once and left out: nothing here can change or stop the
     training.
@@ -51,26 +61,20 @@ class Monitor:
         self._names = [(task, name) for task, weights in rewards.items() for name in weights]
         built = {task: self._worker(task, weights, device, options or {}) for task, weights in rewards.items()}
         self._workers = {task: worker for task, worker in built.items() if worker is not None}
-        self._pending: list[tuple[str, Future[Scores]]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
+        self._looks: list[Future[_Look]] = []
         self._failed: set[str] = set()
+        self._closing = threading.Event()
 
     def watch(self, pictures: Sequence[Picture], *, score: bool, grid: Path | None = None, title: str = "") -> None:
-        """Decode pictures; hand them to the scorers when ``score``; write them to ``grid`` (a file name) when given."""
-        images = [self._decode(p.latents).cpu() for p in pictures]
-        if score:
-            for picture, pixels in zip(pictures, images, strict=True):
-                if worker := self._workers.get(picture.task):
-                    texts, metadata = [p.text for p in picture.prompts], [p.metadata for p in picture.prompts]
-                    self._pending.append((picture.task, worker.submit(pixels, texts, metadata)))
-        if grid is not None and images:
-            captions = [f"{p.task}: {prompt.text}" for p in pictures for prompt in p.prompts]
-            self._write_grid(torch.cat(images), captions, self._folder / grid, title)
+        """Have pictures decoded, scored when ``score``, written to ``grid`` (a file name) when given. Does not wait."""
+        self._looks.append(self._thread.submit(self._look, pictures, _ready(pictures), score, grid, title))
 
     def collect(self) -> dict[str, float]:
         """Wait for what was submitted; the mean over processes of each ``monitor/<task>/<reward>``. Collective."""
         totals = torch.zeros(len(self._names), 2, dtype=torch.float64)
-        pending, self._pending = self._pending, []
-        for task, future in pending:
+        looks, self._looks = self._looks, []
+        for task, future in [entry for look in looks for entry in self._seen(look)]:
             scores = self._result(task, future)
             for row, (name_task, name) in enumerate(self._names):
                 if name_task == task and name in scores:
@@ -82,9 +86,39 @@ class Monitor:
         return {f"monitor/{task}/{name}": total / count for (task, name), (total, count) in rows if count}
 
     def close(self) -> None:
-        """Drop what has not been scored and end the threads."""
+        """Drop what has not been scored and end the threads; a picture in work is not waited for."""
+        self._closing.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers.values():
             worker.close(cancel=True)
+
+    def _look(
+        self, pictures: Sequence[Picture], ready: torch.cuda.Event | None, score: bool, grid: Path | None, title: str
+    ) -> _Look:
+        look, images = _Look(), []
+        for picture in pictures:
+            if self._closing.is_set():
+                return look
+            with _beside(ready, picture.latents.device):
+                images.append(self._decode(picture.latents).cpu())
+            if score and (worker := self._workers.get(picture.task)):
+                texts, metadata = [p.text for p in picture.prompts], [p.metadata for p in picture.prompts]
+                look.scores.append((picture.task, worker.submit(images[-1], texts, metadata)))
+        if grid is not None and images:
+            captions = [f"{p.task}: {prompt.text}" for p in pictures for prompt in p.prompts]
+            look.problem = self._write_grid(torch.cat(images), captions, self._folder / grid, title)
+        return look
+
+    def _seen(self, look: Future[_Look]) -> list[tuple[str, Future[Scores]]]:
+        """The scores to come of one round's pictures; what went wrong is said here, in the training thread."""
+        try:
+            seen = look.result()
+        except Exception as error:  # noqa: BLE001 - out of memory, or whatever a decoder raises
+            warnings.warn(f"the pictures of a round could not be decoded, training goes on: {error!r}", stacklevel=3)
+            return []
+        if seen.problem:
+            warnings.warn(seen.problem, stacklevel=3)
+        return seen.scores
 
     def _result(self, task: str, future: Future[Scores]) -> Scores:
         try:
@@ -108,8 +142,27 @@ class Monitor:
             return None
 
     @staticmethod
-    def _write_grid(images: Tensor, captions: Sequence[str], path: Path, title: str) -> None:
+    def _write_grid(images: Tensor, captions: Sequence[str], path: Path, title: str) -> str:
         try:
             sample_grid(images, captions, path, title=title)
         except OSError as error:
-            warnings.warn(f"cannot write the sample grid {path}, training goes on: {error}", stacklevel=3)
+            return f"cannot write the sample grid {path}, training goes on: {error}"
+        return ""
+
+
+def _ready(pictures: Sequence[Picture]) -> torch.cuda.Event | None:
+    """The moment at which the GPU has computed what was launched so far, the pictures' latents among it."""
+    device = pictures[0].latents.device
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextmanager
+def _beside(ready: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
+    """Launch on a stream of its own what needs ``ready``, so that neither waits for what is launched after that."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield

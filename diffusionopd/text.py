@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import time
 import uuid
 import warnings
@@ -56,6 +57,7 @@ class TextCache:
         self.dtype = dtype
         self._memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._memory_items = memory_items
+        self._lock = threading.Lock()  # batches are made in a thread beside evaluations
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of a prompt is or will be."""
@@ -110,7 +112,8 @@ class TextCache:
         """
         if not prompts:
             raise TextCacheError("no prompts given: an empty batch has no embeddings")
-        rows = [self._load(prompt) for prompt in prompts]
+        with self._lock:
+            rows = [self._load(prompt) for prompt in prompts]
         batch = TextEmbeddings(torch.stack([tokens for tokens, _ in rows]), torch.stack([pooled for _, pooled in rows]))
         return batch.to(device, dtype)
 

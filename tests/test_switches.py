@@ -19,6 +19,7 @@ COMMON = {
     "train__ema": True,
     "train__ema_interval": 1,
     "train__fused_optimizer": False,
+    "prefetch": False,
 }
 KEYS = ("loss", "loss/first", "loss/second", "grad_norm")
 
@@ -40,6 +41,7 @@ def rows(tiny_config, tmp_path, **changes) -> list[dict]:
     [
         {"train__fused_optimizer": True},
         {"train__merge_teachers": True},
+        {"prefetch": True, "monitor_freq": 1},
         {"train__merge_teachers": True, "activation_checkpointing": True},
     ],
     ids=lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()),

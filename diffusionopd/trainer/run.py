@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from diffusionopd.rewards import (
 from diffusionopd.stages import stage
 from diffusionopd.text import TextCache
 from diffusionopd.trainer.learners import build_learner, build_optimizer
+from diffusionopd.trainer.prefetch import Rounds
 from diffusionopd.trainer.setup import (
     build_evaluation_scorers,
     build_rewards,
@@ -145,7 +147,7 @@ class Trainer:
 
     def _build_batches(self) -> None:
         config = self.config
-        self.batches = BatchMaker(
+        maker = BatchMaker(
             self.plan,
             self.prompts.samplers,
             self.prompts.train,
@@ -159,6 +161,9 @@ class Trainer:
             same_latent=config.sample.same_latent,
             rank=self.rank,
             world=self.world,
+        )
+        self.rounds = Rounds(
+            maker, watched=lambda index: any(self._looks(index)), end=config.num_epochs, ahead=config.prefetch
         )
 
     def _build_learner(self) -> None:
@@ -182,7 +187,12 @@ class Trainer:
         watched = bool(config.monitor_freq) and not self.plan.from_rewards
         rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if watched else {}
         self.monitor = Monitor(
-            self.backbone.decode, rewards, run_dir / "samples", str(self.device), self.plan.reward_options
+            # One at a time: the pictures are decoded beside the next round, and share its memory.
+            partial(self.backbone.decode, chunk=1),
+            rewards,
+            run_dir / "samples",
+            str(self.device),
+            self.plan.reward_options,
         )
         self.scorers = build_evaluation_scorers(self.plan, str(self.device)) if config.eval_freq else {}
         self._held_row: dict[str, Any] | None = None
@@ -218,6 +228,7 @@ class Trainer:
 
     def close(self) -> None:
         """Write what is still held, end threads and trackers."""
+        self.rounds.close()
         self.monitor.close()
         for worker in self.rewards.values():
             worker.close(cancel=True)
@@ -225,16 +236,10 @@ class Trainer:
 
     def round(self, index: int) -> dict[str, Any]:
         """Train round ``index`` (from 0); its metrics."""
-        started, config = time.perf_counter(), self.config
-        number, last = index + 1, index + 1 == config.num_epochs
-        score = (
-            bool(config.monitor_freq)
-            and not self.plan.from_rewards
-            and (number % config.monitor_freq == 0 or number == 1 or last)
-        )
-        grid = bool(config.sample_freq) and (number % config.sample_freq == 0 or number == 1 or last)
+        started, number = time.perf_counter(), index + 1
+        score, grid = self._looks(index)
         with stage("prompts and noise"):
-            batches = list(self.batches.round(index, watched=score or grid))
+            batches = self.rounds.batches(index)
         evaluations = self.backbone.evaluations
         result = self.learner.round(batches, f"round {number}")
         result.metrics["evaluations"] = float((self.backbone.evaluations - evaluations) * self.world)
@@ -250,6 +255,16 @@ class Trainer:
             with stage("monitoring"):
                 self.monitor.watch(pictures, score=score, grid=name, title=f"pictures of round {number}")
         return self._row(number, batches, result, time.perf_counter() - started)
+
+    def _looks(self, index: int) -> tuple[bool, bool]:
+        """Whether the pictures of round ``index`` are scored, and whether they become a grid: the first's, every
+        so many rounds, and the last's."""
+        config, number = self.config, index + 1
+        ends = number in (1, config.num_epochs)
+        # Rewards that are trained on are measured anyway.
+        score = config.monitor_freq and not self.plan.from_rewards and (ends or number % config.monitor_freq == 0)
+        grid = config.sample_freq and (ends or number % config.sample_freq == 0)
+        return bool(score), bool(grid)
 
     def _row(self, number: int, batches: list[Batch], result: RoundResult, seconds: float) -> dict[str, Any]:
         by_task = {

@@ -1,0 +1,106 @@
+"""Looking at pictures happens beside the training: nothing waits for it, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from diffusionopd.monitor import Monitor, Picture
+from diffusionopd.prompts import Prompt
+from diffusionopd.rewards.jpeg import JpegCompressibility
+
+REWARDS = {"a": {"jpeg_compressibility": 1.0}, "b": {}}
+PATIENCE = 20.0  # seconds until a test that hangs fails
+
+
+def pictures(tasks="ab"):
+    generator = torch.Generator().manual_seed(0)
+    prompts = [Prompt("a circle", {}), Prompt("a square", {})]
+    return [Picture(task, torch.rand(2, 3, 16, 16, generator=generator), prompts) for task in tasks]
+
+
+@pytest.fixture
+def monitor(tmp_path):
+    made = []
+
+    def make(decode=lambda latents: latents):
+        made.append(Monitor(decode, REWARDS, tmp_path, "cpu"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_scores_and_grid_are_those_of_the_pictures(monitor, tmp_path):
+    look = monitor()
+    look.watch(pictures(), score=True, grid=tmp_path / "grid.png")
+    expected = JpegCompressibility().score(pictures()[0].latents, ["", ""], [{}, {}])["jpeg_compressibility"]
+    assert look.collect() == {"monitor/a/jpeg_compressibility": pytest.approx(np.mean(expected))}
+    assert (tmp_path / "grid.png").is_file()
+    assert look.collect() == {}
+
+
+def test_watching_does_not_wait_for_the_decoder(monitor):
+    free, decoders = threading.Event(), []
+
+    def decode(latents):
+        decoders.append(threading.current_thread())
+        assert free.wait(PATIENCE)
+        return latents
+
+    look = monitor(decode)
+    look.watch(pictures(), score=True)  # returns although nothing is decoded
+    free.set()
+    assert look.collect().keys() == {"monitor/a/jpeg_compressibility"}
+    assert threading.main_thread() not in decoders
+
+
+def test_a_decoder_that_fails_is_said_and_the_next_round_is_seen(monitor):
+    failures = [RuntimeError("out of memory")]
+
+    def decode(latents):
+        if failures:
+            raise failures.pop()
+        return latents
+
+    look = monitor(decode)
+    look.watch(pictures(), score=True)
+    with pytest.warns(UserWarning, match="could not be decoded, training goes on.*out of memory"):
+        assert look.collect() == {}
+    look.watch(pictures(), score=True)
+    assert look.collect().keys() == {"monitor/a/jpeg_compressibility"}
+
+
+def test_a_grid_that_cannot_be_written_is_said_by_the_training_thread(monitor, tmp_path):
+    (tmp_path / "file").write_text("")
+    look = monitor()
+    look.watch(pictures(), score=True, grid=tmp_path / "file" / "grid.png")
+    with pytest.warns(UserWarning, match="cannot write the sample grid"):
+        assert look.collect().keys() == {"monitor/a/jpeg_compressibility"}
+
+
+def test_closing_does_not_wait_for_pictures(monitor):
+    started, free = threading.Event(), threading.Event()
+    decoded = []
+
+    def decode(latents):
+        started.set()
+        assert free.wait(PATIENCE)
+        decoded.append(latents)
+        return latents
+
+    look = monitor(decode)
+    look.watch(pictures(), score=True)
+    look.watch(pictures(), score=True)
+    assert started.wait(PATIENCE)
+    begun = time.monotonic()
+    look.close()
+    assert time.monotonic() - begun < PATIENCE / 2
+    free.set()
+    look._thread.shutdown(wait=True)
+    assert len(decoded) == 1, "the picture in work was the last one"
