@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     sample.train_batch_size = 1
     # Pictures per process in a batch of the evaluation.
     sample.test_batch_size = 1
-    # Pictures per prompt in a round. Divides train_batch_size * processes.
+    # Pictures per prompt in a round. Divides the pictures of a task in a round, over all batches and processes.
     sample.num_image_per_prompt = 1
     # Batches per process and round, shared equally by the tasks: a multiple of the number of teachers.
     sample.num_batches_per_epoch = 2

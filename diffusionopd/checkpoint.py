@@ -17,14 +17,15 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+FORMAT = 1  # of the manifest and what it lists
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _TENSORS, _SCALARS = "tensors.safetensors", "scalars.json"
@@ -35,6 +36,10 @@ _FOREIGN_STALE_SECONDS = 86400.0  # a process of another machine cannot be asked
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or must not be trusted; the message names the file and what is wrong with it."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that is whole, but written by a later version of this program."""
 
 
 def save(
@@ -93,17 +98,27 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The checkpoint saved last that is whole, or None if there is none; warns about each newer one that is damaged."""
-    root = Path(root)
-    _restore_replaced(root)
-    for folder in _newest_first(root):
+    """The checkpoint saved last that is whole, or None if there is none; warns about each newer one that is damaged.
+
+    NewerFormatError for one that a later version wrote: it is not damaged, and going on from an older one would in time
+    overwrite it.
+    """
+    for folder in folders(root):
         try:
             verify(folder)
+        except NewerFormatError:
+            raise
         except (CheckpointError, OSError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and skipped: {error}", stacklevel=2)
         else:
             return folder
     return None
+
+
+def folders(root: str | Path) -> list[Path]:
+    """Every checkpoint of a run, whole or damaged, the one saved last first."""
+    _restore_replaced(Path(root))
+    return _newest_first(Path(root))
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -127,14 +142,16 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], scalars: dict[str
 def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote, tensors on the CPU; CheckpointError if either file is missing or damaged."""
     folder = Path(folder)
-    try:
+    with _reading(folder):
         tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
-        scalars = json.loads((folder / _SCALARS).read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing: {folder} is no saved state") from None
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
-        raise CheckpointError(f"the state in {folder} cannot be read: {error}") from error
-    return tensors, scalars
+    return tensors, load_scalars(folder)
+
+
+def load_scalars(folder: str | Path) -> dict[str, Any]:
+    """The JSON values alone of what `save_state` wrote; CheckpointError if the file is missing or damaged."""
+    folder = Path(folder)
+    with _reading(folder):
+        return json.loads((folder / _SCALARS).read_text("utf-8"))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -146,7 +163,7 @@ def _seal(folder: Path, sequence: int) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _fsync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {"format": 1, "sequence": sequence, "files": files}
+    manifest = {"format": FORMAT, "sequence": sequence, "files": files}
     _write_text(folder / MANIFEST, json.dumps(manifest | {"digest": _digest(manifest)}, indent=1) + "\n")
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _fsync(path)
@@ -274,6 +291,16 @@ def _write_failure(root: Path, name: str, used: int, error: BaseException) -> st
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing: {folder} is no saved state") from None
+    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
+        raise CheckpointError(f"the state in {folder} cannot be read: {error}") from error
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -288,6 +315,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if not whole:
         raise CheckpointError(f"{path} is damaged: it does not match its own digest")
+    if manifest["format"] > FORMAT:
+        raise NewerFormatError(
+            f"{path.parent} has format {manifest['format']}, this program reads {FORMAT}: update the program, or move "
+            "that folder away to go on from an earlier checkpoint"
+        )
     return manifest
 
 

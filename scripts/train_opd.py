@@ -5,6 +5,7 @@
 --config FILE:NAME       the configuration (default config/opd.py:mopd)
 --config.KEY=VALUE       any key of it, such as --config.train.teachers[0].guidance_scale=1.0
 --dry_run                check everything that can be checked before weights load, print the derived counts, and stop
+--allow_config_change    resume although the configuration describes another experiment than the checkpoint's
 """
 
 import sys

@@ -5,6 +5,7 @@
 --config FILE:NAME       the configuration
 --config.KEY=VALUE       any key of it, such as --config.train.learning_rate=1e-4
 --dry_run                check everything that can be checked before weights load, print the derived counts, and stop
+--allow_config_change    resume although the configuration describes another experiment than the checkpoint's
 
 The result, <run folder>/checkpoints/checkpoint-<n>/lora, is what train.teachers takes as lora_path.
 """

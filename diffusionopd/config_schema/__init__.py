@@ -13,6 +13,15 @@ from ml_collections import ConfigDict
 from diffusionopd.config_schema.load import load_config, split_arguments
 from diffusionopd.config_schema.plan import RunPlan, check_batches, check_sampler, make_plan, notes
 from diffusionopd.config_schema.problems import ConfigError, Problems
+from diffusionopd.config_schema.resume import (
+    ResumeError,
+    SavedRun,
+    Start,
+    changes_since,
+    read_saved,
+    refuse_changes,
+    resumed,
+)
 from diffusionopd.config_schema.secrets import check_no_secrets, find_secrets, redacted
 from diffusionopd.config_schema.sources import (
     TeacherSpec,
@@ -25,13 +34,20 @@ from diffusionopd.config_schema.values import base_config, check_names, check_va
 
 __all__ = [
     "ConfigError",
+    "ResumeError",
     "RunPlan",
+    "SavedRun",
+    "Start",
     "TeacherSpec",
     "base_config",
+    "changes_since",
     "check",
     "find_secrets",
     "load_config",
+    "read_saved",
     "redacted",
+    "refuse_changes",
+    "resumed",
     "split_arguments",
 ]
 

@@ -10,7 +10,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from diffusionopd.config_schema import ConfigError, check, load_config, redacted, split_arguments
+from diffusionopd.config_schema import (
+    ConfigError,
+    ResumeError,
+    check,
+    load_config,
+    redacted,
+    resumed,
+    split_arguments,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,8 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         source, overrides, rest = split_arguments(arguments)
         num_processes = parser.parse_known_args(rest)[0].num_processes
         if source is not None and not {"-h", "--help"} & set(rest):
-            check(load_config(source, overrides), num_processes)
-    except ConfigError as error:
+            start = resumed(load_config(source, overrides), num_processes, "--allow_config_change" in rest)
+            check(start.config, num_processes)
+    except (ConfigError, ResumeError) as error:
         print(f"error: {redacted(error)}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusionopd.config_schema.geometry import tasks_a_round
 from diffusionopd.config_schema.problems import Problems
 from diffusionopd.config_schema.sources import TeacherSpec, run_folder, with_origin
 from diffusionopd.config_schema.values import NOISY_KERNELS, ODE_SOLVERS, REWARD_ALGORITHMS, to_plain, unused_keys
@@ -141,9 +142,11 @@ def check_batches(values: dict[str, Any], num_processes: int, problems: Problems
         what = f"is {values[batches]}, not a multiple of the {len(values[tasks])} teachers"
         problems.add(batches, what, f"Set it to {up} (and train.gradient_accumulation_steps to match).")
     batch, group = "sample.train_batch_size", "sample.num_image_per_prompt"
-    if problems.good(batch, group) and values[batch] * num_processes % values[group]:
-        what = f"is {values[group]}, which does not divide {values[batch]} pictures x {num_processes} processes"
-        problems.add(group, what, f"Choose a divisor of {values[batch] * num_processes}.")
+    if problems.good(batch, group, batches, tasks):
+        pictures = values[batches] // tasks_a_round(values) * values[batch] * num_processes
+        if pictures % values[group]:
+            what = f"is {values[group]}, which does not divide the {pictures} pictures of a task in a round"
+            problems.add(group, what, f"Choose a divisor of {pictures}.")
     part, steps = "train.batch_size", "train.gradient_accumulation_steps"
     if problems.good(batch, part) and values[batch] % values[part]:
         what = f"is {values[part]}, which does not divide sample.train_batch_size {values[batch]}"

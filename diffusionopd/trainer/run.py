@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffusionopd import checkpoint, distributed
 from diffusionopd.backbone import DTYPES
 from diffusionopd.batches import Batch, BatchMaker
-from diffusionopd.config_schema import RunPlan, check
+from diffusionopd.config_schema import RunPlan, Start, check, resumed
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
 from diffusionopd.learner import STUDENT, Parts, RoundResult
 from diffusionopd.metrics import MetricsWriter
@@ -35,6 +35,7 @@ from diffusionopd.stages import stage
 from diffusionopd.text import TextCache
 from diffusionopd.trainer.learners import build_learner, build_optimizer
 from diffusionopd.trainer.prefetch import Rounds
+from diffusionopd.trainer.resume import open_resume, prompt_digests, weight_digests
 from diffusionopd.trainer.setup import (
     build_evaluation_scorers,
     build_rewards,
@@ -46,8 +47,6 @@ from diffusionopd.trainer.setup import (
 )
 from diffusionopd.trainer.state import (
     RunError,
-    changed_since,
-    completed_rounds,
     flat,
     load_state,
     save_state,
@@ -68,14 +67,16 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     )
 
 
-def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
+def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: bool = False) -> Path | None:
     """Run ``config`` to its end and return the last checkpoint; with ``dry_run`` check and describe it only.
 
-    Raises ConfigError, PromptError, AdapterError, BackboneError or RunError before anything expensive,
+    ``allow_config_change`` resumes although the configuration describes another experiment than the checkpoint's.
+    Raises ConfigError, ResumeError, PromptError, AdapterError, BackboneError or RunError before anything expensive,
     NonFiniteError and CheckpointError during training; nothing saved before is touched by a failure.
     """
     accelerator = make_accelerator(config)
-    plan = check(config, accelerator.num_processes, REGISTRY)
+    start = resumed(config, accelerator.num_processes, allow_config_change)
+    plan = check(start.config, accelerator.num_processes, REGISTRY)
     check_options(plan.reward_options)
     check_devices(config, accelerator.device)
     accelerator.project_configuration.project_dir = str(plan.run_dir)
@@ -84,7 +85,7 @@ def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
     if dry_run:
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         return None
-    trainer = Trainer(config, plan, accelerator)
+    trainer = Trainer(start.config, plan, accelerator, start=start, allow_config_change=allow_config_change)
     try:
         return trainer.run()
     finally:
@@ -94,7 +95,16 @@ def train(config: ConfigDict, *, dry_run: bool = False) -> Path | None:
 class Trainer:
     """Everything of one run. Building it loads the weights; :meth:`run` trains; :meth:`close` ends its threads."""
 
-    def __init__(self, config: ConfigDict, plan: RunPlan, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        plan: RunPlan,
+        accelerator: Accelerator,
+        *,
+        start: Start | None = None,
+        allow_config_change: bool = False,
+    ) -> None:
+        """``start`` where ``config`` was adapted to the number of processes."""
         self.config, self.plan, self.accelerator = config, plan, accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
@@ -102,37 +112,29 @@ class Trainer:
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        self.resumed_from = self._find_resume()
-        self.completed = completed_rounds(self.resumed_from)
+        self.start = start or Start(config, config, self.world)
+        self.resume = open_resume(self.start, plan, allow_config_change)
+        self.resumed_from, self.completed = (self.resume.folder, self.resume.completed) if self.resume else (None, 0)
         self.prompts = read_prompts(config, plan)
+        self.digests = self._same_as_before(prompt_digests(self.prompts.train))
         self.rewards = build_rewards(plan, str(self.device))
         self.text = self._encode_prompts()
         self.backbone, self.adapters = load_models(config, plan, dtype=self.dtype, device=self.device)
+        self.digests |= self._same_as_before(weight_digests(plan, self.backbone, self.adapters))
         self._build_batches()
         self._build_learner()
-        self._build_metrics()
         if self.resumed_from is not None:
             load_state(self.resumed_from / "state", self.learner, self.ema)
+        self._build_metrics()
         self._check_processes_agree()
 
     # --- build ---------------------------------------------------------------------------------------------------
 
-    def _find_resume(self) -> Path | None:
-        """The checkpoint to resume from; RunError for a fresh start into a folder that holds a run."""
-        wanted, root = self.config.resume_from, self.plan.run_dir / "checkpoints"
-        latest = checkpoint.find_latest(root)
-        if not wanted:
-            if latest is not None:
-                raise RunError(
-                    f"{self.plan.run_dir} already holds a run with {latest.name}. Add --config.resume_from=auto to go "
-                    "on with it, or choose another --config.run_name."
-                )
-            return None
-        if wanted == "auto":
-            return latest
-        folder = Path(wanted)
-        checkpoint.verify(folder)
-        return folder
+    def _same_as_before(self, digests: dict[str, str]) -> dict[str, str]:
+        """``digests``; RunError where the checkpoint that is resumed has other ones."""
+        if self.resume is not None:
+            self.resume.check_digests(digests)
+        return digests
 
     def _encode_prompts(self) -> TextCache:
         texts = self.prompts.used_from(self.plan, self.completed)
@@ -182,7 +184,7 @@ class Trainer:
         self.metrics.truncate_after(self.completed)
         self.metrics.start_trackers(config.run_project, flat(config.to_dict()))
         if self.is_main:
-            write_json(run_dir / "config.json", config.to_dict())
+            write_json(run_dir / "config.json", self.start.given.to_dict())
         # Rewards that are trained on are measured anyway.
         watched = bool(config.monitor_freq) and not self.plan.from_rewards
         rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if watched else {}
@@ -206,7 +208,8 @@ class Trainer:
     def run(self) -> Path | None:
         """Train to ``num_epochs`` rounds; returns the last checkpoint."""
         config = self.config
-        self.accelerator.print(f"writing to {self.plan.run_dir}" + self._resume_note() + merged_note(self.adapters))
+        resuming = f", {self.resume.describe()}" if self.resume else ""
+        self.accelerator.print(f"writing to {self.plan.run_dir}" + resuming + merged_note(self.adapters))
         saved = self.resumed_from
         bar = tqdm(
             total=config.num_epochs, initial=self.completed, desc=self._verb(), unit="round", disable=not self.is_main
@@ -349,15 +352,9 @@ class Trainer:
         with self._averaged():
             self.adapters.save_peft(STUDENT, folder / "lora", base)
             self.adapters.save_diffusers(STUDENT, folder / "diffusers", base)
-        save_state(folder / "state", self.learner, self.ema, self.completed, self.world)
-        write_json(folder / "config.json", self.config.to_dict())
-
-    def _resume_note(self) -> str:
-        if self.resumed_from is None:
-            return ""
-        changed = changed_since(self.resumed_from, self.config)
-        note = f", resuming after round {self.completed} from {self.resumed_from}"
-        return note + ("; changed since then: " + ", ".join(changed) if changed else "")
+        origin = {"written_for": self.start.written_for, "digests": self.digests}
+        save_state(folder / "state", self.learner, self.ema, self.completed, self.world, origin)
+        write_json(folder / "config.json", self.start.given.to_dict())
 
 
 def _trackers(config: ConfigDict) -> list[str]:

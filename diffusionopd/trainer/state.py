@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
 from diffusionopd import checkpoint
@@ -21,8 +21,10 @@ class RunError(ValueError):
     """A run that must not start; the message says why and what to do."""
 
 
-def save_state(folder: Path, learner: Learner, ema: Ema | None, completed: int, num_processes: int) -> None:
-    """Write everything that the next round depends on into ``folder``."""
+def save_state(
+    folder: Path, learner: Learner, ema: Ema | None, completed: int, num_processes: int, origin: dict[str, Any]
+) -> None:
+    """Write everything that the next round depends on into ``folder``; ``origin`` is what a resume compares with."""
     optimizer = learner.optimizer
     tensors: dict[str, Tensor] = {f"student.{i}": p for i, p in enumerate(optimizer.parameters)}
     tensors |= {f"ema.{i}": p for i, p in enumerate(ema.shadow if ema else [])}
@@ -31,7 +33,8 @@ def save_state(folder: Path, learner: Learner, ema: Ema | None, completed: int, 
         "round": completed,
         "num_processes": num_processes,
         "scaler": optimizer.state_scalars(),
-        "versions": _versions(),
+        "versions": versions(),
+        **origin,
     }
     checkpoint.save_state(folder, tensors, scalars)
 
@@ -53,18 +56,6 @@ def load_state(folder: Path, learner: Learner, ema: Ema | None) -> None:
     learner.load_state(tensors)
 
 
-def completed_rounds(folder: Path | None) -> int:
-    """The rounds done when the checkpoint ``folder`` was saved; 0 without one."""
-    return 0 if folder is None else int(checkpoint.load_state(folder / "state")[1]["round"])
-
-
-def changed_since(folder: Path, config: ConfigDict) -> list[str]:
-    """``key: old -> new`` for each key that differs from the configuration of the checkpoint ``folder``."""
-    before = flat(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    now = flat(json.loads(json.dumps(config.to_dict())))
-    return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``{"section.key": value}``; what is no plain value becomes text."""
     result: dict[str, Any] = {}
@@ -78,15 +69,18 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write indented JSON; missing folders are made."""
+    """Write indented JSON, all of it or nothing; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _numbered(tensors: dict[str, Tensor], part: str) -> dict[int, Tensor]:
     return {int(key.split(".")[1]): tensor for key, tensor in tensors.items() if key.split(".")[0] == part}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions on which a run's numbers depend."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
