@@ -143,7 +143,7 @@ def test_resume_from_a_path_or_a_damaged_checkpoint(tiny_config, tmp_path):
 def test_student_of_another_rank_is_not_resumed(tiny_config):
     train(tiny_config(num_epochs=1))
     with pytest.raises(RunError, match="another rank"):
-        train(tiny_config(num_epochs=2, resume_from="auto", train__lora_rank=8))
+        train(tiny_config(num_epochs=2, resume_from="auto", train__lora_rank=8), allow_config_change=True)
 
 
 def test_smaller_backward_batches_train_the_same_student(tiny_config):

@@ -32,9 +32,9 @@ from diffusionopd.config_schema.values import (
 # The others (CONTRIBUTING.md) are what the student is trained on, and towards.
 FREE = NO_EFFECT | frozenset(
     "run_name logdir save_dir num_epochs save_freq num_checkpoint_limit resume_from eval_freq eval_num_prompts "
-    "monitor_freq sample_freq log_with run_project mixed_precision allow_tf32 activation_checkpointing cache_dir "
-    "sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size train.learning_rate train.max_grad_norm "
-    "train.loss_scale train.ema train.ema_decay train.ema_interval".split()
+    "monitor_freq sample_freq log_with run_project mixed_precision allow_tf32 activation_checkpointing "
+    "text_encoder_device vae_device cache_dir sample.eval_num_steps sample.eval_guidance_scale "
+    "sample.test_batch_size train.learning_rate train.max_grad_norm train.loss_scale train.ema train.ema_decay train.ema_interval".split()
 )
 EXPERIMENT = frozenset(
     "seed use_lora resolution max_sequence_length pretrained.model pretrained.revision dataset prompt_fn reward_fn "
@@ -111,7 +111,7 @@ def _adapted(config: ConfigDict, values: dict[str, Any], saved: SavedRun, num_pr
         section, name = key.split(".")
         adapted[section][name] = new
     listed = ", ".join(f"{key} {values[key]} -> {new}" for key, new in changes.items() if new != values[key])
-    note = f"{num_processes} processes instead of {saved.written_for}: {listed}, so that a round stays the same"
+    note = f"processes {saved.written_for} -> {num_processes}, so that a round stays the same: {listed}"
     return Start(adapted, config, saved.written_for, (note,))
 
 
@@ -126,7 +126,8 @@ def refuse_changes(saved: SavedRun, values: dict[str, Any], num_processes: int) 
 def changes_since(saved: SavedRun, values: dict[str, Any], num_processes: int) -> tuple[list[str], list[str]]:
     """``key: old -> new``, first of what changes the experiment, then of what does not."""
     before, now = _expanded(saved.values), _expanded(values)
-    refused, free = [], []
+    refused: list[str] = []
+    free: list[str] = []
     for key in sorted(before | now):
         old, new = _plain(before.get(key)), _plain(now.get(key))
         if old != new and key not in BATCH_KEYS:

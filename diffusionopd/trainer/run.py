@@ -114,7 +114,8 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.start = start or Start(config, config, self.world)
         self.resume = open_resume(self.start, plan, allow_config_change)
-        self.resumed_from, self.completed = (self.resume.folder, self.resume.completed) if self.resume else (None, 0)
+        self.resumed_from = self.resume.folder if self.resume else None
+        self.completed = self.resume.completed if self.resume else 0
         self.prompts = read_prompts(config, plan)
         self.digests = self._same_as_before(prompt_digests(self.prompts.train))
         self.rewards = build_rewards(plan, str(self.device))
