@@ -29,12 +29,13 @@ from diffusionopd.config_schema.values import (
 )
 
 # Keys that say how long a run is, what is written and watched, where it computes and how its numbers are kept stable.
-# The others (CONTRIBUTING.md) are what the student is trained on, and towards.
+# A resumed run may change them; EXPERIMENT is what the student is trained on, and towards, and stays.
 FREE = NO_EFFECT | frozenset(
     "run_name logdir save_dir num_epochs save_freq num_checkpoint_limit resume_from eval_freq eval_num_prompts "
     "monitor_freq sample_freq log_with run_project mixed_precision allow_tf32 activation_checkpointing "
     "text_encoder_device vae_device cache_dir sample.eval_num_steps sample.eval_guidance_scale "
-    "sample.test_batch_size train.learning_rate train.max_grad_norm train.loss_scale train.ema train.ema_decay train.ema_interval".split()
+    "sample.test_batch_size train.learning_rate train.max_grad_norm train.loss_scale "
+    "train.ema train.ema_decay train.ema_interval".split()
 )
 EXPERIMENT = frozenset(
     "seed use_lora resolution max_sequence_length pretrained.model pretrained.revision dataset prompt_fn reward_fn "
