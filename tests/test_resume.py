@@ -495,7 +495,7 @@ def test_other_versions_are_said_in_one_line(tiny_config, capsys, monkeypatch):
     capsys.readouterr()
     train(tiny_config(num_epochs=1, resume_from="auto"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("saved with"))
-    assert line == f"saved with other versions: torch 2.12.0 -> {versions()['torch']}, peft 0.1 -> {versions()['peft']}"
+    assert line == f"saved with other versions: peft 0.1 -> {versions()['peft']}, torch 2.12.0 -> {versions()['torch']}"
 
 
 def test_the_checkpoint_that_was_resumed_is_kept(tiny_config, tmp_path):

@@ -31,21 +31,31 @@ from diffusionopd.config_schema.values import (
 # Keys that say how long a run is, what is written and watched, where it computes and how its numbers are kept stable.
 # A resumed run may change them; EXPERIMENT is what the student is trained on, and towards, and stays.
 FREE = NO_EFFECT | frozenset(
-    "run_name logdir save_dir num_epochs save_freq num_checkpoint_limit resume_from eval_freq eval_num_prompts "
-    "monitor_freq sample_freq log_with run_project mixed_precision allow_tf32 activation_checkpointing "
-    "text_encoder_device vae_device cache_dir sample.eval_num_steps sample.eval_guidance_scale "
-    "sample.test_batch_size train.learning_rate train.max_grad_norm train.loss_scale "
-    "train.ema train.ema_decay train.ema_interval".split()
+    """
+    run_name logdir save_dir cache_dir log_with run_project
+    num_epochs save_freq num_checkpoint_limit resume_from
+    eval_freq eval_num_prompts monitor_freq sample_freq
+    sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size
+    mixed_precision allow_tf32 activation_checkpointing text_encoder_device vae_device
+    train.merge_teachers train.fused_optimizer prefetch
+    train.learning_rate train.max_grad_norm train.loss_scale
+    train.ema train.ema_decay train.ema_interval
+    """.split()
 )
 EXPERIMENT = frozenset(
-    "seed use_lora resolution max_sequence_length pretrained.model pretrained.revision dataset prompt_fn reward_fn "
-    "reward_options per_prompt_stat_tracking sample.num_steps sample.guidance_scale sample.teacher_guidance_scale "
-    "sample.num_image_per_prompt sample.solver sample.noise_level sample.deterministic sample.same_latent "
-    "sample.global_std train.algorithm train.task_order train.teachers train.loss train.target train.self_normalize "
-    "train.clip_range train.clip_range_lt train.clip_range_gt train.beta train.cfg train.timestep_fraction "
-    "train.num_inner_epochs train.adam_beta1 train.adam_beta2 train.adam_weight_decay train.adam_epsilon "
-    "train.use_8bit_adam train.adv_clip_max train.nft_beta train.old_policy_decay train.lora_path train.lora_rank "
-    "train.lora_alpha train.lora_target_modules".split()
+    """
+    pretrained.model pretrained.revision use_lora
+    train.lora_path train.lora_rank train.lora_alpha train.lora_target_modules
+    train.teachers dataset prompt_fn reward_fn reward_options train.task_order
+    seed resolution max_sequence_length
+    sample.solver sample.num_steps sample.noise_level sample.deterministic
+    sample.guidance_scale sample.teacher_guidance_scale sample.num_image_per_prompt sample.same_latent
+    train.algorithm train.loss train.target train.self_normalize train.beta train.cfg
+    train.timestep_fraction train.steps_per_rollout train.num_inner_epochs
+    train.clip_range train.clip_range_lt train.clip_range_gt train.adv_clip_max
+    train.nft_beta train.old_policy_decay sample.global_std per_prompt_stat_tracking
+    train.adam_beta1 train.adam_beta2 train.adam_weight_decay train.adam_epsilon train.use_8bit_adam
+    """.split()
 )
 # Of a reward that is trained on: where and how patiently it computes, not what it says.
 _REWARD_PLACEMENT = frozenset(

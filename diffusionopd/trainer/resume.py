@@ -139,7 +139,12 @@ def weight_digests(plan: RunPlan, backbone: Backbone, adapters: Adapters) -> dic
     )
     digests = {f"the base model ({backbone.dtype})": _sha256(_bytes(_sampled(p)) for p in own)}
     for teacher in plan.teachers if not plan.from_rewards else ():
-        digests[f"the teacher of {teacher.name}"] = _sha256(map(_bytes, adapters.parameters(adapter_name(teacher))))
+        name = adapter_name(teacher)
+        config = {
+            key: value for key, value in vars(adapters.configs[name]).items() if "alpha" in key or "rslora" in key
+        }
+        scale = json.dumps(config, sort_keys=True).encode()
+        digests[f"the teacher of {teacher.name}"] = _sha256([scale, *map(_bytes, adapters.parameters(name))])
     return digests
 
 
