@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
     config.log_with = "none"
     # Project name in the tracker.
     config.run_project = "diffusionopd"
+    # Seconds that a process waits for the others, at each point where they meet, before it ends with an error that
+    # names the missing ones. Encoding prompts for the first time may take hours whatever this says.
+    config.collective_timeout = 1800.0
 
     # ---- Precision and memory ----------------------------------------------------------------------------------------
     # "no", "fp16" or "bf16": the type in which frozen weights are held and the transformer computes. LoRA weights, the

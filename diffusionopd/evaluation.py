@@ -22,12 +22,15 @@ from diffusionopd.adapters import Adapters, LoraWeights
 from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.benchmarks import Benchmark
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import Stream, noise, together
+from diffusionopd.distributed import Stream, gather_over_processes, meet, noise, together
 from diffusionopd.prompts import Prompt
 from diffusionopd.results import AVERAGES, EvaluationError, Record, ResultFolder, Summary, read_averages, summarise
 from diffusionopd.rewards import Scorer, build_scorer, score_all, to_uint8
 from diffusionopd.text import TextCache
 from diffusionopd.transitions import transition
+
+PATIENCE = 12 * 3600.0
+"""Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
 
 
 class Generate(Protocol):
@@ -141,7 +144,7 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     rank: int = 0,
     world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    barrier: Callable[[], object] = lambda: None,
 ) -> dict[str, Summary]:
     """Score every prompt's pictures and write the files of `diffusionopd.results`.
 
@@ -187,23 +190,29 @@ def evaluate_task(
     batch_size: int,
     rank: int = 0,
     world: int = 1,
-    gather: Callable[[list[Record]], list[Record]] | None = None,
-) -> dict[str, float]:
+    gather: Callable[[list[Record]], list[Record]] = gather_over_processes,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The mean of each score over the prompts, one picture each, without files: for evaluation during training.
 
     Args:
-        gather: joins the lists of all processes (`accelerate.utils.gather_object`); needed when `world` > 1.
+        rank, world: this process's share is every `world`-th prompt.
+        gather: joins the lists of all processes.
+        stopped: asked before each batch, equally often on every process, where it must have the same answer.
+
+    Returns:
+        the means on every process, or None when it was `stopped` before its end.
 
     Raises:
         RewardError: a scorer's output is malformed.
     """
-    own = range(rank, len(prompts), world)
-    records = [r for batch, _ in score_samples(generate, prompts, scorers, own, batch_size) for r in batch]
-    if world > 1:
-        if gather is None:
-            raise ValueError("evaluate_task needs `gather` when there are several processes")
-        records = gather(records)
-    return {name: summary.mean for name, summary in summarise(records, _combined(scorers)).items()}
+    batches = score_samples(generate, prompts, scorers, range(rank, len(prompts), world), batch_size)
+    records: list[Record] = []
+    for _ in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
+        if stopped():
+            return None
+        records += next(batches, ([], None))[0]  # the last process may have one batch less
+    return {name: summary.mean for name, summary in summarise(gather(records), _combined(scorers)).items()}
 
 
 def _combined(scorers: Mapping[str, Scorer]) -> dict[str, Sequence[str]]:
@@ -288,7 +297,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     )
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
     texts = ["", *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", PATIENCE)
     backbone = load_backbone(job.model, job.revision, dtype=dtype, device=device, vae_device=vae_device)
     if job.lora is not None:
         adapters = Adapters(backbone.transformer)
@@ -308,7 +317,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
             settings=_settings(job, benchmark, dtype),
             rank=rank,
             world=world,
-            barrier=state.wait_for_everyone,
+            barrier=lambda: meet("the other processes' share of a data set", timeout=PATIENCE),
         )
         for benchmark in job.benchmarks
     }

@@ -87,7 +87,7 @@ class Learner:
 
     def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
         """One optimizer step; the losses' means over processes, on the CPU, and the gradient's norm."""
-        losses = mean_over_processes(losses).cpu()
+        losses = mean_over_processes(losses, "averaging the losses").cpu()
         if not losses.isfinite().all():
             self.optimizer.discard()
             i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])

@@ -81,7 +81,7 @@ class Monitor:
                     values = torch.as_tensor(scores[name], dtype=torch.float64)
                     values = values[(values != NOT_APPLICABLE) & values.isfinite()]
                     totals[row] += torch.tensor([values.sum().item(), float(len(values))])
-        totals = sum_over_processes(totals)
+        totals = sum_over_processes(totals, "gathering the monitored rewards")
         rows = zip(self._names, totals.tolist(), strict=True)
         return {f"monitor/{task}/{name}": total / count for (task, name), (total, count) in rows if count}
 

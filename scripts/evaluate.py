@@ -23,13 +23,12 @@ from diffusionopd.adapters import load_lora
 from diffusionopd.backbone import DTYPES
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
 from diffusionopd.config_schema import load_config, redacted
-from diffusionopd.evaluation import Job, find_checkpoint, run
+from diffusionopd.evaluation import PATIENCE, Job, find_checkpoint, run
 from diffusionopd.results import EvaluationError, format_table
 from diffusionopd.rewards import check_options
+from diffusionopd.signals import end_at_signals
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
-# Scoring is shared by samples, not by time: a process may wait this long for the slowest.
-TIMEOUT = timedelta(hours=12)
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -175,8 +174,9 @@ def main() -> None:
     """Flags to job to table; a mistake of the user's ends in one line, not in a traceback."""
     try:
         job = make_job(parse_flags())
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
-        scores = run(job, state)
+        with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
+            state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=PATIENCE))
+            scores = run(job, state)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
     state.print(f"\n{format_table(scores)}\n\nwritten to {job.output}")

@@ -133,8 +133,23 @@ def test_in_memory_evaluation_by_two_processes():
         generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2, gather=lambda records: records + other
     )
     assert both == pytest.approx(evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3), rel=1e-12)
-    with pytest.raises(ValueError, match="gather"):
-        evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, world=2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_in_memory_evaluation_stops_between_batches_on_every_process_alike(rank):
+    """Three prompts in batches of one: two batches for one process and one for the other, asked twice each."""
+    answers: list = [False, True]
+    means = evaluate_task(
+        generate,
+        PROMPTS[:3],
+        {"mean": Mean()},
+        batch_size=1,
+        rank=rank,
+        world=2,
+        gather=lambda records: pytest.fail("what was stopped must not be gathered"),
+        stopped=lambda: answers.pop(0),
+    )
+    assert means is None and answers == []
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_mopd_on_eight_gpus(launch):
     assert done.returncode == 0, done.stderr
     assert lines[0] == f"folder: {ROOT}"
     assert lines[1] == f"cpu:  threads:  path: {ROOT}"
-    assert lines[2:4] == ["-m", "accelerate.commands.launch"]
+    assert lines[2:4] == ["-m", "diffusionopd.launch"]
     assert _after(lines, "--config_file") == "scripts/accelerate/multi_gpu.yaml"
     assert _after(lines, "--num_processes") == "8"
     assert _after(lines, "--main_process_port") == "0"

@@ -32,7 +32,7 @@ from diffusionopd.config_schema.values import (
 # A resumed run may change them; EXPERIMENT is what the student is trained on, and towards, and stays.
 FREE = NO_EFFECT | frozenset(
     """
-    run_name logdir save_dir cache_dir log_with run_project
+    run_name logdir save_dir cache_dir log_with run_project collective_timeout
     num_epochs save_freq num_checkpoint_limit resume_from
     eval_freq eval_num_prompts monitor_freq sample_freq
     sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size

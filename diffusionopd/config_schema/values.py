@@ -59,6 +59,7 @@ INTERVALS = {
     "monitor_freq": "[0, inf)",
     "sample_freq": "[0, inf)",
     "num_checkpoint_limit": "[0, inf)",
+    "collective_timeout": "(0, inf)",
     "eval_num_prompts": "[0, inf)",
     "resolution": "[16, inf)",
     "max_sequence_length": "[1, inf)",

@@ -107,4 +107,4 @@ class Reinforced(SampledLearner):
         table = torch.zeros(len(names), self.recipe.images_per_task, dtype=torch.float64)
         for batch, found in zip(batches, scores, strict=True):
             table[:, list(batch.samples)] = torch.stack([torch.as_tensor(found[name]).double() for name in names])
-        return dict(zip(names, sum_over_processes(table), strict=True))
+        return dict(zip(names, sum_over_processes(table, "gathering the rewards"), strict=True))

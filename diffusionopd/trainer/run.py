@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from diffusionopd import checkpoint, distributed
 from diffusionopd.backbone import DTYPES
 from diffusionopd.batches import Batch, BatchMaker
 from diffusionopd.config_schema import RunPlan, Start, check, resumed
+from diffusionopd.config_schema.values import is_number
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
 from diffusionopd.learner import STUDENT, Parts, RoundResult
 from diffusionopd.metrics import MetricsWriter
@@ -52,18 +54,20 @@ from diffusionopd.trainer.state import (
     save_state,
     write_json,
 )
-
-# Encoding a large prompt set for the first time may keep the other processes waiting this long.
-COLLECTIVE_TIMEOUT = timedelta(hours=3)
+from diffusionopd.trainer.stop import Stop, read_pending, write_pending
 
 
 def make_accelerator(config: ConfigDict) -> Accelerator:
     """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
+    seconds = config.collective_timeout
+    if not is_number(seconds) or seconds <= 0:
+        seconds = distributed.TIMEOUT  # for the moment that check() needs to refuse the configured one
+    distributed.set_timeout(seconds)
     return Accelerator(
         mixed_precision="no",
         log_with=_trackers(config) or None,
         project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by train()
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
     )
 
 
@@ -116,6 +120,8 @@ class Trainer:
         self.resume = open_resume(self.start, plan, allow_config_change)
         self.resumed_from = self.resume.folder if self.resume else None
         self.completed = self.resume.completed if self.resume else 0
+        self._pending = read_pending(self.resumed_from)
+        self._saved_after = 0  # rounds
         self.prompts = read_prompts(config, plan)
         self.digests = self._same_as_before(prompt_digests(self.prompts.train))
         self.rewards = build_rewards(plan, str(self.device))
@@ -182,7 +188,8 @@ class Trainer:
         run_dir, config = self.plan.run_dir, self.config
         file = run_dir / "metrics.jsonl" if self.is_main else None
         self.metrics = MetricsWriter(file, _trackers(config), self.accelerator)
-        self.metrics.truncate_after(self.completed)
+        # A round whose evaluation is still to be done is not written yet, or was by a sitting that crashed later.
+        self.metrics.truncate_after(self.completed - (self._pending is not None))
         self.metrics.start_trackers(config.run_project, flat(config.to_dict()))
         if self.is_main:
             write_json(run_dir / "config.json", self.start.given.to_dict())
@@ -215,20 +222,41 @@ class Trainer:
         bar = tqdm(
             total=config.num_epochs, initial=self.completed, desc=self._verb(), unit="round", disable=not self.is_main
         )
-        with bar:
-            while self.completed < config.num_epochs:
-                row = self.round(self.completed)
-                self.completed += 1
-                bar.update()
-                shown = "reward/" if self.plan.from_rewards else "loss/"
-                bar.set_postfix({k.removeprefix(shown): f"{v:.3g}" for k, v in row.items() if k.startswith(shown)})
-                if self._due(config.eval_freq):
-                    row |= self._evaluate()
-                self._hold(row)
-                if self._due(config.save_freq) or self.completed == config.num_epochs:
-                    saved = self._save()
-        self.accelerator.print(f"done: {saved}")
+        with bar, Stop(announce=self.is_main) as stop:
+            for row in self._rounds(bar, stop):
+                saved = self._end_round(row, stop) or saved
+                if stop.agreed():
+                    if self._saved_after != self.completed:  # it may have been time for it anyway
+                        saved = self._save()
+                    break
+        self.accelerator.print(stop.note(self.completed, saved) if stop.signal else f"done: {saved}")
         return saved
+
+    def _rounds(self, bar: tqdm, stop: Stop) -> Iterator[dict[str, Any]]:
+        """The metrics of each round to do, first of one whose evaluation a signal cut short."""
+        if self._pending is not None:
+            yield self._pending
+        while self.completed < self.config.num_epochs:
+            stop.doing = f"round {self.completed + 1}"
+            row = self.round(self.completed)
+            self.completed += 1
+            bar.update()
+            shown = "reward/" if self.plan.from_rewards else "loss/"
+            bar.set_postfix({k.removeprefix(shown): f"{v:.3g}" for k, v in row.items() if k.startswith(shown)})
+            yield row
+
+    def _end_round(self, row: dict[str, Any], stop: Stop) -> Path | None:
+        """Evaluate and save where it is time to; the checkpoint if there is one."""
+        if self._due(self.config.eval_freq):
+            stop.doing = f"a batch of the evaluation after round {self.completed}"
+            scores = self._evaluate(stop)
+            if scores is None:
+                return self._save(pending=row)
+            row |= scores
+        self._hold(row)
+        if self._due(self.config.save_freq) or self.completed == self.config.num_epochs:
+            return self._save()
+        return None
 
     def close(self) -> None:
         """Write what is still held, end threads and trackers."""
@@ -295,8 +323,8 @@ class Trainer:
         if row is not None:
             self.metrics.write(row.pop("round"), **row, **scores)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold."""
+    def _evaluate(self, stop: Stop) -> dict[str, float] | None:
+        """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold; None when stopped."""
         config = self.config
         scores: dict[str, float] = {}
         own = {teacher.name: teacher for teacher in self.plan.teachers}
@@ -317,8 +345,10 @@ class Trainer:
                     batch_size=config.sample.test_batch_size,
                     rank=self.rank,
                     world=self.world,
-                    gather=gather_object,
+                    stopped=stop.agreed,
                 )
+                if means is None:
+                    return None
                 scores |= {f"eval/{task}/{name}": value for name, value in means.items()}
         return scores
 
@@ -333,9 +363,15 @@ class Trainer:
     def _averaged(self) -> AbstractContextManager:
         return nullcontext() if self.ema is None else self.ema.in_use()
 
-    def _save(self) -> Path:
-        """A checkpoint after ``completed`` rounds; every process returns or raises together."""
-        self._flush()
+    def _save(self, pending: dict[str, Any] | None = None) -> Path:
+        """A checkpoint after ``completed`` rounds; every process returns or raises together.
+
+        ``pending`` are the metrics of a round that is still to be evaluated: they are kept in it, not written yet.
+        """
+        if pending is None:
+            self._flush()
+        else:
+            pending |= self.monitor.collect()
         self.metrics.sync()
         root, name = self.plan.run_dir / "checkpoints", f"checkpoint-{self.completed}"
         protect = [self.resumed_from] if self.resumed_from else []
@@ -343,12 +379,13 @@ class Trainer:
 
         def save() -> None:
             if self.is_main:
-                checkpoint.save(root, name, self._write_checkpoint, limit, protect)
+                checkpoint.save(root, name, partial(self._write_checkpoint, pending=pending), limit, protect)
 
         distributed.together(save, "saving")
+        self._saved_after = self.completed
         return root / name
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, pending: dict[str, Any] | None) -> None:
         base = self.config.pretrained.model
         with self._averaged():
             self.adapters.save_peft(STUDENT, folder / "lora", base)
@@ -356,6 +393,8 @@ class Trainer:
         origin = {"written_for": self.start.written_for, "digests": self.digests}
         save_state(folder / "state", self.learner, self.ema, self.completed, self.world, origin)
         write_json(folder / "config.json", self.start.given.to_dict())
+        if pending is not None:
+            write_pending(folder, pending)
 
 
 def _trackers(config: ConfigDict) -> list[str]:

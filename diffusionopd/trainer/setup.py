@@ -22,6 +22,9 @@ from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.text import TextCache
 
+ENCODING_PATIENCE = 3 * 3600.0
+"""Seconds that a process may wait for the slowest while a large prompt set is encoded for the first time."""
+
 
 @dataclass(frozen=True)
 class PromptSets:
@@ -86,7 +89,9 @@ def fill_text_cache(
     place, precision = encoder_place(config.text_encoder_device, device, dtype)
     load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(config.cache_dir, key, length, dtype)
-    distributed.together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts")
+    distributed.together(
+        lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", ENCODING_PATIENCE
+    )
     return cache
 
 

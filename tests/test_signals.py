@@ -1,0 +1,334 @@
+"""A signal ends a run well: the round is finished and saved, and what continues it ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusionopd import checkpoint
+from diffusionopd.evaluation import ImageGenerator
+from diffusionopd.signals import SIGNALS, SignalWatch
+from diffusionopd.trainer import Trainer, train
+from diffusionopd.trainer.stop import read_pending
+
+from .conftest import ROOT
+from .test_trainer import assert_bitwise, metrics
+
+# ---- signals themselves ----------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 60.0, what: str = "the condition"):
+    """Poll until ``condition()`` is true; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come true in {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_and_handlers_come_back(number):
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    seen = []
+    with SignalWatch(seen.append) as watch:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the same wish, which came by two ways
+        wait_for(lambda: watch.received == number)
+        time.sleep(0.05)
+    assert seen == [number]
+    assert {n: signal.getsignal(n) for n in SIGNALS} == before
+    assert not any(thread.name == "signals" for thread in threading.enumerate())
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    before, inside = signal.getsignal(signal.SIGTERM), []
+
+    def watch():
+        with SignalWatch(print):
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+STUCK = """
+import ctypes, signal, sys
+import diffusionopd.signals as signals
+signals.SAME = 0.2
+mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+libc.pthread_mutex_lock(mutex)
+with signals.SignalWatch(lambda number: print("noted", number, flush=True)):
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever, as in a collective: Python's own handlers do not run
+"""
+
+
+def test_a_second_signal_ends_a_process_that_is_stuck():
+    with subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=subprocess.PIPE, text=True) as stuck:
+        assert stuck.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        stuck.send_signal(signal.SIGTERM)
+        assert stuck.stdout.readline() == f"noted {signal.SIGTERM.value}\n"
+        time.sleep(0.3)
+        stuck.send_signal(signal.SIGINT)
+        assert stuck.wait(20) == 128 + signal.SIGINT
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------------
+
+# Imports nothing, so that a process starts in no time. Each says its number, and what it got.
+WORKER = """
+import os, signal, sys, time
+number, how = os.environ["RANK"], sys.argv[1]
+def got(n, _):
+    os.write(1, f"{number} got {n}\\n".encode())  # one write: lines of two processes do not mix
+    if how != "deaf":
+        sys.exit(0)
+for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(n, got)
+os.write(1, f"{number} is {os.getpid()}\\n".encode())
+if how == "fails" and number == "1":
+    sys.exit(3)
+while True:
+    time.sleep(0.05)
+"""
+SUPERVISE = """
+import os, sys
+import diffusionopd.launch as launch
+launch.PATIENCE = 0.5
+worker = [sys.executable, "-c", os.environ["WORKER"], sys.argv[1]]
+sys.exit(launch.supervise(worker, [os.environ | {"RANK": str(i)} for i in range(2)]))
+"""
+
+
+class Supervised:
+    """A launcher with two processes, in a session of its own as in a terminal."""
+
+    def __init__(self, how: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SUPERVISE, how],
+            cwd=ROOT,
+            env=os.environ | {"WORKER": WORKER},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        words = [self.process.stdout.readline().split() for _ in range(2)]
+        self.workers = [int(pid) for _, _, pid in sorted(words)]
+
+    def end(self) -> tuple[int, list[str], str]:
+        output, errors = self.process.communicate(timeout=20)
+        wait_for(lambda: not any(alive(pid) for pid in self.workers), what="the end of the processes")
+        return self.process.returncode, sorted(output.splitlines()), errors
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+def test_a_signal_reaches_every_process_once(number, group):
+    run = Supervised("ends")
+    (os.killpg if group else os.kill)(run.process.pid, number)
+    assert run.end() == (0, [f"0 got {number.value}", f"1 got {number.value}"], "")
+
+
+@linux
+def test_a_failure_ends_the_others_and_is_returned():
+    status, _, errors = Supervised("fails").end()
+    assert (status, errors) == (3, "rank 1 ended with exit status 3; ending the others\n")
+
+
+@linux
+def test_a_process_that_is_killed_is_named():
+    run = Supervised("deaf")
+    os.kill(run.workers[1], signal.SIGKILL)
+    assert run.end()[::2] == (137, "rank 1 ended by SIGKILL; ending the others\n")
+
+
+@linux
+def test_after_a_second_signal_the_deaf_are_killed():
+    run = Supervised("deaf")
+    for _ in range(2):
+        run.process.terminate()
+        run.process.stdout.readline()
+    assert run.end()[0] == 137
+
+
+@linux
+def test_nothing_outlives_a_launcher_that_is_killed():
+    run = Supervised("deaf")
+    run.process.kill()
+    assert run.end()[0] == -signal.SIGKILL
+
+
+# ---- a run in this process -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_signal_escapes():
+    """A test that fails must not end the test session by a signal of its own."""
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signal_at(monkeypatch, owner: object, name: str, call: int, number: int = signal.SIGTERM) -> list:
+    """Let this process get a signal in a call of a function, counted from 1; returns the list of its calls."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # the watching thread notes it
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+@pytest.fixture
+def config(tiny_config):
+    """`config(run_name, ...)`: two rounds of two tasks, monitored, with a moving average."""
+
+    def make(run_name, **changes):
+        common = {"train__ema": True, "train__ema_interval": 1, "monitor_freq": 1, "sample__num_image_per_prompt": 2}
+        return tiny_config(run_name=run_name, **{"num_epochs": 2} | common | changes)
+
+    return make
+
+
+def lines(run: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(run)]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Same metrics but for the time, and bitwise the same student, average, optimizer and old policy."""
+    assert lines(a.parent.parent) == lines(b.parent.parent)
+    assert_bitwise(*(checkpoint.load_state(path / "state")[0] for path in (a, b)))
+
+
+@pytest.mark.parametrize(("algorithm", "number"), [("opd", signal.SIGTERM), ("nft", signal.SIGUSR1)])
+def test_the_round_is_finished_and_saved(config, monkeypatch, capfd, algorithm, number):
+    options = {"train__algorithm": algorithm}
+    whole = train(config("whole", **options))
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        rounds = signal_at(patch, Trainer, "round", 1, number)
+        stopped = train(config("cut", **options))
+    assert stopped.name == "checkpoint-1" and len(rounds) == 1
+    output, name = capfd.readouterr(), signal.Signals(number).name
+    assert output.err.count(f"{name}: finishing round 1, saving, then ending; a second signal ends at once") == 1
+    assert f"{name}: stopped after round 1; saved {stopped}. The same command with --config.resume" in output.out
+    checkpoint.verify(stopped)
+    assert lines(stopped.parent.parent) == lines(whole.parent.parent)[:1]
+    assert_same_end(whole, train(config("cut", resume_from="auto", **options)))
+
+
+def test_an_evaluation_stops_between_batches_and_is_made_up_for(config, monkeypatch):
+    """Two prompts of two tasks, one a batch: a signal in the second of four batches, after each of two rounds."""
+    options = {"eval_freq": 1, "eval_num_prompts": 2, "sample__test_batch_size": 1}
+    whole = train(config("whole", **options))
+    assert "eval/second/jpeg_compressibility" in lines(whole.parent.parent)[1]
+    for completed, made_up_for in ((1, 0), (2, 4)):
+        with monkeypatch.context() as patch:
+            batches = signal_at(patch, ImageGenerator, "__call__", made_up_for + 2)
+            stopped = train(config("cut", resume_from="auto", **options))
+        assert len(batches) == made_up_for + 2, "no further batch is begun"
+        assert stopped.name == f"checkpoint-{completed}"
+        assert read_pending(stopped)["round"] == completed
+        if completed > 1:
+            assert [row["round"] for row in lines(stopped.parent.parent)] == list(range(1, completed))
+    resumed = train(config("cut", resume_from="auto", **options))
+    assert read_pending(resumed) is None
+    assert_same_end(whole, resumed)
+    batches = signal_at(monkeypatch, ImageGenerator, "__call__", 0)
+    train(config("cut", resume_from="auto", **options))
+    assert batches == [], "what is made up for is not made again"
+    assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Trainer, "round"), (checkpoint, "save")])
+def test_a_round_is_saved_once(config, monkeypatch, owner, name):
+    """When it was to be saved anyway, also when the signal comes while it is."""
+    signal_at(monkeypatch, owner, name, 1)
+    saves = signal_at(monkeypatch, checkpoint, "save", 0)
+    assert train(config("cut", save_freq=1)).name == "checkpoint-1"
+    assert [args[1] for args in saves] == ["checkpoint-1"]
+
+
+# ---- runs from the launchers -----------------------------------------------------------------------------------------
+
+
+def start(script: str, config, folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
+    """A launcher on a configuration, in a session of its own; what it says goes to ``folder/output``."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "mine.py").write_text(
+        "import json, pathlib\n\n\ndef run():\n"
+        "    return json.loads((pathlib.Path(__file__).parent / 'config.json').read_text())\n"
+    )
+    environment = os.environ | {"PYTHON": sys.executable, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with (folder / "output").open("w") as output:
+        return subprocess.Popen(
+            ["bash", str(ROOT / "scripts" / script), *arguments],
+            cwd=folder,
+            env=environment | {"CONFIG": f"{folder}/mine.py:run"} | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@linux
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGUSR1)])
+def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_path, processes, number):
+    config = tiny_config(num_epochs=10000)
+    process = start("single_node/mopd.sh", config, tmp_path, NUM_PROCESSES=str(processes))
+    run = tmp_path / "logs" / "run"
+    try:
+        wait_for((run / "metrics.jsonl").exists, 120, "the first round")
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 0, (tmp_path / "output").read_text()
+    finally:
+        process.kill()
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
+    assert f"saved {latest}" in (tmp_path / "output").read_text()
+
+
+def test_an_evaluation_ends_with_a_word_about_going_on(pipeline_folder, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "test.txt").write_text("".join(f"a photo of {n} circles\n" for n in range(20000)))
+    flags = ["--base", "--model", pipeline_folder, "--dataset", folder, "--rewards", "jpeg_compressibility"]
+    flags += ["--resolution", 64, "--num_inference_steps", 1, "--guidance_scale", 1, "--max_sequence_length", 14]
+    flags += ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--batch_size", 1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/evaluate.py", *map(str, flags)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "cache").exists, 120, "the first prompt")
+        process.terminate()
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: what is scored so far is kept; the same command with --resume goes on from there" in errors
