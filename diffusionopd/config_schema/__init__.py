@@ -52,21 +52,26 @@ __all__ = [
 ]
 
 
-def check(config: ConfigDict, num_processes: int, reward_names: Collection[str] | None = None) -> RunPlan:
+def check(
+    config: ConfigDict, num_processes: int, reward_names: Collection[str] | None = None, *, sources: bool = True
+) -> RunPlan:
     """Check everything that can be checked without loading weights, and derive the counts of a round.
 
     ``config`` has the keys of ``config/base.py``; ``num_processes`` is the number of processes of the whole run;
-    ``reward_names`` are the rewards that ``proxy_reward`` may name (None: not checked). Relative paths are looked up
-    from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    ``reward_names`` are the rewards that ``proxy_reward`` may name (None: not checked). Without ``sources`` the prompt
+    files, teachers, model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0.
+    Relative paths are looked up from the current directory. Nothing is downloaded or written. Raises ConfigError with
+    every problem found.
     """
     values, defaults = flatten(config), flatten(base_config())
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
-    problems = Problems()
+    problems = Problems(() if sources else (".dataset", ".lora_path"))
     check_names(values, defaults, problems)
     check_values(values, defaults, problems)
-    check_model(values, problems)
-    check_folders(values, problems)
-    check_packages(values, problems)
+    if sources:
+        check_model(values, problems)
+        check_folders(values, problems)
+        check_packages(values, problems)
     teachers, num_prompts = check_teachers(values, problems, reward_names)
     check_batches(values, num_processes, problems)
     check_sampler(values, problems)

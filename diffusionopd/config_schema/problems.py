@@ -16,13 +16,19 @@ class ConfigError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong, and remembers which keys are unusable, so that later checks do not build on them."""
+    """Collects what is wrong, and remembers which keys are unusable, so that later checks do not build on them.
 
-    def __init__(self) -> None:
+    What is wrong with a key that ends in one of ``ignored`` does not matter.
+    """
+
+    def __init__(self, ignored: tuple[str, ...] = ()) -> None:
         self.found: list[str] = []
         self._bad: set[str] = set()
+        self._ignored = ignored
 
     def add(self, key: str, what: str, remedy: str) -> None:
+        if key.endswith(self._ignored):
+            return
         self._bad.add(key)
         self.found.append(f"{key} {what}. {remedy}".rstrip())
 

@@ -1,0 +1,26 @@
+"""What a round costs, counted from architecture and configuration alone: evaluations, FLOPs, bytes. No model is built.
+
+``read_pipeline`` gives the architecture of a base model, ``measure`` the cost of one transformer evaluation,
+``count_round`` and ``memory`` those of a run. ``benchmarks/cost.py`` prints them.
+"""
+
+from diffusionopd.costs.architecture import PUBLISHED, Pipeline, TransformerShape, read_pipeline
+from diffusionopd.costs.evaluation import Cost, Lora, measure
+from diffusionopd.costs.memory import Held, Memory, memory
+from diffusionopd.costs.round import RoundCost, RunSettings, count_round
+
+__all__ = [
+    "PUBLISHED",
+    "Cost",
+    "Held",
+    "Lora",
+    "Memory",
+    "Pipeline",
+    "RoundCost",
+    "RunSettings",
+    "TransformerShape",
+    "count_round",
+    "measure",
+    "memory",
+    "read_pipeline",
+]
