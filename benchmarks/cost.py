@@ -126,6 +126,7 @@ def memory_of(config: ConfigDict, plan: RunPlan, pipeline: Pipeline, cost: Cost,
         checkpointing=config.activation_checkpointing,
         item=item,
         vae=not config.vae_device,
+        decoded=train.batch_size,
         kept_latents=latents_kept(plan, train.num_inner_epochs) * plan.images_per_round // plan.num_processes,
         shards=shards,
     )
@@ -184,7 +185,7 @@ def describe_memory(memories: dict[str, Memory]) -> list[tuple[str, ...]]:
     for name in names:
         rows.append((name, *(giga(dict(found.rows).get(name, 0)) for found in memories.values())))
     rows.append(("peak of a training step", *(giga(found.peak) for found in memories.values())))
-    rows.append(("while decoding", *(giga(found.decoding) for found in memories.values())))
+    rows.append(("decoding pictures, on top", *(giga(found.decoding) for found in memories.values())))
     rows.append(("text encoders, at the start", *(giga(found.encoding) for found in memories.values())))
     return rows
 

@@ -1,7 +1,10 @@
-"""Distillation on Stable Diffusion 3.5 Medium at 512x512: the published setup.
+"""Distillation on Stable Diffusion 3.5 Medium at 512x512, the published setup, and on its siblings.
 
 ``mopd`` distils three teachers (aesthetics, text rendering, composition) into one student; ``sopd_*`` one teacher each.
 The teachers are the released LoRAs. The prompt files go to ``dataset/`` (see ``dataset/README.md``).
+
+``sd3_medium_mopd`` and ``sd35_large_mopd`` do the same on the family's other sizes, for which no teachers are released:
+``config/teacher.py`` trains them with ``--config.pretrained.model=...``.
 """
 
 import runpy
@@ -39,7 +42,7 @@ GENEVAL = {
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return the configuration called ``name``: mopd, sopd_pickscore, sopd_ocr or sopd_geneval."""
+    """Return the configuration called ``name``: mopd, sopd_{pickscore,ocr,geneval}, {sd3_medium,sd35_large}_mopd."""
     return globals()[name]()
 
 
@@ -88,6 +91,39 @@ def sopd_geneval() -> ConfigDict:
     Expected:  towards the teacher: GenEval 0.96 (the teacher's own score, published)
     """
     return _distillation("sopd_geneval", [GENEVAL])
+
+
+def sd3_medium_mopd() -> ConfigDict:
+    """Three teachers, one student, on Stable Diffusion 3 Medium (24 blocks, 2.0 B parameters, no QK norm).
+
+    Command:   CONFIG=config/opd.py:sd3_medium_mopd bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
+    Hardware:  8 GPUs, 15 GB each; 72 pictures a round, 24 a task
+    Cost:      7.4 PFLOP a round, 3 s on 8 H200 at 45% of their peak (computed, benchmarks/cost.py)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    return _sibling("sd3_medium_mopd", "stabilityai/stable-diffusion-3-medium-diffusers")
+
+
+def sd35_large_mopd() -> ConfigDict:
+    """Three teachers, one student, on Stable Diffusion 3.5 Large (38 blocks, 8.1 B parameters), in bf16 as published.
+
+    Command:   CONFIG=config/opd.py:sd35_large_mopd bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
+    Hardware:  8 GPUs, 50 GB each, or 21 GB with --config.activation_checkpointing=True; 72 pictures a round, 24 a task
+    Cost:      28 PFLOP a round, 10 s on 8 H200 at 45% of their peak (computed, benchmarks/cost.py)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    config = _sibling("sd35_large_mopd", "stabilityai/stable-diffusion-3.5-large")
+    config.mixed_precision = "bf16"
+    return config
+
+
+def _sibling(run_name: str, model: str) -> ConfigDict:
+    """The published setup on another base, without its teachers."""
+    config = _distillation(run_name, [teacher | {"lora_path": ""} for teacher in (PICKSCORE, OCR, GENEVAL)])
+    config.pretrained.model = model
+    return config
 
 
 def _distillation(run_name: str, teachers: list[dict]) -> ConfigDict:

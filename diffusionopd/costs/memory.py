@@ -8,7 +8,8 @@ from diffusionopd.costs.architecture import Pipeline
 from diffusionopd.costs.encoders import clip_parameters, decoder_workspace, t5_parameters, vae_parameters
 from diffusionopd.costs.evaluation import Cost
 
-_DECODED_AT_ONCE = 8  # pictures; backbone.Backbone.decode
+DECODED_AT_ONCE = 8
+"""Pictures at most; ``backbone.Backbone.decode`` cuts larger batches."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Memory:
     """Bytes of one GPU by what they are, and the peak of a training step: their sum."""
 
     rows: tuple[tuple[str, int], ...]
-    decoding: int  # while pictures are decoded, in place of the activations
+    decoding: int  # on top while pictures are decoded: beside the training in a distillation, else before it
     encoding: int  # while prompts are encoded, before anything else is loaded; 0 once all are cached
 
     @property
@@ -38,6 +39,7 @@ class Held:
     checkpointing: bool = False
     item: int = 2
     vae: bool = True  # on this GPU
+    decoded: int = 1  # pictures at once
     kept_latents: int = 0  # states and velocities held until the round is trained
     shards: int = 1  # processes over which base and adapters are spread
 
@@ -65,7 +67,6 @@ def memory(cost: Cost, pipeline: Pipeline, held: Held, resolution: int) -> Memor
     }
     encoders = sum(clip_parameters(clip) for clip in pipeline.clips)
     encoders += t5_parameters(pipeline.t5) if pipeline.t5 else 0
-    kept = {name: size for name, size in rows.items() if size}
-    without = sum(kept.values()) - rows["activations of a step"]
-    pixels = decoder_workspace(pipeline.vae, resolution, _DECODED_AT_ONCE) if held.vae else 0
-    return Memory(tuple(kept.items()), without + pixels, encoders * held.item)
+    pictures = min(held.decoded, DECODED_AT_ONCE) if held.vae else 0
+    decoding = decoder_workspace(pipeline.vae, resolution, pictures)
+    return Memory(tuple((name, size) for name, size in rows.items() if size), decoding, encoders * held.item)

@@ -1,0 +1,130 @@
+"""The published SD3 family: each architecture, small but with its own options, loads in the real format and trains."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from ml_collections import ConfigDict
+
+from diffusionopd.adapters import Adapters, load_lora
+from diffusionopd.backbone import load_backbone
+from diffusionopd.config_schema import ConfigError, check, load_config
+from diffusionopd.costs.architecture import PUBLISHED, read_pipeline
+from diffusionopd.opd import STUDENT
+from diffusionopd.trainer import train
+
+from .conftest import ROOT, TARGETS
+from .test_trainer import metrics
+
+MODELS = [model for model in PUBLISHED if not model.endswith("turbo")]  # which is large with other weights
+OPD = f"{ROOT}/config/opd.py"
+# Of the tiny world's text encoders and VAE, so that a transformer fits beside them.
+TINY = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "joint_attention_dim": 128,
+    "pooled_projection_dim": 128,
+    "sample_size": 16,
+    "attention_head_dim": 16,
+}
+
+
+def reduced(model: str) -> dict:
+    """The published configuration with fewer blocks and heads: its options stay, and in proportion its dual blocks."""
+    config = PUBLISHED[model] | TINY
+    layers, heads = config["num_layers"] // 6, config["num_attention_heads"] // 12
+    dual = tuple(range(len(config["dual_attention_layers"]) * layers // config["num_layers"]))
+    width = heads * config["attention_head_dim"]
+    small = {"num_layers": layers, "num_attention_heads": heads, "caption_projection_dim": width}
+    return config | small | {"dual_attention_layers": dual}
+
+
+@pytest.fixture(params=MODELS)
+def member(request, pipeline_folder, tmp_path) -> tuple[str, Path]:
+    """A published model, and a complete pipeline folder with a small transformer of its kind."""
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline_folder, folder, ignore=shutil.ignore_patterns("transformer"))
+    torch.manual_seed(0)
+    SD3Transformer2DModel(**reduced(request.param)).save_pretrained(folder / "transformer")
+    return request.param, folder
+
+
+def run_on(folder: Path, tiny_config, tmp_path: Path, **changes) -> ConfigDict:
+    """A configuration of two teachers on the model in ``folder``."""
+    config = tiny_config(pretrained__model=str(folder), **changes)
+    for i, teacher in enumerate(config.train.teachers):
+        teacher["lora_path"] = str(teacher_for(folder, tmp_path / f"teacher{i}", seed=i))
+    return config
+
+
+def teacher_for(folder: Path, target: Path, seed: int) -> Path:
+    """A LoRA for the model in ``folder``, saved as a run saves its student."""
+    adapters = Adapters(load_backbone(str(folder)).transformer)
+    adapters.add_student("teacher", rank=4, alpha=8, target_modules=TARGETS, seed=seed)
+    with torch.no_grad():
+        for parameter in adapters.parameters("teacher"):
+            parameter.normal_(std=0.05)
+    adapters.save_peft("teacher", target)
+    return target
+
+
+def test_a_round_trains_each_member(member, tiny_config, tmp_path):
+    _, folder = member
+    last = train(run_on(folder, tiny_config, tmp_path, num_epochs=2, sample__guidance_scale=2.0, train__cfg=True))
+    rows = metrics(tmp_path / "logs" / "run")
+    assert rows[0]["loss"] > 0
+    assert rows[1]["grad_norm"] > 0
+    student = load_lora(last / "lora")
+    blocks = read_pipeline(str(folder)).transformer.layers
+    assert len(student.a) == 8 * blocks - 1, "every target of every block; the last has no to_add_out"
+
+
+def test_a_member_without_t5_trains(member, tiny_config, tmp_path):
+    _, folder = member
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+    train(run_on(folder, tiny_config, tmp_path, num_epochs=1))
+    assert metrics(tmp_path / "logs" / "run")[0]["loss"] > 0
+    assert read_pipeline(str(folder)).t5 is None
+
+
+def test_what_is_small_keeps_the_options(member):
+    """Dual attention in the first half of the medium 3.5 only, norms from 3.5 on, each its table of positions."""
+    model, folder = member
+    transformer = load_backbone(str(folder)).transformer
+    blocks = transformer.transformer_blocks
+    assert [block.attn2 is not None for block in blocks] == (
+        [True, True, False, False] if model.endswith("3.5-medium") else [False] * len(blocks)
+    )
+    assert all((block.attn.norm_q is not None) == ("3.5" in model) for block in blocks)
+    assert transformer.config.pos_embed_max_size == (384 if model.endswith("3.5-medium") else 192)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("sd3_medium_mopd", 191), ("sd35_large_mopd", 303)])
+def test_the_configurations_target_every_attention_projection_of_their_base(name, targets):
+    config = load_config(f"{OPD}:{name}")
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**PUBLISHED[config.pretrained.model])
+        adapters = Adapters(transformer)
+        adapters.add_student(STUDENT, rank=2, alpha=4, target_modules=list(config.train.lora_target_modules))
+    assert len(adapters.parameters(STUDENT)) == 2 * targets
+
+
+def test_the_configurations_ask_for_teachers_of_their_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = [(f"train.teachers[{i}].dataset", "assets/tiny/dataset/scene") for i in range(3)]
+    overrides += [("train.teachers[2].prompt_fn", "general_ocr")]
+    for name in ("sd3_medium_mopd", "sd35_large_mopd"):
+        with pytest.raises(ConfigError) as caught:
+            check(load_config(f"{OPD}:{name}", overrides), 8)
+        for i, problem in enumerate(caught.value.problems):
+            assert problem.startswith(f"train.teachers[{i}].lora_path is not set. Give a LoRA folder")
+        assert len(caught.value.problems) == 3
+        teacher = str(ROOT / "assets/tiny/teachers/scene/lora")
+        given = [*overrides, *((f"train.teachers[{i}].lora_path", teacher) for i in range(3))]
+        plan = check(load_config(f"{OPD}:{name}", given), 8)
+        assert plan.images_per_round == 72
