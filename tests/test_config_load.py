@@ -214,7 +214,7 @@ def test_a_file_with_one_configuration_needs_no_name(tmp_path):
     [
         ("nowhere.py:mopd", "no file nowhere.py"),
         (f"{OPD}:mopdd", "Did you mean mopd?"),
-        (f"{OPD}:zzz", f"Use one of {OPD}:mopd, {OPD}:sopd_pickscore, {OPD}:sopd_ocr, {OPD}:sopd_geneval."),
+        (f"{OPD}:zzz", f"Use one of {OPD}:mopd, {OPD}:sopd_pickscore, {OPD}:sopd_ocr, {OPD}:sopd_geneval, "),
         (str(OPD), "has several configurations. Use one of"),
     ],
 )
