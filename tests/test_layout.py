@@ -18,7 +18,20 @@ PACKAGE = "diffusionopd"
 # A module imports from lower rows only. A package is one module: its files may import each other.
 ROWS = (
     {"transitions", "distributed", "config_schema", "adapters", "conditioning", "geneval_classes", "stages", "signals"},
-    {"losses", "prompts", "text", "backbone", "metrics", "checkpoint", "optim", "rewards", "merged", "launch", "costs"},
+    {
+        "losses",
+        "prompts",
+        "text",
+        "backbone",
+        "metrics",
+        "checkpoint",
+        "optim",
+        "rewards",
+        "merged",
+        "launch",
+        "costs",
+        "acceleration",
+    },
     {"rollout", "batches", "benchmarks", "results", "monitor", "downloads"},
     {"learner"},
     {"opd", "evaluation", "report", "stage1"},
