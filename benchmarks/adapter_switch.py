@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.round import TARGETS
+from benchmarks.world import TARGETS
 from diffusionopd.adapters import Adapters
 
 NAMES = ("student", "teacher_a", "teacher_b", "teacher_c")

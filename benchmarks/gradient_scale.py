@@ -21,36 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from benchmarks.round import TARGETS, TINY, TINY_TEACHERS, build, recorded
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone
-from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT, Parts
-from diffusionopd.opd import Distiller, Recipe
-from diffusionopd.optim import StudentOptimizer
-from diffusionopd.transitions import schedule
+from benchmarks.world import World, add_flags, recorded
 
 EPSILON = 1e-8
-# The published configuration of stabilityai/stable-diffusion-3.5-medium's transformer: 2.2 B parameters.
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 
 
 def main() -> None:
@@ -58,7 +32,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    distiller, batches = random_sd35(args) if args.random else build(args)
+    # One step of middling length stands for the round of a large model: all steps of a CPU run would take half an hour.
+    distiller, batches = World(args).distiller(only=(args.steps - 1) // 2 if args.random else None)
     optimizer, gaps = distiller.optimizer, []
     started = time.perf_counter()
     for batch in batches:
@@ -88,41 +63,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY / "model"))
-    parser.add_argument("--teachers", nargs="+", default=TINY_TEACHERS)
-    parser.add_argument("--random", choices=["sd35"], help="random weights of this shape instead of --model")
-    parser.add_argument("--gap", type=float, default=0.1, help="with --random: relative size of the teacher's lora_B")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--timestep_fraction", type=float, default=0.99)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    add_flags(parser)
+    parser.set_defaults(tasks=1)
     parser.add_argument("--json")
     return parser.parse_args()
-
-
-def random_sd35(args: argparse.Namespace) -> tuple[Distiller, list[Batch]]:
-    """One task on the shape of SD3.5-Medium with random weights; the teacher differs from the base by a random LoRA."""
-    transformer = SD3Transformer2DModel(**SD35_MEDIUM)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), latent_channels=16, norm_num_groups=4)
-    backbone = Backbone(transformer, vae, FlowMatchEulerDiscreteScheduler(shift=3.0), device=args.device)
-    adapters = Adapters(transformer)
-    for name in (STUDENT, "teacher"):
-        adapters.add_student(name, rank=32, alpha=64, target_modules=TARGETS)
-    with torch.no_grad():
-        for parameter in adapters.parameters("teacher")[1::2]:
-            parameter.normal_(std=args.gap / parameter.shape[1] ** 0.5)
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-4)
-    shape = backbone.latent_shape(args.resolution)
-    x = noise(shape, [(s,) for s in range(args.batch_size)])
-    text = TextEmbeddings(torch.randn(1, 205, 4096), torch.randn(1, 2048)).expand(args.batch_size)
-    batch = Batch("random", "teacher", args.guidance_scale, x, text, draw_noise=lambda step: x)
-    # One step of middling length stands for the round: all steps of a CPU run would take half an hour.
-    steps = schedule("ode", backbone.sigmas(args.steps, args.resolution))
-    recipe = Recipe([steps[(args.steps - 1) // 2]], 1)
-    return Distiller(Parts(backbone, adapters, optimizer, text.index(0)), recipe), [batch]
 
 
 if __name__ == "__main__":

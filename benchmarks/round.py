@@ -1,10 +1,14 @@
-"""One round three ways, side by side in one run: three passes, the fused round, the bare forwards and backwards.
+"""One round many ways, side by side in one run: the upstream schedule, the default, each optimisation, the bare floor.
 
-    python benchmarks/round.py --json round.json
+    python benchmarks/round.py --json round.json                                    the tiny world, on a CPU
+    python benchmarks/round.py --random sd35 --resolution 512 --device cuda --json round.json    SD3.5-M's shape
+    python benchmarks/round.py --random small --ways upstream default merged floor  the same script, small, anywhere
 
-The figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all three
-alike. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one student forward and
-backward a trained step, with no loss, no sampling and no bookkeeping around them.
+Figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all alike. Every
+way has a model of its own. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one
+student forward and backward a trained step, with no loss, no sampling and no bookkeeping around them. Utilisation is
+the FLOPs of the floor (counted from the architecture) over time and over what a plain matrix product reaches in the
+same run.
 """
 
 # ruff: noqa: E402
@@ -12,149 +16,303 @@ backward a trained step, with no loss, no sampling and no bookkeeping around the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
-from diffusionopd.batches import Batch
-from diffusionopd.config_schema import base_config
-from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT, Parts
-from diffusionopd.opd import Distiller, Recipe
-from diffusionopd.optim import StudentOptimizer
-from diffusionopd.transitions import schedule
+from benchmarks.upstream import upstream_round
+from benchmarks.world import RANK, TARGETS, World, add_flags, recorded
+from diffusionopd.acceleration import AccelerationError, check_compiler, compile_blocks
+from diffusionopd.batches import Batch, choose_steps
+from diffusionopd.costs import Lora, TransformerShape, measure
+from diffusionopd.learner import STUDENT
+from diffusionopd.merged import MergedTeachers
+from diffusionopd.opd import Distiller
 
-TARGETS = base_config().train.lora_target_modules
-TINY = ROOT / "assets" / "tiny"
-TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", "ocr", "scene")]
-PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")
+Round = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to do a round; ``build`` makes a fresh model and returns the round."""
+
+    what: str
+    build: Callable[[World], Round]
+    exact: str = "yes"  # whether it trains the default's student
 
 
 def main() -> None:
-    """Measure, print a short table, and write ``--json``."""
+    """Measure, print the table, and write ``--json``."""
     args = parse()
     torch.set_num_threads(args.threads)
-    distiller, batches = build(args)
-    ways: dict[str, Callable[[], None]] = {
-        "reference": lambda: reference_round(distiller, batches),
-        "fused": lambda: None if distiller.round(batches) else None,
-        "floor": lambda: floor_round(distiller, batches),
-    }
-    seconds = measure(ways, args.repeats, distiller.backbone.device)
-    result = {f"{name}_s": statistics.median(times) for name, times in seconds.items()}
-    result |= {"fused_to_reference": result["fused_s"] / result["reference_s"]}
-    result |= {"fused_to_floor": result["fused_s"] / result["floor_s"]}
-    print(f"{len(batches)} tasks x {args.batch_size} pictures x {args.steps} steps, median of {args.repeats}")
-    for name in ways:
-        print(f"{name:10s} {result[f'{name}_s']:8.3f} s")
-    print(f"fused / reference {result['fused_to_reference']:.3f}    fused / floor {result['fused_to_floor']:.3f}")
+    world = World(args)
+    rounds, resident = build_all(world, {name: WAYS[name] for name in args.ways})
+    seconds = time_all(rounds, args.repeats, args.device)
+    result = summarise(world, seconds, resident, peak_memory(rounds, resident, args.device))
+    print(table(result, args))
     if args.json:
-        settings = recorded(args)
-        machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-        dated = {"date": time.strftime("%Y-%m-%d"), **machine, "settings": settings, "all_s": seconds}
+        machine = {"machine": machine_name(args), "python": platform.python_version(), "torch": torch.__version__}
+        dated = {"date": time.strftime("%Y-%m-%d"), **machine, "settings": recorded(args), "all_s": seconds}
         Path(args.json).write_text(json.dumps(result | dated, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
 
 
-def recorded(args: argparse.Namespace) -> dict[str, object]:
-    """The settings to keep with a measurement; files of this repository by their names in it, not on this machine."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, list):
-            return [plain(part) for part in value]
-        return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
-
-    return {key: plain(value) for key, value in vars(args).items() if key != "json"}
-
-
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY / "model"), help="diffusers pipeline folder")
-    parser.add_argument("--teachers", nargs="+", default=TINY_TEACHERS, help="LoRA folders, one task each")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--timestep_fraction", type=float, default=0.99)
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of student and teachers")
+    add_flags(parser)
+    parser.epilog = "\n".join(["ways:", *(f"  {name:<18}{way.what}" for name, way in WAYS.items())])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    parser.add_argument("--text_encoders", action="store_true", help="with --random: encoders of the published size")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the figures to this file")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def build(args: argparse.Namespace) -> tuple[Distiller, list[Batch]]:
-    """Student, teachers and one batch a task, on the model's own text embeddings."""
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    backbone = load_backbone(args.model, dtype=dtype, device=args.device)
-    adapters = Adapters(backbone.transformer)
-    adapters.add_student(STUDENT, rank=32, alpha=64, target_modules=TARGETS)
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-4, loss_scale=1e4)
-    transitions = schedule("ode", backbone.sigmas(args.steps, args.resolution))
-    length = min(128, 14 if args.resolution == 64 else 128)
-    encoder = load_text_encoder(args.model, dtype=dtype, device=args.device, max_sequence_length=length)
-    batches = []
-    for i, source in enumerate(args.teachers):
-        adapters.add_teacher(f"teacher_{i}", source)
-        x = noise(backbone.latent_shape(args.resolution), [(i, s) for s in range(args.batch_size)]).to(args.device)
-        text = encoder([PROMPTS[i % len(PROMPTS)]]).to(args.device, dtype).expand(args.batch_size)
-        batches.append(Batch(f"task {i}", f"teacher_{i}", args.guidance_scale, x, text, draw_noise=lambda step, x=x: x))
-    negative = encoder([""]).to(args.device, dtype)
-    trained = int(args.steps * args.timestep_fraction)
-    recipe = Recipe(transitions, trained, student_guidance=args.guidance_scale)
-    return Distiller(Parts(backbone, adapters, optimizer, negative), recipe), batches
+# ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def reference_round(distiller: Distiller, batches: list[Batch]) -> None:
-    """Rollout, teacher pass, training pass, optimizer step."""
-    three_pass(distiller, batches)
-    distiller.optimizer.step()
+def distilled(**switches: object) -> Callable[[World], Round]:
+    """The project's own round with the switches of :meth:`World.distiller`."""
+
+    def build(world: World) -> Round:
+        distiller, batches = world.distiller(**switches)
+        return lambda: distiller.round(batches)
+
+    return build
+
+
+class Unavailable(RuntimeError):
+    """What a way needs is not here."""
+
+
+def compiled(**switches: object) -> Callable[[World], Round]:
+    """With every block compiled."""
+
+    def build(world: World) -> Round:
+        try:
+            check_compiler(torch.device(world.args.device))
+        except AccelerationError as error:
+            raise Unavailable(str(error)) from error
+        distiller, batches = world.distiller(**switches)
+        compile_blocks(distiller.backbone.transformer)
+        return lambda: distiller.round(batches)
+
+    return build
+
+
+def few_steps(count: int) -> Callable[[World], Round]:
+    """Of the trained steps this many, drawn anew every time; the median is over the draws too."""
+
+    def build(world: World) -> Round:
+        distiller, batches = world.distiller()
+        draws = iter(range(10**9))
+
+        def round_() -> object:
+            steps = choose_steps(distiller.trained_steps, count, next(draws))
+            return distiller.round([replace(batch, steps=steps) for batch in batches])
+
+        return round_
+
+    return build
+
+
+def floor(world: World) -> Round:
+    """Only the forwards and backwards that the default cannot do without."""
+    distiller, batches = world.distiller()
+    return lambda: floor_round(distiller, batches)
+
+
+def merged_floor(world: World) -> Round:
+    """The same with merged teachers."""
+    distiller, batches = world.distiller(adapters=MergedTeachers)
+    return lambda: floor_round(distiller, batches)
 
 
 def floor_round(distiller: Distiller, batches: list[Batch]) -> None:
-    """Only the forwards and backwards that the fused round cannot do without."""
-    backbone, recipe = distiller.backbone, distiller.recipe
+    """One teacher forward, one student forward and backward a trained step."""
+    recipe = distiller.recipe
     for batch in batches:
         v_out = torch.ones_like(batch.x)
         for transition in recipe.transitions[: recipe.trained_steps]:
             with torch.no_grad():
                 distiller.adapters.use(batch.teacher)
-                _velocity(backbone, distiller, batch, transition.sigma, batch.teacher_guidance)
+                _velocity(distiller, batch, transition.sigma, batch.teacher_guidance)
             distiller.adapters.use(STUDENT)
-            v = _velocity(backbone, distiller, batch, transition.sigma, recipe.student_guidance)
-            v.backward(v_out)
+            _velocity(distiller, batch, transition.sigma, recipe.student_guidance).backward(v_out)
     distiller.optimizer.discard()
 
 
-def _velocity(backbone: Backbone, distiller: Distiller, batch: Batch, sigma: float, guidance: float) -> torch.Tensor:
-    return backbone.velocity(batch.x, sigma, batch.text, guidance, distiller.negative)
+def _velocity(distiller: Distiller, batch: Batch, sigma: float, guidance: float) -> torch.Tensor:
+    return distiller.backbone.velocity(batch.x, sigma, batch.text, guidance, distiller.negative)
 
 
-def measure(ways: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way, interleaved, after one warm-up of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - started)
+def three_passes(world: World) -> Round:
+    """Rollout, teachers on every state, training, each a pass of its own."""
+    distiller, batches = world.distiller()
+
+    def round_() -> None:
+        three_pass(distiller, batches)
+        distiller.optimizer.step()
+
+    return round_
+
+
+WAYS = {
+    "upstream": Way(
+        "three passes, teacher on every step, float32 weights (autocast on a GPU), text encoders for every batch, "
+        "PEFT's set_adapter",
+        upstream_round,
+    ),
+    "three passes": Way("rollout, teacher, training one after the other; else the default", three_passes),
+    "default": Way("one fused pass, base in half precision on a GPU", distilled()),
+    "merged": Way("teachers merged into copies of the adapted matrices", distilled(adapters=MergedTeachers)),
+    "compiled": Way("blocks through torch.compile", compiled()),
+    "merged, compiled": Way("both", compiled(adapters=MergedTeachers)),
+    "plain AdamW": Way("the optimizer one tensor after the other", distilled(fused_optimizer=False)),
+    "checkpointing": Way("activations computed again in the backward pass", distilled(checkpointing=True)),
+    "3 steps": Way("train.steps_per_rollout = 3", few_steps(3), exact="in expectation"),
+    "1 step": Way("train.steps_per_rollout = 1", few_steps(1), exact="in expectation"),
+    "floor": Way("bare forwards and backwards", floor, exact="-"),
+    "merged floor": Way("the same, with merged teachers", merged_floor, exact="-"),
+}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def build_all(world: World, ways: Mapping[str, Way]) -> tuple[dict[str, Round], dict[str, int]]:
+    """Every way, warmed up, and the GPU memory that its model takes; what cannot be had is said and left out."""
+    rounds, resident = {}, {}
+    for name, way in tqdm(ways.items(), desc="building", unit="way"):
+        before = _allocated(world.args.device)
+        try:
+            rounds[name] = way.build(world)
+            rounds[name]()
+        except Unavailable as error:
+            rounds.pop(name, None)
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        gc.collect()
+        resident[name] = _allocated(world.args.device) - before
+    return rounds, resident
+
+
+def time_all(rounds: Mapping[str, Round], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each way, interleaved."""
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in tqdm(range(repeats), desc="measuring", unit="repeat"):
+        for name, round_ in rounds.items():
+            seconds[name].append(_seconds(round_, device))
     return seconds
+
+
+def peak_memory(rounds: Mapping[str, Round], resident: Mapping[str, int], device: str) -> dict[str, int]:
+    """Peak bytes of GPU memory of each way, the models of the others left out; empty without a GPU."""
+    peaks = {}
+    for name, round_ in rounds.items() if device != "cpu" else ():
+        others = _allocated(device) - resident[name]
+        torch.cuda.reset_peak_memory_stats(device)
+        round_()
+        peaks[name] = torch.cuda.max_memory_allocated(device) - others
+    return peaks
+
+
+def _seconds(round_: Round, device: str) -> float:
+    """On a GPU between two events on its own clock."""
+    if device == "cpu":
+        started = time.perf_counter()
+        round_()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    round_()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def _allocated(device: str) -> int:
+    return 0 if device == "cpu" else torch.cuda.memory_allocated(device)
+
+
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a plain square matrix product, the median of several."""
+    size = 1024 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = [_seconds(lambda: a @ b, device) for _ in range(12)][2:]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def needed_flops(world: World) -> int:
+    """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards."""
+    args, shape = world.args, TransformerShape.from_config(world.transformer_config)
+    _, height, width = world.latent_shape
+    image, text = height * width // shape.patch**2, world.texts[0].tokens.shape[1]
+    cost = measure(shape, image, text, Lora(RANK, TARGETS), half=world.half != torch.float32)
+    visits = args.batch_size * (len(world.texts) - 1) * int(args.steps * args.timestep_fraction)
+    return visits * (1 if args.guidance_scale == 1.0 else 2) * (cost.forward + cost.trained)
+
+
+def summarise(
+    world: World, seconds: Mapping[str, list[float]], resident: Mapping[str, int], peaks: Mapping[str, int]
+) -> dict[str, object]:
+    """Medians, ratios, utilisation and memory by way."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    flops, fastest = needed_flops(world), matrix_peak(world.args.device, world.half)
+    exact = {name for name, way in WAYS.items() if way.exact == "yes"}
+    ways = {
+        name: {
+            "seconds": median,
+            **{
+                f"to_{other}": median / medians[other] for other in ("upstream", "default", "floor") if other in medians
+            },
+            **({"utilisation": flops / median / fastest} if name in exact else {}),
+            **({"peak_bytes": peaks[name], "resident_bytes": resident[name]} if name in peaks else {}),
+        }
+        for name, median in medians.items()
+    }
+    return {"ways": ways, "needed_flops": flops, "matrix_flops_per_second": fastest}
+
+
+def table(result: Mapping[str, Any], args: argparse.Namespace) -> str:
+    """The figures for people."""
+    tasks = args.tasks if args.random else len(args.teachers)
+    model = args.random or Path(args.model).parent.name
+    lines = [
+        f"{model}: {tasks} tasks x {args.batch_size} pictures x {int(args.steps * args.timestep_fraction)} trained "
+        f"steps at {args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
+        f"needed: {result['needed_flops'] / 1e12:.4g} TFLOP a round; a matrix product reaches "
+        f"{result['matrix_flops_per_second'] / 1e12:.4g} TFLOP/s here",
+        f"{'way':<18}{'seconds':>9}{'/upstream':>11}{'/default':>10}{'/floor':>8}{'of peak':>9}{'peak GiB':>10}  exact",
+    ]
+    for name, figures in result["ways"].items():
+        ratios = [figures.get(f"to_{other}") for other in ("upstream", "default", "floor")]
+        cells = [f"{ratio:.3f}" if ratio else "" for ratio in ratios]
+        share, peak = figures.get("utilisation"), figures.get("peak_bytes")
+        lines.append(
+            f"{name:<18}{figures['seconds']:9.3f}{cells[0]:>11}{cells[1]:>10}{cells[2]:>8}"
+            f"{f'{share:.1%}' if share else '':>9}{f'{peak / 2**30:.2f}' if peak else '':>10}  {WAYS[name].exact}"
+        )
+    return "\n".join(lines)
+
+
+def machine_name(args: argparse.Namespace) -> str:
+    """Processor or GPU."""
+    return platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
 
 
 if __name__ == "__main__":

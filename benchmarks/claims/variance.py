@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 import torch
 from torch import Tensor
 
-from benchmarks.round import TARGETS, TINY
+from benchmarks.world import TARGETS, TINY
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
 from diffusionopd.batches import Batch
