@@ -308,44 +308,43 @@ def write_script(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_then_one_then_two_equal_one(tiny_config, tmp_path, capsys):
+def test_two_processes_then_one_equal_one(tiny_config, tmp_path, capsys):
     """The same command all along; the undisturbed run is one process with the batches of two."""
     common = {"sample__noise_level": 0.7, "train__ema": True, "save_freq": 1}
     doubled = {"sample__num_batches_per_epoch": 4, "train__gradient_accumulation_steps": 4}
     whole = train(tiny_config(run_name="whole", num_epochs=3, **common, **doubled))
-    launch(write_script(tiny_config(num_epochs=1, resume_from="auto", **common), tmp_path))
+    launch(write_script(tiny_config(num_epochs=2, resume_from="auto", **common), tmp_path))
     capsys.readouterr()
-    train(tiny_config(num_epochs=2, resume_from="auto", **common))
-    assert (
-        "processes 2 -> 1, so that a round stays the same: sample.num_batches_per_epoch 2 -> 4"
-        in capsys.readouterr().out
-    )
-    launch(write_script(tiny_config(num_epochs=3, resume_from="auto", **common), tmp_path))
-    root = tmp_path / "logs" / "run" / "checkpoints"
-    assert [checkpoint.load_scalars(root / f"checkpoint-{n}" / "state")["num_processes"] for n in (1, 2, 3)] == [
-        2,
-        1,
-        2,
-    ]
+    resumed_run = train(tiny_config(num_epochs=3, resume_from="auto", **common))
+    note = "processes 2 -> 1, so that a round stays the same: sample.num_batches_per_epoch 2 -> 4"
+    assert note in capsys.readouterr().out
+    assert processes_of(tmp_path) == [2, 2, 1]
     assert_same_run(metrics(tmp_path / "logs" / "whole"), metrics(tmp_path / "logs" / "run"), rel=2e-4)
     for name, tensor in student(whole).items():
-        torch.testing.assert_close(tensor, student(root / "checkpoint-3")[name], rtol=1e-3, atol=5e-5)
+        torch.testing.assert_close(tensor, student(resumed_run)[name], rtol=1e-3, atol=5e-5)
 
 
 @pytest.mark.slow
-def test_one_process_then_two_from_rewards(tiny_config, tmp_path):
-    """A batch of four becomes two of two; groups of a prompt are spread over both processes."""
+def test_one_process_then_two_then_one_from_rewards(tiny_config, tmp_path):
+    """A batch of four becomes two of two and four again; groups of a prompt are spread over both processes."""
     settings = {"train__algorithm": "nft", "sample__num_image_per_prompt": 4, "save_freq": 1}
-    settings |= {"sample__train_batch_size": 4, "train__batch_size": 4}
-    configs = [tiny_config(run_name=name, **settings) for name in ("whole", "run")]
-    for task in itertools.chain(*(config.train.teachers for config in configs)):
+    settings |= {"sample__train_batch_size": 4, "train__batch_size": 4, "resume_from": "auto"}
+    whole, run = (tiny_config(run_name=name, **settings) for name in ("whole", "run"))
+    for task in (*whole.train.teachers, *run.train.teachers):
         task["proxy_reward"] = {"tiny_scene": 1.0}  # smooth in the pixels, as a file's size is not
-    for config, rounds in zip(configs, (3, 1), strict=True):
-        config.num_epochs = rounds
-        train(config)
-    configs[1].num_epochs, configs[1].resume_from = 3, "auto"
-    launch(write_script(configs[1], tmp_path))
+    train(whole)
+    for run.num_epochs, processes in ((1, 1), (2, 2), (3, 1)):
+        if processes == 1:
+            train(run)
+        else:
+            launch(write_script(run, tmp_path), processes)
+    assert processes_of(tmp_path) == [1, 2, 1]
     assert_same_run(metrics(tmp_path / "logs" / "whole"), metrics(tmp_path / "logs" / "run"), rel=2e-3)
+
+
+def processes_of(tmp_path):
+    root = tmp_path / "logs" / "run" / "checkpoints"
+    return [checkpoint.load_scalars(root / f"checkpoint-{n}" / "state")["num_processes"] for n in (1, 2, 3)]
 
 
 # --- what lies behind the names --------------------------------------------------------------------------------------

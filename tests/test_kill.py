@@ -1,0 +1,36 @@
+"""`benchmarks/kill.py` in a short form: a run that is killed and restarted ends as the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.kill import differences
+from diffusionopd.checkpoint import load_state, save_state
+
+from .conftest import ROOT
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path):
+    """Four kills; and the comparison sees what it should."""
+    work, file = tmp_path / "work", tmp_path / "figures.json"
+    options = ["--kills", "4", "--rounds", "2", "--seed", "1", "--work", str(work), "--json", str(file)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    figures = json.loads(file.read_text())
+    assert figures["kills"] == sum(figures["by_phase"].values()) == 4
+    assert figures["differences"] == [] and figures["damaged"] == 0
+    expected, found = work / "runs" / "undisturbed", work / "runs" / "killed-1"
+    last = found / "checkpoints" / "checkpoint-2"
+    tensors, scalars = load_state(last / "state")
+    tensors["ema.3"].view(-1)[0] += 1e-7
+    save_state(last / "state", tensors, scalars | {"round": 3})
+    (found / "metrics.jsonl").write_text((found / "metrics.jsonl").read_text().replace('"loss"', '"loss_"'))
+    (found / "samples" / "round-000001.png").unlink()
+    expect = ["tensor ema.3", "state round", "file samples/round-000001.png"]
+    assert differences(expected, found) == [*expect, "metrics of round 1", "metrics of round 2"]
