@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
     # What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url": "http://..."}};
     # docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer has a model.
     config.reward_options = {}
+    # Seconds that a reward may take for one batch, waiting for its server included. Rewards that are trained on end the
+    # run after that; in monitoring and evaluation the run goes on without them.
+    config.reward_timeout = 600.0
     # Rounds between grids of sample pictures in <run folder>/samples; 0 is never.
     config.sample_freq = 10
     # Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard".

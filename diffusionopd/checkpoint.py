@@ -283,7 +283,8 @@ def _write_failure(root: Path, name: str, used: int, error: BaseException) -> st
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "os error 28" in str(error) or "No space left" in str(error):
         needed = max([used, *(_tree_bytes(folder) for folder in _newest_first(root)[:1])])
-        free = shutil.disk_usage(root).free
+        there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
         message += f"; it needs at least {needed:,} bytes, {free:,} are free: free some space or keep fewer checkpoints"
     return message + "; earlier checkpoints are untouched"
 

@@ -196,36 +196,32 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 def together(work: Callable[[], object], what: str, timeout: float | None = None) -> None:
     """Do this process's part; when it fails on any process, raise on every one, so that none waits for another.
 
-    The process that failed raises its own error, the others OtherProcessError; ``timeout`` as in :func:`meet`.
+    The process that failed raises its own error, the others OtherProcessError with its rank and message; ``timeout`` as
+    in :func:`meet`.
     """
     failure: Exception | None = None
     try:
         work()
     except Exception as error:
         failure = error
-    failed = meet(what, int(failure is not None), timeout)
+    if not any(meet(what, int(failure is not None), timeout)):
+        return
+    texts = gather_over_processes(["" if failure is None else str(failure) or repr(failure)], f"what failed: {what}")
     if failure is not None:
         raise failure
-    if any(failed):
-        raise OtherProcessError(f"{what} failed on {_ranks(np.flatnonzero(failed).tolist())}; its own messages say why")
+    raise OtherProcessError(f"{what} failed on {by_rank(texts)}")
+
+
+def by_rank(texts: Sequence[str]) -> str:
+    """``rank 1: text; ranks 2, 3: other text`` of one text a rank, those without one left out."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        if text:
+            ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{_ranks(own)}: {text}" for text, own in ranks.items())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     """A float64 checksum of tensors, for comparing processes: equal tensors give an equal value."""
     sums = [t.detach().double().sum() + t.detach().double().square().sum() for t in tensors]
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
-
-
-def assert_same_on_all_processes(value: Tensor, what: str) -> None:
-    """Raise RuntimeError on every process when ``value`` (a scalar) differs between processes."""
-    if world_size() == 1:
-        return
-    table = torch.zeros(world_size(), dtype=torch.float64)
-    table[dist.get_rank()] = value.double()
-    values = sum_over_processes(table).tolist()
-    odd = [rank for rank, other in enumerate(values) if other != values[0]]
-    if odd:
-        raise RuntimeError(
-            f"{what} differs between processes: rank(s) {odd} disagree with rank 0. "
-            "Check that every machine sees the same files, config and versions."
-        )

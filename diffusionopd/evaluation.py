@@ -22,10 +22,11 @@ from diffusionopd.adapters import Adapters, LoraWeights
 from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.benchmarks import Benchmark
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import Stream, gather_over_processes, meet, noise, together
+from diffusionopd.distributed import Stream, by_rank, gather_over_processes, meet, noise, together
+from diffusionopd.folders import ensure_writable
 from diffusionopd.prompts import Prompt
 from diffusionopd.results import AVERAGES, EvaluationError, Record, ResultFolder, Summary, read_averages, summarise
-from diffusionopd.rewards import Scorer, build_scorer, score_all, to_uint8
+from diffusionopd.rewards import RewardError, Scorer, build_scorer, score_all, to_uint8
 from diffusionopd.text import TextCache
 from diffusionopd.transitions import transition
 
@@ -204,14 +205,20 @@ def evaluate_task(
         the means on every process, or None when it was `stopped` before its end.
 
     Raises:
-        RewardError: a scorer's output is malformed.
+        RewardError: a scorer failed on some process, raised on every one, with its rank.
     """
     batches = score_samples(generate, prompts, scorers, range(rank, len(prompts), world), batch_size)
     records: list[Record] = []
+    failure = ""
     for _ in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
         if stopped():
             return None
-        records += next(batches, ([], None))[0]  # the last process may have one batch less
+        try:
+            records += next(batches, ([], None))[0]  # the last process may have one batch less
+        except RewardError as error:  # the batches end with it
+            failure = str(error)
+    if failures := by_rank(gather_over_processes([failure], "the evaluation's rewards")):
+        raise RewardError(failures)
     return {name: summary.mean for name, summary in summarise(gather(records), _combined(scorers)).items()}
 
 
@@ -286,6 +293,9 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
         RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError: as the parts do.
     """
     device, rank, world = state.device, state.process_index, state.num_processes
+    if rank == 0:
+        ensure_writable(job.output, "output folder", "Choose another with --output_dir, or free space.")
+    ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     dtype = job.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     place, precision = encoder_place(job.text_encoder_device, device, dtype)
     vae_device = find_device(job.vae_device, device, "vae_device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone
 from diffusionopd.batches import Batch
 from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.distributed import mean_over_processes
+from diffusionopd.distributed import by_rank, gather_over_processes, mean_over_processes, meet
+from diffusionopd.finite import Evaluation, VelocityChecks
 from diffusionopd.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.rollout import Velocity
 from diffusionopd.stages import stage
@@ -52,6 +54,7 @@ class Learner:
         self.negative = parts.negative
         self.transitions = transitions
         self.trained_steps = trained_steps
+        self.velocities = VelocityChecks()
 
     def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
         """Train on the batches of one round; ``name`` is for messages.
@@ -74,9 +77,17 @@ class Learner:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             with stage(f"forward, {adapter or 'base'}"):
                 self.adapters.use(adapter)
-                return self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+                v = self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+            self.velocities.note(Evaluation(self._policy_name(adapter, batch), batch.task, sigma), v)
+            return v
 
         return velocity
+
+    @staticmethod
+    def _policy_name(adapter: str | None, batch: Batch) -> str:
+        if adapter is None:
+            return BASE
+        return TEACHER if adapter == batch.teacher else f"{adapter} policy" if adapter != STUDENT else STUDENT
 
     def _table(self, batches: Sequence[Batch]) -> Tensor:
         return torch.zeros(len(batches), len(self._steps(batches[0])), device=self.backbone.device)
@@ -89,21 +100,48 @@ class Learner:
         """One optimizer step; the losses' means over processes, on the CPU, and the gradient's norm."""
         losses = mean_over_processes(losses, "averaging the losses").cpu()
         if not losses.isfinite().all():
-            self.optimizer.discard()
             i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])
             step = self._steps(batches[i])[column]
-            raise NonFiniteError(
-                f"{name}: the loss is {losses[i, column].item()} for task {batches[i].task!r} at step {step} "
-                f"(sigma {self.transitions[step].sigma:.4f}). The student has not been changed; resume from "
-                "the last checkpoint with a lower learning rate, or mixed_precision bf16 or no."
-            )
+            where = f"for task {batches[i].task!r} at step {step} (sigma {self.transitions[step].sigma:.4f})"
+            self._stop(f"{name}: the loss is {losses[i, column].item()} {where}")
+        self.velocities.clear()
         try:
             return losses, self.optimizer.step()
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{name}: {error}, with finite losses. The student has not been changed; resume from the last "
-                "checkpoint with a lower learning rate, or mixed_precision bf16 or no."
-            ) from error
+            raise NonFiniteError(f"{name}: {error}, with finite losses. {_UNCHANGED} {_REMEDIES[STUDENT]}") from error
+
+    def _check_velocities(self, name: str) -> None:
+        """Raise NonFiniteError on every process if a velocity noted so far is not finite on any of them."""
+        if any(meet("checking the velocities", int(bool(self.velocities.first_broken())))):
+            self._stop(name)
+
+    def _stop(self, what: str) -> NoReturn:
+        """Name the velocities that were the first not to be finite, and the ranks that had them; collective."""
+        self.optimizer.discard()
+        cause = self._described(self.velocities.first_broken())
+        self.velocities.clear()
+        remedy = by_rank(gather_over_processes([cause], "what is not finite")) or _REMEDIES[STUDENT]
+        raise NonFiniteError(f"{what}. {_UNCHANGED} {remedy}")
+
+    def _described(self, broken: Sequence[Evaluation]) -> str:
+        """What is not finite, where, and the remedy; empty if nothing is."""
+        if not broken:
+            return ""
+        task, sigma = broken[0].task, broken[0].sigma
+        steps = [i for i, transition in enumerate(self.transitions) if transition.sigma == sigma]
+        where = f"step {steps[0]} (sigma {sigma:.4f})" if steps else f"sigma {sigma:.4f}"
+        names = " and the ".join(e.policy for e in broken)
+        remedy = _REMEDIES.get(broken[0].policy if len(broken) == 1 else BASE, _REMEDIES[STUDENT])
+        return f"the velocity of the {names} for task {task!r} is not finite at {where}. {remedy}"
+
+
+BASE, TEACHER = "base model", "teacher"
+_UNCHANGED = "The student has not been changed by it."
+_REMEDIES = {
+    TEACHER: "Check that task's LoRA (lora_path in train.teachers), or choose mixed_precision bf16 or no.",
+    BASE: "Check the base model (pretrained.model), or choose mixed_precision bf16 or no.",
+    STUDENT: "Resume from the last checkpoint with a lower learning rate, or choose mixed_precision bf16 or no.",
+}
 
 
 @dataclass
@@ -140,6 +178,7 @@ class SampledLearner(Learner):
     def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
         """Sample, weigh, train. See :meth:`Learner.round`."""
         samples = [self._collect(batch) for batch in batches]
+        self._check_velocities(f"{name}, sampling")
         weights, metrics = self._weigh(batches)
         result = RoundResult(self._table(batches), None, metrics=metrics)
         result.pictures = [(b, s.x0) for b, s in zip(batches, samples, strict=True) if b.wants_picture]

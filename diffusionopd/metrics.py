@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
 import textwrap
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +31,17 @@ class MetricsWriter:
     """Collects values from anywhere in a round and writes one JSON object a round.
 
     Values reach the trackers of an `accelerate.Accelerator` too. A tracker that fails is reported once and dropped: the
-    file is the record, trackers are a convenience.
+    file is the record, trackers are a convenience. Lines that cannot be written are kept, and written when they can be.
     """
 
     def __init__(self, path: str | Path | None, log_with: Sequence[str] = (), accelerator: Any = None) -> None:
         """`path` None writes nothing (processes other than the first); `log_with` names the trackers in use."""
         self._path = None if path is None else Path(path)
-        self._accelerator = accelerator if log_with else None
+        self._tracked = self._accelerator = accelerator if log_with else None  # the second only while nothing failed
         self._log_with = tuple(log_with)
         self._pending: dict[str, list[float | Tensor]] = {}
+        self._unwritten: list[str] = []
+        self._delayed = False
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -68,9 +74,29 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Force the file to the disk; called at a checkpoint, so that a checkpoint never outlives its metrics."""
-        if self._path is not None and self._path.exists():
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
+        if self._path is None:
+            return
+        try:
+            self._write_lines()
+            if self._path.exists():
+                with self._path.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            warnings.warn(f"cannot force {self._path} to the disk, training goes on: {error}", stacklevel=2)
+
+    def close(self) -> None:
+        """Write what is left and end the trackers; nothing of this can fail the run."""
+        try:
+            self._write_lines()
+        except OSError as error:
+            warnings.warn(
+                f"cannot write to {self._path}: the metrics of {len(self._unwritten)} rounds are lost ({error})",
+                stacklevel=2,
+            )
+        if self._tracked is not None:
+            trackers, self._tracked.trackers = self._tracked.trackers, []  # `end_training` would end them again
+            for tracker in trackers:
+                self._try(tracker.finish)
 
     def truncate_after(self, round_index: int) -> None:
         """Drop the lines of later rounds, and a line that a crash cut short; called when resuming after that round."""
@@ -80,29 +106,58 @@ class MetricsWriter:
         _write_atomically(self._path, "".join(line + "\n" for line in kept).encode())
 
     def _append(self, line: str) -> None:
-        """Add a line; a full disk costs lines, not the run."""
+        """Add a line, or keep it for later when the disk is full."""
         if self._path is None:
             return
+        self._unwritten.append(line)
         try:
-            _end_broken_line(self._path)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self._write_lines()
         except OSError as error:
-            warnings.warn(f"cannot write to {self._path}, this round's metrics are lost: {error}", stacklevel=3)
+            if not self._delayed:
+                warnings.warn(
+                    f"cannot write to {self._path}, training goes on and its metrics are kept in memory until this is "
+                    f"possible again: {error}",
+                    stacklevel=3,
+                )
+            self._delayed = True
+
+    def _write_lines(self) -> None:
+        """Write the lines that are due; OSError leaves the file as it was."""
+        if self._path is None or not self._unwritten:
+            return
+        _end_broken_line(self._path)
+        with self._path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            content = "".join(line + "\n" for line in self._unwritten).encode()
+            try:
+                if (written := file.write(content)) != len(content):
+                    raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes written")
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
+        self._unwritten.clear()
+        if self._delayed:
+            warnings.warn(f"{self._path} is written again, no round is missing", stacklevel=4)
+        self._delayed = False
 
     def _collected(self) -> dict[str, list[float]]:
         pending, self._pending = self._pending, {}
         return {name: [float(part) for part in parts] for name, parts in pending.items()}
 
     def _try_trackers(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._try(partial(getattr(self._accelerator, method), *args, **kwargs))
+
+    def _try(self, call: Callable[[], object]) -> None:
         try:
-            getattr(self._accelerator, method)(*args, **kwargs)
+            call()
         except Exception as error:  # noqa: BLE001 - trackers raise whatever their client library raises
-            self._accelerator = None
-            names = ", ".join(self._log_with)
-            warnings.warn(
-                f"tracker {names} failed and is off from here on ({error!r}); metrics.jsonl goes on", stacklevel=3
-            )
+            if self._accelerator is not None:
+                self._accelerator = None
+                names = ", ".join(self._log_with)
+                warnings.warn(
+                    f"tracker {names} failed and is off from here on ({error!r}); metrics.jsonl goes on", stacklevel=4
+                )
 
 
 def _strict(value: Any) -> Any:
@@ -190,9 +245,10 @@ def _wrapped(caption: str, width: int, font: Any) -> list[str]:
 
 def _save_png(picture: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial, encoded = path.with_name(f".{path.name}.{uuid.uuid4().hex}"), io.BytesIO()
+    picture.save(encoded, format="PNG")  # given a file, Pillow does not notice when a full disk takes a part only
     try:
-        picture.save(partial, format="PNG")
+        partial.write_bytes(encoded.getvalue())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffusionopd.distributed import sum_over_processes
 from diffusionopd.metrics import sample_grid
 from diffusionopd.prompts import Prompt
-from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardWorker, Scores, build_composite
+from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardWorker, Scores, build_composite, failed
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class _Look:
     """What the thread made of the pictures of a round."""
 
     scores: list[tuple[str, Future[Scores]]] = field(default_factory=list)  # (task, its scores to come)
-    problem: str = ""  # with the grid
+    problem: str | None = None  # with the grid; empty without one, None where none was to be written
 
 
 class Monitor:
     """Decodes and scores pictures and writes captioned grids, in threads and, on a GPU, on a stream of its own.
 
-    A reward that cannot be built or that fails is reported once and left out: nothing here can change or stop the
-    training.
+    A reward that cannot be built is reported once and left out. One that fails, or is over its time, is reported, tried
+    again whenever pictures are to be scored, and reported when it is back. Nothing here can change the training.
     """
 
     def __init__(
@@ -51,19 +52,21 @@ class Monitor:
         folder: Path,
         device: str,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout: float = math.inf,
     ) -> None:
         """``rewards``: task -> {reward: weight}, the same on every process; ``folder`` receives the grids.
 
-        ``options``: reward -> keyword arguments of its scorer.
+        ``options``: reward -> keyword arguments of its scorer. ``timeout``: seconds that a batch's scores may take.
         """
         self._decode = decode
         self._folder = folder
         self._names = [(task, name) for task, weights in rewards.items() for name in weights]
-        built = {task: self._worker(task, weights, device, options or {}) for task, weights in rewards.items()}
+        built = {task: self._worker(task, weights, device, options or {}, timeout) for task, weights in rewards.items()}
         self._workers = {task: worker for task, worker in built.items() if worker is not None}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
         self._looks: list[Future[_Look]] = []
         self._failed: set[str] = set()
+        self._grids_fail = False
         self._closing = threading.Event()
 
     def watch(self, pictures: Sequence[Picture], *, score: bool, grid: Path | None = None, title: str = "") -> None:
@@ -102,8 +105,7 @@ class Monitor:
             with _beside(ready, picture.latents.device):
                 images.append(self._decode(picture.latents).cpu())
             if score and (worker := self._workers.get(picture.task)):
-                texts, metadata = [p.text for p in picture.prompts], [p.metadata for p in picture.prompts]
-                look.scores.append((picture.task, worker.submit(images[-1], texts, metadata)))
+                look.scores.append((picture.task, self._submitted(worker, images[-1], picture.prompts)))
         if grid is not None and images:
             captions = [f"{p.task}: {prompt.text}" for p in pictures for prompt in p.prompts]
             look.problem = self._write_grid(torch.cat(images), captions, self._folder / grid, title)
@@ -116,27 +118,48 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 - out of memory, or whatever a decoder raises
             warnings.warn(f"the pictures of a round could not be decoded, training goes on: {error!r}", stacklevel=3)
             return []
-        if seen.problem:
+        if seen.problem and not self._grids_fail:
             warnings.warn(seen.problem, stacklevel=3)
+        if seen.problem is not None:
+            self._grids_fail = bool(seen.problem)
         return seen.scores
+
+    @staticmethod
+    def _submitted(worker: RewardWorker, pixels: Tensor, prompts: Sequence[Prompt]) -> Future[Scores]:
+        try:
+            return worker.submit(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
+        except RewardError as error:  # a batch before is over its time
+            return failed(error)
 
     def _result(self, task: str, future: Future[Scores]) -> Scores:
         try:
-            return future.result()
+            scores = future.result()
         except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
-            if task not in self._failed:
-                self._failed.add(task)
-                warnings.warn(f"monitoring of task {task!r} failed, training goes on: {error!r}", stacklevel=3)
+            self._fails(task, error)
             return {}
+        if task in self._failed:
+            self._failed.remove(task)
+            warnings.warn(f"monitoring of task {task!r} works again", stacklevel=3)
+        return scores
+
+    def _fails(self, task: str, error: Exception) -> None:
+        if task not in self._failed:
+            self._failed.add(task)
+            warnings.warn(f"monitoring of task {task!r} failed, training goes on without it: {error!r}", stacklevel=4)
 
     @staticmethod
     def _worker(
-        task: str, weights: Mapping[str, float], device: str, options: Mapping[str, Mapping[str, Any]]
+        task: str,
+        weights: Mapping[str, float],
+        device: str,
+        options: Mapping[str, Mapping[str, Any]],
+        timeout: float,
     ) -> RewardWorker | None:
         if not weights:
             return None
         try:
-            return RewardWorker(build_composite(weights, device, options))
+            scorer = build_composite(weights, device, options)
+            return RewardWorker(scorer, name=", ".join(weights), timeout=timeout)
         except RewardError as error:
             warnings.warn(f"task {task!r} is trained without monitoring its rewards: {error}", stacklevel=4)
             return None
@@ -146,7 +169,7 @@ class Monitor:
         try:
             sample_grid(images, captions, path, title=title)
         except OSError as error:
-            return f"cannot write the sample grid {path}, training goes on: {error}"
+            return f"cannot write the sample grid {path}, training goes on without grids until it can: {error}"
         return ""
 
 

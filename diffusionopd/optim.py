@@ -15,8 +15,8 @@ from diffusionopd.distributed import average_gradients
 from diffusionopd.stages import stage
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; the student has not been touched by it."""
+class NonFiniteError(ValueError):
+    """A velocity, loss or gradient is NaN or infinite; the student has not been touched by it."""
 
 
 class StudentOptimizer:

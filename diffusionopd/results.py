@@ -8,10 +8,12 @@
 Several processes write a part file each; process 0 merges them. File and key names are those of the upstream release.
 """
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,30 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it into place: readers see the old file or the new, whole."""
+    """Write a file under another name, then rename it into place: readers see the old file or the new, whole.
+
+    Raises:
+        EvaluationError: the disk is full, or the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with _writing(path, partial):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+@contextmanager
+def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Explain an error of the disk; what was written under the name ``partial`` goes."""
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot write {path}: {error}. What has been scored is kept: free some space, and go on with --resume"
+        ) from error
+    finally:
+        if partial is not None:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] | None = None) -> dict[str, Summary]:
@@ -209,16 +231,19 @@ class ResultFolder:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records to this process's file at once, so that a kill loses at most the batch in work."""
-        with self._own.open("a", encoding="utf-8") as file:
+        with _writing(self._own), self._own.open("a", encoding="utf-8") as file:
             file.write("".join(_line(record) for record in records))
 
     def save_image(self, sample_id: int, pixels: np.ndarray) -> None:
         """Write the picture, uint8 `[H, W, 3]`, whole or not at all."""
         path = self.image_path(sample_id)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
-        os.replace(partial, path)
+        partial, encoded = path.with_suffix(".tmp"), io.BytesIO()
+        # Encoded in memory: given a file, Pillow does not notice when a full disk takes a part only.
+        Image.fromarray(pixels).save(encoded, format="JPEG", quality=95, subsampling=0)
+        with _writing(path, partial):
+            path.parent.mkdir(exist_ok=True)
+            partial.write_bytes(encoded.getvalue())
+            os.replace(partial, path)
 
     def image_path(self, sample_id: int) -> Path:
         """Where the picture of a sample is or will be."""

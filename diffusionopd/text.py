@@ -169,7 +169,10 @@ class TextCache:
             partial.write_bytes(content)
             os.replace(partial, path)
         except OSError as error:
-            raise TextCacheError(f"cannot write {len(content):,} bytes to the text cache {path}: {error}") from error
+            raise TextCacheError(
+                f"cannot write {len(content):,} bytes to the text cache {path}: {error}. What is encoded is kept: free "
+                "some space, or move the cache (cache_dir), and run again"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 

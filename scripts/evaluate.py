@@ -24,6 +24,7 @@ from diffusionopd.backbone import DTYPES
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
 from diffusionopd.config_schema import load_config, redacted
 from diffusionopd.evaluation import PATIENCE, Job, find_checkpoint, run
+from diffusionopd.failures import ending_together
 from diffusionopd.results import EvaluationError, format_table
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
@@ -176,7 +177,8 @@ def main() -> None:
         job = make_job(parse_flags())
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
             state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=PATIENCE))
-            scores = run(job, state)
+            with ending_together():
+                scores = run(job, state)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
     state.print(f"\n{format_table(scores)}\n\nwritten to {job.output}")

@@ -42,17 +42,6 @@ def test_fingerprints_tell_tensors_apart():
     assert fingerprint(tensors) != fingerprint([torch.randn(5)])
 
 
-def test_a_process_that_differs_is_named(monkeypatch):
-    """Two processes imitated: the table that the sum returns has another value for rank 1."""
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed, "sum_over_processes", lambda table, *_: table + torch.tensor([0.0, 7.0]))
-    with pytest.raises(RuntimeError, match=r"the weights differs between processes: rank\(s\) \[1\] disagree"):
-        distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
-    monkeypatch.setattr(distributed, "sum_over_processes", lambda table, *_: table + torch.tensor([0.0, 3.0]))
-    distributed.assert_same_on_all_processes(torch.tensor(3.0), "the weights")
-
-
 def test_a_parameter_without_gradient_keeps_none(monkeypatch):
     """Two processes imitated by a sum that doubles: the mean is the gradient itself; no gradient stays no gradient."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -74,5 +63,11 @@ def test_together_raises_on_every_process(monkeypatch):
     distributed.together(lambda: done.append(1), "saving")
     assert done == [1]
     monkeypatch.setattr(distributed, "meet", lambda what, word, timeout: [word, 1])  # another process failed
-    with pytest.raises(distributed.OtherProcessError, match="saving failed on rank 1; its own messages say why"):
+    monkeypatch.setattr(distributed, "gather_over_processes", lambda texts, what: [*texts, "disk full"])
+    with pytest.raises(distributed.OtherProcessError, match="saving failed on rank 1: disk full$"):
         distributed.together(lambda: done.append(2), "saving")
+
+
+def test_texts_are_grouped_by_rank():
+    assert distributed.by_rank(["", "", ""]) == ""
+    assert distributed.by_rank(["a", "", "b", "a"]) == "ranks 0, 3: a; rank 2: b"

@@ -17,7 +17,18 @@ PACKAGE = "diffusionopd"
 
 # A module imports from lower rows only. A package is one module: its files may import each other.
 ROWS = (
-    {"transitions", "distributed", "config_schema", "adapters", "conditioning", "geneval_classes", "stages", "signals"},
+    {
+        "transitions",
+        "distributed",
+        "config_schema",
+        "adapters",
+        "conditioning",
+        "geneval_classes",
+        "stages",
+        "signals",
+        "finite",
+        "folders",
+    },
     {
         "losses",
         "prompts",
@@ -31,6 +42,7 @@ ROWS = (
         "launch",
         "costs",
         "acceleration",
+        "failures",
     },
     {"rollout", "batches", "benchmarks", "results", "monitor", "downloads"},
     {"learner"},

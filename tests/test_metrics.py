@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import warnings
 
 import numpy as np
@@ -23,13 +24,16 @@ class Accelerator:
     """Records what reaches the trackers; fails on request."""
 
     def __init__(self, failing=()):
-        self.failing, self.calls = failing, []
+        self.failing, self.calls, self.trackers = failing, [], [self]
 
     def init_trackers(self, project, config=None, init_kwargs=None):
         self._record("init_trackers", project)
 
     def log(self, values, step=None):
         self._record("log", (step, values))
+
+    def finish(self):
+        self._record("finish", None)
 
     def _record(self, method, what):
         self.calls.append((method, what))
@@ -148,16 +152,52 @@ def test_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
         assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch):
+def test_a_full_disk_delays_lines_and_is_said_once(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.write(1)
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "open", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.warns(UserWarning, match="lost.*full"):
+        with pytest.warns(UserWarning, match="kept in memory.*full") as said:
             writer.write(2)
-    writer.write(3)
-    assert [row["round"] for row in rows(path)] == [1, 3]
+            writer.write(3)
+        assert len(said) == 1
+    with pytest.warns(UserWarning, match="written again, no round is missing"):
+        writer.write(4)
+    writer.write(5)
+    assert [row["round"] for row in rows(path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_only_partly_fits_leaves_no_trace(tmp_path):
+    """A real limit: no file may be longer than some bytes."""
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="cannot write to.*kept in memory"):
+            writer.write(2, loss=0.5)
+        assert rows(path) == [{"round": 1}] and path.read_text().endswith("\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.warns(UserWarning, match="written again"):
+        writer.sync()
+        writer.write(3)
+    assert [row["round"] for row in rows(path)] == [1, 2, 3]
+
+
+def test_what_never_could_be_written_is_said_at_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")  # a device on which every write finds the disk full
+    writer = MetricsWriter(path)
+    with pytest.warns(UserWarning, match="No space left"):
+        writer.write(1)
+    with pytest.warns(UserWarning, match="cannot force"):
+        writer.sync()
+    writer.write(2)
+    with pytest.warns(UserWarning, match="the metrics of 2 rounds are lost"):
+        writer.close()
 
 
 # --- trackers --------------------------------------------------------------------------------------------------------
@@ -194,6 +234,16 @@ def test_failing_tracker_is_reported_once_and_the_file_goes_on(tmp_path, failing
         writer.write(3)
     assert [row["round"] for row in rows(path)] == [1, 2, 3]
     assert [method for method, _ in accelerator.calls].count(failing) == 1
+
+
+def test_a_tracker_that_cannot_end_does_not_fail_the_run(tmp_path):
+    accelerator = Accelerator(failing=("finish",))
+    writer = MetricsWriter(tmp_path / "m.jsonl", ("wandb",), accelerator)
+    writer.start_trackers("project", {})
+    writer.write(1)
+    with pytest.warns(UserWarning, match="wandb.*tracker offline"):
+        writer.close()
+    assert accelerator.trackers == [], "accelerate would end it again"
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------
@@ -254,3 +304,14 @@ def test_crash_while_drawing_leaves_the_old_grid(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         sample_grid(torch.ones(1, 3, 8, 8), ["a"], path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_grid_that_does_not_fit_on_the_disk_is_an_error_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            sample_grid(torch.rand(2, 3, 32, 32), ["a", "b"], tmp_path / "grid.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

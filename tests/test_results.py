@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,25 @@ def test_a_combined_figure_is_the_plain_mean_of_means():
     assert math.isclose(found["overall"].standard_error, found["one"].standard_error / 2)
     assert found["overall"].count == 4
     assert "overall" not in summarise(records[:3], combined={"overall": ("one", "two")})  # nothing is known of "two"
+
+
+def test_a_full_disk_is_explained_and_what_was_scored_is_kept(tmp_path):
+    texts = ["a", "b"]
+    files = ResultFolder(tmp_path)
+    files.open({}, texts, resume=False, need_images=False)
+    files.append([Record(0, "a", {}, {"s": 1.0})])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "evaluation_results.jsonl").stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(EvaluationError, match="cannot write .*File too large.*has been scored is kept.*--resume"):
+            files.append([Record(1, "b", {}, {"s": 1.0})])
+        with pytest.raises(EvaluationError, match="cannot write .*00001.jpg.*--resume"):
+            files.save_image(1, np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        with pytest.raises(EvaluationError, match="cannot write .*average_scores.json.*--resume"):
+            files.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".jsonl"]
+    again = ResultFolder(tmp_path)
+    again.open({}, texts, resume=True, need_images=False)
+    assert again.done() == {0}

@@ -1,6 +1,8 @@
 """The registry, pictures in every form, composites, and the worker thread."""
 
 import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from diffusionopd.rewards import (
     NOT_APPLICABLE,
     REGISTRY,
     Composite,
+    LimitedScorer,
     RewardError,
+    RewardUnavailableError,
     RewardWorker,
     Scorer,
     build_composite,
@@ -22,6 +26,7 @@ from diffusionopd.rewards import (
     to_pil,
     to_uint8,
 )
+from diffusionopd.rewards.threads import in_threads
 
 
 class Fixed:
@@ -302,3 +307,84 @@ def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
     assert not blocked.is_alive()  # a full queue is given up, too
     assert not futures[0].done() and all(future.cancelled() for future in futures[1:])
     let_go.set()
+
+
+class Sometimes:
+    """Unavailable as often as `failures` says."""
+
+    def __init__(self, failures):
+        self.failures, self.asked = failures, 0
+
+    def score(self, images, prompts, metadata):
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise RewardUnavailableError("the server does not answer")
+        return {"mean": to_uint8(images).mean(axis=(1, 2, 3))}
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(rewards.worker, "FIRST_PAUSE", 0.01)
+
+
+def test_a_patient_worker_asks_again_and_says_so(short_pauses):
+    scorer = Sometimes(3)
+    with (
+        RewardWorker(scorer, name="r", timeout=10, patient=True) as worker,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        assert "mean" in worker.submit(pictures(1), ["p"], [{}]).result()
+    assert scorer.asked == 4
+    first, last = (str(record.message) for record in said)
+    assert first == "the server does not answer; asked again for up to 10 seconds"
+    assert last == "reward 'r' is back after 0 seconds"
+
+
+@pytest.mark.parametrize(("patient", "least"), [(True, 3), (False, 1)])
+def test_a_worker_gives_up_with_the_scorers_own_error(short_pauses, patient, least):
+    scorer = Sometimes(10**6)
+    with warnings.catch_warnings(), RewardWorker(scorer, name="r", timeout=0.3, patient=patient) as worker:
+        warnings.simplefilter("ignore")
+        with pytest.raises(RewardUnavailableError, match="the server does not answer"):
+            worker.submit(pictures(1), ["p"], [{}]).result()
+    assert scorer.asked >= least and (patient or scorer.asked == 1)
+
+
+def test_a_batch_over_its_time_is_given_up_until_it_ends():
+    scorer = Gated()
+    limited = LimitedScorer(scorer, "slow", 0.1)
+    late = "reward 'slow' has been scoring one batch for more than 0.1 seconds.*reward_timeout"
+    with pytest.raises(RewardError, match=late):
+        limited.score(pictures(1), ["p"], [{}])
+    with pytest.raises(RewardError, match=late):  # at once: nothing is queued behind it
+        limited.score(pictures(1), ["p"], [{}])
+    scorer.gate.set()
+    for _ in range(1000):
+        if not limited._worker.overdue:
+            break
+        time.sleep(0.01)
+    assert "mean" in limited.score(pictures(1), ["p"], [{}])
+    limited.close()
+
+
+def test_a_scorer_that_fails_is_named():
+    scorer = Gated()
+    scorer.gate.set()
+    with pytest.raises(RewardError, match=r"reward 'mean' failed: RuntimeError\('cannot score this'\)"):
+        score_all({"mean": scorer}, pictures(1), ["bad"], [{}])
+
+
+def test_threads_give_results_in_order_and_the_first_error():
+    assert in_threads(lambda i: i * i, list(range(50)), 4) == [i * i for i in range(50)]
+    assert in_threads(str, [], 4) == []
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        if i == 3:
+            raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError, match="gone"):
+        in_threads(work, list(range(1000)), 1)
+    assert begun == [0, 1, 2, 3]

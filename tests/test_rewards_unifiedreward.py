@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ import torch
 import urllib3.util.retry
 from PIL import Image
 
-from diffusionopd.rewards import NOT_APPLICABLE, RewardError, Scorer
-from diffusionopd.rewards.unifiedreward import LONGEST_PAUSE, OWN_QUESTION, UnifiedReward, api_root, final_score
+from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardUnavailableError, RewardWorker, Scorer
+from diffusionopd.rewards.chat_server import LONGEST_PAUSE, api_root
+from diffusionopd.rewards.unifiedreward import OWN_QUESTION, UnifiedReward, final_score
 
 KEY = "sk-very-secret"
 Reply = tuple[int, dict[str, str], str]
@@ -40,6 +42,10 @@ class Handler(BaseHTTPRequestHandler):
             number = len(self.server.requests)
             self.server.under_way += 1
             self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        if self.server.trickle:
+            with suppress(OSError):
+                self.server.trickle(self, number)
+            return
         try:
             reply = self.server.answer(number, body)
         finally:
@@ -65,22 +71,31 @@ class Handler(BaseHTTPRequestHandler):
 class ChatServer(ThreadingHTTPServer):
     """Answers by `answer(number of the request, its body)`."""
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    allow_reuse_address = True
+
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.trickle = None
         self.lock, self.requests, self.under_way, self.most_under_way = threading.Lock(), [], 0, 0
         self.models: Reply = (200, {}, '{"data": []}')
         self.answer: Callable[[int, dict], Reply] = lambda number, body: chat("Final Score: 4")
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-@pytest.fixture
-def server():
-    with ChatServer() as server:
+@contextmanager
+def serving(server):
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving(ChatServer()) as server:
+        yield server
 
 
 @pytest.fixture
@@ -392,3 +407,57 @@ def test_a_server_that_dies_is_an_error_not_a_score(build, server):
 def test_as_many_prompts_as_pictures(build):
     with pytest.raises(ValueError, match="shorter"):
         build().score(grey(0, 1), ["p"], [{}] * 2)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_that_trickles_is_given_up(build, server, chunked):
+    """A byte now and then: no pause between two of them is ever as long as the timeout."""
+    over = threading.Event()
+
+    def trickle(handler, number):
+        handler.send_response(200)
+        handler.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", "100000")))
+        handler.end_headers()
+        while not over.wait(0.05):
+            handler.wfile.write(b"1\r\n \r\n" if chunked else b" ")
+            handler.wfile.flush()
+
+    server.trickle = trickle
+    started = time.monotonic()
+    try:
+        with pytest.raises(RewardUnavailableError, match="does not answer POST.*not complete after 0.5 seconds"):
+            build(timeout=0.5, retries=0).score(grey(0), ["p"], [{}])
+    finally:
+        over.set()
+    assert time.monotonic() - started < 10
+
+
+def test_training_waits_for_a_server_that_comes_back(build, question, monkeypatch):
+    monkeypatch.setattr("diffusionopd.rewards.worker.FIRST_PAUSE", 0.05)
+    old = ChatServer()
+    with serving(old):
+        scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
+    port = old.server_address[1]
+    with (
+        RewardWorker(scorer, name="unifiedreward", timeout=60, patient=True) as worker,
+        pytest.warns(UserWarning, match="does not answer POST.*asked again for up to 60 seconds"),
+        pytest.warns(UserWarning, match="'unifiedreward' is back after"),
+    ):
+        future = worker.submit(grey(0), ["p"], [{}])
+        time.sleep(0.3)
+        assert not future.done()
+        with serving(ChatServer(port)):
+            assert future.result()["unifiedreward"].tolist() == [0.8]
+
+
+def test_training_does_not_wait_for_ever(build, monkeypatch):
+    monkeypatch.setattr("diffusionopd.rewards.worker.FIRST_PAUSE", 0.05)
+    old = ChatServer()
+    with serving(old):
+        scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
+    with RewardWorker(scorer, name="unifiedreward", timeout=0.5, patient=True) as worker:
+        with (
+            pytest.warns(UserWarning, match="asked again"),
+            pytest.raises(RewardError, match="does not answer.*sglang"),
+        ):
+            worker.submit(grey(0), ["p"], [{}]).result()

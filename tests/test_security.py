@@ -29,7 +29,7 @@ from diffusionopd.report.document import document, facts
 from diffusionopd.report.page import render
 from diffusionopd.results import Record, Summary, averages_json, summarise
 from diffusionopd.rewards import RewardError, build_scorer, check_options
-from diffusionopd.rewards.unifiedreward import ChatServer
+from diffusionopd.rewards.chat_server import ChatServer
 from diffusionopd.rewards.weights import load_official
 from diffusionopd.text import TextCache, TextCacheError
 from diffusionopd.trainer import run_command, train

@@ -34,7 +34,7 @@ FREE = NO_EFFECT | frozenset(
     """
     run_name logdir save_dir cache_dir log_with run_project collective_timeout
     num_epochs save_freq num_checkpoint_limit resume_from
-    eval_freq eval_num_prompts monitor_freq sample_freq
+    eval_freq eval_num_prompts monitor_freq sample_freq reward_timeout
     sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size
     mixed_precision allow_tf32 activation_checkpointing text_encoder_device vae_device
     train.merge_teachers train.fused_optimizer prefetch compile attention_backend

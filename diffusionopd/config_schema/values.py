@@ -61,6 +61,7 @@ INTERVALS = {
     "sample_freq": "[0, inf)",
     "num_checkpoint_limit": "[0, inf)",
     "collective_timeout": "(0, inf)",
+    "reward_timeout": "(0, inf)",
     "eval_num_prompts": "[0, inf)",
     "resolution": "[16, inf)",
     "max_sequence_length": "[1, inf)",

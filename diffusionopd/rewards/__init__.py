@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scorer, Scores
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all, weighted_average
 from diffusionopd.rewards.images import Images, to_pil, to_uint8
-from diffusionopd.rewards.worker import RewardWorker
+from diffusionopd.rewards.worker import LimitedScorer, RewardWorker, failed
 
 __all__ = [
     "AVERAGE",
@@ -22,7 +22,9 @@ __all__ = [
     "REGISTRY",
     "Composite",
     "Images",
+    "LimitedScorer",
     "RewardError",
+    "RewardUnavailableError",
     "RewardWorker",
     "Scorer",
     "Scores",
@@ -31,6 +33,7 @@ __all__ = [
     "check_name",
     "check_options",
     "check_weights",
+    "failed",
     "register",
     "score_all",
     "to_pil",

@@ -18,6 +18,10 @@ class RewardError(ValueError):
     """A reward that is unknown, cannot be built here, or gave scores of the wrong form."""
 
 
+class RewardUnavailableError(RewardError):
+    """A reward that cannot be had now but may be later: a server that does not answer, or says that it cannot."""
+
+
 @runtime_checkable
 class Scorer(Protocol):
     """Gives every picture one number or several."""

@@ -68,11 +68,11 @@ def score_all(
     """The scores of several rewards on the same pictures, side by side.
 
     Raises:
-        RewardError: a scorer leaves out its own score, gives a malformed one, or two give a score of one name.
+        RewardError: a scorer fails, leaves out its own score, gives a malformed one, or two give a score of one name.
     """
     result: Scores = {}
     for name, scorer in scorers.items():
-        part = checked_scores(name, scorer.score(images, prompts, metadata), len(prompts))
+        part = checked_scores(name, _scored(name, scorer, images, prompts, metadata), len(prompts))
         if name not in part:
             raise RewardError(f"reward '{name}' gave {sorted(part)}, but no score under its own name")
         doubled = sorted(part.keys() & (result.keys() | {AVERAGE}))
@@ -80,3 +80,14 @@ def score_all(
             raise RewardError(f"reward '{name}' gives a score that another reward gives too: {', '.join(doubled)}")
         result.update(part)
     return result
+
+
+def _scored(
+    name: str, scorer: Scorer, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> Scores:
+    try:
+        return scorer.score(images, prompts, metadata)
+    except RewardError:
+        raise
+    except Exception as error:  # a scorer raises whatever its libraries raise
+        raise RewardError(f"reward '{name}' failed: {error!r}") from error

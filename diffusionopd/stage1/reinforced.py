@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusionopd.batches import Batch
-from diffusionopd.distributed import sum_over_processes, together
+from diffusionopd.distributed import by_rank, gather_over_processes, sum_over_processes
 from diffusionopd.learner import STUDENT, Parts, Sample, SampledLearner
-from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, Scores
+from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, RewardError, Scores, failed
 from diffusionopd.rollout import Visit, walk
 from diffusionopd.stage1.advantages import Advantages, clip_advantages, group_advantages
 from diffusionopd.transitions import Transition
@@ -68,8 +68,15 @@ class Reinforced(SampledLearner):
             final = visit.x_next
             if visit.step < self.trained_steps:
                 visits.append(self._keep(visit))
-        self._pending.append(self.score(batch, final))
+        self._pending.append(self._submitted(batch, final))
         return Sample(final, [visit for visit in visits if visit is not None])
+
+    def _submitted(self, batch: Batch, final: Tensor) -> Future[Scores]:
+        """The scores to come; what fails here fails when they are awaited, on all processes together."""
+        try:
+            return self.score(batch, final)
+        except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
+            return failed(error)
 
     def _keep(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor] | None:
         """What training needs of a visit; by default the final latents are enough."""
@@ -77,9 +84,7 @@ class Reinforced(SampledLearner):
 
     def _weigh(self, batches: Sequence[Batch]) -> tuple[Sequence[Tensor], dict[str, float]]:
         pending, self._pending = self._pending, []
-        scores: list[Scores] = []
-        # A scorer that fails on one process must stop all of them: the others would wait for its rewards.
-        together(lambda: scores.extend(future.result() for future in pending), "scoring the samples")
+        scores = self._awaited(batches, pending)
         weights: list[Tensor] = [torch.empty(0)] * len(batches)
         metrics: dict[str, float] = {}
         for task in dict.fromkeys(batch.task for batch in batches):
@@ -96,6 +101,22 @@ class Reinforced(SampledLearner):
                     key = f"reward/{task}" if name == AVERAGE else f"monitor/{task}/{name}"
                     metrics[key] = applied.mean().item()
         return weights, metrics
+
+    def _awaited(self, batches: Sequence[Batch], pending: Sequence[Future[Scores]]) -> list[Scores]:
+        """The scores of all batches. RewardError on every process, naming task and rank, if some cannot be had."""
+        scores: list[Scores] = []
+        failure = ""
+        try:
+            for future in pending:
+                scores.append(future.result())
+        except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
+            failure = f"the samples of task {batches[len(scores)].task!r} cannot be scored: {error}"
+        if failures := by_rank(gather_over_processes([failure], "scoring the samples")):
+            raise RewardError(
+                f"{failures}. The student has not been changed by this round; go on from the last checkpoint with "
+                "--config.resume_from=auto."
+            )
+        return scores
 
     def _advantages(self, rewards: Tensor) -> Advantages:
         groups = torch.arange(len(rewards)) // self.recipe.images_per_prompt

@@ -148,6 +148,11 @@ def weight_digests(plan: RunPlan, backbone: Backbone, adapters: Adapters) -> dic
     return digests
 
 
+def tensor_digest(tensors: Iterable[Tensor]) -> str:
+    """A digest of every value."""
+    return _sha256(map(_bytes, tensors))
+
+
 def _sampled(tensor: Tensor) -> Tensor:
     """Evenly spread values, always the first."""
     flat = tensor.detach().flatten()

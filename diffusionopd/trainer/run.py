@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -24,20 +25,19 @@ from diffusionopd.batches import Batch, BatchMaker
 from diffusionopd.config_schema import RunPlan, Start, check, resumed
 from diffusionopd.config_schema.values import is_number
 from diffusionopd.evaluation import ImageGenerator, evaluate_task
+from diffusionopd.failures import ending_together, memory_advice
+from diffusionopd.folders import ensure_writable, writing
 from diffusionopd.learner import STUDENT, Parts, RoundResult
 from diffusionopd.metrics import MetricsWriter
 from diffusionopd.monitor import Monitor, Picture
 from diffusionopd.optim import Ema
-from diffusionopd.rewards import (
-    REGISTRY,
-    Scores,
-    check_options,
-)
+from diffusionopd.rewards import REGISTRY, RewardError, Scores, check_options
 from diffusionopd.stages import stage
 from diffusionopd.text import TextCache
+from diffusionopd.trainer.agreement import agree, data_facts, setup_facts
 from diffusionopd.trainer.learners import build_learner, build_optimizer
 from diffusionopd.trainer.prefetch import Rounds
-from diffusionopd.trainer.resume import open_resume, prompt_digests, weight_digests
+from diffusionopd.trainer.resume import open_resume, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.trainer.setup import (
     build_evaluation_scorers,
     build_rewards,
@@ -55,6 +55,13 @@ from diffusionopd.trainer.state import (
     write_json,
 )
 from diffusionopd.trainer.stop import Stop, read_pending, write_pending
+
+ROUND_MEMORY = (
+    "Lower train.batch_size (and raise train.gradient_accumulation_steps to match: the student that is trained is the "
+    "same), or set activation_checkpointing; then go on with --config.resume_from=auto."
+)
+RUN_FOLDER = "Choose another with --config.save_dir, or free space."
+EVALUATION_MEMORY = "Lower sample.test_batch_size; then go on with --config.resume_from=auto."
 
 
 def make_accelerator(config: ConfigDict) -> Accelerator:
@@ -75,25 +82,30 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
     """Run ``config`` to its end and return the last checkpoint; with ``dry_run`` check and describe it only.
 
     ``allow_config_change`` resumes although the configuration describes another experiment than the checkpoint's.
-    Raises ConfigError, ResumeError, PromptError, AdapterError, BackboneError or RunError before anything expensive,
-    NonFiniteError and CheckpointError during training; nothing saved before is touched by a failure.
+    Raises ConfigError, ResumeError, PromptError, FolderError, AdapterError, BackboneError or RunError before anything
+    expensive, NonFiniteError, RewardError, OutOfMemoryError and CheckpointError during training; nothing saved before
+    is touched by a failure. What fails in one process ends all of them.
     """
     accelerator = make_accelerator(config)
-    start = resumed(config, accelerator.num_processes, allow_config_change)
-    plan = check(start.config, accelerator.num_processes, REGISTRY)
-    check_options(plan.reward_options)
-    check_devices(config, accelerator.device)
-    accelerator.project_configuration.project_dir = str(plan.run_dir)
-    accelerator.project_configuration.logging_dir = str(plan.run_dir / "trackers")
-    accelerator.print(plan.describe())
-    if dry_run:
-        accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
-        return None
-    trainer = Trainer(start.config, plan, accelerator, start=start, allow_config_change=allow_config_change)
+    trainer: Trainer | None = None
     try:
-        return trainer.run()
+        with ending_together():
+            agree(setup_facts(config.to_dict()))
+            start = resumed(config, accelerator.num_processes, allow_config_change)
+            plan = check(start.config, accelerator.num_processes, REGISTRY)
+            check_options(plan.reward_options)
+            check_devices(config, accelerator.device)
+            accelerator.project_configuration.project_dir = str(plan.run_dir)
+            accelerator.project_configuration.logging_dir = str(plan.run_dir / "trackers")
+            accelerator.print(plan.describe())
+            if dry_run:
+                accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+                return None
+            trainer = Trainer(start.config, plan, accelerator, start=start, allow_config_change=allow_config_change)
+            return trainer.run()
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
 
 
 class Trainer:
@@ -116,6 +128,7 @@ class Trainer:
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        self._check_folders()
         self.start = start or Start(config, config, self.world)
         self.resume = open_resume(self.start, plan, allow_config_change)
         self.resumed_from = self.resume.folder if self.resume else None
@@ -123,19 +136,26 @@ class Trainer:
         self._pending = read_pending(self.resumed_from)
         self._saved_after = 0  # rounds
         self.prompts = read_prompts(config, plan)
+        agree(data_facts(self.resumed_from, train=self.prompts.train, test=self.prompts.test))
         self.digests = self._same_as_before(prompt_digests(self.prompts.train))
-        self.rewards = build_rewards(plan, str(self.device))
+        self.rewards = build_rewards(plan, str(self.device), config.reward_timeout)
         self.text = self._encode_prompts()
         self.backbone, self.adapters = load_models(config, plan, dtype=self.dtype, device=self.device)
-        self.digests |= self._same_as_before(weight_digests(plan, self.backbone, self.adapters))
+        weights = weight_digests(plan, self.backbone, self.adapters)
+        agree({"weights": weights | {"the student": tensor_digest(self.adapters.parameters(STUDENT))}})
+        self.digests |= self._same_as_before(weights)
         self._build_batches()
         self._build_learner()
         if self.resumed_from is not None:
             load_state(self.resumed_from / "state", self.learner, self.ema)
         self._build_metrics()
-        self._check_processes_agree()
 
     # --- build ---------------------------------------------------------------------------------------------------
+
+    def _check_folders(self) -> None:
+        if self.is_main:
+            ensure_writable(self.plan.run_dir, "run folder", RUN_FOLDER)
+        ensure_writable(self.config.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
 
     def _same_as_before(self, digests: dict[str, str]) -> dict[str, str]:
         """``digests``; RunError where the checkpoint that is resumed has other ones."""
@@ -187,12 +207,13 @@ class Trainer:
     def _build_metrics(self) -> None:
         run_dir, config = self.plan.run_dir, self.config
         file = run_dir / "metrics.jsonl" if self.is_main else None
-        self.metrics = MetricsWriter(file, _trackers(config), self.accelerator)
-        # A round whose evaluation is still to be done is not written yet, or was by a sitting that crashed later.
-        self.metrics.truncate_after(self.completed - (self._pending is not None))
+        with writing(run_dir, "run folder", RUN_FOLDER):
+            self.metrics = MetricsWriter(file, _trackers(config), self.accelerator)
+            # A round whose evaluation is still to be done is not written yet, or was by a sitting that crashed later.
+            self.metrics.truncate_after(self.completed - (self._pending is not None))
+            if self.is_main:
+                write_json(run_dir / "config.json", self.start.given.to_dict())
         self.metrics.start_trackers(config.run_project, flat(config.to_dict()))
-        if self.is_main:
-            write_json(run_dir / "config.json", self.start.given.to_dict())
         # Rewards that are trained on are measured anyway.
         watched = bool(config.monitor_freq) and not self.plan.from_rewards
         rewards = {t.name: t.proxy_reward for t in self.plan.teachers} if watched else {}
@@ -203,13 +224,11 @@ class Trainer:
             run_dir / "samples",
             str(self.device),
             self.plan.reward_options,
+            config.reward_timeout,
         )
-        self.scorers = build_evaluation_scorers(self.plan, str(self.device)) if config.eval_freq else {}
+        limit = config.reward_timeout
+        self.scorers = build_evaluation_scorers(self.plan, str(self.device), limit) if config.eval_freq else {}
         self._held_row: dict[str, Any] | None = None
-
-    def _check_processes_agree(self) -> None:
-        tensors = [p for name in self.adapters.configs for p in self.adapters.parameters(name)]
-        distributed.assert_same_on_all_processes(distributed.fingerprint(tensors), "the adapters' weights")
 
     # --- loop ----------------------------------------------------------------------------------------------------
 
@@ -264,6 +283,10 @@ class Trainer:
         self.monitor.close()
         for worker in self.rewards.values():
             worker.close(cancel=True)
+        for scorers in self.scorers.values():
+            for scorer in scorers.values():
+                scorer.close()
+        self.metrics.close()
         self.accelerator.end_training()
 
     def round(self, index: int) -> dict[str, Any]:
@@ -273,7 +296,8 @@ class Trainer:
         with stage("prompts and noise"):
             batches = self.rounds.batches(index)
         evaluations = self.backbone.evaluations
-        result = self.learner.round(batches, f"round {number}")
+        with memory_advice(f"round {number}", ROUND_MEMORY):
+            result = self.learner.round(batches, f"round {number}")
         result.metrics["evaluations"] = float((self.backbone.evaluations - evaluations) * self.world)
         self.learner.finish(number)
         with stage("metrics"):
@@ -338,15 +362,23 @@ class Trainer:
                     resolution=config.resolution,
                     seed=config.seed,
                 )
-                means = evaluate_task(
-                    generate,
-                    self.prompts.test[task],
-                    scorers,
-                    batch_size=config.sample.test_batch_size,
-                    rank=self.rank,
-                    world=self.world,
-                    stopped=stop.agreed,
-                )
+                try:
+                    with memory_advice(f"the evaluation on task {task!r}", EVALUATION_MEMORY):
+                        means = evaluate_task(
+                            generate,
+                            self.prompts.test[task],
+                            scorers,
+                            batch_size=config.sample.test_batch_size,
+                            rank=self.rank,
+                            world=self.world,
+                            stopped=stop.agreed,
+                        )
+                except RewardError as error:
+                    if self.is_main:
+                        warnings.warn(
+                            f"training goes on without this evaluation on task {task!r}: {error}", stacklevel=2
+                        )
+                    continue
                 if means is None:
                     return None
                 scores |= {f"eval/{task}/{name}": value for name, value in means.items()}

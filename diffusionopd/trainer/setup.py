@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from diffusionopd.config_schema import RunPlan
 from diffusionopd.learner import STUDENT
 from diffusionopd.merged import MergedTeachers
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
-from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.text import TextCache
 
 ENCODING_PATIENCE = 3 * 3600.0
@@ -68,19 +67,23 @@ def read_prompts(config: ConfigDict, plan: RunPlan) -> PromptSets:
     return PromptSets(train, test, samplers)
 
 
-def build_rewards(plan: RunPlan, device: str) -> dict[str, RewardWorker]:
+def build_rewards(plan: RunPlan, device: str, timeout: float) -> dict[str, RewardWorker]:
     """The rewards that are trained on, by task, before any weight is loaded; RewardError for one that cannot be had."""
-    tasks = plan.teachers if plan.from_rewards else ()
-    return {task.name: RewardWorker(build_composite(task.proxy_reward, device, plan.reward_options)) for task in tasks}
+    workers = {}
+    for task in plan.teachers if plan.from_rewards else ():
+        scorer, name = build_composite(task.proxy_reward, device, plan.reward_options), ", ".join(task.proxy_reward)
+        workers[task.name] = RewardWorker(scorer, name=name, timeout=timeout, patient=True)
+    return workers
 
 
-def build_evaluation_scorers(plan: RunPlan, device: str) -> dict[str, dict[str, Any]]:
+def build_evaluation_scorers(plan: RunPlan, device: str, timeout: float) -> dict[str, dict[str, LimitedScorer]]:
     """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
-    scorers: dict[str, dict[str, Any]] = {teacher.name: {} for teacher in plan.teachers}
+    scorers: dict[str, dict[str, LimitedScorer]] = {teacher.name: {} for teacher in plan.teachers}
     for teacher in plan.teachers:
         for name in teacher.proxy_reward:
             try:
-                scorers[teacher.name][name] = build_scorer(name, device, plan.reward_options.get(name))
+                scorer = build_scorer(name, device, plan.reward_options.get(name))
+                scorers[teacher.name][name] = LimitedScorer(scorer, name, timeout)
             except RewardError as error:
                 warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
     return {task: found for task, found in scorers.items() if found}
