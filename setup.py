@@ -44,6 +44,7 @@ EXTRAS["dev"] = [
     *EXTRAS["tiny"],
     *EXTRAS["hpsv2"],
     *TENSORBOARD,
+    "hypothesis>=6.120,<7",
     "pytest>=8.3,<10",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.9,<1",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 import warnings
@@ -71,7 +72,7 @@ def load_lora(source: str | Path) -> LoraWeights:
 def _locate(source: str) -> Path:
     """The local folder or file of ``source``, downloaded first when it is a hub id."""
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, False for what can be no path
         return path / "lora" if (path / "lora" / PEFT_CONFIG).is_file() else path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", source) or source.startswith(".") or ".." in source.split("/"):
         raise AdapterError(f"no LoRA at {source!r}: neither a file or folder nor a hub id such as owner/name/subfolder")
@@ -420,8 +421,6 @@ class Adapters:
         for _, layer in self._layers(name):
             layer.lora_A[name].float()
             layer.lora_B[name].float()
-            # Under autocast the products run in half precision whatever x is: PEFT need not widen it first.
-            layer.cast_input_dtype_enabled = False
         for layer in self.transformer.modules():
             if isinstance(layer, LoraLayer):
                 layer._active_adapter = self._active

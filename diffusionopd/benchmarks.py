@@ -1,5 +1,6 @@
 """What can be evaluated on: test prompts by name or folder, and the rewards that each is scored with."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,13 @@ def find_benchmark(
         PromptError: the prompt file is missing or malformed.
     """
     task = next((task for task in tasks if task["name"] == dataset), None)
+    if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
+        raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
     folder = Path(task["dataset"] if task else BENCHMARKS[dataset][0] if dataset in BENCHMARKS else dataset)
-    if task is None and dataset not in BENCHMARKS and not folder.is_dir():
+    if task is None and dataset not in BENCHMARKS and not os.path.isdir(folder):
         known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
         raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
-    chosen = tuple(rewards) or _rewards_of(folder) or tuple(task["proxy_reward"] if task else ())
+    chosen = tuple(rewards) or _rewards_of(folder) or tuple((task or {}).get("proxy_reward") or ())
     if not chosen:
         raise BenchmarkError(f"nothing is known to score dataset '{dataset}' with: choose with --rewards")
     for name in chosen:

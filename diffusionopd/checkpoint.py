@@ -151,7 +151,7 @@ def load_scalars(folder: str | Path) -> dict[str, Any]:
     """The JSON values alone of what `save_state` wrote; CheckpointError if the file is missing or damaged."""
     folder = Path(folder)
     with _reading(folder):
-        return json.loads((folder / _SCALARS).read_text("utf-8"))
+        return dict(json.loads((folder / _SCALARS).read_text("utf-8")))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -316,12 +316,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if not whole:
         raise CheckpointError(f"{path} is damaged: it does not match its own digest")
+    edited = CheckpointError(f"{path} is not as this program writes it: another program's, or edited")
+    if not isinstance(manifest.get("format"), int):
+        raise edited
     if manifest["format"] > FORMAT:
         raise NewerFormatError(
             f"{path.parent} has format {manifest['format']}, this program reads {FORMAT}: update the program, or move "
             "that folder away to go on from an earlier checkpoint"
         )
+    files, sequence = manifest.get("files"), manifest.get("sequence")
+    if not isinstance(sequence, int) or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise edited
     return manifest
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether a file of the manifest lies in its folder and has a size and a digest."""
+    name, entry = item
+    inside = name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
 
 
 def _newest_first(root: Path) -> list[Path]:

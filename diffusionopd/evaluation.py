@@ -6,6 +6,7 @@ Letters: B pictures, C latent channels, h and w latent size, H and W pixels.
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -264,8 +265,8 @@ class Job:
             raise EvaluationError(f"guidance_scale must be a number of at least 0, not {self.guidance_scale}")
         if self.resolution % 16:
             raise EvaluationError(f"resolution must be a multiple of 16, not {self.resolution}")
-        if self.seed < 0:
-            raise EvaluationError(f"seed must be at least 0, not {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise EvaluationError(f"seed must be at least 0 and below 2**63, not {self.seed}")
         names = [benchmark.name for benchmark in self.benchmarks]
         if not names or len(set(names)) < len(names):
             raise EvaluationError(f"evaluate at least one dataset, each once; given: {', '.join(names) or 'none'}")
@@ -383,13 +384,13 @@ def find_checkpoint(path: str) -> Path:
     if given.name == "latest" and given.parent.is_dir():
         given = given.parent
     for pointer in (given / "checkpoints" / "latest", given / "latest"):
-        if pointer.is_file():
+        if os.path.isfile(pointer):
             given = pointer.parent / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
             break
-    if given.name == "lora" and (given.parent / "config.json").is_file():
+    if given.name == "lora" and os.path.isfile(given.parent / "config.json"):
         given = given.parent
     weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
-    if not any((given / name).is_file() for name in weights):
+    if not any(os.path.isfile(given / name) for name in weights):
         raise EvaluationError(
             f"no checkpoint at {path}: expected a run folder, <run>/checkpoints/checkpoint-<n>, its lora/ folder, "
             "or <run>/checkpoints/latest"

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusionopd.config_schema.values import is_number
 from diffusionopd.rewards import NOT_APPLICABLE
 
 RESULTS = "evaluation_results.jsonl"
@@ -68,12 +69,24 @@ def read_records(path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            records.append(_record(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines):  # a whole line ends in a line feed, so the last piece is empty
                 break
             raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from None
     return records
+
+
+def _record(content: Any) -> Record:
+    """The record in a JSON value; ValueError or TypeError for any other."""
+    record = Record(**content)
+    named = isinstance(record.prompt, str) and isinstance(record.metadata, dict) and isinstance(record.scores, dict)
+    if not named or not isinstance(record.sample_id, int) or isinstance(record.sample_id, bool) or record.sample_id < 0:
+        raise ValueError("a field is of another kind")
+    if not all(is_number(score) for score in record.scores.values()):
+        raise ValueError("a score is no finite number")
+    json.dumps(content, ensure_ascii=False).encode()  # halves of surrogate pairs could not be written again
+    return record
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -162,7 +175,7 @@ def read_averages(path: Path) -> dict[str, Summary]:
             for name, mean in content.items()
             if not isinstance(mean, dict)
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read as average scores: {error}") from error
 
 
@@ -271,8 +284,8 @@ class ResultFolder:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:
-            before = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise EvaluationError(
                 f"{self.folder} holds results but no readable {SETTINGS} ({error}), so it cannot be resumed; "
                 "use another output folder, or leave out --resume to start over"

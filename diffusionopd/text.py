@@ -114,6 +114,12 @@ class TextCache:
             raise TextCacheError("no prompts given: an empty batch has no embeddings")
         with self._lock:
             rows = [self._load(prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if [part.shape for part in row] != [part.shape for part in rows[0]]:
+                raise TextCacheError(
+                    f"the embeddings of prompts {prompts[0]!r} and {prompt!r} in {self.folder} have different shapes: "
+                    "remove the folder, and they are made anew"
+                )
         batch = TextEmbeddings(torch.stack([tokens for tokens, _ in rows]), torch.stack([pooled for _, pooled in rows]))
         return batch.to(device, dtype)
 
@@ -216,7 +222,7 @@ class TextCache:
         except OSError as error:
             raise TextCacheError(f"cannot read the text cache file {path} of prompt {prompt!r}: {error}") from error
         try:
-            row = _deserialize(content)
+            row = _deserialize(content, self.dtype)
         except ValueError as error:
             self._discard(path, str(error))
             raise TextCacheError(
@@ -267,7 +273,7 @@ def _header_problem(path: Path) -> str | None:
     return None if size == expected else f"{size} bytes instead of {expected}"
 
 
-def _deserialize(content: bytes) -> tuple[Tensor, Tensor]:
+def _deserialize(content: bytes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Tensors (tokens [L, D], pooled [P]) of a file's bytes; ValueError says what is wrong with them."""
     try:
         tensors = safetensors.torch.load(content)
@@ -278,4 +284,6 @@ def _deserialize(content: bytes) -> tuple[Tensor, Tensor]:
         raise ValueError(f"unreadable: {error}") from error
     if _checksum(tokens, pooled) != expected:
         raise ValueError("its checksum does not match")
+    if tokens.ndim != 2 or pooled.ndim != 1 or not tokens.dtype == pooled.dtype == dtype:
+        raise ValueError("its shapes or types are others")  # the header is not in the checksum
     return tokens, pooled

@@ -9,7 +9,6 @@ settings (base model, resolution, steps, guidance) are found beside its checkpoi
 
 import argparse
 import ast
-import json
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -22,7 +21,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.adapters import load_lora
 from diffusionopd.backbone import DTYPES
 from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
-from diffusionopd.config_schema import load_config, redacted
+from diffusionopd.config_schema import load_config, read_run_config, redacted
 from diffusionopd.evaluation import PATIENCE, Job, find_checkpoint, run
 from diffusionopd.failures import ending_together
 from diffusionopd.results import EvaluationError, format_table
@@ -72,15 +71,11 @@ def read_config(source: str) -> dict[str, Any]:
     """A configuration as nested dicts: `config/<file>.py:<name>`, or the `config.json` of a run.
 
     Raises:
-        ConfigError: there is no such file or name.
-        EvaluationError: a JSON file that is no configuration.
+        ConfigError: there is no such file or name, or a JSON file that is no configuration.
     """
     if not source.endswith(".json"):
         return load_config(source).to_dict()
-    try:
-        return dict(json.loads(Path(source).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{source} is not the config.json of a run: {error}") from error
+    return read_run_config(Path(source))
 
 
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +126,9 @@ def make_job(flags: argparse.Namespace) -> Job:
     guidance_scale, source = sample.get("eval_guidance_scale", 4.5), flags.lora_hf_path or flags.lora
     if flags.teacher:
         teacher = find_teacher(flags.teacher, config)
-        source = teacher["lora_path"]
+        source = teacher.get("lora_path")
+        if not source:
+            raise EvaluationError(f"teacher '{flags.teacher}' of the configuration has no lora_path")
         guidance_scale = teacher.get("guidance_scale", sample.get("teacher_guidance_scale", guidance_scale))
     if flags.checkpoint_path:
         source = str(find_checkpoint(flags.checkpoint_path))

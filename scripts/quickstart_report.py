@@ -25,10 +25,11 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         report = collect(flags.run, flags.eval, flags.title, flags.seconds)
-    except ValueError as error:
+        page = render(report)
+    except (ValueError, OSError) as error:  # OSError: a picture that is none
         sys.exit(f"error: {error}")
     flags.output.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(flags.output / "report.html", render(report))
+    write_text_atomically(flags.output / "report.html", page)
     write_text_atomically(flags.output / "summary.json", json.dumps(summary(report), indent=2) + "\n")
     print(
         f"\n{text_table(report)}\n\nsummary: {flags.output / 'summary.json'}\nreport:  {flags.output / 'report.html'}"

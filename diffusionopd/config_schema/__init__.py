@@ -22,6 +22,7 @@ from diffusionopd.config_schema.resume import (
     refuse_changes,
     resumed,
 )
+from diffusionopd.config_schema.run_config import read_run_config
 from diffusionopd.config_schema.secrets import check_no_secrets, find_secrets, redacted
 from diffusionopd.config_schema.sources import (
     TeacherSpec,
@@ -44,6 +45,7 @@ __all__ = [
     "check",
     "find_secrets",
     "load_config",
+    "read_run_config",
     "read_saved",
     "redacted",
     "refuse_changes",

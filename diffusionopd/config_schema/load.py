@@ -133,7 +133,10 @@ def _with_defaults(given: ConfigDict | Mapping[str, Any]) -> ConfigDict:
             merged[key] |= value
         else:
             merged[key] = value
-    return ConfigDict(merged, type_safe=False)
+    try:
+        return ConfigDict(merged, type_safe=False)
+    except (ValueError, TypeError) as error:  # names that are no text or hold dots
+        raise ConfigError([f"the configuration has a key that cannot be set: {error}"]) from error
 
 
 def _override(config: ConfigDict, key: str, text: str | None) -> str | None:

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from diffusionopd.config_schema.geometry import BATCH_KEYS, adapted_batches, geometry
 from diffusionopd.config_schema.problems import Problems
+from diffusionopd.config_schema.run_config import read_run_config
+from diffusionopd.config_schema.secrets import find_secrets
 from diffusionopd.config_schema.sources import run_folder
 from diffusionopd.config_schema.values import (
     NO_EFFECT,
@@ -37,7 +39,7 @@ FREE = NO_EFFECT | frozenset(
     eval_freq eval_num_prompts monitor_freq sample_freq reward_timeout
     sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size
     mixed_precision allow_tf32 activation_checkpointing text_encoder_device vae_device
-    train.merge_teachers train.fused_optimizer prefetch compile attention_backend
+    train.merge_teachers train.fused_optimizer prefetch
     train.learning_rate train.max_grad_norm train.loss_scale
     train.ema train.ema_decay train.ema_interval
     """.split()
@@ -101,7 +103,8 @@ def resumed(config: ConfigDict, num_processes: int, allow_change: bool = False) 
     values, defaults, problems = flatten(config), flatten(base_config()), Problems()
     check_names(values, defaults, problems)
     check_values(values, defaults, problems)
-    saved = None if problems.found else find_saved(values)
+    secret = next(find_secrets(values), None)  # differences from the checkpoint quote values
+    saved = None if problems.found or secret else find_saved(values)
     if saved is None:
         return fresh
     start, same_keys = fresh, all(values[key] == saved.values[key] for key in BATCH_KEYS)
@@ -162,13 +165,13 @@ def find_saved(values: dict[str, Any]) -> SavedRun | None:
 
 
 def read_saved(folder: Path) -> SavedRun | None:
-    """What a checkpoint says about its run; None when its JSON files are not there or damaged."""
+    """What a checkpoint says about its run; None when its JSON files are not there, damaged or of something else."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_run_config(folder / "config.json")
         scalars = json.loads((folder / "state" / "scalars.json").read_text("utf-8"))
         values = flatten(base_config()) | flatten(config)
         return SavedRun(folder, values, int(scalars.get("written_for", scalars["num_processes"])))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

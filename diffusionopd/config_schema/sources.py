@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,20 @@ def _gap(source: Any) -> str:
         return "is not set"
     if not isinstance(source, str):
         return f"is {source!r}, which is not a string"
+    if not _is_path(source):
+        return f"is {source[:80]!r}, which can be no path"
     return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
+
+
+def _is_path(text: str) -> bool:
+    """Whether the system can look it up: without NUL and halves of surrogate pairs, and not too long."""
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_model(values: dict[str, Any], problems: Problems) -> None:
@@ -87,6 +100,9 @@ def _check_adapter(key: str, source: Any, problems: Problems) -> None:
 
 def check_folders(values: dict[str, Any], problems: Problems) -> None:
     """Run folder and cache can be written, and what is resumed from is there."""
+    for key in ("save_dir", "logdir", "run_name", "cache_dir", "resume_from"):
+        if problems.good(key) and values[key] and not _is_path(values[key]):
+            problems.add(key, f"is {values[key][:80]!r}, which can be no path", "Name a folder.")
     if problems.good("save_dir", "logdir", "run_name"):
         if unset(values["save_dir"]) and (unset(values["run_name"]) or unset(values["logdir"])):
             problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
@@ -176,6 +192,21 @@ def check_teachers(
     return tuple(specs), tuple(prompts)
 
 
+def check_tasks(entries: Sequence[Any], problems: Problems) -> None:
+    """The tasks of a saved run: their fields are what a task may have, whether or not the files still exist."""
+    for index, entry in enumerate(entries):
+        where = f"train.teachers[{index}]"
+        if not isinstance(entry, Mapping):
+            problems.add(where, f"is {entry!r}", "It must be an object.")
+            continue
+        given = {name: value for name, value in entry.items() if name in TEACHER_FIELDS and value is not None}
+        _check_teacher_fields(where, {"name": None, "guidance_scale": 1.0} | given, problems)
+        _check_rewards(f"{where}.proxy_reward", given.get("proxy_reward", {}), None, problems)
+        for field in ("dataset", "lora_path", "prompt_fn"):
+            if not isinstance(given.get(field, ""), str) or not _is_path(given.get(field, "")):
+                problems.add(f"{where}.{field}", f"is {given[field]!r}", "It must be a string.")
+
+
 def _single_task(values: dict[str, Any]) -> list[dict[str, Any]]:
     """The task that the upstream keys of single-task reinforcement learning describe."""
     if not values.get("dataset"):
@@ -217,7 +248,7 @@ def _check_rewards(where: str, rewards: Any, known: Collection[str] | None, prob
 def _check_dataset(where: str, teacher: dict[str, Any], with_test: bool, problems: Problems) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
     prompt_fn, dataset = teacher["prompt_fn"], teacher["dataset"]
-    if prompt_fn not in PROMPT_FILES:
+    if not isinstance(prompt_fn, str) or prompt_fn not in PROMPT_FILES:
         remedy = f"It must be one of {', '.join(PROMPT_FILES)}.{nearest(str(prompt_fn), PROMPT_FILES)}"
         problems.add(f"{where}.prompt_fn", f"is {prompt_fn!r}", remedy)
         return 0

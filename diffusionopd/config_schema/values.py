@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import runpy
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ CHOICES: dict[str, tuple] = {
     "train.task_order": ("together", "alternate", "cascade"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "use_lora": (True,),
-    "attention_backend": ("", "flash", "efficient", "cudnn", "math"),
     "sample.solver": (*NOISY_KERNELS, *ODE_SOLVERS),
     "train.loss": ("kl", "policy_gradient"),
     "train.target": ("mean", "velocity", "x0"),
@@ -97,6 +96,21 @@ INTERVALS = {
     "train.lora_alpha": "(0, inf)",
     "train.ema_decay": "[0, 1)",
     "train.ema_interval": "[1, inf)",
+}
+
+
+def _named(value: Any) -> bool:
+    return bool(value) and all(isinstance(name, str) and name for name in value)
+
+
+# What lists and dicts hold.
+LISTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "train.lora_target_modules": ("a list of at least one name", _named),
+    "train.old_policy_decay": ("three numbers", lambda value: len(value) == 3 and all(map(is_number, value))),
+    "reward_options": (
+        "{reward: {option: value}}",
+        lambda value: all(isinstance(options, Mapping) for options in value.values()),
+    ),
 }
 
 
@@ -163,6 +177,8 @@ def check_values(values: dict[str, Any], defaults: dict[str, Any], problems: Pro
             )
         elif key in DEVICES and not re.fullmatch(r"(cpu|cuda(:\d+)?)?", value or ""):
             problems.add(key, f"is {value!r}", 'It must be "cpu", "cuda", "cuda:<n>" or empty (the training device).')
+        elif key in LISTS and not LISTS[key][1](value):
+            problems.add(key, f"is {value!r}", f"It must be {LISTS[key][0]}.")
         elif key in INTERVALS and not _inside(value, INTERVALS[key]):
             problems.add(key, f"is {value!r}", f"It must be {expected} in {INTERVALS[key]}.")
 
@@ -176,7 +192,7 @@ def _has_type(value: Any, default: Any) -> bool:
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if isinstance(default, float):
         return is_number(value)
     if isinstance(default, list | tuple):
@@ -187,7 +203,8 @@ def _has_type(value: Any, default: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold; not NaN, not infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _inside(value: float, interval: str) -> bool:

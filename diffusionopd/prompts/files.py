@@ -84,6 +84,10 @@ def _parse_json(line: str, where: str) -> Prompt:
         raise PromptError(f"{where}: 'prompt' must be a text that is not blank, found {text!r}")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{where}: 'prompt' holds half of a surrogate pair, which no tokenizer can read")
+    try:  # as results are written
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{where}: holds a value that cannot be written again ({error})") from None
     return Prompt(text, record)
 
 

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from diffusionopd.config_schema import ConfigError, read_run_config
+from diffusionopd.config_schema.values import is_number
 from diffusionopd.report.data import BASE, STUDENT, Picture, Report, Task, duration, teacher_folder
 from diffusionopd.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
 
@@ -28,12 +30,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ReportError(f"{path} does not exist: has the run been trained?")
     rounds = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            rounds[int(row["round"])] = row
-        except (ValueError, TypeError, KeyError):  # a line cut short by a kill
+        except (ValueError, RecursionError):  # a line cut short by a kill
             continue
+        if isinstance(row, dict) and isinstance(row.get("round"), int) and not isinstance(row["round"], bool):
+            rounds[row["round"]] = row
     if not rounds:
         raise ReportError(f"{path} holds no finished round")
     return [rounds[number] for number in sorted(rounds)]
@@ -41,7 +44,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(round, value) of a metric where it was measured."""
-    return [(row["round"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [(row["round"], row[key]) for row in rows if is_number(row.get(key))]
 
 
 def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_pictures: int = 6) -> Report:
@@ -55,15 +58,19 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
         ReportError: something is missing, with its path.
     """
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_run_config(run / "config.json")
+    except ConfigError as error:
         raise ReportError(f"{run} is no run folder: {error}") from error
     rows = read_metrics(run)
-    names = [teacher["name"] for teacher in config["train"]["teachers"]]
-    tasks = [_collect_task(teacher, names, rows, evaluations, num_pictures) for teacher in config["train"]["teachers"]]
     rounds = int(rows[-1]["round"])
     seconds = max(seconds, sum(value for _, value in points(rows, "seconds")))
-    facts = [*_run_facts(config, tasks, rounds, seconds), *machine_facts()]
+    try:
+        teachers = config["train"]["teachers"]
+        names = [teacher["name"] for teacher in teachers]
+        tasks = [_collect_task(teacher, names, rows, evaluations, num_pictures) for teacher in teachers]
+        facts = [*_run_facts(config, tasks, rounds, seconds), *machine_facts()]
+    except KeyError as error:
+        raise ReportError(f"{run / 'config.json'} or an evaluation lacks {error}") from error
     return Report(title, tasks, rounds, seconds, facts)
 
 

@@ -137,8 +137,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        count, rewards = settings.get("images_per_prompt", 1), settings.get("rewards", [])
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"images_per_prompt is {count!r}")
+        if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
+            raise ValueError(f"rewards is {rewards!r}")
+        return settings
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ComparisonError(f"{path} cannot be read as settings: {error}") from error
 
 

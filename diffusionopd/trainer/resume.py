@@ -107,11 +107,15 @@ def open_resume(start: Start, plan: RunPlan, allow_change: bool) -> Resume | Non
         return None
     saved = read_saved(folder)
     if saved is None:
-        raise ResumeError(f"{folder} does not say how it was trained: its config.json or state/scalars.json is missing")
+        raise ResumeError(
+            f"{folder} does not say how it was trained: its config.json or state/scalars.json is missing or damaged"
+        )
     values = flatten(start.config)
     if not allow_change:  # again: a damaged one may have been skipped since the configuration was compared
         refuse_changes(saved, values, plan.num_processes)
-    resume = Resume(folder, checkpoint.load_scalars(folder / "state"), allow_change, list(start.notes))
+    resume = Resume(
+        folder, _checked(checkpoint.load_scalars(folder / "state"), folder), allow_change, list(start.notes)
+    )
     refused, free = changes_since(saved, values, plan.num_processes)
     if changed := [*refused, *free]:
         resume.notes.append("changed since then: " + ", ".join(changed))
@@ -119,6 +123,14 @@ def open_resume(start: Start, plan: RunPlan, allow_change: bool) -> Resume | Non
     if other := [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]:
         resume.notes.append("saved with other versions: " + ", ".join(other))
     return resume
+
+
+def _checked(scalars: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state's scalars; RunError unless they are such a run's."""
+    completed, tables = scalars.get("round"), [scalars.get(name, {}) for name in ("digests", "versions")]
+    if not isinstance(completed, int) or completed < 0 or not all(isinstance(table, dict) for table in tables):
+        raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
+    return scalars
 
 
 def prompt_digests(prompts: Mapping[str, Iterable[Prompt]]) -> dict[str, str]:

@@ -40,8 +40,21 @@ def save_state(
 
 
 def load_state(folder: Path, learner: Learner, ema: Ema | None) -> None:
-    """Restore what :func:`save_state` wrote. RunError for a student of other shapes."""
+    """Restore what :func:`save_state` wrote. RunError for a student of other shapes, or a state of something else."""
     tensors, scalars = checkpoint.load_state(folder)
+    try:
+        _restore(folder, tensors, scalars, learner, ema)
+    except RunError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise RunError(
+            f"{folder} is not the state of such a run ({error!r}); resume from another checkpoint"
+        ) from error
+
+
+def _restore(
+    folder: Path, tensors: dict[str, Tensor], scalars: dict[str, Any], learner: Learner, ema: Ema | None
+) -> None:
     optimizer = learner.optimizer
     student, average = _numbered(tensors, "student"), _numbered(tensors, "ema")
     if [student[i].shape for i in range(len(student))] != [p.shape for p in optimizer.parameters]:
