@@ -69,6 +69,11 @@ def get_config() -> ConfigDict:
     # "cuda:1"; empty is the training device. Every process loads its own.
     config.text_encoder_device = ""
     config.vae_device = ""
+    # Kernel of the attention layers: "flash", "efficient", "cudnn" or "math"; "" lets torch choose, which in half
+    # precision on a GPU is flash or cudnn already.
+    config.attention_backend = ""
+    # Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
+    config.compile = False
     # Make the batches of the next round (prompts, cached embeddings, noise) in a thread while this one trains. They are
     # the same; the embeddings of two rounds are in the host's memory.
     config.prefetch = True

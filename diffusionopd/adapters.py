@@ -421,6 +421,8 @@ class Adapters:
         for _, layer in self._layers(name):
             layer.lora_A[name].float()
             layer.lora_B[name].float()
+            # Under autocast the products run in half precision whatever x is: PEFT need not widen it first.
+            layer.cast_input_dtype_enabled = False
         for layer in self.transformer.modules():
             if isinstance(layer, LoraLayer):
                 layer._active_adapter = self._active

@@ -42,6 +42,7 @@ def rows(tiny_config, tmp_path, **changes) -> list[dict]:
         {"train__fused_optimizer": True},
         {"train__merge_teachers": True},
         {"prefetch": True, "monitor_freq": 1},
+        {"attention_backend": "math"},
         {"train__merge_teachers": True, "activation_checkpointing": True},
     ],
     ids=lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()),

@@ -39,7 +39,7 @@ FREE = NO_EFFECT | frozenset(
     eval_freq eval_num_prompts monitor_freq sample_freq reward_timeout
     sample.eval_num_steps sample.eval_guidance_scale sample.test_batch_size
     mixed_precision allow_tf32 activation_checkpointing text_encoder_device vae_device
-    train.merge_teachers train.fused_optimizer prefetch
+    train.merge_teachers train.fused_optimizer prefetch compile attention_backend
     train.learning_rate train.max_grad_norm train.loss_scale
     train.ema train.ema_decay train.ema_interval
     """.split()

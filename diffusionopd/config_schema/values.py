@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple] = {
     "train.task_order": ("together", "alternate", "cascade"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "use_lora": (True,),
+    "attention_backend": ("", "flash", "efficient", "cudnn", "math"),
     "sample.solver": (*NOISY_KERNELS, *ODE_SOLVERS),
     "train.loss": ("kl", "policy_gradient"),
     "train.target": ("mean", "velocity", "x0"),

@@ -88,6 +88,7 @@ class _Walk:
     lora: Lora | None
     item: int  # bytes of a value
     cost: Cost = field(default_factory=Cost)
+    _kept_source: str = ""  # the input that the last adapter kept
 
     def run(self) -> None:
         shape, cost, width = self.shape, self.cost, self.shape.width
@@ -186,8 +187,6 @@ class _Walk:
         if self.item == 2:
             cost.kept_once += rank * (fan_out + (fan_in if flows else 0)) * self.item
         return True
-
-    _kept_source: str = ""
 
     def attention(self, tokens: int, flows: bool) -> None:
         """Softmax attention in one kernel: queries, keys, values, result and a float32 a row and head are kept."""

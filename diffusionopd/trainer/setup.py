@@ -11,6 +11,7 @@ import torch
 from ml_collections import ConfigDict
 
 from diffusionopd import distributed
+from diffusionopd.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.batches import adapter_name
@@ -43,9 +44,14 @@ class PromptSets:
 
 
 def check_devices(config: ConfigDict, device: torch.device) -> None:
-    """The devices that the configuration names are there; BackboneError before anything is loaded."""
+    """The devices and compilers that the configuration needs are there: said before anything is loaded.
+
+    Raises BackboneError or AccelerationError.
+    """
     find_device(config.text_encoder_device, device, "text_encoder_device")
     find_device(config.vae_device, device, "vae_device")
+    if config.compile:
+        check_compiler(device)
 
 
 def read_prompts(config: ConfigDict, plan: RunPlan) -> PromptSets:
@@ -125,6 +131,10 @@ def load_models(
         )
     for teacher in plan.teachers if not plan.from_rewards else ():
         adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
+    if config.attention_backend:
+        choose_attention(backbone.transformer, config.attention_backend, dtype=dtype, device=device)
+    if config.compile:
+        compile_blocks(backbone.transformer)
     return backbone, adapters
 
 

@@ -1,0 +1,94 @@
+"""What makes a transformer faster without changing what it computes: the attention kernel, compiled blocks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""``attention_backend`` -> torch's kernel. Without one torch takes the best that the device and the dtype allow."""
+
+# Graphs of one block's code: kinds of block x adapters x with and without gradient x batch shapes of training, guidance
+# and evaluation. Beyond torch's default of 8 it would run uncompiled, without an error.
+MOST_GRAPHS = 256
+
+
+class AccelerationError(ValueError):
+    """A way to be faster that this machine does not have; the message says what is missing and the remedy."""
+
+
+def compile_blocks(transformer: Any, backend: str = "inductor") -> None:
+    """Compile each block by itself, for the shapes that it meets; called after the adapters are injected.
+
+    Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
+    shape; merged teachers are one adapter. Raises nothing here: compilation happens at the first forward.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    most = 4 * MOST_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, most)
+    for block in transformer.transformer_blocks:
+        block.compile(backend=backend, dynamic=False)
+
+
+def check_compiler(device: torch.device) -> None:
+    """AccelerationError when what ``compile`` needs on ``device`` is not installed."""
+    gpu = device.type == "cuda"
+    variable, usual = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
+    given = os.environ.get(variable)
+    names = (given,) if given else usual
+    if not any(shutil.which(name) for name in names):
+        what = "a C compiler" if gpu else "a C++ compiler"
+        raise AccelerationError(
+            f"compile needs {what} ({', '.join(names)}), and there is none. Install one, name it in {variable}, or "
+            "set --config.compile=False."
+        )
+
+
+def choose_attention(transformer: nn.Module, backend: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Make every attention layer use the kernel ``backend``, one of :data:`ATTENTION_BACKENDS`.
+
+    The choice is the layer's own, so that it holds when a checkpointed block runs again in the backward pass. Raises
+    AccelerationError when the kernel cannot run in ``dtype`` on ``device``.
+    """
+    kernel, layers = ATTENTION_BACKENDS[backend], list(_attention_layers(transformer))
+    probe = torch.zeros(1, layers[0].heads, 64, layers[0].inner_dim // layers[0].heads, dtype=dtype, device=device)
+    probe.requires_grad_()
+    try:
+        with sdpa_kernel(kernel):
+            nn.functional.scaled_dot_product_attention(probe, probe, probe).sum().backward()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise AccelerationError(
+            f"attention_backend {backend!r} cannot run here ({device.type}, {dtype}): {reason} "
+            "Choose another, or leave it empty for torch's own choice."
+        ) from error
+    for layer in layers:
+        layer.set_processor(_WithKernel(layer.processor, kernel))
+
+
+class _WithKernel:
+    """An attention processor that runs another one with torch restricted to one kernel."""
+
+    def __init__(self, processor: Any, kernel: SDPBackend) -> None:
+        self.processor = processor
+        self.kernel = kernel
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        with sdpa_kernel(self.kernel):
+            return self.processor(*args, **kwargs)
+
+
+def _attention_layers(transformer: nn.Module) -> Iterator[Any]:
+    """diffusers' attention modules."""
+    return (module for module in transformer.modules() if hasattr(module, "set_processor"))

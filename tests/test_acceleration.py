@@ -1,0 +1,135 @@
+"""Attention kernels and compiled blocks: the same numbers, as many graphs as said, and early errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from diffusionopd.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
+from diffusionopd.adapters import Adapters, load_lora
+from diffusionopd.backbone import load_backbone
+from diffusionopd.merged import MergedTeachers
+
+CPU = torch.device("cpu")
+FEW = ["attn.to_q", "attn.add_k_proj"]  # adapted layers: compiling takes long enough with these
+
+
+def build(pipeline_folder, make_lora, kind=Adapters):
+    """A model of two blocks of two kinds (the last drops its text stream) with a student and a teacher."""
+    backbone = load_backbone(str(pipeline_folder))
+    del backbone.transformer.transformer_blocks[1:3]
+    adapters = kind(backbone.transformer)
+    adapters.add_student("student", rank=8, alpha=16, target_modules=FEW, seed=1)
+    weights = load_lora(make_lora(1))
+    pairs = [
+        {f"transformer_blocks.0.{n}": part[f"transformer_blocks.0.{n}"] for n in FEW} for part in (weights.a, weights.b)
+    ]
+    alpha = {name: weights.alpha[name] for name in pairs[0]}
+    adapters.add_teacher(
+        "teacher", dataclasses.replace(weights, a=pairs[0], b=pairs[1], alpha=alpha, target_modules=None)
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.parameters("student"):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return backbone, adapters
+
+
+def velocities(backbone, adapters, text, names=("student", "teacher", None, "teacher", "student")):
+    """Each adapter's velocity, switching to and fro, and the student's gradient."""
+    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
+    found = []
+    for name in names:
+        with torch.set_grad_enabled(name == "student"):
+            adapters.use(name)
+            found.append(backbone.velocity(x, 0.7, text(2)))
+    adapters.use("student")
+    torch.stack([v for v in found if v.requires_grad]).square().mean().backward()
+    gradients = [p.grad for p in adapters.parameters("student") if p.grad is not None]
+    adapters.transformer.zero_grad()
+    return [v.detach() for v in found] + gradients
+
+
+def assert_close(mine, other):
+    assert len(mine) == len(other)
+    for a, b in zip(mine, other, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.fixture
+def fresh_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "used"),
+    [(Adapters, False, 3), (MergedTeachers, True, 2)],
+    ids=["LoRAs", "merged and checkpointed"],
+)
+def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, fresh_graphs, kind, checkpointing, used):
+    """One graph a kind of block and adapter; merged teachers and the base are one. Nothing is compiled again later."""
+    plain = velocities(*build(pipeline_folder, make_lora), text)
+    backbone, adapters = build(pipeline_folder, make_lora, kind)
+    if checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()
+        choose_attention(backbone.transformer, "flash", dtype=torch.float32, device=CPU)
+    compile_blocks(backbone.transformer, backend="aot_eager")
+    assert_close(velocities(backbone, adapters, text), plain)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 2 * used
+    assert not counters["graph_break"]
+    velocities(backbone, adapters, text)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_generated_code_gives_the_same_numbers(pipeline_folder, make_lora, text, fresh_graphs):
+    """The real compiler on one block of the teacher's."""
+    plain, compiled = (build(pipeline_folder, make_lora) for _ in range(2))
+    compile_blocks(compiled[0].transformer)
+    results = []
+    for backbone, adapters in (plain, compiled):
+        del backbone.transformer.transformer_blocks[1:]
+        adapters.use("teacher")
+        x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            results.append([backbone.velocity(x, 0.7, text(2))])
+    assert_close(*results)
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_missing_compiler_is_named(monkeypatch, device, variable):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(AccelerationError, match=rf"compile needs a C.* compiler.*name it in {variable}"):
+        check_compiler(torch.device(device))
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(AccelerationError, match="no-such-compiler"):
+        check_compiler(torch.device(device))
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+def test_attention_kernels_give_the_same_velocity_and_gradient(pipeline_folder, make_lora, text, name):
+    plain = velocities(*build(pipeline_folder, make_lora), text)
+    backbone, adapters = build(pipeline_folder, make_lora)
+    backbone.transformer.enable_gradient_checkpointing()
+    choose_attention(backbone.transformer, name, dtype=torch.float32, device=CPU)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as traced:
+        assert_close(velocities(backbone, adapters, text), plain)
+    ran = {event.key for event in traced.key_averages()}
+    used = {
+        kernel for kernel in ("attention_math", "flash_attention") if any(f"dot_product_{kernel}" in n for n in ran)
+    }
+    assert used == {"attention_math" if name == "math" else "flash_attention"}, "in the backward's second forward too"
+
+
+def test_a_kernel_that_cannot_run_here_is_refused(pipeline_folder, make_lora):
+    backbone, _ = build(pipeline_folder, make_lora)
+    with pytest.raises(AccelerationError, match=r"attention_backend 'cudnn' cannot run here \(cpu, torch.float32\)"):
+        choose_attention(backbone.transformer, "cudnn", dtype=torch.float32, device=CPU)
