@@ -104,3 +104,24 @@ def test_closing_does_not_wait_for_pictures(monitor):
     free.set()
     look._thread.shutdown(wait=True)
     assert len(decoded) == 1, "the picture in work was the last one"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pictures_are_decoded_after_what_computes_them_and_beside_what_follows(monitor, tmp_path):
+    streams = []
+
+    def decode(latents):
+        streams.append(torch.cuda.current_stream())
+        return latents
+
+    look = monitor(decode)
+    expected = pictures("a")[0]
+    slow = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        slow = (slow @ slow).clamp(-1, 1)  # the latents below wait for it
+    latents = expected.latents.cuda() + 0 * slow[0, 0]
+    look.watch([Picture("a", latents, expected.prompts)], score=True)
+    scores = JpegCompressibility().score(expected.latents, ["", ""], [{}, {}])["jpeg_compressibility"]
+    assert look.collect() == {"monitor/a/jpeg_compressibility": pytest.approx(np.mean(scores))}
+    assert streams[0] != torch.cuda.default_stream()
