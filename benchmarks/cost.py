@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from diffusionopd.config_schema import RunPlan, base_config, check, load_config, split_arguments  # noqa: E402
 from diffusionopd.costs import (  # noqa: E402
+    MACHINE,
     Cost,
     Held,
     Lora,
@@ -82,7 +83,7 @@ def report(config: ConfigDict, args: argparse.Namespace) -> None:
     cost, round_cost = costs_of(config, plan, pipeline)
     memories = {"replicated": memory_of(config, plan, pipeline, cost, shards=1)}
     if plan.num_processes > 1:
-        memories["sharded"] = memory_of(config, plan, pipeline, cost, shards=plan.num_processes)
+        memories["sharded"] = memory_of(config, plan, pipeline, cost, shards=min(plan.num_processes, MACHINE))
     seconds = round_cost.seconds(plan.num_processes, args.peak_tflops * 1e12, args.utilisation)
     print(table(describe_transformer(cost)), "\n")
     print(table(describe_round(plan, round_cost, seconds, args)), "\n")
@@ -112,7 +113,7 @@ def costs_of(config: ConfigDict, plan: RunPlan, pipeline: Pipeline) -> tuple[Cos
 
 
 def memory_of(config: ConfigDict, plan: RunPlan, pipeline: Pipeline, cost: Cost, shards: int) -> Memory:
-    """What a GPU holds in a run of ``config``, with base and adapters spread over ``shards`` processes."""
+    """What a GPU holds in a run of ``config``, with the base spread over ``shards`` processes."""
     train, item = config.train, 4 if config.mixed_precision == "no" else 2
     adapter = 4 * cost.lora_parameters + (item * cost.adapted_parameters if train.merge_teachers else 0)
     adapters = int(plan.algorithm == "nft") if plan.from_rewards else len(plan.teachers)

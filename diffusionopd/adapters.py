@@ -307,9 +307,8 @@ class Adapters:
         """Add a frozen copy of the adapter ``of``, with its tensors as they are now."""
         config = LoraConfig(**{k: v for k, v in self.configs[of].to_dict().items() if k in _LORA_FIELDS})
         self._inject(name, config, trainable=False)
-        with torch.no_grad():
-            for mine, other in zip(self.parameters(name), self.parameters(of), strict=True):
-                mine.copy_(other)
+        for mine, other in zip(self.parameters(name), self.parameters(of), strict=True):
+            mine.data = other.detach().clone()  # also onto its device, which an offloaded base need not be on
 
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.distributed import world_size
+from diffusionopd.engine import Sharding
 from diffusionopd.stages import stage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,14 +51,28 @@ class Backbone:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         vae_device: torch.device | str | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
+        """With ``sharding`` the transformer stays where it is until :meth:`shard`."""
         self.dtype = dtype
         self.device = torch.device(device)
         self.vae_device = self.device if vae_device is None else torch.device(vae_device)
-        self.transformer = transformer.to(self.device).requires_grad_(False).eval()
+        self.transformer = transformer.requires_grad_(False).eval()
+        if sharding is None:
+            self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
         self.evaluations = 0  # of the transformer so far, counted in single pictures
+        self.sharding = sharding  # if any, all processes must make the same number of forwards
+        self._engine: object = None
+
+    def shard(self) -> None:
+        """Shard the transformer over the processes if it is to be; its adapters, those there now and later, stay whole.
+
+        Its parameters can be read and written until then.
+        """
+        if self.sharding is not None:
+            self._engine = self.sharding(self.transformer, self.device, world_size())
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
@@ -174,10 +190,11 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     vae_device: torch.device | str | None = None,
+    sharding: Sharding | None = None,
 ) -> Backbone:
     """Load transformer, VAE and scheduler of a diffusers folder or hub id. Raises BackboneError naming the remedy.
 
-    ``vae_device`` None is ``device``.
+    ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
     try:
         common = {"revision": revision, "use_safetensors": True}
@@ -186,7 +203,7 @@ def load_backbone(
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
     except _UNREADABLE as error:
         raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
-    return Backbone(transformer, vae, scheduler, dtype=dtype, device=device, vae_device=vae_device)
+    return Backbone(transformer, vae, scheduler, dtype=dtype, device=device, vae_device=vae_device, sharding=sharding)
 
 
 def find_device(name: str | None, default: torch.device, key: str) -> torch.device:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from diffusionopd.backbone import Backbone, encoder_place, find_device, load_bac
 from diffusionopd.benchmarks import Benchmark
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import Stream, by_rank, gather_over_processes, meet, noise, together
+from diffusionopd.engine import requested_sharding
 from diffusionopd.folders import ensure_writable
 from diffusionopd.prompts import Prompt
 from diffusionopd.results import AVERAGES, EvaluationError, Record, ResultFolder, Summary, read_averages, summarise
@@ -97,6 +98,9 @@ class ImageGenerator:
         )
 
 
+Batches = Iterator[tuple[list[Record], Tensor]]
+
+
 def score_samples(
     generate: Generate,
     prompts: Sequence[Prompt],
@@ -105,7 +109,7 @@ def score_samples(
     batch_size: int,
     images_per_prompt: int = 1,
     progress: str = "",
-) -> Iterator[tuple[list[Record], Tensor]]:
+) -> Batches:
     """Generate and score samples batch by batch: yields the batch's records and its pictures.
 
     Args:
@@ -146,6 +150,7 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     rank: int = 0,
     world: int = 1,
+    in_step: bool = False,
     barrier: Callable[[], object] = lambda: None,
 ) -> dict[str, Summary]:
     """Score every prompt's pictures and write the files of `diffusionopd.results`.
@@ -154,6 +159,7 @@ def evaluate(
         folder: where the files go. What is there is replaced, unless `resume`: then scored samples are not made again.
         settings: JSON values that the pictures depend on, kept beside the results and compared on resume.
         rank, world: this process's share is every `world`-th sample left to do.
+        in_step: whether all processes must make the same number of batches, as with a sharded base.
         barrier: returns once all processes have called it.
 
     Returns:
@@ -170,9 +176,13 @@ def evaluate(
         files.open(described, texts, resume, save_images)
     barrier()
     done = files.done()
-    own = [sample_id for sample_id in range(len(texts)) if sample_id not in done][rank::world]
+    left = [sample_id for sample_id in range(len(texts)) if sample_id not in done]
+    own = left[rank::world]
     progress = f"evaluating {files.folder.name}" if rank == 0 and own else ""
-    for records, images in score_samples(generate, prompts, scorers, own, batch_size, images_per_prompt, progress):
+    batches = score_samples(generate, prompts, scorers, own, batch_size, images_per_prompt, progress)
+    if in_step:
+        batches = islice(_then_idle(batches, generate, prompts), _most_batches(len(left), world, batch_size))
+    for records, images in batches:
         if save_images:
             for record, pixels in zip(records, to_uint8(images), strict=True):
                 files.save_image(record.sample_id, pixels)
@@ -192,13 +202,14 @@ def evaluate_task(
     batch_size: int,
     rank: int = 0,
     world: int = 1,
+    in_step: bool = False,
     gather: Callable[[list[Record]], list[Record]] = gather_over_processes,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The mean of each score over the prompts, one picture each, without files: for evaluation during training.
 
     Args:
-        rank, world: this process's share is every `world`-th prompt.
+        rank, world, in_step: as for `evaluate`.
         gather: joins the lists of all processes.
         stopped: asked before each batch, equally often on every process, where it must have the same answer.
 
@@ -209,9 +220,11 @@ def evaluate_task(
         RewardError: a scorer failed on some process, raised on every one, with its rank.
     """
     batches = score_samples(generate, prompts, scorers, range(rank, len(prompts), world), batch_size)
+    if in_step:
+        batches = _then_idle(batches, generate, prompts)
     records: list[Record] = []
     failure = ""
-    for _ in range(math.ceil(math.ceil(len(prompts) / world) / batch_size)):
+    for _ in range(_most_batches(len(prompts), world, batch_size)):
         if stopped():
             return None
         try:
@@ -221,6 +234,21 @@ def evaluate_task(
     if failures := by_rank(gather_over_processes([failure], "the evaluation's rewards")):
         raise RewardError(failures)
     return {name: summary.mean for name, summary in summarise(gather(records), _combined(scorers)).items()}
+
+
+def _most_batches(samples: int, world: int, batch_size: int) -> int:
+    """How many batches the first process has of samples dealt out in turn; the last may have one less."""
+    return math.ceil(math.ceil(samples / world) / batch_size)
+
+
+def _then_idle(batches: Batches, generate: Generate, prompts: Sequence[Prompt]) -> Batches:
+    """The batches, and when they end, also by an error, pictures without end that are thrown away."""
+
+    def idle() -> Batches:
+        while True:
+            yield [], generate([prompts[0].text], [(0, 0)])[:0]
+
+    return chain(batches, idle())
 
 
 def _combined(scorers: Mapping[str, Scorer]) -> dict[str, Sequence[str]]:
@@ -288,10 +316,11 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     """Evaluate one model on every benchmark of the job; the scores by benchmark, on every process.
 
     Scorers are built first, so that a missing package or checkpoint is found before the model loads; text encoders are
-    loaded only for prompts that the cache has not seen, and leave memory before the transformer comes.
+    loaded only for prompts that the cache has not seen, and leave memory before the transformer comes. With several
+    processes the base is sharded if the launcher says so (`diffusionopd.engine`).
 
     Raises:
-        RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError: as the parts do.
+        EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError: as the parts do.
     """
     device, rank, world = state.device, state.process_index, state.num_processes
     if rank == 0:
@@ -309,11 +338,15 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
     texts = ["", *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", PATIENCE)
-    backbone = load_backbone(job.model, job.revision, dtype=dtype, device=device, vae_device=vae_device)
+    sharding = requested_sharding() if world > 1 else None
+    backbone = load_backbone(
+        job.model, job.revision, dtype=dtype, device=device, vae_device=vae_device, sharding=sharding
+    )
     if job.lora is not None:
         adapters = Adapters(backbone.transformer)
         adapters.add_teacher("evaluated", job.lora)
         adapters.use("evaluated")
+    backbone.shard()
     generate = ImageGenerator(backbone, cache, job.num_steps, job.guidance_scale, job.resolution, job.seed)
     return {
         benchmark.name: evaluate(
@@ -328,6 +361,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
             settings=_settings(job, benchmark, dtype),
             rank=rank,
             world=world,
+            in_step=sharding is not None,
             barrier=lambda: meet("the other processes' share of a data set", timeout=PATIENCE),
         )
         for benchmark in job.benchmarks

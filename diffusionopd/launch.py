@@ -50,9 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def worker_environments(args: argparse.Namespace) -> list[dict[str, str]]:
     """The environment of each process of this machine: accelerate's, and what torch's ``env://`` start-up reads."""
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    common = prepare_multi_gpu_env(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""  # only says which settings a DeepSpeed file overrides
+        common = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        common = prepare_multi_gpu_env(args)
     machine, local = int(args.machine_rank or 0), args.num_processes // args.num_machines
     address = args.main_process_ip if args.num_machines > 1 else "127.0.0.1"
     common |= {"MASTER_ADDR": address, "MASTER_PORT": str(args.main_process_port)}

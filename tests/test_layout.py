@@ -28,6 +28,7 @@ ROWS = (
         "signals",
         "finite",
         "folders",
+        "engine",
     },
     {
         "losses",

@@ -93,6 +93,25 @@ def test_two_processes_on_a_cpu(launch):
     assert "--multi_gpu" in lines
 
 
+def test_an_engine_brings_its_configuration(launch):
+    _, lines = launch("mopd.sh", gpus=8, ENGINE="fsdp2")
+    assert _after(lines, "--config_file") == "scripts/accelerate/fsdp2.yaml"
+    assert "--multi_gpu" not in lines  # accelerate takes one of the two
+    _, lines = launch("eval.sh", ENGINE="deepspeed_zero3", NUM_PROCESSES="2")
+    assert _after(lines, "--config_file") == "scripts/accelerate/deepspeed_zero3.yaml"
+    assert _after(lines, "--main_process_port") == "0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"ENGINE": "fsdp"}, "it is fsdp2 or deepspeed_zero3"), ({"ENGINE": "fsdp2"}, "set NUM_PROCESSES to 2 or more")],
+)
+def test_an_engine_that_cannot_be_is_an_error(launch, variables, message):
+    done, _ = launch("mopd.sh", gpus=1, **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_gpus_can_be_left_alone(launch):
     _, lines = launch("mopd.sh", gpus=8, ACCELERATE_USE_CPU="true")
     assert _after(lines, "--config_file") == "scripts/accelerate/cpu.yaml"

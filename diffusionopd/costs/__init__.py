@@ -7,9 +7,10 @@
 from diffusionopd.costs.architecture import PUBLISHED, Pipeline, TransformerShape, read_pipeline
 from diffusionopd.costs.evaluation import Cost, Lora, measure
 from diffusionopd.costs.memory import Held, Memory, memory
-from diffusionopd.costs.round import RoundCost, RunSettings, count_round
+from diffusionopd.costs.round import MACHINE, RoundCost, RunSettings, count_round
 
 __all__ = [
+    "MACHINE",
     "PUBLISHED",
     "Cost",
     "Held",

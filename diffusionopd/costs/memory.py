@@ -41,7 +41,7 @@ class Held:
     vae: bool = True  # on this GPU
     decoded: int = 1  # pictures at once
     kept_latents: int = 0  # states and velocities held until the round is trained
-    shards: int = 1  # processes over which base and adapters are spread
+    shards: int = 1  # processes over which the base is spread; adapters and the optimizer's state are not
 
 
 def memory(cost: Cost, pipeline: Pipeline, held: Held, resolution: int) -> Memory:
@@ -50,7 +50,7 @@ def memory(cost: Cost, pipeline: Pipeline, held: Held, resolution: int) -> Memor
     base = cost.parameters * held.item // shards + cost.buffers * held.item
     # Gathered: the block that computes and the one that is fetched for it to go on.
     gathered = 2 * cost.largest_block * held.item if shards > 1 else 0
-    student = cost.lora_parameters * (4 + 4 + held.optimizer_bytes + (4 if held.ema else 0)) // shards
+    student = cost.lora_parameters * (4 + 4 + held.optimizer_bytes + (4 if held.ema else 0))
     width, pooled = pipeline.transformer.text_width, pipeline.transformer.pooled_width
     texts = held.text_prompts * (held.text_tokens * width + pooled) * held.item
     side = pipeline.latent_side(resolution)
@@ -60,7 +60,7 @@ def memory(cost: Cost, pipeline: Pipeline, held: Held, resolution: int) -> Memor
         "blocks gathered from other GPUs": gathered,
         "VAE, float32": 4 * vae_parameters(pipeline.vae) if held.vae else 0,
         "student: LoRA, gradient, optimizer, EMA": student,
-        "teachers, or nft's old policy": held.teacher_bytes // shards,
+        "teachers, or nft's old policy": held.teacher_bytes,
         "prompt embeddings": texts,
         "latents kept for training": latents,
         "activations of a step": cost.activations(held.rows, held.checkpointing),

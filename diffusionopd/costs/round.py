@@ -9,6 +9,9 @@ from diffusionopd.costs.architecture import Pipeline
 from diffusionopd.costs.encoders import clip_flops, decoder_flops, t5_flops
 from diffusionopd.costs.evaluation import Cost
 
+MACHINE = 8
+"""Processes of a machine, over which a base is sharded."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -34,7 +37,7 @@ class RoundCost:
     reference_flops: int  # of the same round in three passes; 0 where there is no such way
     weight_bytes_read: int
     replicated_bytes_sent: int  # every process holds the base: an all-reduce of the student's gradient
-    sharded_bytes_sent: int  # the base is sharded: every pass gathers it
+    sharded_bytes_sent: int  # the base is sharded over a machine's processes: every pass gathers it
 
     @property
     def evaluations(self) -> int:
@@ -75,7 +78,8 @@ def count_round(
     passes = sum(kind.weight_passes for kind in work)
     steps = plan.backward_batches * settings.inner_epochs // plan.accumulation
     gradient = 4 * cost.lora_parameters
-    backward = next(kind.weight_passes for kind in work if kind.name == "student, backward")
+    replicated = round(2 * share * gradient * steps)
+    shards = min(plan.num_processes, MACHINE)
     return RoundCost(
         work=work,
         pictures=plan.images_per_round,
@@ -86,8 +90,8 @@ def count_round(
         finishing=round(decoded * guided * (plan.num_steps - _last_step(plan))) if plan.algorithm == "opd" else 0,
         reference_flops=_three_passes(plan, cost, teacher_lora_forward),
         weight_bytes_read=passes * weights,
-        replicated_bytes_sent=round(2 * share * gradient * steps),
-        sharded_bytes_sent=round(share * (passes * cost.parameters * settings.item + backward * gradient)),
+        replicated_bytes_sent=replicated,
+        sharded_bytes_sent=replicated + round((shards - 1) / shards * passes * cost.parameters * settings.item),
     )
 
 

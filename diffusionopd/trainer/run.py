@@ -43,6 +43,7 @@ from diffusionopd.trainer.setup import (
     build_rewards,
     check_devices,
     fill_text_cache,
+    find_sharding,
     load_models,
     merged_note,
     read_prompts,
@@ -82,10 +83,11 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
     """Run ``config`` to its end and return the last checkpoint; with ``dry_run`` check and describe it only.
 
     ``allow_config_change`` resumes although the configuration describes another experiment than the checkpoint's.
-    Raises ConfigError, ResumeError, PromptError, FolderError, AdapterError, BackboneError or RunError before anything
-    expensive, NonFiniteError, RewardError, OutOfMemoryError and CheckpointError during training; nothing saved before
-    is touched by a failure. What fails in one process ends all of them.
+    Raises ConfigError, EngineError, ResumeError, PromptError, FolderError, AdapterError, BackboneError or RunError
+    before anything expensive, NonFiniteError, RewardError, OutOfMemoryError and CheckpointError during training;
+    nothing saved before is touched by a failure. What fails in one process ends all of them.
     """
+    find_sharding(config)  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
     trainer: Trainer | None = None
     try:
@@ -144,6 +146,7 @@ class Trainer:
         weights = weight_digests(plan, self.backbone, self.adapters)
         agree({"weights": weights | {"the student": tensor_digest(self.adapters.parameters(STUDENT))}})
         self.digests |= self._same_as_before(weights)
+        self.backbone.shard()
         self._build_batches()
         self._build_learner()
         if self.resumed_from is not None:
@@ -371,6 +374,7 @@ class Trainer:
                             batch_size=config.sample.test_batch_size,
                             rank=self.rank,
                             world=self.world,
+                            in_step=self.backbone.sharding is not None,
                             stopped=stop.agreed,
                         )
                 except RewardError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from ml_collections import ConfigDict
 
 from diffusionopd import distributed
@@ -16,6 +17,7 @@ from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import Backbone, encoder_place, find_device, load_backbone, load_text_encoder, text_key
 from diffusionopd.batches import adapter_name
 from diffusionopd.config_schema import RunPlan
+from diffusionopd.engine import EngineError, Sharding, requested_sharding
 from diffusionopd.learner import STUDENT
 from diffusionopd.merged import MergedTeachers
 from diffusionopd.prompts import Prompt, PromptSampler, load_prompts
@@ -104,16 +106,27 @@ def fill_text_cache(
     return cache
 
 
+def find_sharding(config: ConfigDict) -> Sharding | None:
+    """How the launcher wants the base sharded, if at all; EngineError for what cannot be."""
+    sharding = requested_sharding()
+    if sharding is not None and config.train.merge_teachers:
+        raise EngineError("train.merge_teachers needs a whole base in every process: set it to False, or use no engine")
+    if config.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise EngineError("compile does not go with DeepSpeed: set it to False, or start with ENGINE=fsdp2")
+    return sharding
+
+
 def load_models(
     config: ConfigDict, plan: RunPlan, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Backbone, Adapters]:
-    """The base model with the student and, in a distillation, the teachers on it."""
+    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all."""
     backbone = load_backbone(
         config.pretrained.model,
         config.pretrained.revision or None,
         dtype=dtype,
         device=device,
         vae_device=find_device(config.vae_device, device, "vae_device"),
+        sharding=find_sharding(config) if plan.num_processes > 1 else None,
     )
     if config.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()

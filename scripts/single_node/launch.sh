@@ -5,6 +5,8 @@
 #
 # NUM_PROCESSES  processes (default 8, or the GPUs present if fewer; 1 on a CPU, where 2 or more talk through gloo)
 # PYTHON         interpreter (default python)
+# ENGINE         how several processes hold the base model: whole in each (default), or sharded over them by fsdp2 or
+#                deepspeed_zero3 (scripts/accelerate/<ENGINE>.yaml), for a model that one GPU cannot hold
 # ACCELERATE_USE_CPU=true  leaves GPUs alone
 #
 # The process that runs this becomes the script, or a launcher that passes signals on to the script's processes:
@@ -46,16 +48,34 @@ else
 fi
 processes=$((here * machines))
 
+engine=${ENGINE:-}
+if [ -n "$engine" ]; then
+    case $engine in
+        fsdp2 | deepspeed_zero3) ;;
+        *)
+            echo "ENGINE=$engine: it is fsdp2 or deepspeed_zero3; left empty, every process holds the whole model." >&2
+            exit 2
+            ;;
+    esac
+    if [ "$processes" -eq 1 ]; then
+        echo "ENGINE=$engine shards the base over several processes: set NUM_PROCESSES to 2 or more." >&2
+        exit 2
+    fi
+    config=$engine
+    if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi # DeepSpeed does not look at ACCELERATE_USE_CPU
+fi
+
 if [ "$1" != scripts/evaluate.py ]; then
     # A mistake is said once and at once here, instead of by each process.
     "$PYTHON" -m diffusionopd.config_schema --num_processes "$processes" "${@:2}"
 fi
 
 options=(--quiet --config_file "scripts/accelerate/$config.yaml" --num_processes "$processes")
+if [ "$processes" -gt 1 ] && [ -z "$engine" ]; then options+=(--multi_gpu); fi
 if [ "$machines" -gt 1 ]; then
-    options+=(--multi_gpu --num_machines "$machines" --machine_rank "$NODE_RANK")
+    options+=(--num_machines "$machines" --machine_rank "$NODE_RANK")
     options+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 elif [ "$processes" -gt 1 ]; then
-    options+=(--multi_gpu --main_process_port 0) # 0: any free port, so that two runs on one machine do not collide
+    options+=(--main_process_port 0) # any free port, so that two runs on one machine do not collide
 fi
 exec "$PYTHON" -m diffusionopd.launch "${options[@]}" "$@"
