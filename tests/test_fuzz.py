@@ -52,8 +52,9 @@ from diffusionopd.results import (
     summarise,
 )
 from diffusionopd.rewards import RewardError
+from diffusionopd.rewards.chat_server import ChatServer, api_root
 from diffusionopd.rewards.geneval.request import parse_request
-from diffusionopd.rewards.unifiedreward import ChatServer, api_root, final_score
+from diffusionopd.rewards.unifiedreward import final_score
 from diffusionopd.text import TextCache, TextCacheError
 from diffusionopd.trainer.resume import open_resume
 from diffusionopd.trainer.state import RunError, load_state
@@ -359,7 +360,7 @@ def test_damaged_checkpoints(saved, data):
     assert checkpoint.find_latest(folder.parent) in (folder, None)
 
 
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_checkpoints_of_another_content(saved, data):
     """Whole by their digests, but not what this version writes: an older one, another program, somebody's edit."""
@@ -474,7 +475,7 @@ ANSWER = {"choices": [{"message": {"role": "assistant", "content": "Final Score:
 def test_answers_of_the_reward_server(body, said):
     server = ChatServer("http://127.0.0.1:1")
     response = requests.Response()
-    response.status_code, response._content = 200, body
+    response.status_code, response._content, response._content_consumed = 200, body, True
     server._session.request = lambda *arguments, **options: response
     with only(RewardError, naming=server.root):
         said += server.ask("model", "data:,", "question")

@@ -450,6 +450,13 @@ def test_pictures_are_not_sent_where_a_server_redirects(server):
     assert [path for path, _ in server.requests] == ["/v1/models"]
 
 
+def test_an_answer_without_end_is_cut(server, monkeypatch):
+    monkeypatch.setattr("diffusionopd.rewards.chat_server.LARGEST_ANSWER", 1000)
+    server.files["/v1/models"] = b"x" * 2000
+    with pytest.raises(RewardError, match="more than 1,000 bytes"):
+        ChatServer(server.url, retries=0).check()
+
+
 def test_a_server_cannot_write_to_the_terminal(server):
     server.statuses["/v1/models"] = 500
     server.files["/v1/models"] = b"\x1b]0;title\x07\x1b[2J\x9b1m text"

@@ -15,6 +15,7 @@ from diffusionopd.rewards.base import RewardError, RewardUnavailableError
 
 MAX_TOKENS = 4096  # of an answer, as in the official local inference; the official client leaves it to the server
 _PASSING = (429, *range(500, 600))  # statuses that may be other ones soon
+LARGEST_ANSWER = 2**22  # bytes
 LONGEST_PAUSE = 60.0  # seconds; a server may ask for hours in Retry-After
 
 SERVE = (
@@ -46,8 +47,7 @@ def api_root(base_url: str) -> str:
 
 
 def shortened(text: str, length: int = 300) -> str:
-    """The text in one line, cut at ``length`` characters."""
-    """For a terminal: on one line, without control characters, which could move its cursor."""
+    """The text for a terminal: one line of ``length`` characters, none of them for control, which moves its cursor."""
     text = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * length])
     text = " ".join(text.split())
     return text if len(text) <= length else text[:length] + " ..."
@@ -150,6 +150,8 @@ class ChatServer:
             parts.append(part)
             if time.monotonic() > deadline:
                 raise requests.Timeout(f"the answer is not complete after {seconds:g} seconds")
+            if len(parts) > LARGEST_ANSWER:
+                raise requests.RequestException(f"the answer has more than {LARGEST_ANSWER:,} bytes")
         return b"".join(parts)
 
     def _authorise(self, request: Any) -> Any:
