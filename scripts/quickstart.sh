@@ -74,7 +74,18 @@ distil() {
     echo "== Distilling three teachers into one student"
     CONFIG=config/tiny.py:mopd bash scripts/single_node/mopd.sh --config.save_dir="$folder/run" \
         --config.run_name=quickstart --config.resume_from=auto "$@"
+    if ! finished "$folder/run"; then
+        echo "The distillation was stopped; the same command goes on with it." >&2
+        return 130
+    fi
     echo $((SECONDS - start)) >"$folder/seconds"
+}
+
+# A run that a signal stopped ends with status 0 too.
+finished() {
+    local rounds
+    rounds=$(sed -n 's/^  "num_epochs": \([0-9]*\),*$/\1/p' "$1/config.json")
+    [ "$(cat "$1/checkpoints/latest")" = "checkpoint-$rounds" ]
 }
 
 # Score one model on the three tasks; every model gets the same prompts and the same initial noise.

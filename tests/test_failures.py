@@ -94,6 +94,12 @@ if case == "memory":
         return original(self, batches, name)
     Distiller.round = fails
 
+if case == "reward" and rank == 1:
+    from diffusionopd.rewards.jpeg import JpegCompressibility
+    def broken(self, *arguments):
+        raise ConnectionError("the scorer's disk is gone")
+    JpegCompressibility.score = broken
+
 message = run_command([], "x.py:y", None)
 raise SystemExit(message)
 """
@@ -103,8 +109,8 @@ raise SystemExit(message)
 def run_case(tiny_config, tmp_path):
     """``run_case(case)``: the ends of both processes of a run of two rounds with that fault."""
 
-    def run(case):
-        config = tiny_config(num_epochs=2, save_freq=1)
+    def run(case, **options):
+        config = tiny_config(num_epochs=2, save_freq=1, **options)
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
         script = tmp_path / "run.py"
         script.write_text(RUN.format(config=str(tmp_path / "config.json")))
@@ -124,6 +130,16 @@ def test_a_full_memory_in_one_process_ends_the_run_and_keeps_the_checkpoint(run_
     latest = checkpoint.find_latest(tmp_path / "logs" / "run" / "checkpoints")
     assert latest is not None and latest.name == "checkpoint-1"
     checkpoint.load_state(latest / "state")
+
+
+def test_a_reward_that_fails_in_one_process_ends_the_run_on_each_with_its_name(run_case):
+    for end in run_case("reward", train__algorithm="nft", sample__num_image_per_prompt=2):
+        assert end.status == 1
+        assert "Traceback" not in end.errors
+        assert (
+            "error: rank 1: the samples of task 'first' cannot be scored: reward 'jpeg_compressibility' failed: "
+            'ConnectionError("the scorer\'s disk is gone")' in end.errors
+        )
 
 
 def test_processes_with_other_configurations_do_not_begin(run_case, tmp_path):

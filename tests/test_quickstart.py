@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = 'echo "$(basename "$0") $CONFIG $*" >> calls\n'
 STAND_INS = {
     "scripts/install.sh": 'echo "install.sh $1" >> calls\npython() { echo "python $*" >> calls; }\n',
-    "scripts/single_node/mopd.sh": RECORD + 'test ! -e fail && mkdir -p "$(dirname "${1#*=}")"\n',
+    "scripts/single_node/mopd.sh": RECORD
+    + "test ! -e fail || exit 1\n"
+    + 'run="${1#*=}"; mkdir -p "$run/checkpoints"; printf \'{\\n  "num_epochs": 4,\\n}\\n\' > "$run/config.json"\n'
+    + 'echo "checkpoint-$(cat stopped_after 2>/dev/null || echo 4)" > "$run/checkpoints/latest"\n',
     "scripts/single_node/eval.sh": 'CONFIG=""; ' + RECORD,
 }
 
@@ -69,6 +72,15 @@ def test_the_same_command_continues_and_does_not_train_twice(checkout):
     done, calls = quickstart(checkout)
     assert [call.split()[0] for call in calls] == ["install.sh", *["eval.sh"] * 5, "python"]
     assert sorted(path.name for path in (checkout / "logs").iterdir()) == ["quickstart"]
+
+
+def test_what_a_signal_stopped_is_not_scored(checkout):
+    (checkout / "stopped_after").write_text("3")
+    done, calls = quickstart(checkout)
+    assert done.returncode == 130 and len(calls) == 2
+    assert "The distillation was stopped; the same command goes on with it." in done.stderr
+    (checkout / "stopped_after").unlink()
+    assert len(quickstart(checkout)[1]) == 8
 
 
 def test_what_differs_starts_anew_and_keeps_the_earlier(checkout):

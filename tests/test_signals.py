@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,23 @@ def test_a_round_is_saved_once(config, monkeypatch, owner, name):
 # ---- runs from the launchers -----------------------------------------------------------------------------------------
 
 
+def wait_for_first_round(run: Path, *processes: subprocess.Popen) -> None:
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() or any(process.poll() is not None for process in processes),
+        seconds=240,
+        what="the first round",
+    )
+    assert all(process.poll() is None for process in processes), "the run ended before its first round"
+
+
+def kill(*processes: subprocess.Popen) -> None:
+    """With their groups; what has a session of its own dies with its launcher."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
 def start(script: str, config, folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     """A launcher on a configuration, in a session of its own; what it says goes to ``folder/output``."""
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -307,11 +325,11 @@ def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_pat
     process = start("single_node/mopd.sh", config, tmp_path, NUM_PROCESSES=str(processes))
     run = tmp_path / "logs" / "run"
     try:
-        wait_for((run / "metrics.jsonl").exists, 120, "the first round")
+        wait_for_first_round(run, process)
         os.killpg(process.pid, number)
         assert process.wait(60) == 0, (tmp_path / "output").read_text()
     finally:
-        process.kill()
+        kill(process)
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
     assert f"saved {latest}" in (tmp_path / "output").read_text()

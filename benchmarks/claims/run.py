@@ -122,6 +122,9 @@ class Workshop:
             settings |= {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
+        rounds = json.loads((self.folder(run) / "config.json").read_text(encoding="utf-8"))["num_epochs"]
+        if self._latest(run) != f"checkpoint-{rounds}":  # a run that a signal stopped ends with status 0
+            raise RuntimeError(f"{run.name}: the training was stopped; the same command goes on with it")
 
     def _latest(self, run: Run) -> str:
         return (self.folder(run) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()

@@ -1,0 +1,157 @@
+"""Several machines, played by this one: they train what one process trains, stop together, and name who is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusionopd import checkpoint
+from diffusionopd.trainer import train
+
+from .conftest import ROOT
+from .test_signals import alive, kill, linux, start, wait_for, wait_for_first_round
+from .test_trainer import metrics
+
+LAUNCHERS = ROOT / "scripts" / "multi_node"
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_machines(config, folder: Path, **variables: str) -> list[subprocess.Popen]:
+    """Two machines of one CPU process each."""
+    port, machines = free_port(), []
+    for rank in range(2):
+        (own := folder / f"machine-{rank}").mkdir()
+        names = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        machines.append(start("multi_node/mopd.sh", config, own, **names, **variables))
+    return machines
+
+
+def said(folder: Path, rank: int) -> str:
+    return (folder / f"machine-{rank}" / "output").read_text()
+
+
+@linux
+def test_two_machines_equal_one_process(tiny_config, tmp_path):
+    common = {"num_epochs": 2, "sample__noise_level": 0.7, "monitor_freq": 1}
+    train(tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common))
+    machines = start_machines(tiny_config(run_name="two", **common), tmp_path)
+    try:
+        for rank, machine in enumerate(machines):
+            assert machine.wait(240) == 0, said(tmp_path, rank)
+    finally:
+        kill(*machines)
+    rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
+    assert [len(part) for part in rows] == [2, 2]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["round"], key)
+
+
+@linux
+def test_a_machine_that_hangs_is_named_by_the_other(tiny_config, tmp_path):
+    machines = start_machines(tiny_config(num_epochs=10000, collective_timeout=15.0), tmp_path)
+    try:
+        wait_for_first_round(tmp_path / "logs" / "run", *machines)
+        worker = int(Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text())
+        os.kill(worker, signal.SIGSTOP)
+        assert machines[0].wait(60) == 1
+    finally:
+        kill(*machines)
+    assert re.search(r"error: rank 1 did not arrive at '.+' within 15 s", said(tmp_path, 0))
+    assert "Traceback" not in said(tmp_path, 0)
+    wait_for(lambda: not alive(worker), what="the end of what hung, with its launcher")
+
+
+# ---- under Slurm -----------------------------------------------------------------------------------------------------
+
+# Starts its command once a node, and passes SIGUSR1 on; at SIGTERM it kills, as the real one does.
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+assert sys.argv[1] == "--kill-on-bad-exit=1"
+tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | {{"SLURM_NODEID": str(node)}}) for node in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in
+    show) printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    requeue) echo "queued again: $2" ;;
+esac
+"""
+
+
+@linux
+def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    job_id = "4321"
+    variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": job_id, "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    config = tiny_config(num_epochs=10000)
+    job = start("multi_node/slurm.sbatch", config, tmp_path, "--config.seed=5", **variables)
+    run = tmp_path / "logs" / "run"
+    try:
+        wait_for_first_round(run, job)
+        job.send_signal(signal.SIGTERM)  # of a preemption: the tasks get their own
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(120) == 0, (tmp_path / "output").read_text()
+    finally:
+        kill(job)
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
+    output = (tmp_path / "output").read_text()
+    assert f"saved {latest}" in output
+    assert f"queued again: {job_id}" in output
+
+
+def test_the_job_asks_for_what_it_needs():
+    text = (LAUNCHERS / "slurm.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.M))
+    assert options["ntasks-per-node"] == "1", "the launcher starts a process a GPU"
+    assert options["signal"] == "B:USR1@300" and "requeue" in options and options["open-mode"] == "append"
+    assert text.index("#SBATCH --signal") < text.index("set -euo"), "Slurm reads no option after the first command"
+    assert "--config.resume_from=auto" in text
+    done = subprocess.run(["bash", "-n", str(LAUNCHERS / "slurm.sbatch")], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"NNODES": ""}, "NNODES: is the number of machines"),
+        ({"NODE_RANK": "2"}, "NODE_RANK=2, but 2 machines are numbered from 0 to 1."),
+        ({"NODE_RANK": "-1"}, "NODE_RANK=-1 is not a whole number."),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is the address of machine 0"),
+        ({"GPUS_PER_NODE": "3", "FAKE_GPUS": "2"}, "GPUS_PER_NODE=3, but this machine shows 2 GPU(s)"),
+    ],
+)
+def test_mistakes_are_said_at_once(tmp_path, variables, problem):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo "${FAKE_GPUS:-0}"; else exit 9; fi\n')
+    python.chmod(0o755)
+    named = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "PYTHON": str(python)} | variables
+    environment = {"PATH": os.environ["PATH"]} | {name: value for name, value in named.items() if value}
+    done = subprocess.run(
+        ["bash", str(LAUNCHERS / "mopd.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode not in (0, 9) and problem in done.stderr
