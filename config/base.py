@@ -181,8 +181,9 @@ def get_config() -> ConfigDict:
     train.merge_teachers = False
     # Pictures per process in one backward pass. Divides sample.train_batch_size.
     train.batch_size = 1
-    # Backward batches per optimizer step. Distillation: num_batches_per_epoch * sample.train_batch_size /
-    # train.batch_size, which makes one optimizer step a round; else any divisor of that.
+    # Backward batches per optimizer step. num_batches_per_epoch * sample.train_batch_size / train.batch_size makes one
+    # step a round; k times that, one every k rounds, which then count as one for EMA and nft's old policy. A divisor
+    # of it makes several steps a round, except in a distillation.
     train.gradient_accumulation_steps = 1
     # Passes over one round's trajectories or samples. Distillation above 1 keeps the trajectories in memory.
     train.num_inner_epochs = 1
@@ -238,7 +239,8 @@ def get_config() -> ConfigDict:
     )
     # Average the student's weights over rounds; evaluation and the saved LoRA use the average.
     train.ema = False
-    # The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every ema_interval rounds.
+    # The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every ema_interval rounds (rounds that share an
+    # optimizer step count as one).
     train.ema_decay = 0.9
     train.ema_interval = 8
 

@@ -28,7 +28,7 @@ class RoundResult:
     """What a round reports. Losses are in the formula's own units, averaged over samples and processes."""
 
     losses: Tensor  # [batches, supervised steps of each], of the first pass over the round's samples
-    grad_norm: float | None  # of the first optimizer step; None when fp16 overflowed
+    grad_norm: float | None  # of the first optimizer step; None without one, and when fp16 overflowed
     pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
     metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
 
@@ -56,15 +56,16 @@ class Learner:
         self.trained_steps = trained_steps
         self.velocities = VelocityChecks()
 
-    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
         """Train on the batches of one round; ``name`` is for messages.
 
+        Without ``step`` the round's gradient is kept: the next round that has one steps by the mean over all of them.
         Raises NonFiniteError, before the student changes by it, naming ``name``, task and step.
         """
         raise NotImplementedError
 
     def finish(self, completed: int) -> None:
-        """Called after each round with the number of rounds completed."""
+        """Called after each round that ended in an optimizer step, with the number of those completed."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a resume needs beside the student and its optimizer, by name."""
@@ -96,17 +97,22 @@ class Learner:
         """The steps that a batch is supervised at, a column of the table each; as many in every batch."""
         return batch.steps or range(self.trained_steps)
 
-    def _step(self, batches: Sequence[Batch], losses: Tensor, name: str) -> tuple[Tensor, float | None]:
-        """One optimizer step; the losses' means over processes, on the CPU, and the gradient's norm."""
+    def _step(
+        self, batches: Sequence[Batch], losses: Tensor, name: str, step: bool = True
+    ) -> tuple[Tensor, float | None]:
+        """One optimizer step, if any; the losses' means over processes, on the CPU, and the gradient's norm."""
         losses = mean_over_processes(losses, "averaging the losses").cpu()
         if not losses.isfinite().all():
             i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])
-            step = self._steps(batches[i])[column]
-            where = f"for task {batches[i].task!r} at step {step} (sigma {self.transitions[step].sigma:.4f})"
+            broken = self._steps(batches[i])[column]
+            where = f"for task {batches[i].task!r} at step {broken} (sigma {self.transitions[broken].sigma:.4f})"
             self._stop(f"{name}: the loss is {losses[i, column].item()} {where}")
         self.velocities.clear()
         try:
-            return losses, self.optimizer.step()
+            if step:
+                return losses, self.optimizer.step()
+            self.optimizer.keep()
+            return losses, None
         except NonFiniteError as error:
             raise NonFiniteError(f"{name}: {error}, with finite losses. {_UNCHANGED} {_REMEDIES[STUDENT]}") from error
 
@@ -175,7 +181,7 @@ class SampledLearner(Learner):
         self.accumulation = accumulation
         self.inner_epochs = inner_epochs
 
-    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
         """Sample, weigh, train. See :meth:`Learner.round`."""
         samples = [self._collect(batch) for batch in batches]
         self._check_velocities(f"{name}, sampling")
@@ -185,7 +191,7 @@ class SampledLearner(Learner):
         self._begin_training()
         for epoch in range(self.inner_epochs):
             for i, part in enumerate(self._parts(len(batches))):
-                losses, norm = self._train(batches, samples, weights, part, f"{name}, optimizer step {i + 1}")
+                losses, norm = self._train(batches, samples, weights, part, f"{name}, optimizer step {i + 1}", step)
                 if epoch == 0:
                     result.losses[part] = losses.to(result.losses.device)
                     result.grad_norm = norm if i == 0 else result.grad_norm
@@ -199,16 +205,22 @@ class SampledLearner(Learner):
             yield list(range(start, start + size))
 
     def _train(
-        self, batches: Sequence[Batch], samples: Sequence[Sample], weights: Sequence[Tensor], part: list[int], name: str
+        self,
+        batches: Sequence[Batch],
+        samples: Sequence[Sample],
+        weights: Sequence[Tensor],
+        part: list[int],
+        name: str,
+        step: bool,
     ) -> tuple[Tensor, float | None]:
         own = [batches[i] for i in part]
         losses = self._table(own)
         for row, i in enumerate(part):
-            for step in range(self.trained_steps):
-                loss = self._loss(batches[i], samples[i], weights[i], step).mean()
+            for column in range(self.trained_steps):
+                loss = self._loss(batches[i], samples[i], weights[i], column).mean()
                 self.optimizer.backward(loss / losses.numel())
-                losses[row, step] = loss.detach()
-        return self._step(own, losses, name)
+                losses[row, column] = loss.detach()
+        return self._step(own, losses, name, step)
 
     # --- what subclasses say ---------------------------------------------------------------------------------------
 

@@ -38,12 +38,13 @@ class Distiller(Learner):
         super().__init__(parts, recipe.transitions, recipe.trained_steps)
         self.recipe = recipe
 
-    def round(self, batches: Sequence[Batch], name: str = "this round") -> RoundResult:
+    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
         """Algorithm 1's inner loop: every batch of every task, then one optimizer step.
 
         Rollout, teacher and training are one pass: a visit's loss is backpropagated at once and then forgotten. With
         ``inner_epochs > 1`` the visits are kept and each further epoch trains on the same states with the new weights,
-        one optimizer step an epoch. Raises NonFiniteError, before the student changes, naming ``name``, task and step.
+        one optimizer step an epoch. For ``step`` see :meth:`Learner.round`. Raises NonFiniteError, before the student
+        changes, naming ``name``, task and step.
         """
         recipe, result = self.recipe, RoundResult(self._table(batches), None)
         kept: list[tuple[int, int, Visit]] = []
@@ -58,7 +59,7 @@ class Distiller(Learner):
                         kept.append((i, columns[visit.step], _without_graph(visit)))
             if batch.wants_picture:
                 result.pictures.append((batch, visit.x_next))
-        result.losses, result.grad_norm = self._step(batches, result.losses, name)
+        result.losses, result.grad_norm = self._step(batches, result.losses, name, step)
         for epoch in range(1, recipe.inner_epochs):
             self._train_again(batches, kept, f"{name}, inner epoch {epoch + 1}")
         return result

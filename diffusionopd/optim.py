@@ -1,4 +1,4 @@
-"""The one optimizer step of a round: scaled backward, one all-reduce, clipping, AdamW, EMA."""
+"""The optimizer step of a round, or of several: scaled backward, one all-reduce, clipping, AdamW, EMA."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class StudentOptimizer:
         self._adamw = _adamw_class(use_8bit)(self.parameters, **options)
         device = self.parameters[0].device.type
         self._scaler = torch.amp.GradScaler(device, enabled=dynamic_scale)
+        self._kept = 0  # rounds whose gradients wait for the step of a later one
 
     @property
     def lr(self) -> float:
@@ -63,12 +64,27 @@ class StudentOptimizer:
         with stage("backward"):
             self._scaler.scale(loss * self.loss_scale).backward()
 
+    def keep(self) -> None:
+        """End a round without a step: average gradients over processes and leave them for the next :meth:`step`.
+
+        They are then the same on every process, so one of them can save them. Raises NonFiniteError for a NaN or
+        infinite gradient; with fp16's dynamic scale it is found at the step.
+        """
+        with stage("averaging the gradient"):
+            average_gradients(self.parameters)
+        self._kept += 1
+        norm = torch.nn.utils.get_total_norm(self._gradients()).item()
+        if not math.isfinite(norm) and not self._scaler.is_enabled():
+            self.discard()
+            raise NonFiniteError(f"the gradient's norm is {norm}")
+
     def step(self) -> float | None:
         """Average gradients over processes, clip, step, and clear them. Returns the gradient's norm before clipping.
 
-        Raises NonFiniteError, before the student changes, for a NaN or infinite gradient. With fp16's dynamic scale an
-        overflow is ordinary: the step is skipped, the scale halves, and None is returned; it raises once the scale is
-        below 1, where the gradient itself must be broken.
+        After rounds that were kept it is the step of their mean, this one included. Raises NonFiniteError, before the
+        student changes, for a NaN or infinite gradient. With fp16's dynamic scale an overflow is ordinary: the step is
+        skipped, the scale halves, and None is returned; it raises once the scale is below 1, where the gradient itself
+        must be broken.
         """
         with stage("optimizer step"):
             return self._step()
@@ -76,7 +92,9 @@ class StudentOptimizer:
     def _step(self) -> float | None:
         average_gradients(self.parameters)
         self._scaler.unscale_(self._adamw)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = self._gradients()
+        if self._kept:
+            torch._foreach_div_(gradients, float(self._kept + 1))
         norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale
         if not math.isfinite(norm):
             self._overflow(norm)
@@ -86,18 +104,22 @@ class StudentOptimizer:
             torch._foreach_mul_(gradients, self.max_grad_norm / norm)
         self._scaler.step(self._adamw)
         self._scaler.update()
-        self._adamw.zero_grad(set_to_none=True)
+        self.discard()
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def _overflow(self, norm: float) -> None:
         self._scaler.update()
-        self._adamw.zero_grad(set_to_none=True)
+        self.discard()
         if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
             raise NonFiniteError(f"the gradient's norm is {norm}")
 
     def discard(self) -> None:
         """Forget accumulated gradients without a step."""
         self._adamw.zero_grad(set_to_none=True)
+        self._kept = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on besides the parameters, by name."""
@@ -105,11 +127,17 @@ class StudentOptimizer:
         for i, parameter in enumerate(self.parameters):
             for name, value in self._adamw.state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
+            if self._kept and parameter.grad is not None:
+                tensors[f"optimizer.{i}.{_GRADIENT}"] = parameter.grad
         return tensors
 
     def state_scalars(self) -> dict[str, float]:
-        """The dynamic scale's state; empty without one."""
-        return dict(self._scaler.state_dict())
+        """The dynamic scale's state, if there is one, and what kept gradients are multiples of."""
+        scalars = dict(self._scaler.state_dict())
+        return scalars | {"kept": self._kept, "gradient_scale": self._scale()} if self._kept else scalars
+
+    def _scale(self) -> float:
+        return self.loss_scale * self._scaler.get_scale()
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
         """Restore what the two methods above returned; the learning rate stays the configured one."""
@@ -117,16 +145,25 @@ class StudentOptimizer:
         for key, value in tensors.items():
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
+        gradients = {i: own.pop(_GRADIENT) for i, own in state.items() if _GRADIENT in own}
         groups = self._adamw.state_dict()["param_groups"]
-        self._adamw.load_state_dict({"state": state, "param_groups": groups})
-        if scalars and self._scaler.is_enabled():
+        self._adamw.load_state_dict({"state": {i: own for i, own in state.items() if own}, "param_groups": groups})
+        if "scale" in scalars and self._scaler.is_enabled():
             self._scaler.load_state_dict(scalars)
+        self._kept = int(scalars.get("kept", 0))
+        for i, gradient in gradients.items():
+            parameter = self.parameters[i]
+            # The saved scale is another one after a change of train.loss_scale.
+            parameter.grad = (gradient * (self._scale() / scalars["gradient_scale"])).to(parameter.device)
+
+
+_GRADIENT = "gradient"  # among AdamW's own names
 
 
 class Ema:
     """Exponential moving average of the student, updated every ``interval`` rounds (diffusers' EMAModel does the work).
 
-    Decay after n rounds: ``min((1 + n) / (10 + n), decay)``.
+    Decay after n rounds: ``min((1 + n) / (10 + n), decay)``. Several rounds that make one optimizer step count as one.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float, interval: int, fused: bool = False) -> None:

@@ -280,7 +280,7 @@ def test_all_problems_are_reported_together(folder):
         ([("sample.num_batches_per_epoch", "4"), ("train.gradient_accumulation_steps", "4")], "Set it to 6"),
         ([("sample.num_image_per_prompt", "5")], "Choose a divisor of 24"),
         ([("train.batch_size", "2")], "Choose a divisor of 3"),
-        ([("train.gradient_accumulation_steps", "6")], "Set it to 3 (3 batches x 3 pictures / 3)"),
+        ([("train.gradient_accumulation_steps", "4")], "Set it to 3 (3 batches x 3 pictures / 3), or a multiple"),
         ([("train.batch_size", "1")], "Set it to 9 (3 batches x 3 pictures / 1)"),
     ],
 )

@@ -39,7 +39,7 @@ class RunPlan:
     sampling_evaluations: int  # of the student, without gradient; the expectation where the steps are drawn
     base_evaluations: int  # for train.beta
     backward_batches: int  # per process and round
-    accumulation: int  # of them before an optimizer step
+    accumulation: int  # of them before an optimizer step: those of a part of a round, of a round, or of several
     algorithm: str
     task_order: str
     model: str
@@ -52,6 +52,21 @@ class RunPlan:
     def from_rewards(self) -> bool:
         """Whether there are no teachers: the tasks' rewards are trained on."""
         return self.algorithm in REWARD_ALGORITHMS
+
+    @property
+    def batches_per_step(self) -> int:
+        """Backward batches of a process in a round before its gradient is averaged."""
+        return min(self.accumulation, self.backward_batches)
+
+    @property
+    def rounds_per_step(self) -> int:
+        """Rounds before an optimizer step; 1 also where a round has several."""
+        return max(1, self.accumulation // self.backward_batches)
+
+    def updates_after(self, completed: int) -> int | None:
+        """How many rounds, counting those that share a step as one, are complete; None between steps."""
+        updates, more = divmod(completed, self.rounds_per_step)
+        return None if more else updates
 
     def tasks_of(self, index: int) -> range:
         """Which tasks round ``index`` (from 0) visits."""
@@ -99,8 +114,10 @@ class RunPlan:
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
 
     def _round(self) -> str:
-        steps = self.backward_batches // self.accumulation
+        steps = self.backward_batches // self.batches_per_step
         optimizer = f"{steps} optimizer step{'' if steps == 1 else 's'}"
+        if self.rounds_per_step > 1:
+            optimizer = f"an optimizer step every {self.rounds_per_step} rounds"
         return f"{self.images_per_round} pictures, {self.backward_batches} backward batches a process, {optimizer}"
 
     def _teacher(self, task: TeacherSpec) -> str:
@@ -154,13 +171,18 @@ def check_batches(values: dict[str, Any], num_processes: int, problems: Problems
     elif problems.good(batch, part, steps, batches):
         right = values[batches] * values[batch] // values[part]
         distilled = values.get("train.algorithm") == "opd"
-        if not distilled and right % values[steps]:
+        several = "a multiple of it for a step every several rounds"
+        if not distilled and right % values[steps] and values[steps] % right:
             what = f"is {values[steps]}, which does not divide the {right} backward batches of a round"
-            problems.add(steps, what, f"Choose a divisor of {right}.")
-        if distilled and values[steps] != right:
+            problems.add(steps, what, f"Choose a divisor of {right}, or {several}.")
+        if distilled and values[steps] % right:
             what = f"is {values[steps]}, but one optimizer step a round needs {right}"
             arithmetic = f"{values[batches]} batches x {values[batch]} pictures / {values[part]}"
-            problems.add(steps, what, f"Set it to {right} ({arithmetic}).")
+            problems.add(steps, what, f"Set it to {right} ({arithmetic}), or {several}.")
+        epochs = "train.num_inner_epochs"
+        if values[steps] > right and problems.good(epochs) and values[epochs] > 1:
+            what = f"is {values[epochs]}, but with an optimizer step every several rounds all passes would be the same"
+            problems.add(epochs, what, f"Set it to 1, or {steps} to {right}.")
 
 
 def check_sampler(values: dict[str, Any], problems: Problems) -> None:
@@ -291,6 +313,9 @@ def notes(values: dict[str, Any], defaults: dict[str, Any]) -> tuple[str, ...]:
     if unused:
         what = "distillation" if algorithm == "opd" else algorithm
         notes.append(f"without effect on {what}: {', '.join(unused)}")
+    batches = values["sample.num_batches_per_epoch"] * values["sample.train_batch_size"] // values["train.batch_size"]
+    if rest := values["num_epochs"] % max(1, values["train.gradient_accumulation_steps"] // batches):
+        notes.append(f"the last {rest} of num_epochs {values['num_epochs']} rounds end in no optimizer step")
     solver, noise = values["sample.solver"], values["sample.noise_level"]
     if noise > 0 and (solver in ODE_SOLVERS or values["sample.deterministic"]):
         why = f"solver {solver} adds none" if solver in ODE_SOLVERS else "sample.deterministic is True"

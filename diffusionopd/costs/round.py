@@ -76,7 +76,7 @@ def count_round(
     weights = (cost.parameters + cost.buffers) * settings.item
     share = (plan.num_processes - 1) / plan.num_processes
     passes = sum(kind.weight_passes for kind in work)
-    steps = plan.backward_batches * settings.inner_epochs // plan.accumulation
+    steps = plan.backward_batches * settings.inner_epochs // plan.batches_per_step
     gradient = 4 * cost.lora_parameters
     replicated = round(2 * share * gradient * steps)
     shards = min(plan.num_processes, MACHINE)

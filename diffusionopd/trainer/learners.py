@@ -43,7 +43,7 @@ def build_learner(config: ConfigDict, plan: RunPlan, parts: Parts, score: Score)
             plan.trained_steps,
             guidance_scale=plan.student_guidance,
             multistep=plan.multistep,
-            accumulation=plan.accumulation,
+            accumulation=plan.batches_per_step,
             inner_epochs=config.train.num_inner_epochs,
         )
     train, recipe = config.train, _reward_recipe(config, plan, transitions)
@@ -84,6 +84,6 @@ def _reward_recipe(config: ConfigDict, plan: RunPlan, transitions: list[Transiti
         advantage_scale="global" if sample.global_std else "prompt",
         advantage_clip=train.adv_clip_max,
         reference_weight=train.beta,
-        accumulation=plan.accumulation,
+        accumulation=plan.batches_per_step,
         inner_epochs=train.num_inner_epochs,
     )

@@ -296,18 +296,20 @@ class Trainer:
         """Train round ``index`` (from 0); its metrics."""
         started, number = time.perf_counter(), index + 1
         score, grid = self._looks(index)
+        updates = self.plan.updates_after(number)
         with stage("prompts and noise"):
             batches = self.rounds.batches(index)
         evaluations = self.backbone.evaluations
         with memory_advice(f"round {number}", ROUND_MEMORY):
-            result = self.learner.round(batches, f"round {number}")
+            result = self.learner.round(batches, f"round {number}", step=updates is not None)
         result.metrics["evaluations"] = float((self.backbone.evaluations - evaluations) * self.world)
-        self.learner.finish(number)
         with stage("metrics"):
             self._flush()
-        if self.ema is not None:
-            with stage("moving average"):
-                self.ema.update(number)
+        if updates is not None:
+            self.learner.finish(updates)
+            if self.ema is not None:
+                with stage("moving average"):
+                    self.ema.update(updates)
         if result.pictures:
             name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
             pictures = [Picture(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
