@@ -88,10 +88,10 @@ if case == "config" and rank == 1:
     config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 4
 if case == "memory":
     original = Distiller.round
-    def fails(self, batches, name):
+    def fails(self, batches, name, **options):
         if rank == 1 and name == "round 2":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return original(self, batches, name)
+        return original(self, batches, name, **options)
     Distiller.round = fails
 
 if case == "reward" and rank == 1:
