@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from diffusionopd import checkpoint
+from diffusionopd.acceleration import compile_blocks
 from diffusionopd.trainer import train
 
 COMMON = {
@@ -55,10 +57,14 @@ def averages(tmp_path) -> list[torch.Tensor]:
         {"prefetch": True, "monitor_freq": 1},
         {"attention_backend": "math"},
         {"train__merge_teachers": True, "activation_checkpointing": True},
+        {"train__merge_teachers": True, "compile": True},
     ],
     ids=lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()),
 )
-def test_ten_rounds_are_those_of_the_plain_run(tiny_config, tmp_path, plain, switch):
+def test_ten_rounds_are_those_of_the_plain_run(tiny_config, tmp_path, plain, switch, monkeypatch):
+    # Graphs of forward and backward as they are traced, without the minutes that generating code for them takes.
+    monkeypatch.setattr("diffusionopd.trainer.setup.compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr("diffusionopd.trainer.setup.check_compiler", lambda device: None)
     if not plain:
         plain["rows"] = rows(tiny_config, tmp_path)
         plain["averages"] = averages(tmp_path)
