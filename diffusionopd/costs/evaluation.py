@@ -91,6 +91,7 @@ class _Walk:
     _kept_source: str = ""  # the input that the last adapter kept
 
     def run(self) -> None:
+        """Fill ``cost``, from the patch embedding to the last projection."""
         shape, cost, width = self.shape, self.cost, self.shape.width
         patch = shape.patch**2
         cost.buffers = shape.pos_embed_max_size**2 * width
