@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.claims import variance
 from benchmarks.claims.curves import (
-    TASKS,
     ClaimsError,
     Point,
     at_evaluations,
@@ -20,9 +19,9 @@ from benchmarks.claims.curves import (
     read_results,
     rounds_to,
 )
+from benchmarks.claims.experiments import LABELS, TASKS
 from benchmarks.claims.report import markdown, missing, table
-from benchmarks.claims.run import LABELS
-from benchmarks.claims.verdicts import FAILS, HOLDS, UNMEASURED, claims, normalised_average
+from benchmarks.claims.verdicts import FAILS, HOLDS, UNMEASURED, beside_teachers, claims, normalised_average
 from diffusionopd.transitions import transition
 
 from .conftest import ROOT
@@ -139,8 +138,51 @@ def test_equal_cost_reads_the_other_curve_at_the_students_cost(results):
         {"round": 40, "evaluations": COST + TEACHER_COST, "scores": dict.fromkeys(TASKS, 1.0)},
     ]
     found = parts(results(run("cascade_nft", curve=curve)), 3)
-    assert found["cascade_nft, with the teachers' cost"].mean == pytest.approx((0.89 - 1.0) / 0.7)
     assert found["cascade_nft, without the teachers' cost"].mean == pytest.approx((0.89 - 0.2) / 0.7)
+
+
+def test_where_both_are_finished_all_test_prompts_decide(results):
+    """The cascade has 0.75 on all prompts, whatever its curve on the monitored ones ends with; the student 0.89."""
+    high = [{"round": 40, "evaluations": COST + TEACHER_COST, "scores": dict.fromkeys(TASKS, 1.0)}]
+    longer = [{**high[0], "evaluations": 2 * (COST + TEACHER_COST)}]
+    name = "cascade_nft, with the teachers' cost"
+    assert parts(results(run("cascade_nft", curve=high)), 3)[name].mean == pytest.approx((0.89 - 0.75) / 0.7)
+    unfinished = run("cascade_nft", curve=longer) | {"evaluations": longer[0]["evaluations"]}
+    assert parts(results(unfinished), 3)[name].mean == pytest.approx((0.89 - 0.6) / 0.7)  # halfway from 0.2 to 1.0
+
+
+def test_whether_tasks_fight_is_read_at_the_cost_of_all_teachers(results):
+    """Each made-up teacher costs 400 and ends at 0.9; the other has 0.5 at 1000 and 0.9 at 1400, so 0.7 at 1200."""
+    scores = [(10, 1000.0, 0.5), (40, 1400.0, 0.9)]
+    curve = [{"round": n, "evaluations": e, "scores": dict.fromkeys(TASKS, s)} for n, e, s in scores]
+    runs = read_results(results(run("multitask_nft", curve=curve)))
+    assert beside_teachers(runs, "multitask_nft") == {task: {1: pytest.approx(-0.2)} for task in TASKS}
+    text = markdown(runs, claims(runs, None), None, [])
+    assert "| multi-task NFT | -0.200 (-0.200) |" in text and "multi-task GRPO-Guard | -0.300" in text
+
+
+def test_runs_of_unequal_length_are_compared_where_the_shorter_ends(results):
+    """The closed form goes on to 0.9 at 100 rounds; at the surrogate's end it has 0.6."""
+    scores = [(40, COST, 0.6), (100, 2.5 * COST, 0.9)]
+    curve = [{"round": n, "evaluations": e, "scores": dict.fromkeys(TASKS, s)} for n, e, s in scores]
+    longer = run("opd_noise07", curve=curve) | {"rounds": 100, "evaluations": 2.5 * COST}
+    found = parts(results(longer), 4)
+    assert found["noise 0.7, final"].mean == pytest.approx((0.6 - LEVEL["ppo_noise07"]) / 0.7)
+    assert found["noise 0.7, area"].mean == pytest.approx(((0.2 + 0.6) / 2 - area_of("ppo_noise07")) / 0.7)
+
+
+def area_of(experiment: str) -> float:
+    """Mean height of the made-up curve: 0.2 at round 0, halfway at 10, its level at 40."""
+    level = LEVEL[experiment]
+    middle = (0.2 + level) / 2
+    return ((0.2 + middle) / 2 * 10 + (middle + level) / 2 * 30) / 40
+
+
+def test_speed_is_measured_against_the_teacher_on_the_monitored_prompts(results):
+    """A teacher that has 0.9 on all prompts and 0.6 on these: the level is 0.54."""
+    curve = [{"round": 40, "evaluations": TEACHER_COST, "scores": {"ocr": 0.6}}]
+    found = parts(results(run("teacher_ocr", curve=curve)), 5)["ocr"]
+    assert found.mean == pytest.approx((10 + 30 * 0.04 / 0.34) / (10 * 0.34 / 0.65))
 
 
 def test_speed_is_the_ratio_of_interpolated_rounds(results):

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.claims.run import LABELS, Run, Workshop, plan, run_all  # noqa: E402
+from benchmarks.claims.experiments import LABELS  # noqa: E402
+from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
 
@@ -33,7 +34,7 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         return each * one.num_rounds
 
     teachers = sum(forwards(f"teacher_{task}") for task in ("compose", "ocr", "scene"))
-    for rival in ("multitask_nft", "cascade_nft"):
+    for rival in ("multitask_nft", "multitask_guard", "cascade_nft"):
         assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.claims.experiments import TASKS
 from diffusionopd.results import Summary
 
-TASKS = ("compose", "ocr", "scene")
 REMEDY = "python benchmarks/claims/run.py"
 
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.claims.curves import TASKS, Point, Result, Runs, curve_from_base
+from benchmarks.claims.curves import Point, Result, Runs, curve_from_base
+from benchmarks.claims.experiments import TASKS
 from diffusionopd.report.plots import BASE, SERIES
 
 Abscissa = Callable[[Result, Point], float]

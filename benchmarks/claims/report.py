@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 import numpy as np
 
-from benchmarks.claims.curves import TASKS, ClaimsError, Result, Runs, read_results
+from benchmarks.claims.curves import ClaimsError, Result, Runs, read_results
+from benchmarks.claims.experiments import LABELS, TASKS
 from benchmarks.claims.figures import figures
-from benchmarks.claims.run import LABELS
-from benchmarks.claims.verdicts import Claim, Part, claims
+from benchmarks.claims.verdicts import Claim, Part, beside_teachers, claims
 from diffusionopd.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
@@ -101,6 +101,7 @@ def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | N
         "## Claims, one by one",
         *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
         *([_variance_text(variance)] if variance else []),
+        *_conflict_text(runs),
         *(["## Curves"] if plots else []),
         *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
         "## Runs",
@@ -172,6 +173,25 @@ def _part_text(part: Part) -> str:
     return f"| {part.name} | {part.mean:.3f} | {wanted} | {seeds} | {part.verdict} |"
 
 
+def _conflict_text(runs: Runs) -> list[str]:
+    """Whether the tasks fight here: what decides how much there is to win by distilling."""
+    lines = []
+    for rival in ("multitask_nft", "multitask_guard"):
+        found = beside_teachers(runs, rival)
+        if all(found.values()):
+            cells = [f"{fmean(v.values()):+.3f} ({', '.join(f'{x:+.3f}' for x in v.values())})" for v in found.values()]
+            lines.append(f"| {LABELS[rival]} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = [f"| | {' | '.join(TASKS)} |", "| --- |" + " ---: |" * len(TASKS)]
+    note = (
+        "Score of one model trained on all tasks in turn minus that of the task's NFT teacher, when it has cost as "
+        "many evaluations as the three teachers together; monitored test prompts, mean (each seed). About 0: the tasks "
+        "learn side by side as well as alone. Below 0: they fight."
+    )
+    return ["### Do the tasks fight?", "\n".join([*head, *lines]), note]
+
+
 def _variance_text(variance: Mapping[str, Any]) -> str:
     """The measured states behind the claim on the estimators."""
     lines = [
@@ -227,26 +247,32 @@ def read_variance(file: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def main() -> None:
-    """Read, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs' files and variance.json")
-    parser.add_argument("--output", type=Path, help="default: the folder of the results")
-    flags = parser.parse_args()
-    output = flags.output or flags.results
-    try:
-        runs, variance = read_results(flags.results), read_variance(flags.results / "variance.json")
-    except ClaimsError as error:
-        sys.exit(f"error: {error}")
+def write(results: Path, output: Path) -> list[str]:
+    """Read a folder of results, write claims.md, claims.json and the plots; returns the verdicts and where they are.
+
+    Raises ClaimsError for results that cannot be read or put side by side.
+    """
+    runs, variance = read_results(results), read_variance(results / "variance.json")
     output.mkdir(parents=True, exist_ok=True)
     found, drawn = claims(runs, variance), figures(runs)
     for name, figure in drawn.items():
         figure.savefig(output / name, dpi=110, metadata={"Software": None})
     (output / "claims.md").write_text(markdown(runs, found, variance, list(drawn)), encoding="utf-8")
     (output / "claims.json").write_text(json.dumps(as_json(runs, found), indent=1) + "\n", encoding="utf-8")
-    for number, claim in enumerate(found, 1):
-        print(f"{number}. {claim.verdict:17s} {claim.statement}")
-    print(f"wrote {output / 'claims.md'}, claims.json and {len(drawn)} plots")
+    verdicts = [f"{number}. {claim.verdict:17s} {claim.statement}" for number, claim in enumerate(found, 1)]
+    return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and {len(drawn)} plots"]
+
+
+def main() -> None:
+    """Flags to files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs' files and variance.json")
+    parser.add_argument("--output", type=Path, help="default: the folder of the results")
+    flags = parser.parse_args()
+    try:
+        print("\n".join(write(flags.results, flags.output or flags.results)))
+    except ClaimsError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

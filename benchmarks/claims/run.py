@@ -1,4 +1,4 @@
-"""Run the paper's comparisons in the tiny world and keep every result.
+"""Run the paper's comparisons in the tiny world, keep every result, write the table, the plots and the verdicts.
 
     python benchmarks/claims/run.py                       all, seeds 1 2 3: hours, in as many sittings as you like
     python benchmarks/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
@@ -7,7 +7,8 @@
 A finished run is one file in results/, and is not run again; a run that was interrupted goes on from its checkpoint.
 Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
 them ("backwards"), because the methods differ in their share.
---jobs runs at once, one thread each. The table and the plots: python benchmarks/claims/report.py
+--jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;
+python benchmarks/claims/report.py writes it alone.
 """
 
 # ruff: noqa: E402
@@ -32,30 +33,13 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from tqdm import tqdm
 
+from benchmarks.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
+from benchmarks.claims.report import write
 from diffusionopd.config_schema import RunPlan, check, load_config
 from diffusionopd.results import read_averages, write_text_atomically
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "benchmarks/claims/config.py"
-TASKS = ("compose", "ocr", "scene")
-TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
-LABELS = {
-    "base": "base",
-    **{f"shipped_{task}": f"shipped teacher, {task}" for task in TASKS},
-    **{f"teacher_{task}": f"NFT teacher, {task}" for task in TASKS},
-    "guard_scene": "GRPO-Guard teacher, scene",
-    "multitask_nft": "multi-task NFT",
-    "multitask_guard": "multi-task GRPO-Guard",
-    "cascade_nft": "cascade NFT",
-    "sft": "SFT on teacher samples",
-    "opd": "DiffusionOPD",
-    "opd_noise00": "DiffusionOPD, paper's loss, ODE",
-    "opd_noise03": "DiffusionOPD, paper's loss, noise 0.3",
-    "opd_noise07": "DiffusionOPD, paper's loss, noise 0.7",
-    "ppo_noise03": "PPO-style OPD, noise 0.3",
-    "ppo_noise07": "PPO-style OPD, noise 0.7",
-}
-DISTILLED = ("sft", "opd", "opd_noise00", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
 
 
 @dataclass(frozen=True)
@@ -249,6 +233,8 @@ def main() -> None:
     runs = plan(flags.experiments or list(LABELS), seeds)
     print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")
     failures = run_all(runs, workshop, flags.jobs)
+    if any(map(workshop.is_done, runs)):
+        print("\n".join(write(workshop.results, workshop.results)))
     print("\n".join(failures) or "all done")
     sys.exit(bool(failures))
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.curves import TASKS, Result, Runs, at_evaluations, curve_from_base, mean_height, rounds_to
+from benchmarks.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, rounds_to
+from benchmarks.claims.experiments import TASKS, TEACHERS
 
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured yet"
 COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
-TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
 RIVALS = ("multitask_nft", "multitask_guard", "cascade_nft")
 Seed = Mapping[str, Result]
 """Experiment -> result, all of one seed."""
@@ -79,20 +79,22 @@ def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
         ),
         Claim(
             "At equal cost the student is better than multi-task RL and cascade RL.",
-            "Average of OPD at its last curve point minus that of the other, whose curve is interpolated at as many "
-            "evaluations (a curve that ends earlier counts with its end), is above 0.",
+            "Average of the finished student minus that of the other after as many evaluations (one that ends earlier "
+            "counts with its end) is above 0: on all test prompts where the other is finished too, else on the "
+            "monitored ones, its curve interpolated.",
             list(_equal_cost(runs)),
         ),
         Claim(
             "The closed form beats the PPO-style surrogate at equal noise.",
-            "Average of the closed form minus that of the surrogate is above 0: of the finished students, and as the "
-            "mean over the rounds (area under the curve).",
+            "Average of the closed form minus that of the surrogate is above 0: at the end of the shorter run, and as "
+            "the mean over the rounds until there (area under the curve).",
             list(_closed_form(runs)),
         ),
         Claim(
             "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
-            "Rounds until the interpolated curve has 90% of the teacher's score, noise 0.7 over ODE, is above 1 (a run "
-            "of noise 0.7 that never gets there counts with its length, an ODE run that does not with 0).",
+            "Rounds until the interpolated curve has 90% of what the teacher has on the same prompts, noise 0.7 over "
+            "ODE, is above 1 (a run of noise 0.7 that never gets there counts with its length, an ODE run that does "
+            "not with 0).",
             [
                 _part(
                     task,
@@ -168,21 +170,49 @@ def _difference(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first - second
 
 
+def _lead(seed: Seed, name: str, rival: str, evaluations: float) -> float | None:
+    """Normalised average of one run minus another's after so many evaluations, on the same prompts for both.
+
+    None where either has no curve or nothing can be normalised.
+    """
+    pair = (seed[name], seed[rival])
+    if not all(result.curve for result in pair):
+        return None
+    if all(evaluations >= result.evaluations for result in pair):
+        scores = [result.means() for result in pair]
+    else:
+        scores = [at_evaluations(curve_from_base(result, seed["base"]), evaluations) for result in pair]
+    return _difference(*(normalised_average(seed, each) for each in scores))
+
+
 def _equal_cost(runs: Runs) -> Iterator[Part]:
     for with_teachers in (True, False):
         for rival in RIVALS:
 
             def lead(seed: Seed, rival: str = rival, with_teachers: bool = with_teachers) -> float | None:
-                opd, other = seed["opd"], curve_from_base(seed[rival], seed["base"])
-                if not opd.curve or not other:
-                    return None
-                own = opd.curve[-1]
-                cost = own.evaluations + (opd.teacher_evaluations if with_teachers else 0)
-                others = at_evaluations(other, cost)
-                return _difference(normalised_average(seed, own.scores), normalised_average(seed, others))
+                opd = seed["opd"]
+                return _lead(seed, "opd", rival, opd.with_teachers if with_teachers else opd.evaluations)
 
             name = f"{rival}, {'with' if with_teachers else 'without'} the teachers' cost"
             yield _part(name, ">", 0.0, runs, ("base", *TEACHERS, "opd", rival), lead)
+
+
+def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
+    """Task -> seed -> score of one model of all tasks minus the teacher's, at equal evaluations in all.
+
+    The rival's curve is read where it has cost as much as the three teachers together, on the monitored prompts as
+    theirs: about 0 means that the tasks learn side by side as well as alone, below 0 that they fight.
+    """
+    found: dict[str, dict[int, float]] = {task: {} for task in TASKS}
+    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in ("base", *TEACHERS, rival)))):
+        other, teachers = runs[rival][seed], [runs[name][seed] for name in TEACHERS]
+        if not all(result.curve for result in (other, *teachers)):
+            continue
+        cost = sum(teacher.evaluations for teacher in teachers)
+        scores = at_evaluations(curve_from_base(other, runs["base"][seed]), cost)
+        for task, teacher in zip(TASKS, teachers, strict=True):
+            found[task][seed] = scores[task] - teacher.curve[-1].scores[task]
+    return found
 
 
 def _closed_form(runs: Runs) -> Iterator[Part]:
@@ -191,7 +221,7 @@ def _closed_form(runs: Runs) -> Iterator[Part]:
         needs = ("base", *TEACHERS, closed, surrogate)
 
         def final(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
-            return _difference(*(normalised_average(seed, seed[name].means()) for name in (closed, surrogate)))
+            return _lead(seed, closed, surrogate, min(seed[name].evaluations for name in (closed, surrogate)))
 
         def area(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
             end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in (closed, surrogate))
@@ -210,9 +240,11 @@ def _height(seed: Seed, name: str, end: int) -> float | None:
 
 def _speed(seed: Seed, task: str) -> float | None:
     """Rounds of noise 0.7 over rounds of the ODE; None without curves, or where the base is there already."""
-    level = 0.9 * seed[f"teacher_{task}"].final[task].mean
-    names = ("opd_noise00", "opd_noise07")
-    if not all(seed[name].curve for name in names) or seed["base"].final[task].mean >= level:
+    teacher, names = f"teacher_{task}", ("opd_noise00", "opd_noise07")
+    if not all(seed[name].curve for name in (teacher, *names)):
+        return None
+    level = 0.9 * seed[teacher].curve[-1].scores[task]
+    if seed["base"].final[task].mean >= level:
         return None
     ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, level) for name in names)
     if ode is None:

@@ -1,0 +1,21 @@
+"""The names of the comparisons' experiments and tasks, in the order in which they are run and shown."""
+
+TASKS = ("compose", "ocr", "scene")
+TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
+LABELS = {
+    "base": "base",
+    **{f"shipped_{task}": f"shipped teacher, {task}" for task in TASKS},
+    **{f"teacher_{task}": f"NFT teacher, {task}" for task in TASKS},
+    "guard_scene": "GRPO-Guard teacher, scene",
+    "multitask_nft": "multi-task NFT",
+    "multitask_guard": "multi-task GRPO-Guard",
+    "cascade_nft": "cascade NFT",
+    "sft": "SFT on teacher samples",
+    "opd": "DiffusionOPD",
+    "opd_noise00": "DiffusionOPD, paper's loss, ODE",
+    "opd_noise03": "DiffusionOPD, paper's loss, noise 0.3",
+    "opd_noise07": "DiffusionOPD, paper's loss, noise 0.7",
+    "ppo_noise03": "PPO-style OPD, noise 0.3",
+    "ppo_noise07": "PPO-style OPD, noise 0.7",
+}
+DISTILLED = ("sft", "opd", "opd_noise00", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
