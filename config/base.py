@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
     # docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer has a model.
     config.reward_options = {}
     # Seconds that a reward may take for one batch, waiting for its server included. Rewards that are trained on end the
-    # run after that; in monitoring and evaluation the run goes on without them.
+    # run after that (with several processes it must be below collective_timeout); in monitoring and evaluation the run
+    # goes on without them.
     config.reward_timeout = 600.0
     # Rounds between grids of sample pictures in <run folder>/samples; 0 is never.
     config.sample_freq = 10

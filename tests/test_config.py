@@ -290,6 +290,16 @@ def test_batch_arithmetic_says_what_would_be_right(folder, overrides, message):
     assert message in problems[0]
 
 
+def test_processes_wait_longer_for_each_other_than_for_a_reward(folder):
+    teacher = ROOT / "config" / "teacher.py"
+    waits = [("reward_timeout", "1800"), ("sample.train_batch_size", "9")]
+    (problem,) = _problems(load_config(f"{teacher}:guard_ocr", waits), reward_names=None)
+    assert problem.startswith("reward_timeout is 1800 seconds, not below the 1800 of collective_timeout")
+    check(load_config(f"{teacher}:guard_ocr", [*waits, ("collective_timeout", "2000")]), 8)
+    check(load_config(f"{teacher}:guard_ocr", [*waits, ("sample.num_batches_per_epoch", "128")]), 1)  # nobody waits
+    check(load_config(f"{OPD}:mopd", waits[:1]), 8)  # it is only watched
+
+
 def test_groups_share_prompts_across_processes(folder):
     plan = check(load_config(f"{OPD}:mopd", [("sample.num_image_per_prompt", "8")]), 8)
     assert (plan.images_per_task, plan.groups_per_task) == (24, 3)

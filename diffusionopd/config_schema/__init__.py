@@ -11,7 +11,7 @@ from collections.abc import Collection
 from ml_collections import ConfigDict
 
 from diffusionopd.config_schema.load import load_config, split_arguments
-from diffusionopd.config_schema.plan import RunPlan, check_batches, check_sampler, make_plan, notes
+from diffusionopd.config_schema.plan import RunPlan, check_batches, check_patience, check_sampler, make_plan, notes
 from diffusionopd.config_schema.problems import ConfigError, Problems
 from diffusionopd.config_schema.resume import (
     ResumeError,
@@ -77,6 +77,7 @@ def check(
     teachers, num_prompts = check_teachers(values, problems, reward_names)
     check_batches(values, num_processes, problems)
     check_sampler(values, problems)
+    check_patience(values, num_processes, problems)
     if problems.found:
         raise ConfigError(problems.found)
     return make_plan(config, teachers, num_prompts, num_processes, notes=notes(values, defaults))

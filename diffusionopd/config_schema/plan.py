@@ -220,6 +220,17 @@ def check_sampler(values: dict[str, Any], problems: Problems) -> None:
         problems.add("train.loss", "is 'policy_gradient', which needs a sampler with noise", remedy)
 
 
+def check_patience(values: dict[str, Any], num_processes: int, problems: Problems) -> None:
+    """Processes must wait for each other longer than one of them may wait for a reward that is trained on."""
+    scoring, meeting = "reward_timeout", "collective_timeout"
+    if num_processes == 1 or values.get("train.algorithm") not in REWARD_ALGORITHMS:
+        return
+    if problems.good(scoring, meeting) and values[scoring] >= values[meeting]:
+        what = f"is {values[scoring]:g} seconds, not below the {values[meeting]:g} of {meeting}"
+        remedy = f"While one process waits for a reward the others wait for it: raise {meeting} above it, or lower it."
+        problems.add(scoring, what, remedy)
+
+
 def _kernel(solver: str, noise_level: float, deterministic: bool) -> tuple[str, float]:
     """Kernel and noise level of the transitions; without noise every solver's step is compared as an Euler step."""
     if solver in ODE_SOLVERS or deterministic or noise_level == 0:
