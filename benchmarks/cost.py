@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diffusionopd.config_schema import RunPlan, base_config, check, load_config, split_arguments  # noqa: E402
+from diffusionopd.config_schema import RunPlan, base_config, check, load_config, redacted, split_arguments  # noqa: E402
 from diffusionopd.costs import (  # noqa: E402
     MACHINE,
     Cost,
@@ -59,7 +59,7 @@ def main() -> None:
         elif not args.family:
             sys.exit("error: name a configuration (--config config/opd.py:mopd) or --family")
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(error)}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.claims.experiments import LABELS  # noqa: E402
+from benchmarks.claims.experiments import LABELS, TASKS  # noqa: E402
 from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
@@ -33,7 +33,7 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         each = one.student_evaluations + one.teacher_evaluations + one.sampling_evaluations + one.base_evaluations
         return each * one.num_rounds
 
-    teachers = sum(forwards(f"teacher_{task}") for task in ("compose", "ocr", "scene"))
+    teachers = sum(forwards(f"teacher_{task}") for task in TASKS)
     for rival in ("multitask_nft", "multitask_guard", "cascade_nft"):
         assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
 
@@ -76,21 +76,22 @@ def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
     assert run_all(runs, workshop, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
 
 
-def test_the_short_form_of_a_teacher(tmp_path):
-    """Three rounds from rewards, resumed once, evaluated: a result file of the documented form."""
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "claims" / "run.py"),
-        "teacher_scene",
-        "--short",
-        "--jobs",
-        "1",
-    ]
-    done = subprocess.run(
-        [*command, "--logs", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
+def test_the_short_form_from_rewards_to_the_report(tmp_path):
+    """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
+    script = str(ROOT / "benchmarks" / "claims" / "run.py")
+    command = [sys.executable, script, "base", "opd", "--short", "--jobs", "1", "--logs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "short" / "results" / "teacher_scene-seed1.json").read_text())
-    assert (result["rounds"], result["evaluations"], result["backwards"]) == (3, 3 * 192, 3 * 48)
-    assert result["final"]["compose"]["count"] == 6
-    assert result["curve"][0]["round"] == 3 and 0 <= result["curve"][0]["scores"]["scene"] <= 1
+    results = tmp_path / "short" / "results"
+    teacher = json.loads((results / "teacher_scene-seed1.json").read_text())
+    assert (teacher["rounds"], teacher["evaluations"], teacher["backwards"]) == (3, 3 * 192, 3 * 48)
+    assert teacher["final"]["compose"]["count"] == 6
+    assert teacher["curve"][0]["round"] == 3 and 0 <= teacher["curve"][0]["scores"]["scene"] <= 1
+    student = json.loads((results / "opd-seed1.json").read_text())
+    assert (student["evaluations"], student["teacher_evaluations"]) == (3 * 216, 3 * 3 * 192)
+    used = json.loads((tmp_path / "short" / "opd-seed1" / "config.json").read_text())["train"]["teachers"]
+    own = [tmp_path / "short" / f"teacher_{task}-seed1" / "checkpoints" / "checkpoint-3" / "lora" for task in TASKS]
+    assert [teacher["lora_path"] for teacher in used] == list(map(str, own))
+    text = (results / "claims.md").read_text()
+    assert "Short form" in text and "| DiffusionOPD | 1 |" in text and "no run of multitask_nft" in text
+    assert (results / "methods.png").is_file() and "One student reaches each of its teachers" in done.stdout

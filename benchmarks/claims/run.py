@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from benchmarks.claims.report import write
-from diffusionopd.config_schema import RunPlan, check, load_config
+from diffusionopd.config_schema import RunPlan, check, load_config, redacted
 from diffusionopd.results import read_averages, write_text_atomically
 
 HERE = Path(__file__).resolve().parent
@@ -213,7 +213,7 @@ def run_all(runs: Sequence[Run], workshop: Workshop, jobs: int) -> list[str]:
                 run = working.pop(future)
                 bar.update()
                 if error := future.exception():
-                    failures.append(f"{run.name}: {error}")
+                    failures.append(redacted(f"{run.name}: {error}"))
     return failures
 
 
