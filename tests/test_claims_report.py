@@ -151,6 +151,13 @@ def test_where_both_are_finished_all_test_prompts_decide(results):
     assert parts(results(unfinished), 3)[name].mean == pytest.approx((0.89 - 0.6) / 0.7)  # halfway from 0.2 to 1.0
 
 
+def test_curves_begin_with_the_base_on_the_same_prompts(results):
+    """The base has 0.2 on all prompts, 0.1 on the monitored ones: the ODE is at 0.81 later than from 0.2."""
+    curve = [{"round": 0, "evaluations": 0.0, "scores": dict.fromkeys(TASKS, 0.1)}]
+    found = parts(results(run("base", curve=curve)), 5)["ocr"]
+    assert found.mean == pytest.approx((10 + 30 * 0.31 / 0.34) / (10 * 0.71 / 0.75))
+
+
 def test_whether_tasks_fight_is_read_at_the_cost_of_all_teachers(results):
     """Each made-up teacher costs 400 and ends at 0.9; the other has 0.5 at 1000 and 0.9 at 1400, so 0.7 at 1200."""
     scores = [(10, 1000.0, 0.5), (40, 1400.0, 0.9)]

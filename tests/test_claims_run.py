@@ -87,6 +87,13 @@ def test_the_short_form_from_rewards_to_the_report(tmp_path):
     assert (teacher["rounds"], teacher["evaluations"], teacher["backwards"]) == (3, 3 * 192, 3 * 48)
     assert teacher["final"]["compose"]["count"] == 6
     assert teacher["curve"][0]["round"] == 3 and 0 <= teacher["curve"][0]["scores"]["scene"] <= 1
+    base = json.loads((results / "base-seed1.json").read_text())
+    (start,) = base["curve"]
+    assert start["round"] == 0 and start["scores"].keys() == set(TASKS)
+    assert all(0 < start["scores"][t] <= 1 for t in ("ocr", "scene"))
+    lines = (tmp_path / "short" / "base-seed1" / "evaluation" / "scene" / "evaluation_results.jsonl").read_text()
+    scores = [json.loads(line)["scores"]["tiny_scene"] for line in lines.splitlines()]
+    assert start["scores"]["scene"] == pytest.approx(sum(scores[:4]) / 4) and len(scores) == 6
     student = json.loads((results / "opd-seed1.json").read_text())
     assert (student["evaluations"], student["teacher_evaluations"]) == (3 * 216, 3 * 3 * 192)
     used = json.loads((tmp_path / "short" / "opd-seed1" / "config.json").read_text())["train"]["teachers"]

@@ -25,7 +25,7 @@ class Point:
 
     round: int
     evaluations: float
-    scores: Mapping[str, float]  # task -> score; a teacher's curve has its own task alone
+    scores: Mapping[str, float]  # task -> score; a teacher's curve has its own task alone, the base's is one point
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,16 @@ def curve_from_base(result: Result, base: Result) -> list[Point]:
     """The run's curve with the base's scores before it: every training starts there."""
     if not result.curve:
         return []
-    tasks = result.curve[0].scores
-    return [Point(0, 0.0, {task: base.final[task].mean for task in tasks}), *result.curve]
+    return [Point(0, 0.0, {task: monitored(base, task) for task in result.curve[0].scores}), *result.curve]
+
+
+def monitored(result: Result, task: str) -> float:
+    """The finished model's score on the prompts of the curves; on all test prompts where its curve has not the task.
+
+    Curves are compared with such scores alone: what one gains from easy prompts the other gains too.
+    """
+    end = result.curve[-1].scores if result.curve else {}
+    return end[task] if task in end else result.final[task].mean
 
 
 def at_evaluations(curve: Sequence[Point], evaluations: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.claims.curves import Point, Result, Runs, curve_from_base
+from benchmarks.claims.curves import Point, Result, Runs, curve_from_base, monitored
 from benchmarks.claims.experiments import TASKS
 from diffusionopd.report.plots import BASE, SERIES
 
@@ -59,7 +59,10 @@ def figures(runs: Runs) -> dict[str, Figure]:
 
 
 def _students(runs: Runs, lines: Sequence[Line], abscissas: Mapping[str, Abscissa]) -> Figure | None:
-    """A row an abscissa, a column a task; below and above, the finished teachers' and the base's level."""
+    """A row an abscissa, a column a task; below and above, the finished teachers' and the base's level.
+
+    Everything on the monitored test prompts.
+    """
     if not any(_has_curve(runs, line.experiment) for line in lines):
         return None
     figure, grid = _panels(len(abscissas))
@@ -130,7 +133,7 @@ def _whole_curve(runs: Runs, result: Result) -> Sequence[Point]:
 def _level(axes: Axes, runs: Runs, experiment: str, task: str, label: str, color: str, style: str) -> None:
     results = runs.get(experiment, {}).values()
     if results:
-        mean = fmean(result.final[task].mean for result in results)
+        mean = fmean(monitored(result, task) for result in results)
         axes.axhline(mean, color=color, linestyle=style, linewidth=1.2, label=label)
 
 

@@ -33,7 +33,7 @@ RESULTS = Path(__file__).with_name("results")
 CAPTIONS = {
     "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
     "highest seed.",
-    "noise.png": "Noise of the student's rollouts.",
+    "noise.png": "Noise of the student's rollouts, with the paper's loss.",
     "estimators.png": "Closed form (solid) and PPO-style surrogate (dashed) at equal noise.",
     "teachers.png": "Teachers from rewards.",
 }
@@ -102,7 +102,11 @@ def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | N
         *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
         *([_variance_text(variance)] if variance else []),
         *_conflict_text(runs),
-        *(["## Curves"] if plots else []),
+        *(
+            ["## Curves", "On the monitored test prompts, the first ones of all; so are the dashed and dotted levels."]
+            if plots
+            else []
+        ),
         *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
         "## Runs",
         _runs_text(runs),

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
@@ -36,10 +37,14 @@ from tqdm import tqdm
 from benchmarks.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from benchmarks.claims.report import write
 from diffusionopd.config_schema import RunPlan, check, load_config, redacted
-from diffusionopd.results import read_averages, write_text_atomically
+from diffusionopd.results import read_averages, read_records, write_text_atomically
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "benchmarks/claims/config.py"
+
+
+SHORT = {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
+"""Settings of the short form."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Workshop:
             lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
             settings[f"train.teachers[{i}].lora_path"] = lora
         if self.short:
-            settings |= {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
+            settings |= SHORT
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
         rounds = json.loads((self.folder(run) / "config.json").read_text(encoding="utf-8"))["num_epochs"]
@@ -127,10 +132,12 @@ class Workshop:
         )  # fmt: skip
         found = {}
         for task in TASKS:
-            folder = output / ("tiny_ocr" if task == "ocr" else task)
-            summary = read_averages(folder / "average_scores.json")[f"tiny_{task}"]
+            summary = read_averages(self._evaluation(run, task) / "average_scores.json")[f"tiny_{task}"]
             found[task] = {"mean": summary.mean, "standard_error": summary.standard_error, "count": summary.count}
         return found
+
+    def _evaluation(self, run: Run, task: str) -> Path:
+        return self.folder(run) / "evaluation" / ("tiny_ocr" if task == "ocr" else task)
 
     def _start(self, run: Run, what: str, *command: str) -> None:
         log = self.logs / f"{run.name}.{what}.log"
@@ -153,6 +160,8 @@ class Workshop:
             seen = {task: row[f"eval/{task}/tiny_{task}"] for task in TASKS if f"eval/{task}/tiny_{task}" in row}
             if seen:
                 curve.append({"round": row["round"], "evaluations": total, "scores": seen})
+        if not run.trained:
+            curve = [{"round": 0, "evaluations": 0.0, "scores": self._monitored(run)}]
         teachers = [json.loads(self.result_file(teacher).read_text(encoding="utf-8")) for teacher in run.needs]
         return {
             "experiment": run.experiment,
@@ -169,6 +178,16 @@ class Workshop:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             "date": datetime.date.today().isoformat(),
         }
+
+    def _monitored(self, run: Run) -> dict[str, float]:
+        """Means over the test prompts that trainings are watched on: the first ones, with the same noise."""
+        count = SHORT["eval_num_prompts"] if self.short else load_config(f"{ROOT / CONFIG}:opd").eval_num_prompts
+        found = {}
+        for task in TASKS:
+            records = read_records(self._evaluation(run, task) / "evaluation_results.jsonl")
+            scores = {record.sample_id: record.scores[f"tiny_{task}"] for record in records}
+            found[task] = fmean(scores[i] for i in range(count))
+        return found
 
     def _plan(self, run: Run) -> RunPlan:
         return check(load_config(str(ROOT / CONFIG) + f":{run.experiment}"), num_processes=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, rounds_to
+from benchmarks.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, monitored, rounds_to
 from benchmarks.claims.experiments import TASKS, TEACHERS
 
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured yet"
@@ -152,7 +152,7 @@ def _student(seed: Seed, task: str) -> float | None:
 
 
 def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
-    """Mean over tasks of ``(score - lowest) / (highest - lowest)``, over base and the seed's teachers.
+    """Mean over tasks of ``(score - lowest) / (highest - lowest)``, over base and the seed's teachers on all prompts.
 
     This scale does not depend on what is compared on it. None where all of them score the same.
     """
@@ -211,7 +211,7 @@ def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
         cost = sum(teacher.evaluations for teacher in teachers)
         scores = at_evaluations(curve_from_base(other, runs["base"][seed]), cost)
         for task, teacher in zip(TASKS, teachers, strict=True):
-            found[task][seed] = scores[task] - teacher.curve[-1].scores[task]
+            found[task][seed] = scores[task] - monitored(teacher, task)
     return found
 
 
@@ -243,8 +243,8 @@ def _speed(seed: Seed, task: str) -> float | None:
     teacher, names = f"teacher_{task}", ("opd_noise00", "opd_noise07")
     if not all(seed[name].curve for name in (teacher, *names)):
         return None
-    level = 0.9 * seed[teacher].curve[-1].scores[task]
-    if seed["base"].final[task].mean >= level:
+    level = 0.9 * monitored(seed[teacher], task)
+    if monitored(seed["base"], task) >= level:
         return None
     ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, level) for name in names)
     if ode is None:
