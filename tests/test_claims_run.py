@@ -90,7 +90,6 @@ def test_the_short_form_from_rewards_to_the_report(tmp_path):
     base = json.loads((results / "base-seed1.json").read_text())
     (start,) = base["curve"]
     assert start["round"] == 0 and start["scores"].keys() == set(TASKS)
-    assert all(0 < start["scores"][t] <= 1 for t in ("ocr", "scene"))
     lines = (tmp_path / "short" / "base-seed1" / "evaluation" / "scene" / "evaluation_results.jsonl").read_text()
     scores = [json.loads(line)["scores"]["tiny_scene"] for line in lines.splitlines()]
     assert start["scores"]["scene"] == pytest.approx(sum(scores[:4]) / 4) and len(scores) == 6

@@ -30,6 +30,7 @@ from benchmarks.claims.verdicts import Claim, Part, beside_teachers, claims
 from diffusionopd.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
+CURVES = "On the monitored test prompts, the first ones of all; so are the dashed and dotted levels."
 CAPTIONS = {
     "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
     "highest seed.",
@@ -102,11 +103,7 @@ def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | N
         *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
         *([_variance_text(variance)] if variance else []),
         *_conflict_text(runs),
-        *(
-            ["## Curves", "On the monitored test prompts, the first ones of all; so are the dashed and dotted levels."]
-            if plots
-            else []
-        ),
+        *(["## Curves", CURVES] if plots else []),
         *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
         "## Runs",
         _runs_text(runs),
