@@ -21,7 +21,15 @@ from benchmarks.claims.curves import (
 )
 from benchmarks.claims.experiments import LABELS, TASKS
 from benchmarks.claims.report import markdown, missing, table
-from benchmarks.claims.verdicts import FAILS, HOLDS, UNMEASURED, beside_teachers, claims, normalised_average
+from benchmarks.claims.verdicts import (
+    FAILS,
+    HOLDS,
+    UNMEASURED,
+    beside_teachers,
+    claims,
+    lead_over_the_best,
+    normalised_average,
+)
 from diffusionopd.transitions import transition
 
 from .conftest import ROOT
@@ -166,6 +174,15 @@ def test_whether_tasks_fight_is_read_at_the_cost_of_all_teachers(results):
     assert beside_teachers(runs, "multitask_nft") == {task: {1: pytest.approx(-0.2)} for task in TASKS}
     text = markdown(runs, claims(runs, None), None, [])
     assert "| multi-task NFT | -0.200 (-0.200) |" in text and "multi-task GRPO-Guard | -0.300" in text
+
+
+def test_the_best_of_the_others_counts_until_the_students_cost(results):
+    """0.8 at 300 of 400 evaluations; what comes after the student's cost, teachers' included, does not count."""
+    scores = [(10, 200.0, 0.5), (20, 300.0, 0.8), (30, 400.0, 0.3), (40, 500.0, 1.0)]
+    curve = [{"round": n, "evaluations": e, "scores": dict.fromkeys(TASKS, s)} for n, e, s in scores]
+    runs = read_results(results(run("cascade_nft", curve=curve)))
+    assert lead_over_the_best(runs, "cascade_nft") == {1: pytest.approx((0.89 - 0.8) / 0.7)}
+    assert "| cascade NFT | +0.129 | +0.129 |" in markdown(runs, claims(runs, None), None, [])
 
 
 def test_runs_of_unequal_length_are_compared_where_the_shorter_ends(results):

@@ -197,6 +197,24 @@ def _equal_cost(runs: Runs) -> Iterator[Part]:
             yield _part(name, ">", 0.0, runs, ("base", *TEACHERS, "opd", rival), lead)
 
 
+def lead_over_the_best(runs: Runs, rival: str) -> dict[int, float]:
+    """Seed -> average of the student minus that of the rival at its best monitored point, teachers' cost counted in.
+
+    The best of many noisy points flatters the rival; at the end of its run a training that collapsed flatters the
+    student. The truth is between the two.
+    """
+    found = {}
+    needs = ("base", *TEACHERS, "opd", rival)
+    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in needs))):
+        one = {name: runs[name][seed] for name in needs}
+        points = [p.scores for p in one[rival].curve if p.evaluations <= one["opd"].with_teachers]
+        averages = [average for scores in points if (average := normalised_average(one, scores)) is not None]
+        own = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS})
+        if own is not None and averages:
+            found[seed] = own - max(averages)
+    return found
+
+
 def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
     """Task -> seed -> score of one model of all tasks minus the teacher's, at equal evaluations in all.
 
