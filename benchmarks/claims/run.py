@@ -93,10 +93,15 @@ class Workshop:
         return self._latest(run) == f"checkpoint-{rounds}"
 
     def do(self, run: Run) -> None:
-        """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed."""
+        """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed.
+
+        A run that has a result is only trained again, for its LoRA.
+        """
         started = time.perf_counter()
         if run.trained:
             self._train(run)
+        if self.is_done(run):
+            return
         scores = self._evaluate(run)
         result = self._describe(run, scores, time.perf_counter() - started)
         self.results.mkdir(parents=True, exist_ok=True)
