@@ -76,6 +76,19 @@ def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
     assert run_all(runs, workshop, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
 
 
+def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Workshop, "_train", lambda self, run: calls.append(f"train {run.name}"))
+    monkeypatch.setattr(Workshop, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
+    monkeypatch.setattr(Workshop, "_describe", lambda self, run, scores, seconds: {"rounds": 60})
+    workshop, run = Workshop(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
+    workshop.do(run)
+    assert calls == ["train teacher_ocr-seed1", "evaluate teacher_ocr-seed1"]
+    workshop.result_file(run).write_text("kept")
+    workshop.do(run)
+    assert calls[2:] == ["train teacher_ocr-seed1"] and workshop.result_file(run).read_text() == "kept"
+
+
 def test_the_short_form_from_rewards_to_the_report(tmp_path):
     """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
     script = str(ROOT / "benchmarks" / "claims" / "run.py")
