@@ -20,7 +20,7 @@ from benchmarks.claims.curves import (
     rounds_to,
 )
 from benchmarks.claims.experiments import LABELS, TASKS
-from benchmarks.claims.report import markdown, missing, table
+from benchmarks.claims.report import markdown, missing, table, write
 from benchmarks.claims.verdicts import (
     FAILS,
     HOLDS,
@@ -162,7 +162,7 @@ def test_where_both_are_finished_all_test_prompts_decide(results):
 def test_curves_begin_with_the_base_on_the_same_prompts(results):
     """The base has 0.2 on all prompts, 0.1 on the monitored ones: the ODE is at 0.81 later than from 0.2."""
     curve = [{"round": 0, "evaluations": 0.0, "scores": dict.fromkeys(TASKS, 0.1)}]
-    found = parts(results(run("base", curve=curve)), 5)["ocr"]
+    found = parts(results(run("base", curve=curve)), 5)["ocr, 90%"]
     assert found.mean == pytest.approx((10 + 30 * 0.31 / 0.34) / (10 * 0.71 / 0.75))
 
 
@@ -205,20 +205,29 @@ def area_of(experiment: str) -> float:
 def test_speed_is_measured_against_the_teacher_on_the_monitored_prompts(results):
     """A teacher that has 0.9 on all prompts and 0.6 on these: the level is 0.54."""
     curve = [{"round": 40, "evaluations": TEACHER_COST, "scores": {"ocr": 0.6}}]
-    found = parts(results(run("teacher_ocr", curve=curve)), 5)["ocr"]
+    found = parts(results(run("teacher_ocr", curve=curve)), 5)["ocr, 90%"]
     assert found.mean == pytest.approx((10 + 30 * 0.04 / 0.34) / (10 * 0.34 / 0.65))
 
 
 def test_speed_is_the_ratio_of_interpolated_rounds(results):
     """90% of 0.9 is 0.81: the ODE on its way from 0.2 to 0.85 at round 10, noise 0.7 from 0.5 there to 0.84."""
     ode, noisy = 10 * 0.61 / 0.65, 10 + 30 * 0.31 / 0.34
-    assert parts(results(), 5)["ocr"].mean == pytest.approx(noisy / ode)
+    assert parts(results(), 5)["ocr, 90%"].mean == pytest.approx(noisy / ode)
+
+
+def test_speed_to_half_of_the_gap(results):
+    """Halfway from 0.2 to 0.9 is 0.55: on the ODE's first stretch, on noise 0.7's second."""
+    ode, noisy = 10 * 0.35 / 0.65, 10 + 30 * 0.05 / 0.34
+    assert parts(results(), 5)["ocr, half of the gap"].mean == pytest.approx(noisy / ode)
 
 
 def test_speed_of_runs_that_never_arrive(results):
     never = [{"round": 40, "evaluations": COST, "scores": dict.fromkeys(TASKS, 0.5)}]
-    assert parts(results(run("opd_noise07", curve=never)), 5)["ocr"].mean == pytest.approx(40 / (10 * 0.61 / 0.65))
-    assert parts(results(run("opd_noise00", curve=never)), 5)["ocr"].verdict == FAILS
+    assert parts(results(run("opd_noise07", curve=never)), 5)["ocr, 90%"].mean == pytest.approx(40 / (10 * 0.61 / 0.65))
+    alone = parts(results(run("opd_noise00", curve=never), run("opd_noise07")), 5)["ocr, 90%"]
+    assert (alone.mean, alone.verdict) == (0.0, FAILS)
+    neither = parts(results(run("opd_noise00", curve=never), run("opd_noise07", curve=never)), 5)["ocr, 90%"]
+    assert neither.verdict == UNMEASURED and "a level never reached" in neither.why_none
 
 
 def test_what_is_missing_is_named(results):
@@ -319,6 +328,15 @@ def test_report_as_it_is_run(results, tmp_path):
     content = json.loads((output / "claims.json").read_text())
     assert [claim["verdict"] for claim in content["claims"]] == [HOLDS] * 6
     assert content["missing"] == []
+
+
+def test_the_report_that_is_kept_is_that_of_the_results_that_are_kept(tmp_path):
+    kept = ROOT / "benchmarks" / "claims" / "results"
+    write(kept, tmp_path)
+    for name in ("claims.md", "claims.json"):
+        assert (kept / name).read_text("utf-8") == (tmp_path / name).read_text("utf-8"), (
+            f"{name}: write it again with python benchmarks/claims/report.py"
+        )
 
 
 # ---- the variance of the estimators ----------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
             raise RuntimeError("out of luck")
         done.append(run.experiment)
         self.results.mkdir(exist_ok=True)
-        self.result_file(run).write_text('{"rounds": 1}')
+        self.result_file(run).write_text('{"rounds": 3}')
         (self.folder(run) / "checkpoints").mkdir(parents=True)
-        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-1")
+        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-3")
 
     monkeypatch.setattr(Workshop, "do", do)
     workshop = Workshop(tmp_path, tmp_path / "results", short=True)
@@ -62,9 +62,9 @@ def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
 
     def do(self, run):
         done.append(run.experiment)
-        self.result_file(run).write_text('{"rounds": 1}')
+        self.result_file(run).write_text('{"rounds": 3}')
         (self.folder(run) / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-1")
+        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-3")
 
     monkeypatch.setattr(Workshop, "do", do)
     runs = plan(["opd"], [1])
@@ -80,13 +80,21 @@ def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(Workshop, "_train", lambda self, run: calls.append(f"train {run.name}"))
     monkeypatch.setattr(Workshop, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
-    monkeypatch.setattr(Workshop, "_describe", lambda self, run, scores, seconds: {"rounds": 60})
+    monkeypatch.setattr(Workshop, "_describe", lambda self, run, scores, seconds: {"rounds": 60, "calls": len(calls)})
     workshop, run = Workshop(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
     workshop.do(run)
     assert calls == ["train teacher_ocr-seed1", "evaluate teacher_ocr-seed1"]
-    workshop.result_file(run).write_text("kept")
     workshop.do(run)
-    assert calls[2:] == ["train teacher_ocr-seed1"] and workshop.result_file(run).read_text() == "kept"
+    assert calls[2:] == ["train teacher_ocr-seed1"]
+    assert json.loads(workshop.result_file(run).read_text())["calls"] == 2
+
+
+def test_a_result_of_another_length_is_none(tmp_path):
+    workshop, run = Workshop(tmp_path, tmp_path, short=False), Run("opd", 1)
+    workshop.result_file(run).write_text('{"rounds": 40}')
+    assert not workshop.is_done(run)
+    workshop.result_file(run).write_text('{"rounds": 80}')
+    assert workshop.is_done(run)
 
 
 def test_the_short_form_from_rewards_to_the_report(tmp_path):
@@ -103,7 +111,7 @@ def test_the_short_form_from_rewards_to_the_report(tmp_path):
     base = json.loads((results / "base-seed1.json").read_text())
     (start,) = base["curve"]
     assert start["round"] == 0 and start["scores"].keys() == set(TASKS)
-    lines = (tmp_path / "short" / "base-seed1" / "evaluation" / "scene" / "evaluation_results.jsonl").read_text()
+    lines = (tmp_path / "short" / "base-seed1" / "evaluation-0" / "scene" / "evaluation_results.jsonl").read_text()
     scores = [json.loads(line)["scores"]["tiny_scene"] for line in lines.splitlines()]
     assert start["scores"]["scene"] == pytest.approx(sum(scores[:4]) / 4) and len(scores) == 6
     student = json.loads((results / "opd-seed1.json").read_text())

@@ -4,7 +4,8 @@
     python benchmarks/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
     python benchmarks/claims/run.py --short               three rounds each, to see that everything runs
 
-A finished run is one file in results/, and is not run again; a run that was interrupted goes on from its checkpoint.
+A finished run is one file in results/, and is not run again unless its configuration now has another number of rounds;
+a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there.
 Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
 them ("backwards"), because the methods differ in their share.
 --jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;
@@ -83,14 +84,21 @@ class Workshop:
         return self.logs / run.name
 
     def is_done(self, run: Run) -> bool:
-        return self.result_file(run).is_file()
+        """Whether there is a result of as many rounds as the configuration has."""
+        if not self.result_file(run).is_file():
+            return False
+        return json.loads(self.result_file(run).read_text(encoding="utf-8"))["rounds"] == self._rounds_of(run)
+
+    def _rounds_of(self, run: Run) -> int:
+        if not run.trained:
+            return 0
+        return SHORT["num_epochs"] if self.short else load_config(f"{ROOT / CONFIG}:{run.experiment}").num_epochs
 
     def can_teach(self, run: Run) -> bool:
         """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
         if not self.is_done(run) or not (self.folder(run) / "checkpoints" / "latest").is_file():
             return False
-        rounds = json.loads(self.result_file(run).read_text(encoding="utf-8"))["rounds"]
-        return self._latest(run) == f"checkpoint-{rounds}"
+        return self._latest(run) == f"checkpoint-{self._rounds_of(run)}"
 
     def do(self, run: Run) -> None:
         """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed.
@@ -116,8 +124,7 @@ class Workshop:
             settings |= SHORT
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
-        rounds = json.loads((self.folder(run) / "config.json").read_text(encoding="utf-8"))["num_epochs"]
-        if self._latest(run) != f"checkpoint-{rounds}":  # a run that a signal stopped ends with status 0
+        if self._latest(run) != f"checkpoint-{self._rounds_of(run)}":  # a run that a signal stopped ends with status 0
             raise RuntimeError(f"{run.name}: the training was stopped; the same command goes on with it")
 
     def _latest(self, run: Run) -> str:
@@ -129,20 +136,22 @@ class Workshop:
             which = ["--base", "--config", f"{CONFIG}:opd"]
         elif not run.trained:
             which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
-        output = self.folder(run) / "evaluation"
         limit = "6" if self.short else "128"
         self._start(
             run, "evaluate", "scripts/evaluate.py", *which, "--dataset", "compose", "tiny_ocr", "scene", "--output_dir",
-            str(output), "--limit", limit, "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
+            str(self._evaluation(run)), "--limit", limit, "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
         )  # fmt: skip
         found = {}
         for task in TASKS:
-            summary = read_averages(self._evaluation(run, task) / "average_scores.json")[f"tiny_{task}"]
+            summary = read_averages(self._evaluated(run, task) / "average_scores.json")[f"tiny_{task}"]
             found[task] = {"mean": summary.mean, "standard_error": summary.standard_error, "count": summary.count}
         return found
 
-    def _evaluation(self, run: Run, task: str) -> Path:
-        return self.folder(run) / "evaluation" / ("tiny_ocr" if task == "ocr" else task)
+    def _evaluation(self, run: Run) -> Path:
+        return self.folder(run) / f"evaluation-{self._rounds_of(run)}"
+
+    def _evaluated(self, run: Run, task: str) -> Path:
+        return self._evaluation(run) / ("tiny_ocr" if task == "ocr" else task)
 
     def _start(self, run: Run, what: str, *command: str) -> None:
         log = self.logs / f"{run.name}.{what}.log"
@@ -189,7 +198,7 @@ class Workshop:
         count = SHORT["eval_num_prompts"] if self.short else load_config(f"{ROOT / CONFIG}:opd").eval_num_prompts
         found = {}
         for task in TASKS:
-            records = read_records(self._evaluation(run, task) / "evaluation_results.jsonl")
+            records = read_records(self._evaluated(run, task) / "evaluation_results.jsonl")
             scores = {record.sample_id: record.scores[f"tiny_{task}"] for record in records}
             found[task] = fmean(scores[i] for i in range(count))
         return found
