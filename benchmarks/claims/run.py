@@ -138,8 +138,8 @@ class Workshop:
             which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
         limit = "6" if self.short else "128"
         self._start(
-            run, "evaluate", "scripts/evaluate.py", *which, "--dataset", "compose", "tiny_ocr", "scene", "--output_dir",
-            str(self._evaluation(run)), "--limit", limit, "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
+            run, "evaluate", "scripts/evaluate.py", *which, "--dataset", "compose", "tiny_ocr", "scene", "--limit", limit,
+            "--output_dir", str(self._evaluation(run)), "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
         )  # fmt: skip
         found = {}
         for task in TASKS:
