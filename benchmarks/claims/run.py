@@ -136,11 +136,15 @@ class Workshop:
             which = ["--base", "--config", f"{CONFIG}:opd"]
         elif not run.trained:
             which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
-        limit = "6" if self.short else "128"
-        self._start(
-            run, "evaluate", "scripts/evaluate.py", *which, "--dataset", "compose", "tiny_ocr", "scene", "--limit", limit,
-            "--output_dir", str(self._evaluation(run)), "--seed", str(run.seed), "--resume", "--num_inference_steps", "10",
-        )  # fmt: skip
+        settings = {
+            "--output_dir": self._evaluation(run),
+            "--limit": 6 if self.short else 128,
+            "--seed": run.seed,
+            "--num_inference_steps": 10,
+        }
+        flags = [str(part) for pair in settings.items() for part in pair]
+        datasets = ("compose", "tiny_ocr", "scene")
+        self._start(run, "evaluate", "scripts/evaluate.py", *which, "--dataset", *datasets, "--resume", *flags)
         found = {}
         for task in TASKS:
             summary = read_averages(self._evaluated(run, task) / "average_scores.json")[f"tiny_{task}"]

@@ -119,13 +119,8 @@ def _part(
         return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
     found = {seed: measure({name: runs[name][seed] for name in needs}) for seed in seeds}
     values = {seed: value for seed, value in found.items() if value is not None}
-    return Part(
-        name,
-        relation,
-        limit,
-        values,
-        "" if values else "undefined: no gap to measure by, no curve, or a level never reached",
-    )
+    undefined = "undefined: no gap to measure by, no curve, or a level never reached"
+    return Part(name, relation, limit, values, "" if values else undefined)
 
 
 # ---- what is measured on one seed ------------------------------------------------------------------------------------
