@@ -100,6 +100,7 @@ def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | N
         _table_text(table(runs)),
         _table_notes(runs),
         "## Claims, one by one",
+        "Values: mean over the seeds ± its standard error.",
         *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
         *([_variance_text(variance)] if variance else []),
         *_conflict_text(runs),
@@ -172,7 +173,9 @@ def _part_text(part: Part) -> str:
         return f"| {part.name} | – | {wanted} | – | {part.verdict}: {part.why_none} |"
     each = ", ".join(f"{value:.3f}" for value in part.values.values())
     seeds = f"{part.seeds_that_hold} of {len(part.values)}: {each}"
-    return f"| {part.name} | {part.mean:.3f} | {wanted} | {seeds} | {part.verdict} |"
+    value = _with_spread(part.mean, part.standard_error)
+    verdict = part.verdict + (", but by less than the standard error" if part.is_close else "")
+    return f"| {part.name} | {value} | {wanted} | {seeds} | {verdict} |"
 
 
 def _conflict_text(runs: Runs) -> list[str]:
@@ -253,7 +256,7 @@ def as_json(runs: Runs, found: Sequence[Claim]) -> dict[str, Any]:
 
 
 def _part_values(part: Part) -> dict[str, Any]:
-    return {**asdict(part), "mean": part.mean, "verdict": part.verdict}
+    return {**asdict(part), "mean": part.mean, "standard_error": part.standard_error, "verdict": part.verdict}
 
 
 def read_variance(file: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, monitored, rounds_to
@@ -31,6 +31,18 @@ class Part:
     @property
     def mean(self) -> float | None:
         return fmean(self.values.values()) if self.values else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean over seeds; None for a single one."""
+        return stdev(self.values.values()) / len(self.values) ** 0.5 if len(self.values) > 1 else None
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the mean is less than its standard error away from the limit."""
+        if self.mean is None or self.standard_error is None:
+            return False
+        return abs(self.mean - self.limit) < self.standard_error
 
     @property
     def verdict(self) -> str:
