@@ -111,7 +111,7 @@ def _has_curve(runs: Runs, experiment: str) -> bool:
 
 
 def _draw(axes: Axes, runs: Runs, line: Line, task: str, abscissa: Abscissa, label: str = "") -> None:
-    """The seeds' mean at the rounds that all of them have, in a band from the lowest to the highest."""
+    """The seeds' mean at the rounds that all of them have (dots), in a band from the lowest to the highest."""
     results = [result for result in runs.get(line.experiment, {}).values() if result.curve]
     if not results:
         return
@@ -120,7 +120,8 @@ def _draw(axes: Axes, runs: Runs, line: Line, task: str, abscissa: Abscissa, lab
     x = [fmean(abscissa(result, c[n]) for result, c in zip(results, curves, strict=True)) for n in rounds]
     scores = [[curve[n].scores[task] for curve in curves] for n in rounds]
     label = f"{label or results[0].label} ({len(results)} seed{'s' if len(results) > 1 else ''})"
-    axes.plot(x, [fmean(s) for s in scores], line.style, color=line.color, linewidth=1.8, label=label)
+    means = [fmean(s) for s in scores]
+    axes.plot(x, means, line.style, color=line.color, linewidth=1.8, marker="o", markersize=3, label=label)
     axes.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.color, alpha=0.15, linewidth=0)
 
 
