@@ -30,9 +30,7 @@ from benchmarks.claims.verdicts import RIVALS, Claim, Part, beside_teachers, cla
 from diffusionopd.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
-CURVES = (
-    "On the monitored test prompts, the first ones of all, where there are dots; so are the dashed and dotted levels."
-)
+CURVES = "On the monitored test prompts, the first ones of all, at the dots; so are the dashed and dotted levels."
 CAPTIONS = {
     "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
     "highest seed.",
