@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.claims.curves import ClaimsError  # noqa: E402
 from benchmarks.claims.experiments import LABELS, TASKS  # noqa: E402
 from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
@@ -95,6 +96,9 @@ def test_a_result_of_another_length_is_none(tmp_path):
     assert not workshop.is_done(run)
     workshop.result_file(run).write_text('{"rounds": 80}')
     assert workshop.is_done(run)
+    workshop.result_file(run).write_text("{")
+    with pytest.raises(ClaimsError, match=r"opd-seed1\.json is no result of a run"):
+        workshop.is_done(run)
 
 
 def test_the_short_form_from_rewards_to_the_report(tmp_path):

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from tqdm import tqdm
 
+from benchmarks.claims.curves import ClaimsError
 from benchmarks.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from benchmarks.claims.report import write
 from diffusionopd.config_schema import RunPlan, check, load_config, redacted
@@ -85,9 +86,13 @@ class Workshop:
 
     def is_done(self, run: Run) -> bool:
         """Whether there is a result of as many rounds as the configuration has."""
-        if not self.result_file(run).is_file():
+        file = self.result_file(run)
+        if not file.is_file():
             return False
-        return json.loads(self.result_file(run).read_text(encoding="utf-8"))["rounds"] == self._rounds_of(run)
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))["rounds"] == self._rounds_of(run)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and start again") from error
 
     def _rounds_of(self, run: Run) -> int:
         if not run.trained:
@@ -269,9 +274,12 @@ def main() -> None:
     seeds = flags.seeds[:1] if flags.short else flags.seeds
     runs = plan(flags.experiments or list(LABELS), seeds)
     print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")
-    failures = run_all(runs, workshop, flags.jobs)
-    if any(map(workshop.is_done, runs)):
-        print("\n".join(write(workshop.results, workshop.results)))
+    try:
+        failures = run_all(runs, workshop, flags.jobs)
+        if any(map(workshop.is_done, runs)):
+            print("\n".join(write(workshop.results, workshop.results)))
+    except ClaimsError as error:
+        sys.exit(f"error: {error}")
     print("\n".join(failures) or "all done")
     sys.exit(bool(failures))
 
