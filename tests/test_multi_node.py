@@ -17,7 +17,7 @@ from diffusionopd.trainer import train
 
 from .conftest import ROOT
 from .test_signals import alive, kill, linux, start, wait_for, wait_for_first_round
-from .test_trainer import metrics
+from .test_trainer import assert_equal_rounds, metrics
 
 LAUNCHERS = ROOT / "scripts" / "multi_node"
 
@@ -55,9 +55,7 @@ def test_two_machines_equal_one_process(tiny_config, tmp_path):
     rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
     assert [len(part) for part in rows] == [2, 2]
     for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["round"], key)
+        assert_equal_rounds(a, b)
 
 
 @linux

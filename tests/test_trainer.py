@@ -192,6 +192,19 @@ def test_checkpointing_activations_changes_nothing(tiny_config):
         torch.testing.assert_close(tensor, student(b)[name], rtol=1e-5, atol=1e-6)
 
 
+def assert_equal_rounds(a: dict, b: dict) -> None:
+    """Rows of ``metrics.jsonl`` of one run on different numbers of processes: equal but for the order of sums.
+
+    A JPEG file has a whole number of bytes, and a colour on the other side of a rounding moves it by several: means of
+    four files, in kB, were up to 0.002 apart; the mean of one process alone was 0.02 from that of all.
+    """
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"seconds"}:
+        jpeg = key.startswith("monitor/") and key.endswith("/jpeg_compressibility")
+        expected = pytest.approx(b[key], rel=0, abs=0.008) if jpeg else pytest.approx(b[key], rel=2e-4)
+        assert a[key] == expected, (a["round"], key)
+
+
 def test_one_process_equals_two(tiny_config, tmp_path):
     """Five rounds with batch 4 in one process and batch 2 in each of two (gloo) processes."""
     common = {"num_epochs": 5, "sample__noise_level": 0.7, "monitor_freq": 2}
@@ -207,10 +220,7 @@ def test_one_process_equals_two(tiny_config, tmp_path):
     two = tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-5"
     rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
     for a, b in zip(*rows, strict=True):
-        for key in ("loss", "loss/first", "loss/second", "grad_norm", "monitor/second/jpeg_compressibility"):
-            assert (key in a) == (key in b)
-            if key in a:
-                assert a[key] == pytest.approx(b[key], rel=2e-4), (a["round"], key)
+        assert_equal_rounds(a, b)
     for name, tensor in student(one).items():
         torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=5e-5)
     unreached = "base_model.model.transformer_blocks.3.attn.add_q_proj.lora_A.weight"
