@@ -1,0 +1,1 @@
+"""Dated measurements as ratios side by side, and what they need; see README.md here."""

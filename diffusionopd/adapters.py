@@ -53,6 +53,7 @@ class LoraWeights:
 
     @property
     def rank(self) -> dict[str, int]:
+        """Rank r of every module, by its name."""
         return {name: a.shape[0] for name, a in self.a.items()}
 
 

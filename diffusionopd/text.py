@@ -41,7 +41,9 @@ class TextCacheError(ValueError):
 class TextEncoder(Protocol):
     """Turns B prompts into embeddings on the CPU."""
 
-    def __call__(self, prompts: list[str]) -> TextEmbeddings: ...
+    def __call__(self, prompts: list[str]) -> TextEmbeddings:
+        """Embeddings `[B, ...]` in the order of the prompts."""
+        ...
 
 
 class TextCache:

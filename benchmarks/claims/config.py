@@ -24,14 +24,17 @@ def get_config(name: str) -> ConfigDict:
 
 
 def teacher_compose() -> ConfigDict:
+    """DiffusionNFT from the detector's reward alone."""
     return _watched(_teacher("tiny_compose"), only="compose")
 
 
 def teacher_ocr() -> ConfigDict:
+    """DiffusionNFT from the reading of the sign alone."""
     return _watched(_teacher("tiny_ocr"), only="ocr")
 
 
 def teacher_scene() -> ConfigDict:
+    """DiffusionNFT from colourfulness alone."""
     return _watched(_teacher("tiny_scene"), only="scene")
 
 
@@ -72,10 +75,12 @@ def opd_noise00() -> ConfigDict:
 
 
 def opd_noise03() -> ConfigDict:
+    """The paper's loss on stochastic rollouts (eq. 11), little noise."""
     return _by_the_paper(0.3)
 
 
 def opd_noise07() -> ConfigDict:
+    """The paper's loss at the noise that reinforcement learning uses, on the way to the teachers' level."""
     return _longer(_by_the_paper(0.7))
 
 
@@ -85,6 +90,7 @@ def ppo_noise03() -> ConfigDict:
 
 
 def ppo_noise07() -> ConfigDict:
+    """The surrogate at the noise that reinforcement learning uses."""
     return _surrogate(_by_the_paper(0.7))
 
 

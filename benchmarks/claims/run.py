@@ -58,6 +58,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Of its files: ``<experiment>-seed<n>``."""
         return f"{self.experiment}-seed{self.seed}"
 
     @property
@@ -67,6 +68,7 @@ class Run:
 
     @property
     def trained(self) -> bool:
+        """Whether there is anything to train: the base and the shipped teachers are only evaluated."""
         return self.experiment != "base" and not self.experiment.startswith("shipped_")
 
 
@@ -79,9 +81,11 @@ class Workshop:
     short: bool
 
     def result_file(self, run: Run) -> Path:
+        """The JSON file of a finished run."""
         return self.results / f"{run.name}.json"
 
     def folder(self, run: Run) -> Path:
+        """The run folder that training writes."""
         return self.logs / run.name
 
     def is_done(self, run: Run) -> bool:

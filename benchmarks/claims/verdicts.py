@@ -30,6 +30,7 @@ class Part:
 
     @property
     def mean(self) -> float | None:
+        """Over the seeds; None without any."""
         return fmean(self.values.values()) if self.values else None
 
     @property
@@ -46,12 +47,14 @@ class Part:
 
     @property
     def verdict(self) -> str:
+        """`HOLDS` or `FAILS` for the mean, `UNMEASURED` without one."""
         if self.mean is None:
             return UNMEASURED
         return HOLDS if self._satisfied(self.mean) else FAILS
 
     @property
     def seeds_that_hold(self) -> int:
+        """How many seeds satisfy the relation, each by itself."""
         return sum(self._satisfied(value) for value in self.values.values())
 
     def _satisfied(self, value: float) -> bool:

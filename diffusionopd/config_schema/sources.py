@@ -43,6 +43,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def with_origin(source: str) -> str:
+    """``source`` for messages, with a word when it is no path here and so is looked up on the hub."""
     return f"{source} (hub)" if not Path(source).exists() else source
 
 
@@ -124,6 +125,7 @@ def check_folders(values: dict[str, Any], problems: Problems) -> None:
 
 
 def run_folder(save_dir: str | None, logdir: str, run_name: str) -> Path:
+    """``save_dir`` where it is set, else ``<logdir>/<run_name>``."""
     return Path(logdir, run_name) if save_dir is None or unset(save_dir) else Path(save_dir)
 
 

@@ -215,4 +215,5 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def unset(value: str | None) -> bool:
+    """Whether a string key has no value: None, blank, or the word that command lines write for None."""
     return value is None or not value.strip() or value.strip().lower() == "none"

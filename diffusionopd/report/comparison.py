@@ -62,6 +62,7 @@ class Comparison:
 
     @property
     def details(self) -> list[Column]:
+        """Columns that break another one down."""
         return [column for column in self.columns if column.detail]
 
     def is_best(self, column: Column, model: Model) -> bool:

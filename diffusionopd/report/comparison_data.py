@@ -34,6 +34,7 @@ class Evaluation:
 
     @property
     def images_per_prompt(self) -> int:
+        """Pictures a prompt, 1 where the settings do not say."""
         return int(self.settings.get("images_per_prompt", 1))
 
     @property

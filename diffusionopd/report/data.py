@@ -107,4 +107,5 @@ def label(model: str) -> str:
 
 
 def percent(share: float | None) -> str:
+    """A share of 0 to 1 in whole percent, a dash for None."""
     return "–" if share is None else f"{100 * share:.0f}%"

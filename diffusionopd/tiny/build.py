@@ -37,6 +37,7 @@ class Build:
         return str(MINUTES[stage] if self.minutes is None else self.minutes)
 
     def vae(self) -> None:
+        """Trains the autoencoder into the work folder."""
         if (self.work / "vae" / "config.json").exists():
             return _skipped("vae", self.work / "vae")
         arguments = ["--out", str(self.work / "vae"), "--minutes", self._minutes("vae")]
@@ -73,6 +74,7 @@ class Build:
         return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def dataset(self) -> None:
+        """Writes the prompt files of all tasks."""
         dataset.write(self.out / "dataset")
 
     def check(self) -> None:
@@ -86,6 +88,7 @@ class Build:
             raise SystemExit("bounds missed:\n  " + "\n  ".join(missed))
 
     def manifest(self) -> None:
+        """Writes sizes and sha256 of what is shipped."""
         manifest.write(self.out)
 
 
@@ -105,6 +108,7 @@ STAGES = ("vae", "base", "teachers", "dataset", "check")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The stage that `--stage` names, or all of them in their order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=(*STAGES, "manifest", "all"), default="all")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"), help="what is shipped")

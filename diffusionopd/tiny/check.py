@@ -72,6 +72,7 @@ def _jobs() -> list[Job]:
 def measure(
     assets: Path, jobs: Iterable[tuple[str | None, str, float]], prompts: int | None = None
 ) -> list[dict[str, Any]]:
+    """Scores of every (teacher, task, guidance), printed as they come; `prompts` limits the held-out prompts."""
     loaded: tuple[str | None, StableDiffusion3Pipeline] | None = None
     records = []
     for teacher, task, guidance in jobs:
@@ -97,6 +98,7 @@ def violations(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(assets: Path, records: Sequence[dict[str, Any]], prompts: int) -> None:
+    """Writes `scores.json`: how it was measured, and the records."""
     about = {"sampler": f"Euler ODE, {STEPS} steps", "prompts_per_task": prompts, "seed": SEED}
     content = about | {"teacher_guidance_scale": TEACHER_GUIDANCE, "results": list(records)}
     (assets / "scores.json").write_text(json.dumps(content, indent=1) + "\n")

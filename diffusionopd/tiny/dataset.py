@@ -29,6 +29,7 @@ def _content(task: str, split: str) -> str:
 
 
 def write(folder: Path) -> None:
+    """Writes every prompt file below `folder`."""
     for name, content in files().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,6 +75,7 @@ def _from_bytes(stored: torch.Tensor) -> list[str]:
 
 
 def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The autoencoder's latents -> latents of mean 0 and standard deviation 1, what the transformer sees."""
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 

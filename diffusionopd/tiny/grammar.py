@@ -64,16 +64,19 @@ class Caption:
 
 
 def single(thing: Thing) -> Caption:
+    """One object."""
     text = f"a photo of a {thing[0]} {thing[1]}"
     return _compose("single_object", [_include(thing)], text)
 
 
 def pair(first: Thing, second: Thing) -> Caption:
+    """Two objects in any arrangement."""
     text = f"a photo of a {first[0]} {first[1]} and a {second[0]} {second[1]}"
     return _compose("two_object", [_include(first), _include(second)], text)
 
 
 def counting(thing: Thing, count: int) -> Caption:
+    """Exactly `count` equal objects: one more is excluded, as GenEval does it."""
     text = f"a photo of {COUNTS[count]} {thing[0]} {thing[1]}s"
     more = dict(_include(thing), count=count + 1)
     return _compose("counting", [dict(_include(thing), count=count)], text, exclude=[more])
@@ -86,10 +89,12 @@ def position(subject: Thing, relation: str, reference: Thing) -> Caption:
 
 
 def sign(number: str) -> Caption:
+    """A sign with a number, quoted, so that the OCR reward finds it."""
     return Caption(f'a sign that says "{number}"', {"text": number})
 
 
 def scene(height: str, side: str, hills: str, extra: str) -> Caption:
+    """A landscape with four attributes."""
     text = f"a landscape with a {height} {side} sun {hills} hills and a {extra}"
     return Caption(text, {"height": height, "side": side, "hills": hills, "extra": extra})
 
@@ -134,6 +139,7 @@ def compose_captions(split: str) -> dict[str, tuple[Caption, ...]]:
 
 @cache
 def ocr_captions(split: str) -> tuple[Caption, ...]:
+    """All three-digit numbers, a fifth of them held out."""
     rng = random.Random(HELD_OUT_SEED + 1)
     numbers = ["".join(d) for d in itertools.product(DIGITS, repeat=3)]
     return tuple(sign(n) for n in _split(numbers, rng)[0 if split == "train" else 1])
@@ -141,6 +147,7 @@ def ocr_captions(split: str) -> tuple[Caption, ...]:
 
 @cache
 def scene_captions(split: str) -> tuple[Caption, ...]:
+    """All combinations of attributes, a fifth of them held out."""
     rng = random.Random(HELD_OUT_SEED + 2)
     attributes = list(itertools.product(SUN_HEIGHTS, SUN_SIDES, HILLS, EXTRAS))
     return tuple(scene(*a) for a in _split(attributes, rng)[0 if split == "train" else 1])

@@ -23,8 +23,10 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
+    """Describes what is in `folder` in its manifest."""
     (folder / NAME).write_text(json.dumps({"files": describe(folder)}, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `describe` said when the manifest was written."""
     return json.loads((folder / NAME).read_text())["files"]

@@ -31,6 +31,8 @@ _OTHER = "other"
 
 @dataclass(frozen=True)
 class Detection:
+    """A blob's colour, shape and centre in pixels."""
+
     color: str  # a palette colour, or "other"
     shape: str  # circle, square, triangle, or "other"
     x: float
@@ -163,6 +165,7 @@ class TinyOcr:
         return "".join(c for c in text.upper() if c.isalnum()).replace("O", "0")
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        """1 for the number that the prompt quotes, else 0; softly, 1 less the edits per wanted character."""
         from rapidfuzz.distance import Levenshtein
 
         del metadata
@@ -185,6 +188,7 @@ class TinyScene:
         del device
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        """Colourfulness, whatever the prompt."""
         del prompts, metadata
         red, green, blue = np.moveaxis(to_uint8(images).astype(np.float64), -1, 0)
         opponents = np.stack([red - green, (red + green) / 2 - blue])

@@ -81,6 +81,7 @@ class BaseTraining:
         return torch.cat(latents), torch.where(dropped[None, :, None], self.empty, torch.cat(ids, dim=1))
 
     def advance(self, learning_rate: float, noisy: bool) -> None:
+        """One optimizer step on one batch a process; `noisy` mixes in wrong captions."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         x0, ids = self.batch(noisy)
@@ -117,6 +118,7 @@ class BaseTraining:
         os.replace(temporary, self.work / "base-state.safetensors")
 
     def resume(self) -> bool:
+        """Load what `save` wrote; False where there is nothing."""
         path = self.work / "base-state.safetensors"
         if not path.exists():
             return False
@@ -149,6 +151,7 @@ def learning_rate(done: float, step: int) -> float:
 
 
 def train(work: Path, minutes: float, out: Path) -> None:
+    """Train for `minutes` in all, earlier sittings included; write the pipeline folder `out` at the end."""
     vae = AutoencoderKL.from_pretrained(work / "vae", use_safetensors=True).eval().requires_grad_(False)
     training = BaseTraining(vae, work)
     if training.resume() and training.rank == 0:
@@ -173,6 +176,7 @@ def train(work: Path, minutes: float, out: Path) -> None:
 
 
 def main() -> None:
+    """The stage's command line, for `parallel.spawn`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

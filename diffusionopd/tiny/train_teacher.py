@@ -30,6 +30,7 @@ EmbeddingTable = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def train(task: str, model: Path, work: Path, out: Path, minutes: float, learning_rate: float = _LEARNING_RATE) -> None:
+    """Train one task's LoRA on the base in `model` for `minutes`; write it to `out`."""
     parallel.start()
     torch.manual_seed(TASKS.index(task))
     pipe = StableDiffusion3Pipeline.from_pretrained(model, use_safetensors=True)
@@ -98,6 +99,7 @@ def _save(adapted: PeftModel, out: Path) -> None:
 
 
 def main() -> None:
+    """The stage's command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     for name in ("--model", "--work", "--out"):

@@ -40,6 +40,7 @@ def to_signal(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def train(out: Path, minutes: float, seed: int = 0) -> None:
+    """Train for `minutes` and write the autoencoder, its latents normalised, to `out`."""
     rank, world = parallel.start()
     pictures = training_pictures()
     vae = models.autoencoder(seed).train()
@@ -80,6 +81,7 @@ def _normalize_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 
 def main() -> None:
+    """The stage's command line, for `parallel.spawn`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
