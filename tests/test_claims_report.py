@@ -25,6 +25,7 @@ from benchmarks.claims.verdicts import (
     FAILS,
     HOLDS,
     UNMEASURED,
+    averages,
     beside_teachers,
     claims,
     lead_over_the_best,
@@ -37,6 +38,7 @@ from .conftest import ROOT
 TEACHER_COST, COST = 300.0, 100.0
 LEVEL = {"base": 0.2, "multitask_nft": 0.7, "multitask_guard": 0.6, "cascade_nft": 0.75, "sft": 0.7, "opd": 0.89}
 LEVEL |= {"opd_noise00": 0.89, "opd_noise03": 0.85, "opd_noise07": 0.84, "ppo_noise03": 0.6, "ppo_noise07": 0.5}
+LEVEL |= {"multitask_nft_2e3": 0.55, "multitask_guard_1e3": 0.4, "cascade_nft_2e3": 0.3, "opd_5e4": 0.8, "opd_2e3": 0.9}
 FIRST_ROUND = {
     "opd": 0.85,
     "opd_noise00": 0.85,
@@ -241,6 +243,28 @@ def test_speed_of_runs_that_never_arrive(results):
     assert (alone.mean, alone.verdict) == (0.0, FAILS)
     neither = parts(results(run("opd_noise00", curve=never), run("opd_noise07", curve=never)), 5)["ocr, 90%"]
     assert neither.verdict == UNMEASURED and "a level never reached" in neither.why_none
+
+
+def test_learning_rates_are_compared_on_the_scale_from_base_to_teachers(results):
+    folder = results(run("opd_2e3", 2, ocr=0.83), without=("opd_5e4",), seeds=(1, 2))
+    runs = read_results(folder)
+    assert averages(runs, "multitask_nft_2e3") == {1: pytest.approx(0.5), 2: pytest.approx(0.5)}
+    assert averages(runs, "opd_2e3") == {1: pytest.approx(1.0), 2: pytest.approx((1 + 1 + 0.9) / 3)}
+    assert averages(runs, "opd_5e4") == {}
+    lines = markdown(runs, claims(runs, None), None, []).splitlines()
+    assert "| DiffusionOPD | 2e-3 | 0.983 ± 0.017 | 1.000, 0.967 |" in lines
+    assert not any(line.startswith("| DiffusionOPD | 5e-4") for line in lines)
+
+
+def test_a_seed_without_a_value_is_named(results):
+    never = [{"round": 40, "evaluations": COST, "scores": dict.fromkeys(TASKS, 0.5)}]
+    slow = (run("opd_noise00", 2, curve=never), run("opd_noise07", 2, curve=never))
+    folder = results(*slow, seeds=(1, 2, 3))
+    part = parts(folder, 5)["ocr, 90%"]
+    assert (list(part.values), part.undefined, part.verdict) == ([1, 3], (2,), HOLDS)
+    runs = read_results(folder)
+    line = next(line for line in markdown(runs, claims(runs, None), None, []).splitlines() if "ocr, 90%" in line)
+    assert "| 2 of 2: 3.980, 3.980; undefined in seed 2 | holds |" in line
 
 
 def test_what_is_missing_is_named(results):

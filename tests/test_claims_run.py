@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.claims.curves import ClaimsError  # noqa: E402
-from benchmarks.claims.experiments import LABELS, TASKS  # noqa: E402
+from benchmarks.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
 from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
+from benchmarks.claims.verdicts import RIVALS  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
 
@@ -26,7 +27,7 @@ def test_teachers_come_before_their_students_and_once():
 def test_every_experiment_is_a_sound_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = [name for name in LABELS if Run(name, 1).trained]
-    assert len(trained) == 14
+    assert len(trained) == 19
     plans = {name: check(load_config(f"benchmarks/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
 
     def forwards(name: str) -> int:
@@ -35,8 +36,12 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         return each * one.num_rounds
 
     teachers = sum(forwards(f"teacher_{task}") for task in TASKS)
-    for rival in ("multitask_nft", "multitask_guard", "cascade_nft"):
+    for rival in RIVALS:
         assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
+    for rates in RATES.values():
+        configs = {rate: load_config(f"benchmarks/claims/config.py:{name}") for rate, name in rates.items()}
+        assert [config.train.learning_rate for config in configs.values()] == [float(rate) for rate in rates]
+        assert len({config.num_epochs for config in configs.values()}) == 1
 
 
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):

@@ -17,5 +17,27 @@ LABELS = {
     "opd_noise07": "DiffusionOPD, paper's loss, noise 0.7",
     "ppo_noise03": "PPO-style OPD, noise 0.3",
     "ppo_noise07": "PPO-style OPD, noise 0.7",
+    "multitask_nft_2e3": "multi-task NFT, rate 2e-3",
+    "multitask_guard_1e3": "multi-task GRPO-Guard, rate 1e-3",
+    "cascade_nft_2e3": "cascade NFT, rate 2e-3",
+    "opd_5e4": "DiffusionOPD, rate 5e-4",
+    "opd_2e3": "DiffusionOPD, rate 2e-3",
 }
-DISTILLED = ("sft", "opd", "opd_noise00", "opd_noise03", "opd_noise07", "ppo_noise03", "ppo_noise07")
+DISTILLED = (
+    "sft",
+    "opd",
+    "opd_noise00",
+    "opd_noise03",
+    "opd_noise07",
+    "ppo_noise03",
+    "ppo_noise07",
+    "opd_5e4",
+    "opd_2e3",
+)
+RATES = {
+    "multitask_nft": {"1e-3": "multitask_nft", "2e-3": "multitask_nft_2e3"},
+    "multitask_guard": {"5e-4": "multitask_guard", "1e-3": "multitask_guard_1e3"},
+    "cascade_nft": {"1e-3": "cascade_nft", "2e-3": "cascade_nft_2e3"},
+    "opd": {"5e-4": "opd_5e4", "1e-3": "opd", "2e-3": "opd_2e3"},
+}
+"""Method -> learning rate -> the experiment that has it."""

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 import numpy as np
 
 from benchmarks.claims.curves import ClaimsError, Result, Runs, read_results
-from benchmarks.claims.experiments import LABELS, TASKS
+from benchmarks.claims.experiments import LABELS, RATES, TASKS
 from benchmarks.claims.figures import figures
-from benchmarks.claims.verdicts import RIVALS, Claim, Part, beside_teachers, claims, lead_over_the_best
+from benchmarks.claims.verdicts import RIVALS, Claim, Part, averages, beside_teachers, claims, lead_over_the_best
 from diffusionopd.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
@@ -105,6 +105,7 @@ def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | N
         *([_variance_text(variance)] if variance else []),
         *_conflict_text(runs),
         *_best_text(runs),
+        *_rates_text(runs),
         *(["## Curves", CURVES] if plots else []),
         *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
         "## Runs",
@@ -173,6 +174,8 @@ def _part_text(part: Part) -> str:
         return f"| {part.name} | – | {wanted} | – | {part.verdict}: {part.why_none} |"
     each = ", ".join(f"{value:.3f}" for value in part.values.values())
     seeds = f"{part.seeds_that_hold} of {len(part.values)}: {each}"
+    if part.undefined:
+        seeds += f"; undefined in seed {', '.join(map(str, part.undefined))}"
     value = _with_spread(part.mean, part.standard_error)
     verdict = part.verdict + (", but by less than the standard error" if part.is_close else "")
     return f"| {part.name} | {value} | {wanted} | {seeds} | {verdict} |"
@@ -214,6 +217,31 @@ def _best_text(runs: Runs) -> list[str]:
     )
     head = ["| against | mean | each seed |", "| --- | ---: | --- |"]
     return ["### Had the others been stopped at their best", "\n".join([*head, *lines]), note]
+
+
+def _rates_text(runs: Runs) -> list[str]:
+    """How much a method's result depends on the learning rate that somebody has to choose."""
+    lines = []
+    for method, rates in RATES.items():
+        for rate, experiment in rates.items():
+            if found := averages(runs, experiment):
+                values = list(found.values())
+                spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+                cells = (
+                    LABELS[method],
+                    rate,
+                    _with_spread(fmean(values), spread),
+                    ", ".join(f"{x:.3f}" for x in values),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    note = (
+        "Average of the finished model on a scale on which the base is 0 and the teachers are 1; all test prompts, "
+        "mean ± standard error, and each seed. A method costs the same at every rate."
+    )
+    head = ["| method | learning rate | average | each seed |", "| --- | ---: | ---: | --- |"]
+    return ["### Learning rates", "\n".join([*head, *lines]), note]
 
 
 def _variance_text(variance: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@
     python benchmarks/claims/run.py --short               three rounds each, to see that everything runs
 
 A finished run is one file in results/, and is not run again unless its configuration now has another number of rounds;
-a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there.
+a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there. After another
+change of a configuration remove the run's file and its folder.
 Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
 them ("backwards"), because the methods differ in their share.
 --jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;

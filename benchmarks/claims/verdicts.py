@@ -27,6 +27,7 @@ class Part:
     limit: float
     values: Mapping[int, float]  # by seed
     why_none: str = ""  # why there are no values
+    undefined: tuple[int, ...] = ()  # seeds with all runs that have no value all the same
 
     @property
     def mean(self) -> float | None:
@@ -109,7 +110,8 @@ def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
             "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
             "Rounds until the interpolated curve has 90% of the teacher's score on the same prompts (and, beside the "
             "claim, half of the gap from the base to it), noise 0.7 over ODE, is above 1. A run of noise 0.7 that "
-            "never gets there counts with its length, an ODE run that alone does not with 0.",
+            "never gets there counts with its length, an ODE run that alone does not with 0; where neither does, the "
+            "seed is undefined.",
             list(_speeds(runs)),
         ),
         Claim(
@@ -134,8 +136,8 @@ def _part(
         return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
     found = {seed: measure({name: runs[name][seed] for name in needs}) for seed in seeds}
     values = {seed: value for seed, value in found.items() if value is not None}
-    undefined = "undefined: no gap to measure by, no curve, or a level never reached"
-    return Part(name, relation, limit, values, "" if values else undefined)
+    why_none = "" if values else "undefined: no gap to measure by, no curve, or a level never reached"
+    return Part(name, relation, limit, values, why_none, tuple(seed for seed in seeds if seed not in values))
 
 
 # ---- what is measured on one seed ------------------------------------------------------------------------------------
@@ -170,6 +172,17 @@ def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
             return None
         total += (scores[task] - low) / (high - low)
     return total / len(TASKS)
+
+
+def averages(runs: Runs, experiment: str) -> dict[int, float]:
+    """Seed -> normalised average of the finished model, of the seeds that have it, the base and the teachers."""
+    needs = ("base", *TEACHERS, experiment)
+    found = {}
+    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in needs))):
+        one = {name: runs[name][seed] for name in needs}
+        if (average := normalised_average(one, one[experiment].means())) is not None:
+            found[seed] = average
+    return found
 
 
 def _difference(first: float | None, second: float | None) -> float | None:
