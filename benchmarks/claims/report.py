@@ -26,7 +26,16 @@ import numpy as np
 from benchmarks.claims.curves import ClaimsError, Result, Runs, read_results
 from benchmarks.claims.experiments import LABELS, RATES, TASKS
 from benchmarks.claims.figures import figures
-from benchmarks.claims.verdicts import RIVALS, Claim, Part, averages, beside_teachers, claims, lead_over_the_best
+from benchmarks.claims.verdicts import (
+    RIVALS,
+    Claim,
+    Part,
+    averages,
+    beside_teachers,
+    claims,
+    lead_over_the_best,
+    standard_error,
+)
 from diffusionopd.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
@@ -226,14 +235,8 @@ def _rates_text(runs: Runs) -> list[str]:
         for rate, experiment in rates.items():
             if found := averages(runs, experiment):
                 values = list(found.values())
-                spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-                cells = (
-                    LABELS[method],
-                    rate,
-                    _with_spread(fmean(values), spread),
-                    ", ".join(f"{x:.3f}" for x in values),
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+                mean, each = _with_spread(fmean(values), standard_error(values)), ", ".join(f"{x:.3f}" for x in values)
+                lines.append(f"| {LABELS[method]} | {rate} | {mean} | {each} |")
     if not lines:
         return []
     note = (

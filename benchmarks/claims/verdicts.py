@@ -18,6 +18,11 @@ Seed = Mapping[str, Result]
 """Experiment -> result, all of one seed."""
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of the values; None for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 @dataclass(frozen=True)
 class Part:
     """One number that has to satisfy ``value relation limit``, for the mean over the seeds that have it."""
@@ -37,7 +42,7 @@ class Part:
     @property
     def standard_error(self) -> float | None:
         """Of the mean over seeds; None for a single one."""
-        return stdev(self.values.values()) / len(self.values) ** 0.5 if len(self.values) > 1 else None
+        return standard_error(list(self.values.values()))
 
     @property
     def is_close(self) -> bool:
@@ -131,13 +136,18 @@ def _part(
     missing = [name for name in needs if not runs.get(name)]
     if missing:
         return Part(name, relation, limit, {}, f"no run of {', '.join(missing)}")
-    seeds = sorted(set.intersection(*(set(runs[name]) for name in needs)))
-    if not seeds:
+    found = {seed: measure(one) for seed, one in _seeds(runs, needs).items()}
+    if not found:
         return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
-    found = {seed: measure({name: runs[name][seed] for name in needs}) for seed in seeds}
     values = {seed: value for seed, value in found.items() if value is not None}
     why_none = "" if values else "undefined: no gap to measure by, no curve, or a level never reached"
-    return Part(name, relation, limit, values, why_none, tuple(seed for seed in seeds if seed not in values))
+    return Part(name, relation, limit, values, why_none, tuple(seed for seed in found if seed not in values))
+
+
+def _seeds(runs: Runs, needs: Sequence[str]) -> dict[int, Seed]:
+    """Seed -> the needed experiments' results, of the seeds that have them all."""
+    shared = sorted(set.intersection(*(set(runs.get(name, {})) for name in needs)))
+    return {seed: {name: runs[name][seed] for name in needs} for seed in shared}
 
 
 # ---- what is measured on one seed ------------------------------------------------------------------------------------
@@ -176,13 +186,9 @@ def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
 
 def averages(runs: Runs, experiment: str) -> dict[int, float]:
     """Seed -> normalised average of the finished model, of the seeds that have it, the base and the teachers."""
-    needs = ("base", *TEACHERS, experiment)
-    found = {}
-    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in needs))):
-        one = {name: runs[name][seed] for name in needs}
-        if (average := normalised_average(one, one[experiment].means())) is not None:
-            found[seed] = average
-    return found
+    found = _seeds(runs, ("base", *TEACHERS, experiment)).items()
+    every = {seed: normalised_average(one, one[experiment].means()) for seed, one in found}
+    return {seed: average for seed, average in every.items() if average is not None}
 
 
 def _difference(first: float | None, second: float | None) -> float | None:
@@ -223,14 +229,12 @@ def lead_over_the_best(runs: Runs, rival: str) -> dict[int, float]:
     student. The truth is between the two.
     """
     found = {}
-    needs = ("base", *TEACHERS, "opd", rival)
-    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in needs))):
-        one = {name: runs[name][seed] for name in needs}
+    for seed, one in _seeds(runs, ("base", *TEACHERS, "opd", rival)).items():
         points = [p.scores for p in one[rival].curve if p.evaluations <= one["opd"].with_teachers]
-        averages = [average for scores in points if (average := normalised_average(one, scores)) is not None]
+        heights = [average for scores in points if (average := normalised_average(one, scores)) is not None]
         own = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS})
-        if own is not None and averages:
-            found[seed] = own - max(averages)
+        if own is not None and heights:
+            found[seed] = own - max(heights)
     return found
 
 
@@ -241,12 +245,12 @@ def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
     theirs: about 0 means that the tasks learn side by side as well as alone, below 0 that they fight.
     """
     found: dict[str, dict[int, float]] = {task: {} for task in TASKS}
-    for seed in sorted(set.intersection(*(set(runs.get(name, {})) for name in ("base", *TEACHERS, rival)))):
-        other, teachers = runs[rival][seed], [runs[name][seed] for name in TEACHERS]
+    for seed, one in _seeds(runs, ("base", *TEACHERS, rival)).items():
+        other, teachers = one[rival], [one[name] for name in TEACHERS]
         if not all(result.curve for result in (other, *teachers)):
             continue
         cost = sum(teacher.evaluations for teacher in teachers)
-        scores = at_evaluations(curve_from_base(other, runs["base"][seed]), cost)
+        scores = at_evaluations(curve_from_base(other, one["base"]), cost)
         for task, teacher in zip(TASKS, teachers, strict=True):
             found[task][seed] = scores[task] - monitored(teacher, task)
     return found
