@@ -15,6 +15,7 @@ from benchmarks.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
 from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
 from benchmarks.claims.verdicts import RIVALS  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
+from diffusionopd.results import write_text_atomically  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
 
 
@@ -44,6 +45,15 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         assert len({config.num_epochs for config in configs.values()}) == 1
 
 
+def finish(workshop: Workshop, run: Run) -> None:
+    """Leave what a finished run leaves, in the driver's order and as atomically: it is read while others still run."""
+    checkpoints = workshop.folder(run) / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    workshop.results.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(checkpoints / "latest", "checkpoint-3")
+    write_text_atomically(workshop.result_file(run), '{"rounds": 3}')
+
+
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     done = []
 
@@ -51,10 +61,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         if run.experiment == "teacher_ocr":
             raise RuntimeError("out of luck")
         done.append(run.experiment)
-        self.results.mkdir(exist_ok=True)
-        self.result_file(run).write_text('{"rounds": 3}')
-        (self.folder(run) / "checkpoints").mkdir(parents=True)
-        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-3")
+        finish(self, run)
 
     monkeypatch.setattr(Workshop, "do", do)
     workshop = Workshop(tmp_path, tmp_path / "results", short=True)
@@ -68,9 +75,7 @@ def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
 
     def do(self, run):
         done.append(run.experiment)
-        self.result_file(run).write_text('{"rounds": 3}')
-        (self.folder(run) / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.folder(run) / "checkpoints" / "latest").write_text("checkpoint-3")
+        finish(self, run)
 
     monkeypatch.setattr(Workshop, "do", do)
     runs = plan(["opd"], [1])
