@@ -60,8 +60,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     world = World(args)
     rounds, resident = build_all(world, {name: WAYS[name] for name in args.ways})
-    seconds = time_all(rounds, args.repeats, args.device)
-    result = summarise(world, seconds, resident, peak_memory(rounds, resident, args.device))
+    seconds, peaks = time_all(rounds, resident, args.repeats, args.device)
+    result = summarise(world, seconds, resident, peaks)
     print(table(result, args))
     if args.json:
         machine = {"machine": machine_name(args), "python": platform.python_version(), "torch": torch.__version__}
@@ -211,24 +211,29 @@ def build_all(world: World, ways: Mapping[str, Way]) -> tuple[dict[str, Round], 
     return rounds, resident
 
 
-def time_all(rounds: Mapping[str, Round], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each way, interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in rounds}
-    for _ in tqdm(range(repeats), desc="measuring", unit="repeat"):
-        for name, round_ in rounds.items():
-            seconds[name].append(_seconds(round_, device))
-    return seconds
+def time_all(
+    rounds: Mapping[str, Round], resident: Mapping[str, int], repeats: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each way, interleaved, and its peak bytes of GPU memory, the models of the others left out.
 
-
-def peak_memory(rounds: Mapping[str, Round], resident: Mapping[str, int], device: str) -> dict[str, int]:
-    """Peak bytes of GPU memory of each way, the models of the others left out; empty without a GPU."""
-    peaks = {}
-    for name, round_ in rounds.items() if device != "cpu" else ():
-        others = _allocated(device) - resident[name]
-        torch.cuda.reset_peak_memory_stats(device)
-        round_()
-        peaks[name] = torch.cuda.max_memory_allocated(device) - others
-    return peaks
+    An interrupt (Ctrl-C, `timeout -s INT`) ends it early: what has been measured counts.
+    """
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    try:
+        for _ in tqdm(range(repeats), desc="measuring", unit="repeat"):
+            for name, round_ in rounds.items():
+                others = _allocated(device) - resident[name]
+                if device != "cpu":
+                    torch.cuda.reset_peak_memory_stats(device)
+                seconds.setdefault(name, []).append(_seconds(round_, device))
+                if device != "cpu":
+                    peaks[name] = torch.cuda.max_memory_allocated(device) - others
+    except KeyboardInterrupt:
+        if not seconds:
+            raise
+        print("interrupted: medians of the repeats so far", file=sys.stderr)
+    return seconds, peaks
 
 
 def _seconds(round_: Round, device: str) -> float:

@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     # "no", "fp16" or "bf16": the type in which frozen weights are held and the transformer computes. LoRA weights, the
     # optimizer and the loss are float32 in each case. On a CPU "no" is by far the fastest.
     config.mixed_precision = "fp16"
-    # Allow TF32 in float32 matrix products on NVIDIA GPUs: faster, 10 bits of mantissa.
+    # Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs: faster, 10 bits of mantissa.
     config.allow_tf32 = True
     # Recompute activations in the backward pass: less memory, about a third more time for the student.
     config.activation_checkpointing = False

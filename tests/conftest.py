@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # what is bitwise on a CPU need not be on a GPU; see the mark "gpu"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,14 @@ from diffusionopd.tiny import models
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = list(base_config().train.lora_target_modules)
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

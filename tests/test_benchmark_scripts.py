@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import adapter_switch
-from benchmarks.round import WAYS, parse
+from benchmarks.round import WAYS, parse, time_all
 from benchmarks.world import World
 from diffusionopd.adapters import LoraLayer
 from diffusionopd.learner import STUDENT
@@ -45,6 +46,38 @@ def test_script_writes_its_figures(tmp_path, script, options, keys):
     assert keys <= figures.keys()
     assert all(figures[key] > 0 for key in keys)
     assert str(ROOT) not in file.read_text()
+
+
+def test_an_interrupt_keeps_what_was_measured():
+    done = []
+
+    def round_():
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(True)
+
+    seconds, peaks = time_all({"a": round_, "b": round_}, {"a": 0, "b": 0}, repeats=5, device="cpu")
+    assert [len(seconds[name]) for name in "ab"] == [2, 1] and peaks == {}
+
+
+def test_a_random_model_is_distilled_by_the_projects_own_script(tmp_path):
+    """What stands for the published model where it cannot be had, small: built, and a round of it profiled."""
+    environment = {**os.environ, "FULL_SIZE": str(tmp_path / "full"), "PYTHONPATH": str(ROOT)}
+    for command in (
+        [str(ROOT / "benchmarks" / "full_size.py"), "--shape", "small", "--dtype", "float32"],
+        [
+            *("scripts/profile_round.py", "--config", "benchmarks/full_size_config.py:small_mopd", "--rounds", "1"),
+            *("--output", str(tmp_path / "profile"), "--config.sample.num_steps=2", "--config.train.batch_size=1"),
+            *("--config.sample.train_batch_size=1", f"--config.cache_dir={tmp_path / 'cache'}"),
+        ],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert {"forward, teacher_geneval", "forward, student"} <= json.loads(
+        (tmp_path / "profile" / "summary.json").read_text()
+    )["stage_seconds"].keys()
 
 
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.exact == "yes" and "compiled" not in name])

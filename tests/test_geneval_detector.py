@@ -142,6 +142,18 @@ def test_detections_are_in_range_and_do_not_depend_on_the_batch(model, pixels, s
                 assert a.score == pytest.approx(b.score, abs=1e-4) and a.box == b.box
 
 
+@pytest.mark.gpu
+def test_detections_on_a_gpu_are_those_on_a_cpu(pixels, small_input):
+    cpu, gpu = (mask2former.Mask2Former(tiny_model().to(device)).detect(pixels) for device in ("cpu", "cuda"))
+    assert sum(len(found) for picture in cpu for found in picture.values()) >= 4
+    for first, second in zip(cpu, gpu, strict=True):
+        assert first.keys() == second.keys()
+        for name, found in first.items():
+            for a, b in zip(found, second[name], strict=True):
+                assert a.score == pytest.approx(b.score, abs=1e-3)
+                np.testing.assert_allclose(a.box, b.box, atol=1)
+
+
 # --------------------------------------------------------------------------------------------------------- choices
 
 

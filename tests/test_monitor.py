@@ -107,7 +107,6 @@ def test_closing_does_not_wait_for_pictures(monitor):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pictures_are_decoded_after_what_computes_them_and_beside_what_follows(monitor, tmp_path):
     streams = []
 

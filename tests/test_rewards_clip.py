@@ -119,6 +119,19 @@ def test_aesthetic_is_the_official_head_on_the_unit_embedding(folder, images, tm
     np.testing.assert_allclose(scorer.score(images, PROMPTS, [{}] * 3)["aesthetic"], wanted, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic"])
+def test_scores_on_a_gpu_are_those_on_a_cpu(name, folder, images, tmp_path):
+    torch.manual_seed(1)
+    torch.save({f"layers.{key}": value for key, value in official_head().state_dict().items()}, tmp_path / "head.pth")
+    own = {"pickscore": {"processor": folder}, "aesthetic": {"head": str(tmp_path / "head.pth")}}.get(name, {})
+    cpu, gpu = (
+        build_scorer(name, device, {"model": folder, **own}).score(images, PROMPTS, [{}] * 3)[name]
+        for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(gpu, cpu, rtol=1e-3)
+
+
 def test_what_is_missing_is_named_with_the_command(folder, tmp_path):
     with pytest.raises(RewardError, match="hf download nobody/no-such-clip"):
         build_scorer("clipscore", options={"model": "nobody/no-such-clip"})

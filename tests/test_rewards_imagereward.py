@@ -232,6 +232,13 @@ def test_half_precision_is_near(folder):
         scorer(folder, dtype="int8")
 
 
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(folder):
+    images = pictures(75, 48)
+    cpu, gpu = (scorer(folder, device=d).score(images, PROMPTS, [{}] * 3)["imagereward"] for d in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu, cpu, atol=1e-3)
+
+
 def test_weights_are_loaded_once_and_frozen(folder):
     first, second = scorer(folder), scorer(folder)
     assert first.model is second.model

@@ -45,6 +45,7 @@ SOURCES = sorted(
 RUNS_PYTHON = {
     *("diffusionopd/config_schema/load.py", "diffusionopd/config_schema/values.py", "diffusionopd/rewards/__init__.py"),
     *("config/opd.py", "config/teacher.py", "config/tiny.py", "benchmarks/claims/config.py"),
+    "benchmarks/full_size_config.py",
 }
 
 

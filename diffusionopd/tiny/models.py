@@ -62,22 +62,22 @@ def _merge(parts: list[str], best: tuple[str, str]) -> list[str]:
     return merged
 
 
-def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str, length: int = CONTEXT) -> CLIPTokenizer:
     """Every word of the grammar is one token, every other printable character is one: digits and quotes survive."""
     merges = _byte_pair_merges(WORDS)
     tokens = ["<|startoftext|>", "<|endoftext|>"]
     tokens += [t for c in _CHARACTERS for t in (c, c + "</w>")]
     tokens += ["".join(pair) for pair in merges]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT, pad_token=pad_token)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad_token)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(length: int = CONTEXT) -> T5Tokenizer:
     """A unigram model: whole words are likelier than characters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [("▁" + word, -1.0) for word in dict.fromkeys(WORDS)]
     pieces += [(character, -3.0) for character in _CHARACTERS]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=CONTEXT)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

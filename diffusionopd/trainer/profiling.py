@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 from ml_collections import ConfigDict
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ class Profile:
     peak_bytes: int | None  # of GPU memory, None without a GPU
     rounds: int
     machine: str
-    operators: str  # torch's table of the dearest operators
+    operators: str = ""  # torch's table of the dearest operators
+    kernel_seconds: float | None = None  # that the GPU computes in a round; the rest of the round it waits for launches
 
     @property
     def staged_seconds(self) -> float:
@@ -49,8 +51,17 @@ class Profile:
             f"{name:<{width}}  {seconds:10.4f} s  {seconds / self.staged_seconds:6.1%}"
             for name, seconds in self.stage_seconds.items()
         ]
-        memory = [] if self.peak_bytes is None else [f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB"]
-        return "\n".join([head, "", *lines, "", *memory, "dearest operators of one round:", self.operators])
+        gpu = [] if self.peak_bytes is None else [f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB"]
+        if self.kernel_seconds is not None:
+            gpu.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round")
+        traced = ["dearest operators of one round:", self.operators] if self.operators else []
+        return "\n".join([head, "", *lines, "", *gpu, *traced])
+
+    def write(self, folder: Path) -> None:
+        """``summary.txt`` and ``summary.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.txt").write_text(self.text() + "\n", encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None:
@@ -84,25 +95,38 @@ def _measure(trainer: Trainer, folder: Path, rounds: int) -> Profile | None:
     for _ in range(rounds):  # in turn, so that whatever else the machine does meets both alike
         undisturbed.append(_seconds(trainer, next(numbers)))
         staged.append(_stages(trainer, next(numbers)))
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities) as traced:
-        trainer.round(next(numbers))
-    next(numbers, None)  # closes the bar
-    if not trainer.is_main:
-        return None
-    own = "self_device_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
     found = Profile(
         round_seconds=median(undisturbed),
         stage_seconds=_median_of_each(staged),
         peak_bytes=torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else None,
         rounds=rounds,
         machine=f"{trainer.device}, torch {torch.__version__}, {trainer.world} process(es)",
-        operators=traced.key_averages().table(sort_by=own, row_limit=12, max_name_column_width=40),
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.is_main:
+        found.write(folder)  # a trace of a large model's round takes minutes, and may be cut short
+    found = _trace(trainer, next(numbers), found, folder)
+    next(numbers, None)  # closes the bar
+    return found if trainer.is_main else None
+
+
+def _trace(trainer: Trainer, index: int, found: Profile, folder: Path) -> Profile:
+    """One round under torch's profiler; the trace goes into ``folder``, its table into the profile."""
+    gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    with torch.profiler.profile(activities=activities) as traced:
+        trainer.round(index)
+    if not trainer.is_main:
+        return found
+    events = traced.key_averages()
+    own = "self_device_time_total" if gpu else "self_cpu_time_total"
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    found = replace(
+        found,
+        operators=events.table(sort_by=own, row_limit=12, max_name_column_width=40),
+        kernel_seconds=sum(event.self_device_time_total for event in kernels) / 1e6 if gpu else None,
+    )
+    found.write(folder)
     traced.export_chrome_trace(str(folder / "trace.json.gz"))
-    (folder / "summary.txt").write_text(found.text() + "\n", encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     return found
 
 

@@ -129,7 +129,8 @@ class Trainer:
         self.device, self.dtype = accelerator.device, DTYPES[config.mixed_precision]
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        # Matrix products and convolutions: torch has a switch for each, and that of convolutions is on by default.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self._check_folders()
         self.start = start or Start(config, config, self.world)
         self.resume = open_resume(self.start, plan, allow_config_change)

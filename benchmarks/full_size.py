@@ -1,0 +1,154 @@
+"""A base model of Stable Diffusion 3.5 Medium's size with random weights, teachers for it and prompts.
+
+    python benchmarks/full_size.py                       6 GB in logs/full_size/sd35, a minute; --device cuda is faster
+    python benchmarks/full_size.py --shape small         the same architecture, small, to try what follows on a laptop
+
+so that the project's own scripts run at full size before anything has been downloaded, or where nothing can be:
+
+    python scripts/profile_round.py --config benchmarks/full_size_config.py:mopd
+    CONFIG=benchmarks/full_size_config.py:mopd bash scripts/single_node/mopd.sh --config.num_epochs=20
+
+Time and memory do not depend on the values of weights. Transformer, autoencoder and LoRAs have the published shapes;
+the text encoders have the published widths and one layer, since they run once a prompt and are dropped.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.full_size_config import FOLDER, PROMPTS, TASKS
+from benchmarks.world import RANDOM, random_lora
+from diffusionopd.adapters import Adapters
+from diffusionopd.tiny import models
+
+CLIP_TOKENS, T5_TOKENS = 77, 128
+# The published autoencoder of the SD3 family, and one with as many halvings that a laptop decodes with.
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "sd35": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+    "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+}
+# Widths of the two CLIP encoders; their sum is the pooled embedding's.
+CLIP_WIDTHS = {"sd35": (768, 1280), "small": (16, 16)}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def main() -> None:
+    """Build the folder and say how it is used."""
+    args = parse()
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+    folder = FOLDER / args.shape
+    with torch.device(args.device):
+        torch.manual_seed(0)
+        pipeline = build_pipeline(args.shape).to(DTYPES[args.dtype])
+    pipeline.save_pretrained(folder / "model")
+    write_teachers(pipeline.transformer, folder / "teachers")
+    for task in TASKS:
+        (folder / "dataset" / task).mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            (folder / "dataset" / task / f"{split}.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    name = "mopd" if args.shape == "sd35" else f"{args.shape}_mopd"
+    print(f"written to {folder}; use it with --config benchmarks/full_size_config.py:{name}")
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(RANDOM), default="sd35")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the files")
+    parser.add_argument("--device", default="cpu", help="where the random numbers are drawn")
+    return parser.parse_args()
+
+
+def build_pipeline(shape: str) -> StableDiffusion3Pipeline:
+    """All parts with random weights; ``shape`` one of :data:`benchmarks.world.RANDOM`."""
+    transformer = RANDOM[shape]
+    first, second = (models.clip_tokenizer(pad, CLIP_TOKENS) for pad in ("<|endoftext|>", "!"))
+    third = models.t5_tokenizer(T5_TOKENS)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=build_autoencoder(AUTOENCODERS[shape]),
+        text_encoder=thin_clip(CLIP_WIDTHS[shape][0], first),
+        tokenizer=first,
+        text_encoder_2=thin_clip(CLIP_WIDTHS[shape][1], second),
+        tokenizer_2=second,
+        text_encoder_3=thin_t5(transformer["joint_attention_dim"], third),
+        tokenizer_3=third,
+    )
+
+
+def build_autoencoder(shape: Mapping[str, Any]) -> AutoencoderKL:
+    """An autoencoder of the SD3 family: 8 pixels a latent position, 16 channels."""
+    halvings = len(shape["block_out_channels"])
+    return AutoencoderKL(
+        **shape,
+        down_block_types=("DownEncoderBlock2D",) * halvings,
+        up_block_types=("UpDecoderBlock2D",) * halvings,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def thin_clip(width: int, tokenizer: Any) -> nn.Module:
+    """A CLIP text encoder of one layer."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width,
+            projection_dim=width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def thin_t5(width: int, tokenizer: Any) -> nn.Module:
+    """A T5 encoder of one layer."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=16,
+            num_heads=2,
+            d_ff=64,
+            num_layers=1,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def write_teachers(transformer: nn.Module, folder: Path) -> None:
+    """A random LoRA a task, in PEFT's form."""
+    loras = [random_lora(transformer, seed, gap=0.1) for seed in range(len(TASKS))]
+    adapters = Adapters(transformer)
+    for task, lora in zip(TASKS, loras, strict=True):
+        adapters.add_teacher(task, lora)
+        adapters.save_peft(task, folder / task / "lora")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""On a GPU: the same rounds as on a CPU, in every precision, with every kernel, resumed bitwise.
+
+All of it is skipped without a CUDA device; `pytest -m gpu` runs it and the scorers' tests of the same mark.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusionopd import checkpoint
+from diffusionopd.acceleration import ATTENTION_BACKENDS, choose_attention, compile_blocks
+from diffusionopd.adapters import Adapters
+from diffusionopd.backbone import load_backbone
+from diffusionopd.merged import MergedTeachers
+from diffusionopd.trainer import train
+
+from .conftest import TARGETS
+from .test_trainer import assert_bitwise, metrics
+
+pytestmark = pytest.mark.gpu
+
+GPU = "cuda"
+STAGE1 = {
+    "sample__num_image_per_prompt": 2,
+    "sample__num_batches_per_epoch": 4,
+    "train__gradient_accumulation_steps": 2,
+}
+RUNS = {
+    "ode": {},
+    "sde": {"sample__noise_level": 0.7},
+    "surrogate": {"sample__noise_level": 0.7, "train__loss": "policy_gradient"},
+    "sft": {"train__algorithm": "sft", **STAGE1},
+    "nft": {"train__algorithm": "nft", **STAGE1},
+    "grpo": {"train__algorithm": "grpo", "sample__noise_level": 0.7, **STAGE1},
+    "grpo_guard": {"train__algorithm": "grpo_guard", "sample__noise_level": 0.7, **STAGE1},
+}
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path, monkeypatch):
+    """`run(name, device, ...)`: three rounds on the device; the last checkpoint and the rows of `metrics.jsonl`."""
+
+    def start(name, device=GPU, **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        config = tiny_config(run_name=name, allow_tf32=False, **changes)
+        for task in config.train.teachers:
+            task["proxy_reward"] = {"tiny_scene": 1.0}  # smooth in the pixels, as a file's size is not
+        last = train(config)
+        return last, metrics(tmp_path / "logs" / name)
+
+    yield start
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def assert_near(rows, others, rel):
+    assert len(rows) == len(others) == 3
+    for mine, other in zip(rows, others, strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine.keys() - {"seconds"}:
+            assert mine[key] == pytest.approx(other[key], rel=rel, abs=1e-6), (mine["round"], key)
+
+
+@pytest.mark.parametrize("kind", list(RUNS))
+def test_a_run_is_the_one_on_a_cpu(run, kind):
+    """In float32, watched and evaluated: the same noise, prompts, losses, gradients and scores."""
+    options = {**RUNS[kind], "monitor_freq": 1, "eval_freq": 3, "eval_num_prompts": 2}
+    (_, gpu), (_, cpu) = run("gpu", **options), run("cpu", "cpu", **options)
+    assert "monitor/first/tiny_scene" in gpu[0] or "reward/first" in gpu[0]
+    assert_near(gpu, cpu, rel=1e-2)  # of GRPO: its loss on the policy's own samples is a sum that cancels
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", list(RUNS))
+def test_half_precision_trains_towards_the_same(run, kind, precision):
+    # A constant scale of 1 leaves the dynamic one of float16 no overflow to learn from in the first rounds.
+    options = {"train__loss_scale": 1.0, **RUNS[kind]}
+    (_, half), (_, whole) = run("half", mixed_precision=precision, **options), run("whole", **options)
+    assert half[0].keys() == whole[0].keys()
+    for mine, other in zip(half, whole, strict=True):
+        if kind in ("ode", "sde"):  # the others' losses are sums of large terms that cancel
+            assert mine["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["sde", "nft"])
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(run, kind):
+    """In float16, whose loss scale is a part of the state."""
+    options = {**RUNS[kind], "mixed_precision": "fp16", "train__ema": True, "train__ema_interval": 1}
+    (whole, _), _ = run("whole", **options), run("parts", **{**options, "num_epochs": 2})
+    resumed, _ = run("parts", resume_from="auto", **options)
+    assert_bitwise(checkpoint.load_state(whole / "state")[0], checkpoint.load_state(resumed / "state")[0])
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"prefetch": False},
+        {"train__fused_optimizer": False},
+        {"train__merge_teachers": True},
+        {"activation_checkpointing": True},
+        {"vae_device": "cpu", "text_encoder_device": "cpu"},
+    ],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_switches_change_nothing_but_time(run, switch):
+    (_, plain), (_, switched) = run("plain", monitor_freq=1), run("switched", monitor_freq=1, **switch)
+    assert_near(switched, plain, rel=0 if "prefetch" in switch else 2e-4)
+
+
+@pytest.fixture
+def half_model(pipeline_folder, make_lora):
+    """`half_model(kind)`: base in half precision on the GPU, a student and two teachers."""
+
+    def make(kind=Adapters):
+        backbone = load_backbone(str(pipeline_folder), dtype=torch.bfloat16, device=GPU)
+        adapters = kind(backbone.transformer)
+        for seed in (1, 2):
+            adapters.add_teacher(f"teacher_{seed}", make_lora(seed))
+        adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
+        return backbone, adapters
+
+    return make
+
+
+def passes(backbone, adapters, text):
+    """Velocity of each adapter `[4, 2, C, h, w]`, and the gradient of the student's."""
+    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5)).to(GPU)
+    embeddings, found = text(2).to(GPU), []
+    for name in ("teacher_1", None, "teacher_2", "student"):
+        adapters.use(name)
+        with torch.set_grad_enabled(name == "student"):
+            found.append(backbone.velocity(x, 0.7, embeddings))
+    found[-1].square().mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in adapters.parameters("student") if p.grad is not None])
+    return torch.stack(found).detach(), gradient
+
+
+def assert_passes_near(mine, other, rel):
+    for a, b in zip(mine, other, strict=True):
+        assert a.isfinite().all() and (a - b).norm() <= rel * b.norm()
+
+
+@pytest.mark.parametrize("backend", list(ATTENTION_BACKENDS))
+def test_every_kernel_of_attention_computes_the_same(half_model, text, backend):
+    (backbone, adapters), plain = half_model(), half_model()
+    choose_attention(backbone.transformer, backend, dtype=torch.bfloat16, device=torch.device(GPU))
+    assert_passes_near(passes(backbone, adapters, text), passes(*plain, text), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="Triton needs a C compiler")
+@pytest.mark.parametrize("kind", [Adapters, MergedTeachers])
+def test_compiled_blocks_compute_the_same(half_model, text, kind):
+    (backbone, adapters), plain = half_model(kind), half_model(kind)
+    compile_blocks(backbone.transformer)
+    assert_passes_near(passes(backbone, adapters, text), passes(*plain, text), rel=0.02)
+
+
+def test_the_profile_knows_the_gpu(tiny_config, tmp_path, monkeypatch):
+    from diffusionopd.trainer import profile
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    found = profile(tiny_config(mixed_precision="fp16"), tmp_path / "profile", rounds=1)
+    assert found.peak_bytes > 2**20 and found.machine.startswith("cuda")
+    assert json.loads((tmp_path / "profile" / "summary.json").read_text())["peak_bytes"] == found.peak_bytes
