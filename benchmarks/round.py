@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
-from benchmarks.upstream import upstream_round
+from benchmarks.upstream import restore_layers, upstream_round
 from benchmarks.world import RANK, TARGETS, World, add_flags, recorded
 from diffusionopd.acceleration import AccelerationError, check_compiler, compile_blocks
 from diffusionopd.batches import Batch, choose_steps
@@ -93,6 +93,13 @@ def distilled(**switches: object) -> Callable[[World], Round]:
         return lambda: distiller.round(batches)
 
     return build
+
+
+def stock_layers(world: World) -> Round:
+    """With the layers of diffusers and PEFT as they come."""
+    distiller, batches = world.distiller()
+    restore_layers(distiller.backbone.transformer)
+    return lambda: distiller.round(batches)
 
 
 class Unavailable(RuntimeError):
@@ -174,7 +181,7 @@ def three_passes(world: World) -> Round:
 WAYS = {
     "upstream": Way(
         "three passes, teacher on every step, float32 weights (autocast on a GPU), text encoders for every batch, "
-        "PEFT's set_adapter",
+        "stock layers, PEFT's set_adapter",
         upstream_round,
     ),
     "three passes": Way("rollout, teacher, training one after the other; else the default", three_passes),
@@ -182,6 +189,7 @@ WAYS = {
     "merged": Way("teachers merged into copies of the adapted matrices", distilled(adapters=MergedTeachers)),
     "compiled": Way("blocks through torch.compile", compiled()),
     "merged, compiled": Way("both", compiled(adapters=MergedTeachers)),
+    "stock layers": Way("diffusers' norms and PEFT's LoRA layers instead of the fused ones", stock_layers),
     "plain AdamW": Way("the optimizer one tensor after the other", distilled(fused_optimizer=False)),
     "checkpointing": Way("activations computed again in the backward pass", distilled(checkpointing=True)),
     "3 steps": Way("train.steps_per_rollout = 3", few_steps(3), exact="in expectation"),

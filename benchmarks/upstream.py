@@ -1,7 +1,8 @@
 """A round as the upstream release schedules it, for comparison: what it does that costs time, and nothing else of it.
 
 Three passes (rollout, teacher on every state, training); the transformer held in float32 and run under autocast on a
-GPU; text encoders run for every batch and stay in memory; adapters switched by PEFT's ``set_adapter``.
+GPU; text encoders run for every batch and stay in memory; the layers of diffusers and PEFT as they come, adapters
+switched by ``set_adapter``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft.tuners.lora import LoraLayer
+from diffusers.models.normalization import RMSNorm
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.three_pass import three_pass
 from benchmarks.world import PROMPTS, World
 from diffusionopd.adapters import Adapters
+from diffusionopd.fused import FusedLoraLinear, FusedRMSNorm
 
 # The published sizes of SD3's text encoders: CLIP ViT-L/14, CLIP ViT-bigG/14, T5 v1.1 XXL.
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -36,9 +39,22 @@ class PeftSwitching(Adapters):
                     layer.set_adapter(name)
 
 
+def restore_layers(transformer: nn.Module) -> None:
+    """The stock layers of diffusers and PEFT in the place of the fused ones, with the same parameters."""
+    for parent in list(transformer.modules()):
+        if isinstance(parent, FusedLoraLinear):
+            parent.__class__ = Linear
+        for name, norm in parent.named_children():
+            if isinstance(norm, FusedRMSNorm):
+                stock = RMSNorm(norm.normalized_shape, eps=norm.eps)
+                stock.weight = norm.weight
+                setattr(parent, name, stock)
+
+
 def upstream_round(world: World) -> Callable[[], None]:
     """Build it on a model of its own."""
     distiller, batches = world.distiller(dtype=torch.float32, adapters=PeftSwitching, fused_optimizer=False)
+    restore_layers(distiller.backbone.transformer)
     device = distiller.backbone.device
     if device.type == "cuda":  # the backbone itself uses autocast for a base in half precision only
         distiller.backbone._autocast = partial(torch.autocast, device.type, world.half)  # type: ignore[method-assign]

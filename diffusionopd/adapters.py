@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusionopd.fused import fuse_lora
+
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -421,8 +423,7 @@ class Adapters:
         for _, layer in self._layers(name):
             layer.lora_A[name].float()
             layer.lora_B[name].float()
-            # Under autocast the products run in half precision whatever x is: PEFT need not widen it first.
-            layer.cast_input_dtype_enabled = False
+            fuse_lora(layer)
         for layer in self.transformer.modules():
             if isinstance(layer, LoraLayer):
                 layer._active_adapter = self._active

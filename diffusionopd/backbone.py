@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.distributed import world_size
 from diffusionopd.engine import Sharding
+from diffusionopd.fused import fuse_norms
 from diffusionopd.stages import stage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,6 +59,7 @@ class Backbone:
         self.device = torch.device(device)
         self.vae_device = self.device if vae_device is None else torch.device(vae_device)
         self.transformer = transformer.requires_grad_(False).eval()
+        fuse_norms(self.transformer)
         if sharding is None:
             self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()

@@ -1,0 +1,62 @@
+"""Layers of the transformer that do the same in fewer kernels: RMS norms and LoRAs.
+
+A round of SD3.5-Medium at a few pictures is bound by launches, of which the stock layers make most: eight a norm, six
+a LoRA (``docs/performance.md`` has the counts). Numbers are the stock layers' to rounding; in half precision these
+round once where the others round twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """torch's own, one kernel on a GPU. It computes in float32 whatever it is given.
+
+    Autocast would widen its input and its output, each by a kernel of its own.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in the dtype of ``x``."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def fuse_norms(transformer: nn.Module) -> None:
+    """Replace diffusers' RMS norms, in place; the parameters stay the same objects under the same names."""
+    for parent in list(transformer.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is RMSNorm and norm.weight is not None and norm.bias is None:
+                fused = FusedRMSNorm(tuple(norm.dim), eps=norm.eps, device="meta")
+                fused.weight = norm.weight
+                setattr(parent, name, fused.train(norm.training))
+
+
+class FusedLoraLinear(Linear):
+    """PEFT's LoRA layer with scaling and sum inside the second product: ``W x + b + s B (A x)``.
+
+    It is PEFT's in every other respect, so that loading, saving and merging find what they expect.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x`` ``[..., in]`` to ``[..., out]``, with the adapters in use that this layer has: one, or none."""
+        rows, device = x.flatten(0, -2), x.device.type
+        if torch.is_autocast_enabled(device):  # which would narrow the same rows for each product
+            rows = rows.to(torch.get_autocast_dtype(device))
+        y = self.base_layer(rows)
+        for name in self._active_adapter:
+            if name in self.lora_A:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                y = torch.addmm(y, nn.functional.linear(rows, a), b.t(), alpha=self.scaling[name])
+        return y.unflatten(0, x.shape[:-1])
+
+
+def fuse_lora(layer: LoraLayer) -> None:
+    """Make a layer that PEFT injected a :class:`FusedLoraLinear`, in place; other kinds of layers stay as they are."""
+    if type(layer) is Linear:
+        layer.__class__ = FusedLoraLinear
