@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import adapter_switch
+from benchmarks import adapter_switch, launches
 from benchmarks.round import WAYS, parse, time_all
-from benchmarks.world import World
+from benchmarks.world import RANDOM, World
 from diffusionopd.adapters import LoraLayer
 from diffusionopd.learner import STUDENT
 
@@ -46,6 +46,14 @@ def test_script_writes_its_figures(tmp_path, script, options, keys):
     assert keys <= figures.keys()
     assert all(figures[key] > 0 for key in keys)
     assert str(ROOT) not in file.read_text()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, though no GPU")
+def test_fused_layers_make_fewer_launches():
+    found = {layers: launches.count(RANDOM["small"], layers) for layers in launches.LAYERS}
+    for fused, stock in zip(*found.values(), strict=True):
+        assert fused.total() < 0.75 * stock.total()
+    assert found["fused"][0]["_fused_rms_norm"] > 0 and found["stock"][0]["rsqrt"] > 0
 
 
 def test_an_interrupt_keeps_what_was_measured():

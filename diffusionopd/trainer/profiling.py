@@ -34,6 +34,7 @@ class Profile:
     machine: str
     operators: str = ""  # torch's table of the dearest operators
     kernel_seconds: float | None = None  # that the GPU computes in a round; the rest of the round it waits for launches
+    kernels: int | None = None  # that it is given in a round
 
     @property
     def staged_seconds(self) -> float:
@@ -53,7 +54,7 @@ class Profile:
         ]
         gpu = [] if self.peak_bytes is None else [f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB"]
         if self.kernel_seconds is not None:
-            gpu.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round")
+            gpu.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round, in {self.kernels} kernels")
         traced = ["dearest operators of one round:", self.operators] if self.operators else []
         return "\n".join([head, "", *lines, "", *gpu, *traced])
 
@@ -124,6 +125,7 @@ def _trace(trainer: Trainer, index: int, found: Profile, folder: Path) -> Profil
         found,
         operators=events.table(sort_by=own, row_limit=12, max_name_column_width=40),
         kernel_seconds=sum(event.self_device_time_total for event in kernels) / 1e6 if gpu else None,
+        kernels=sum(event.count for event in kernels) if gpu else None,
     )
     found.write(folder)
     traced.export_chrome_trace(str(folder / "trace.json.gz"))
