@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
+from weakref import ref
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ TIMEOUT = 1800.0
 _CARD = 96  # bytes of what processes tell each other when they meet
 _NEVER = timedelta(days=7)  # of the group of meetings itself, which have time limits of their own
 _timeout = TIMEOUT
-_meetings: tuple[Any, Any] | None = None  # (the default group, the gloo group of meetings that belongs to it)
+# The default group, and the gloo group of meetings that belongs to it. Held weakly: torch holds them until they are
+# destroyed, and who else did so would keep their threads, one of which may abort a process that ends.
+_meetings: tuple[ref[Any], ref[Any]] | None = None
 
 
 class Stream(IntEnum):
@@ -134,15 +137,17 @@ def _exchange(card: bytes, limit: float) -> tuple[list[str], set[int]]:
 def _meeting_group() -> Any:
     """A gloo group of all processes, made at the first meeting; it is there beside NCCL."""
     global _meetings
-    if _meetings is None or _meetings[0] is not dist.group.WORLD:
+    group = _meetings[1]() if _meetings and _meetings[0]() is dist.group.WORLD else None
+    if group is None:
         try:
-            _meetings = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_NEVER)
+            group = dist.new_group(backend="gloo", timeout=_NEVER)
         except RuntimeError as error:
             raise OtherProcessError(
                 f"the processes cannot reach each other over TCP ({error}). On several machines set GLOO_SOCKET_IFNAME "
                 "to the network interface that connects them, such as eth0."
             ) from error
-    return _meetings[1]
+        _meetings = ref(dist.group.WORLD), ref(group)
+    return group
 
 
 def _ranks(ranks: Sequence[int]) -> str:

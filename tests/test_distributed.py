@@ -120,6 +120,15 @@ def fails(rank):
             raise OSError(f"disk {rank} is full")
     distributed.together(work, "saving")
 
+def leaves(rank):
+    def gloo():
+        names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+        return sum("gloo" in name for name in names)
+    distributed.sum_over_processes(torch.ones(1), "summing")
+    before = gloo()
+    dist.destroy_process_group()
+    return [before > 0, gloo()]
+
 def live(story, rank, folder):
     store = dist.FileStore(f"{folder}/{story.__name__}", 3)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
@@ -129,10 +138,12 @@ def live(story, rank, folder):
         said = story(rank)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
+    if dist.is_initialized():
+        dist.destroy_process_group()  # at once, whoever is gone, or what is said below never is
     os.write(1, json.dumps([story.__name__, rank, said]).encode() + b"\\n")
     os._exit(0)
 
-for story in (arrive, sleep, stopped, dies, differs, fails):
+for story in (arrive, sleep, stopped, dies, differs, fails, leaves):
     children = []
     for rank in range(3):
         if not (pid := os.fork()):
@@ -187,6 +198,12 @@ def test_processes_that_do_different_things_are_told(told):
     assert all(told["differs"][rank].startswith(others.format(rank)) for rank in (0, 2))
     own = "OtherProcessError: ranks 0, 2 came to 'evaluating' while rank 1 came to 'saving'"
     assert told["differs"][1].startswith(own)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads by name are Linux's")
+def test_no_thread_of_a_group_outlives_it(told):
+    """One that lets go of a tensor while the interpreter ends aborts the process: status -6 after a good run."""
+    assert told["leaves"] == dict.fromkeys(range(3), [True, 0])
 
 
 def test_a_failure_on_some_processes_is_one_on_all(told):
