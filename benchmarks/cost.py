@@ -67,7 +67,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_processes", type=int, default=1, help="of the run, one a GPU")
     parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
-    parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak that is reached")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.2, help="share of the peak that is reached; 0.2: measured"
+    )
     parser.add_argument("--family", action="store_true", help="memory of the SD3 family instead of a configuration")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args(arguments)

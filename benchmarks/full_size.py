@@ -18,30 +18,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size_config import FOLDER, PROMPTS, TASKS
-from benchmarks.world import RANDOM, random_lora
+from benchmarks.world import RANDOM, build_autoencoder, random_lora
 from diffusionopd.adapters import Adapters
 from diffusionopd.tiny import models
 
 CLIP_TOKENS, T5_TOKENS = 77, 128
-# The published autoencoder of the SD3 family, and one with as many halvings that a laptop decodes with.
-AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "sd35": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
-    "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-}
 # Widths of the two CLIP encoders; their sum is the pooled embedding's.
 CLIP_WIDTHS = {"sd35": (768, 1280), "small": (16, 16)}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -83,28 +77,13 @@ def build_pipeline(shape: str) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=build_autoencoder(AUTOENCODERS[shape]),
+        vae=build_autoencoder(shape),
         text_encoder=thin_clip(CLIP_WIDTHS[shape][0], first),
         tokenizer=first,
         text_encoder_2=thin_clip(CLIP_WIDTHS[shape][1], second),
         tokenizer_2=second,
         text_encoder_3=thin_t5(transformer["joint_attention_dim"], third),
         tokenizer_3=third,
-    )
-
-
-def build_autoencoder(shape: Mapping[str, Any]) -> AutoencoderKL:
-    """An autoencoder of the SD3 family: 8 pixels a latent position, 16 channels."""
-    halvings = len(shape["block_out_channels"])
-    return AutoencoderKL(
-        **shape,
-        down_block_types=("DownEncoderBlock2D",) * halvings,
-        up_block_types=("UpDecoderBlock2D",) * halvings,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
     )
 
 

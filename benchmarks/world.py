@@ -62,6 +62,11 @@ SMALL = SD35_MEDIUM | {
     "dual_attention_layers": (0, 1),
 }
 RANDOM = {"sd35": SD35_MEDIUM, "small": SMALL}
+# The published autoencoder of the SD3 family, and one with as many halvings that a laptop decodes with.
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "sd35": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+    "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+}
 TEXT_TOKENS = 77 + 128  # CLIP's and T5's
 
 
@@ -115,13 +120,7 @@ class World:
             transformer = SD3Transformer2DModel(**RANDOM[self.args.random])
             if dtype != torch.float32:
                 transformer = transformer.to(dtype)
-            vae = AutoencoderKL(
-                block_out_channels=(8, 8, 8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                latent_channels=16,
-                norm_num_groups=4,
-            )
+            vae = build_autoencoder("small")
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         return Backbone(transformer, vae, scheduler, dtype=dtype, device=self.args.device)
 
@@ -187,6 +186,22 @@ class World:
     def _batch(self, task: int, text: TextEmbeddings) -> Batch:
         x = noise(self.latent_shape, [(task, sample) for sample in range(self.args.batch_size)]).to(self.args.device)
         return Batch(f"task {task}", f"teacher_{task}", self.args.guidance_scale, x, text, draw_noise=lambda step: x)
+
+
+def build_autoencoder(shape: str) -> AutoencoderKL:
+    """An autoencoder of the SD3 family with random weights: 8 pixels a latent position, 16 channels."""
+    widths = AUTOENCODERS[shape]
+    halvings = len(widths["block_out_channels"])
+    return AutoencoderKL(
+        **widths,
+        down_block_types=("DownEncoderBlock2D",) * halvings,
+        up_block_types=("UpDecoderBlock2D",) * halvings,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def random_lora(transformer: nn.Module, seed: int, gap: float) -> LoraWeights:

@@ -6,8 +6,6 @@ seven a LoRA, where one and four do (``docs/performance.md`` has the counts). Nu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora import Linear, LoraLayer
@@ -42,7 +40,7 @@ class FusedLoraLinear(Linear):
     It is PEFT's in every other respect, so that loading, saving and merging find what they expect.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in]`` to ``[..., out]``, with the adapters in use that this layer has: one, or none."""
         rows, device = x.flatten(0, -2), x.device.type
         if torch.is_autocast_enabled(device):  # which would narrow the same rows for each product

@@ -17,7 +17,7 @@ from diffusionopd.acceleration import ATTENTION_BACKENDS, choose_attention, comp
 from diffusionopd.adapters import Adapters
 from diffusionopd.backbone import load_backbone
 from diffusionopd.merged import MergedTeachers
-from diffusionopd.trainer import train
+from diffusionopd.trainer import profile, train
 
 from .conftest import TARGETS
 from .test_trainer import assert_bitwise, metrics
@@ -42,22 +42,34 @@ RUNS = {
 
 
 @pytest.fixture
-def run(tiny_config, tmp_path, monkeypatch):
+def use(monkeypatch):
+    """`use(device)`: what the next run trains on."""
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def choose(device):
+        forget()
+        monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+
+    yield choose
+    forget()
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path, use):
     """`run(name, device, ...)`: three rounds on the device; the last checkpoint and the rows of `metrics.jsonl`."""
 
     def start(name, device=GPU, **changes):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        use(device)
         config = tiny_config(run_name=name, allow_tf32=False, **changes)
         for task in config.train.teachers:
             task["proxy_reward"] = {"tiny_scene": 1.0}  # smooth in the pixels, as a file's size is not
         last = train(config)
         return last, metrics(tmp_path / "logs" / name)
 
-    yield start
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return start
 
 
 def assert_near(rows, others, rel):
@@ -164,11 +176,8 @@ def test_compiled_blocks_compute_the_same(half_model, text, kind):
     assert_passes_near(passes(backbone, adapters, text), passes(*plain, text), rel=0.02)
 
 
-def test_the_profile_knows_the_gpu(tiny_config, tmp_path, monkeypatch):
-    from diffusionopd.trainer import profile
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+def test_the_profile_knows_the_gpu(tiny_config, tmp_path, use):
+    use(GPU)
     found = profile(tiny_config(mixed_precision="fp16"), tmp_path / "profile", rounds=1)
     assert found.peak_bytes > 2**20 and found.machine.startswith("cuda")
     assert json.loads((tmp_path / "profile" / "summary.json").read_text())["peak_bytes"] == found.peak_bytes
