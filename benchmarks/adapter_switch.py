@@ -22,7 +22,7 @@ from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.world import TARGETS
-from diffusionopd.adapters import Adapters
+from diffusionopd.models.lora import Adapters
 
 NAMES = ("student", "teacher_a", "teacher_b", "teacher_c")
 

@@ -5,7 +5,7 @@
 
 so that the project's own scripts run at full size before anything has been downloaded, or where nothing can be:
 
-    python scripts/profile_round.py --config benchmarks/full_size_config.py:mopd
+    python -m tools.profile_round --config benchmarks/full_size_config.py:mopd
     CONFIG=benchmarks/full_size_config.py:mopd bash scripts/single_node/mopd.sh --config.num_epochs=20
 
 Time and memory do not depend on the values of weights. Transformer, autoencoder and LoRAs have the published shapes;
@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size_config import FOLDER, PROMPTS, TASKS
 from benchmarks.world import RANDOM, build_autoencoder, random_lora
-from diffusionopd.adapters import Adapters
+from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 
 CLIP_TOKENS, T5_TOKENS = 77, 128

@@ -26,7 +26,7 @@ def get_config(name: str) -> ConfigDict:
 def mopd() -> ConfigDict:
     """Three teachers, one student, at SD3.5-Medium's size; pictures are scored by the size of their file.
 
-    Command:   python scripts/profile_round.py --config benchmarks/full_size_config.py:mopd
+    Command:   python -m tools.profile_round --config benchmarks/full_size_config.py:mopd
     Hardware:  one GPU of 24 GB or more
     """
     return _distillation("sd35")

@@ -6,7 +6,7 @@
 A round at a few pictures is bound by launches, so that their number is what optimising it means. The forward runs on
 tensors without data (torch's FakeTensorMode) that say to be on a GPU, through the dispatch that a GPU's tensors take,
 autocast included; what arrives at its end, views left out, is a launch or two. Attention counts as one, by flash's
-kernel. Needs a CUDA build of torch. The backward cannot be counted so; on a GPU `scripts/profile_round.py` counts all.
+kernel. Needs a CUDA build of torch. The backward cannot be counted so; on a GPU `tools/profile_round.py` counts all.
 """
 
 # ruff: noqa: E402
@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.upstream import restore_layers
 from benchmarks.world import RANDOM, RANK, TARGETS, TEXT_TOKENS
-from diffusionopd.adapters import Adapters
-from diffusionopd.fused import fuse_norms
+from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.lora import Adapters
 
 HALF = torch.bfloat16
 LAYERS = ("fused", "stock")

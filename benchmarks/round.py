@@ -35,12 +35,12 @@ from tqdm import tqdm
 from benchmarks.three_pass import three_pass
 from benchmarks.upstream import restore_layers, upstream_round
 from benchmarks.world import RANK, TARGETS, World, add_flags, recorded
-from diffusionopd.acceleration import AccelerationError, check_compiler, compile_blocks
-from diffusionopd.batches import Batch, choose_steps
-from diffusionopd.costs import Lora, TransformerShape, measure
-from diffusionopd.learner import STUDENT
-from diffusionopd.merged import MergedTeachers
-from diffusionopd.opd import Distiller
+from diffusionopd.algorithms.base import STUDENT
+from diffusionopd.algorithms.opd import Distiller
+from diffusionopd.data.batches import Batch, choose_steps
+from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
+from diffusionopd.models.merged import MergedTeachers
+from tools.costs import Lora, TransformerShape, measure
 
 Round = Callable[[], object]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusionopd.batches import Batch
-from diffusionopd.opd import STUDENT, Distiller
+from diffusionopd.algorithms.opd import STUDENT, Distiller
+from diffusionopd.data.batches import Batch
 
 
 def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:

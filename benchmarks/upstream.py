@@ -18,8 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from benchmarks.three_pass import three_pass
 from benchmarks.world import PROMPTS, World
-from diffusionopd.adapters import Adapters
-from diffusionopd.fused import FusedLoraLinear, FusedRMSNorm
+from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm
+from diffusionopd.models.lora import Adapters
 
 # The published sizes of SD3's text encoders: CLIP ViT-L/14, CLIP ViT-bigG/14, T5 v1.1 XXL.
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

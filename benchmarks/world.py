@@ -16,15 +16,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
-from diffusionopd.adapters import Adapters, LoraWeights
-from diffusionopd.backbone import Backbone, load_backbone, load_text_encoder
-from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.algorithms.base import STUDENT, Parts
+from diffusionopd.algorithms.opd import Distiller, Recipe
+from diffusionopd.algorithms.optim import StudentOptimizer
 from diffusionopd.config_schema import base_config
-from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT, Parts
-from diffusionopd.opd import Distiller, Recipe
-from diffusionopd.optim import StudentOptimizer
+from diffusionopd.data.batches import Batch
+from diffusionopd.data.noise import noise
+from diffusionopd.models.backbone import Backbone, load_backbone, load_text_encoder
+from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.lora import Adapters, LoraWeights
 from diffusionopd.transitions import schedule
 
 ROOT = Path(__file__).resolve().parent.parent

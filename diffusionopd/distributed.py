@@ -1,10 +1,6 @@
-"""Processes and randomness: noise keyed by counters, and the few collectives a round needs.
+"""The few collectives a round needs.
 
 Before each collective all processes meet (:func:`meet`): one that is missing is an error that names it, not a silence.
-
-Randomness is a pure function of integer keys such as (seed, round, task, sample index, stream). No generator state
-lives between calls, so nothing has to be saved, and a sample's noise does not depend on batch size or on the number of
-processes.
 """
 
 from __future__ import annotations
@@ -13,11 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from enum import IntEnum
 from typing import Any, TypeVar
 from weakref import ref
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,32 +26,6 @@ _timeout = TIMEOUT
 # The default group, and the gloo group of meetings that belongs to it. Held weakly: torch holds them until they are
 # destroyed, and who else did so would keep their threads, one of which may abort a process that ends.
 _meetings: tuple[ref[Any], ref[Any]] | None = None
-
-
-class Stream(IntEnum):
-    """First element of every key: what a random number is for. Two purposes never share numbers."""
-
-    PROMPT = 0
-    LATENT = 1
-    STEP = 2
-    EVALUATION = 3
-    STUDENT_INIT = 4
-    FORWARD = 5
-    SUPERVISED_STEPS = 6
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the non-negative integers of ``key`` alone."""
-    if any(k < 0 for k in key):
-        raise ValueError(f"random keys are non-negative integers, not {key}")
-    # The length goes in too: SeedSequence ignores trailing zeros.
-    seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> 1))
-
-
-def noise(shape: Sequence[int], keys: Sequence[Sequence[int]]) -> Tensor:
-    """Standard normal noise ``[len(keys), *shape]``, float32 on the CPU; sample ``i`` depends on ``keys[i]`` alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])
 
 
 def world_size() -> int:
@@ -224,9 +192,3 @@ def by_rank(texts: Sequence[str]) -> str:
         if text:
             ranks.setdefault(text, []).append(rank)
     return "; ".join(f"{_ranks(own)}: {text}" for text, own in ranks.items())
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """A float64 checksum of tensors, for comparing processes: equal tensors give an equal value."""
-    sums = [t.detach().double().sum() + t.detach().double().square().sum() for t in tensors]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)

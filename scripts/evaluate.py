@@ -18,13 +18,13 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from diffusionopd.adapters import load_lora
-from diffusionopd.backbone import DTYPES
-from diffusionopd.benchmarks import BENCHMARKS, find_benchmark
 from diffusionopd.config_schema import load_config, read_run_config, redacted
-from diffusionopd.evaluation import PATIENCE, Job, find_checkpoint, run
+from diffusionopd.evaluation.evaluate import PATIENCE, Job, find_checkpoint, run
+from diffusionopd.evaluation.results import EvaluationError, format_table
+from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark
 from diffusionopd.failures import ending_together
-from diffusionopd.results import EvaluationError, format_table
+from diffusionopd.models.backbone import DTYPES
+from diffusionopd.models.lora import load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 

@@ -49,7 +49,7 @@ main() {
         evaluate "$folder" "teacher-$teacher" --teacher "$teacher" ${limit[@]+"${limit[@]}"}
     done
     evaluate "$folder" student --checkpoint_path "$folder/run" ${limit[@]+"${limit[@]}"}
-    python scripts/quickstart_report.py --run "$folder/run" --eval "$folder/evaluation" --output "$folder" \
+    python -m tools.quickstart_report --run "$folder/run" --eval "$folder/evaluation" --output "$folder" \
         --seconds "$(cat "$folder/seconds")"
 }
 

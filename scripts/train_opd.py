@@ -10,7 +10,7 @@
 
 import sys
 
-from diffusionopd.trainer import run_command
+from diffusionopd.training import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(sys.argv[1:], "config/opd.py:mopd", __doc__))

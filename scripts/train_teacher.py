@@ -12,7 +12,7 @@ The result, <run folder>/checkpoints/checkpoint-<n>/lora, is what train.teachers
 
 import sys
 
-from diffusionopd.trainer import run_command
+from diffusionopd.training import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(sys.argv[1:], None, __doc__))

@@ -18,10 +18,10 @@ import torch
 from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import Backbone, load_backbone
-from diffusionopd.conditioning import TextEmbeddings
 from diffusionopd.config_schema import base_config, load_config
+from diffusionopd.models.backbone import Backbone, load_backbone
+from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from diffusionopd.downloads import File
+from tools.downloads import File
 
 CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from diffusionopd.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
-from diffusionopd.adapters import Adapters, load_lora
-from diffusionopd.backbone import load_backbone
-from diffusionopd.merged import MergedTeachers
+from diffusionopd.models.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
+from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.lora import Adapters, load_lora
+from diffusionopd.models.merged import MergedTeachers
 
 CPU = torch.device("cpu")
 FEW = ["attn.to_q", "attn.add_k_proj"]  # adapted layers: compiling takes long enough with these

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd import checkpoint
+from diffusionopd.algorithms.base import STUDENT
+from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.config_schema import ConfigError, check
-from diffusionopd.learner import STUDENT
-from diffusionopd.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.rewards import REGISTRY
-from diffusionopd.trainer import train
+from diffusionopd.training import checkpoint, train
 
 from . import test_opd, test_stage1
 from .test_trainer import assert_bitwise, launch, metrics
@@ -144,7 +143,7 @@ def test_another_number_of_processes_takes_the_kept_gradient_over(tiny_config, t
     (tmp_path / "config.json").write_text(json.dumps(two.to_dict()))
     script = tmp_path / "run.py"
     script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.trainer import train\n"
+        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.training import train\n"
         f"train(ConfigDict(json.load(open({str(tmp_path / 'config.json')!r}))))\n"
     )
     launch(script)

@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from diffusionopd.adapters import AdapterError, Adapters, load_lora
-from diffusionopd.backbone import load_backbone
+from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.lora import AdapterError, Adapters, load_lora
 
 from .conftest import TARGETS
 
@@ -124,8 +124,8 @@ def test_saved_student_loads_in_stock_peft_and_diffusers(pipeline_folder, backbo
 
 def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters, tmp_path):
     """The diffusers file, loaded by the stock pipeline, draws what our backbone draws."""
-    from diffusionopd.backbone import load_text_encoder
-    from diffusionopd.evaluation import sample_images
+    from diffusionopd.evaluation.evaluate import sample_images
+    from diffusionopd.models.backbone import load_text_encoder
 
     with torch.no_grad():
         for p in adapters.parameters("student"):
@@ -234,7 +234,7 @@ def test_hub_id_with_a_subfolder_downloads_that_folder_alone(make_lora, tmp_path
         asked.append((repository, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr("diffusionopd.adapters.snapshot_download", snapshot_download)
+    monkeypatch.setattr("diffusionopd.models.lora.snapshot_download", snapshot_download)
     assert load_lora("quanhaol/DiffusionOPD/OCRTeacher/lora").a
     assert asked == [("quanhaol/DiffusionOPD", ["OCRTeacher/lora/*"])]
     with pytest.raises(AdapterError, match="quanhaol/DiffusionOPD has no folder 'Nobody/lora'"):

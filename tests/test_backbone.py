@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from diffusionopd.backbone import BackboneError, load_backbone, load_text_encoder, text_key
-from diffusionopd.conditioning import TextEmbeddings
+from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder, text_key
+from diffusionopd.models.conditions import TextEmbeddings
 
 PROMPTS = ["a photo of a red circle", 'a sign that says "347"']
 

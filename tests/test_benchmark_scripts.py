@@ -13,8 +13,8 @@ import torch
 from benchmarks import adapter_switch, launches
 from benchmarks.round import WAYS, parse, time_all
 from benchmarks.world import RANDOM, World
-from diffusionopd.adapters import LoraLayer
-from diffusionopd.learner import STUDENT
+from diffusionopd.algorithms.base import STUDENT
+from diffusionopd.models.lora import LoraLayer
 
 from .conftest import ROOT
 
@@ -23,23 +23,23 @@ from .conftest import ROOT
     ("script", "options", "keys"),
     [
         (
-            "round.py",
+            "benchmarks/round.py",
             "--steps 2 --timestep_fraction 1 --repeats 1 --batch_size 1 --ways upstream default merged floor".split(),
             {"needed_flops", "matrix_flops_per_second"},
         ),
         (
-            "round.py",  # what is meant for a GPU, on the same architecture, small
+            "benchmarks/round.py",  # what is meant for a GPU, on the same architecture, small
             "--random small --tasks 1 --steps 2 --repeats 1 --batch_size 1 --ways upstream default checkpointing "
             "floor".split(),
             {"needed_flops", "matrix_flops_per_second"},
         ),
-        ("gradient_scale.py", ["--steps", "2", "--batch_size", "1"], {"gradient_rms", "relative_gap"}),
+        ("experiments/gradient_scale.py", ["--steps", "2", "--batch_size", "1"], {"gradient_rms", "relative_gap"}),
     ],
 )
 def test_script_writes_its_figures(tmp_path, script, options, keys):
     """From another folder and without PYTHONPATH, as a user may start it."""
     file = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--json", str(file)]
+    command = [sys.executable, str(ROOT / script), *options, "--json", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(file.read_text())
@@ -74,7 +74,7 @@ def test_a_random_model_is_distilled_by_the_projects_own_script(tmp_path):
     for command in (
         [str(ROOT / "benchmarks" / "full_size.py"), "--shape", "small", "--dtype", "float32"],
         [
-            *("scripts/profile_round.py", "--config", "benchmarks/full_size_config.py:small_mopd", "--rounds", "1"),
+            *("tools/profile_round.py", "--config", "benchmarks/full_size_config.py:small_mopd", "--rounds", "1"),
             *("--output", str(tmp_path / "profile"), "--config.sample.num_steps=2", "--config.train.batch_size=1"),
             *("--config.sample.train_batch_size=1", f"--config.cache_dir={tmp_path / 'cache'}"),
         ],

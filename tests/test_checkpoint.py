@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionopd.checkpoint import CheckpointError, find_latest, load_state, save, save_state, verify
+from diffusionopd.training.checkpoint import CheckpointError, find_latest, load_state, save, save_state, verify
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks.claims import variance
-from benchmarks.claims.curves import (
+from diffusionopd.transitions import transition
+from experiments.claims import variance
+from experiments.claims.curves import (
     ClaimsError,
     Point,
     at_evaluations,
@@ -19,9 +20,9 @@ from benchmarks.claims.curves import (
     read_results,
     rounds_to,
 )
-from benchmarks.claims.experiments import LABELS, TASKS
-from benchmarks.claims.report import markdown, missing, table, write
-from benchmarks.claims.verdicts import (
+from experiments.claims.experiments import LABELS, TASKS
+from experiments.claims.report import markdown, missing, table, write
+from experiments.claims.verdicts import (
     FAILS,
     HOLDS,
     UNMEASURED,
@@ -31,7 +32,6 @@ from benchmarks.claims.verdicts import (
     lead_over_the_best,
     normalised_average,
 )
-from diffusionopd.transitions import transition
 
 from .conftest import ROOT
 
@@ -327,7 +327,7 @@ def test_a_file_that_is_no_result_is_named(results, text):
 
 
 def test_forms_are_not_mixed_and_nothing_is_said_so(results, tmp_path):
-    with pytest.raises(ClaimsError, match="holds no results; make some with python benchmarks"):
+    with pytest.raises(ClaimsError, match="holds no results; make some with python experiments"):
         read_results(tmp_path / "nothing")
     with pytest.raises(ClaimsError, match="full, short"):
         read_results(results(run("opd") | {"form": "short"}))
@@ -350,10 +350,10 @@ def test_report_as_it_is_run(results, tmp_path):
     """From another folder and without PYTHONPATH, with the estimators' file."""
     folder = results(seeds=(1, 2, 3))
     figures = {"settings": {"seed": 1, "levels": [0.3]}, "states": [STATE]}
-    figures |= {"command": "python benchmarks/claims/variance.py", "date": "2026-01-01", "machine": "none"}
+    figures |= {"command": "python experiments/claims/variance.py", "date": "2026-01-01", "machine": "none"}
     (folder / "variance.json").write_text(json.dumps(figures))
     output = tmp_path / "output"
-    script = str(ROOT / "benchmarks" / "claims" / "report.py")
+    script = str(ROOT / "experiments" / "claims" / "report.py")
     command = [sys.executable, script, "--results", str(folder), "--output", str(output)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -368,9 +368,9 @@ def test_report_as_it_is_run(results, tmp_path):
 
 
 def test_the_report_that_is_kept_is_that_of_the_results_that_are_kept(tmp_path):
-    kept = ROOT / "benchmarks" / "claims" / "results"
+    kept = ROOT / "experiments" / "claims" / "results"
     write(kept, tmp_path)
-    remedy = "write it again: python benchmarks/claims/report.py"
+    remedy = "write it again: python experiments/claims/report.py"
     assert (kept / "claims.md").read_text("utf-8") == (tmp_path / "claims.md").read_text("utf-8"), remedy
 
 
@@ -419,12 +419,12 @@ def test_surrogate_has_the_predicted_variance_and_the_closed_form_as_its_mean(li
 def test_variance_script_writes_its_figures(tmp_path):
     file = tmp_path / "variance.json"
     options = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0", "--steps", "1", "--levels", "0.7"]
-    script = str(ROOT / "benchmarks" / "claims" / "variance.py")
+    script = str(ROOT / "experiments" / "claims" / "variance.py")
     command = [sys.executable, script, *options, "--output", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads(file.read_text())
-    assert content["command"].startswith("python benchmarks/claims/variance.py --draws 2 --probes 1")
+    assert content["command"].startswith("python experiments/claims/variance.py --draws 2 --probes 1")
     assert str(ROOT) not in file.read_text()
     (state,) = content["states"]
     assert (state["noise"], state["step"]) == (0.7, 1)

@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.claims.curves import ClaimsError  # noqa: E402
-from benchmarks.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
-from benchmarks.claims.run import Run, Workshop, plan, run_all  # noqa: E402
-from benchmarks.claims.verdicts import RIVALS  # noqa: E402
 from diffusionopd.config_schema import check, load_config  # noqa: E402
-from diffusionopd.results import write_text_atomically  # noqa: E402
+from diffusionopd.evaluation.results import write_text_atomically  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
+from experiments.claims.curves import ClaimsError  # noqa: E402
+from experiments.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
+from experiments.claims.run import Run, Workshop, plan, run_all  # noqa: E402
+from experiments.claims.verdicts import RIVALS  # noqa: E402
 
 
 def test_teachers_come_before_their_students_and_once():
@@ -29,7 +29,7 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = [name for name in LABELS if Run(name, 1).trained]
     assert len(trained) == 19
-    plans = {name: check(load_config(f"benchmarks/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
+    plans = {name: check(load_config(f"experiments/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
 
     def forwards(name: str) -> int:
         one = plans[name]
@@ -40,7 +40,7 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
     for rival in RIVALS:
         assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
     for rates in RATES.values():
-        configs = {rate: load_config(f"benchmarks/claims/config.py:{name}") for rate, name in rates.items()}
+        configs = {rate: load_config(f"experiments/claims/config.py:{name}") for rate, name in rates.items()}
         assert [config.train.learning_rate for config in configs.values()] == [float(rate) for rate in rates]
         assert len({config.num_epochs for config in configs.values()}) == 1
 
@@ -113,7 +113,7 @@ def test_a_result_of_another_length_is_none(tmp_path):
 
 def test_the_short_form_from_rewards_to_the_report(tmp_path):
     """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
-    script = str(ROOT / "benchmarks" / "claims" / "run.py")
+    script = str(ROOT / "experiments" / "claims" / "run.py")
     command = [sys.executable, script, "base", "opd", "--short", "--jobs", "1", "--logs", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

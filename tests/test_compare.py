@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionopd.report import (
+from diffusionopd.evaluation.results import EvaluationError, Record, Summary, averages_json, summarise
+from tools.report import (
     ComparisonError,
     Evaluation,
     Model,
@@ -28,11 +29,10 @@ from diffusionopd.report import (
     render_comparison,
     text_comparison,
 )
-from diffusionopd.report.comparison import min_max
-from diffusionopd.report.comparison_data import unequal_settings
-from diffusionopd.results import EvaluationError, Record, Summary, averages_json, summarise
+from tools.report.comparison import min_max
+from tools.report.comparison_data import unequal_settings
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "compare.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "compare.py"
 SETTINGS = {"model": "m", "lora": None, "num_inference_steps": 40, "guidance_scale": 4.5, "resolution": 512, "seed": 42}
 
 

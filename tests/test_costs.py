@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks import cost as script
-from diffusionopd.adapters import Adapters
 from diffusionopd.config_schema import ConfigError, check, load_config
-from diffusionopd.costs import Lora, TransformerShape, measure, read_pipeline
-from diffusionopd.costs.architecture import PUBLISHED, ArchitectureError
-from diffusionopd.costs.encoders import (
+from diffusionopd.models.lora import Adapters
+from diffusionopd.training import Trainer, train
+from tools.costs import Lora, TransformerShape, measure, read_pipeline
+from tools.costs.architecture import PUBLISHED, ArchitectureError
+from tools.costs.encoders import (
     clip_flops,
     clip_parameters,
     decoder_flops,
@@ -31,7 +32,6 @@ from diffusionopd.costs.encoders import (
     t5_parameters,
     vae_parameters,
 )
-from diffusionopd.trainer import Trainer, train
 
 from .conftest import ROOT, TARGETS
 from .test_trainer import metrics
@@ -370,7 +370,7 @@ def test_every_shipped_configuration_has_a_cost(file, monkeypatch, capsys):
 
 def test_the_script_from_anywhere_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "benchmarks/cost.py"), "--config", f"{ROOT}/config/opd.py:mopd"]
+    command = [sys.executable, str(ROOT / "tools/cost.py"), "--config", f"{ROOT}/config/opd.py:mopd"]
     command += ["--num_processes", "8", "--config.resolution=1024", "--json", str(file), "--family"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

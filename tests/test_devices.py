@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from diffusionopd.backbone import Backbone, BackboneError, encoder_place, find_device
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.trainer import setup, train
+from diffusionopd.models.backbone import Backbone, BackboneError, encoder_place, find_device
+from diffusionopd.training import setup, train
 
 from .test_trainer import assert_bitwise, metrics, student
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusionopd import distributed
-from diffusionopd.distributed import Stream, fingerprint, generator, noise
+from diffusionopd.data.noise import Stream, generator, noise
 
 from .conftest import ROOT
 
@@ -40,13 +40,6 @@ def test_every_part_of_the_key_matters_and_the_numbers_are_normal():
 def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match="non-negative"):
         generator(1, -1)
-
-
-def test_fingerprints_tell_tensors_apart():
-    tensors = [torch.randn(5), torch.randn(2, 2)]
-    assert fingerprint(tensors) == fingerprint([t.clone() for t in tensors])
-    tensors[1][0, 0] += 1e-3
-    assert fingerprint(tensors) != fingerprint([torch.randn(5)])
 
 
 def test_a_parameter_without_gradient_keeps_none(monkeypatch):

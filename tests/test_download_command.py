@@ -14,7 +14,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError
 
-from diffusionopd.downloads import (
+from diffusionopd.rewards import clip
+from tests.loopback import CONTENT, SHA256, entry, left, loopback
+from tools.downloads import (
     CATALOGUE,
     DownloadError,
     File,
@@ -25,12 +27,10 @@ from diffusionopd.downloads import (
     redacted,
     transfer,
 )
-from diffusionopd.downloads.checksums import sha256_of
-from diffusionopd.downloads.extracts import EXTRACTS, question
-from diffusionopd.downloads.files import fetch
-from diffusionopd.downloads.hub import snapshot
-from diffusionopd.rewards import clip
-from tests.loopback import CONTENT, SHA256, entry, left, loopback
+from tools.downloads.checksums import sha256_of
+from tools.downloads.extracts import EXTRACTS, question
+from tools.downloads.files import fetch
+from tools.downloads.hub import snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,7 +162,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 def run_script(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "download.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "download.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

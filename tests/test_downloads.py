@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusionopd.downloads import DownloadError, File, transfer
-from diffusionopd.downloads.checksums import SUMS, record, recorded
-from diffusionopd.downloads.files import fetch
 from tests.loopback import CONTENT, SHA256, entry, left, loopback
+from tools.downloads import DownloadError, File, transfer
+from tools.downloads.checksums import SUMS, record, recorded
+from tools.downloads.files import fetch
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionopd.backbone import load_text_encoder
-from diffusionopd.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
-from diffusionopd.distributed import Stream, generator
-from diffusionopd.evaluation import (
+from diffusionopd.data.noise import Stream, generator
+from diffusionopd.data.prompts import Prompt, PromptError
+from diffusionopd.evaluation.evaluate import (
     EvaluationError,
     ImageGenerator,
     Job,
@@ -26,10 +25,11 @@ from diffusionopd.evaluation import (
     find_checkpoint,
     sample_images,
 )
-from diffusionopd.prompts import Prompt, PromptError
-from diffusionopd.results import RESULTS, read_records
+from diffusionopd.evaluation.results import RESULTS, read_records
+from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
+from diffusionopd.models.backbone import load_text_encoder
+from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, to_uint8
-from diffusionopd.text import TextCache
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from diffusionopd import checkpoint
 from diffusionopd.failures import OutOfMemoryError, ending_together, memory_advice
-from diffusionopd.trainer.agreement import agree
+from diffusionopd.training import checkpoint
+from diffusionopd.training.agreement import agree
 
 from .ranks import run_ranks
 
@@ -77,8 +77,8 @@ RUN = """
 import json, os
 import torch
 from ml_collections import ConfigDict
-from diffusionopd.opd import Distiller
-from diffusionopd.trainer import run_command, run
+from diffusionopd.algorithms.opd import Distiller
+from diffusionopd.training import run_command, run
 
 rank, case = int(os.environ["RANK"]), os.environ["CASE"]
 config = ConfigDict(json.load(open({config!r})))
@@ -164,8 +164,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 from diffusionopd.config_schema import check
-from diffusionopd.trainer import run, state, agreement
-from diffusionopd.trainer.run import Trainer
+from diffusionopd.training import run, state, agreement
+from diffusionopd.training.loop import Trainer
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index

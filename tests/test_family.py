@@ -10,12 +10,12 @@ import torch
 from diffusers import SD3Transformer2DModel
 from ml_collections import ConfigDict
 
-from diffusionopd.adapters import Adapters, load_lora
-from diffusionopd.backbone import load_backbone
+from diffusionopd.algorithms.opd import STUDENT
 from diffusionopd.config_schema import ConfigError, check, load_config
-from diffusionopd.costs.architecture import PUBLISHED, read_pipeline
-from diffusionopd.opd import STUDENT
-from diffusionopd.trainer import train
+from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.lora import Adapters, load_lora
+from diffusionopd.training import train
+from tools.costs.architecture import PUBLISHED, read_pipeline
 
 from .conftest import ROOT, TARGETS
 from .test_trainer import metrics

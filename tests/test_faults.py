@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionopd import checkpoint
+from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.folders import FolderError, ensure_writable
-from diffusionopd.optim import NonFiniteError
+from diffusionopd.files import FolderError, ensure_writable
+from diffusionopd.models.text_cache import TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.text import TextCacheError
-from diffusionopd.trainer import run as trainer_run
-from diffusionopd.trainer import train
+from diffusionopd.training import checkpoint, train
+from diffusionopd.training import run as trainer_run
 
 from .test_trainer import metrics
 
@@ -73,7 +72,7 @@ def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, small_disk):
 
 
 def test_a_full_disk_is_found_before_weights_load(tiny_config, small_disk, monkeypatch):
-    monkeypatch.setattr("diffusionopd.trainer.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(bytes(4 * 2**20))
     with pytest.raises(FolderError, match=rf"the run folder {small_disk}/run cannot be written: .*No space.*save_dir"):
@@ -97,7 +96,7 @@ def test_embeddings_that_cannot_be_stored_end_the_run_at_its_start(tiny_config, 
 
 @pytest.mark.parametrize(("key", "what"), [("logdir", "run folder"), ("cache_dir", "text cache")])
 def test_a_folder_that_cannot_be_written_is_found_before_weights_load(tiny_config, tmp_path, monkeypatch, key, what):
-    monkeypatch.setattr("diffusionopd.trainer.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=f"{key} needs the folder .*file.*, but .*file is a file. Name another"):
         train(tiny_config(**{key: str(tmp_path / "file")}))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from diffusionopd import checkpoint, engine
-from diffusionopd.engine import EngineError, requested_sharding
-from diffusionopd.evaluation import evaluate_task
+from diffusionopd.data.prompts import Prompt
+from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.launch import worker_environments
-from diffusionopd.prompts import Prompt
+from diffusionopd.models import sharding as engine
+from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.trainer import train
+from diffusionopd.training import checkpoint, train
 
 from .conftest import ROOT
 from .test_trainer import assert_bitwise, launch, metrics
@@ -37,8 +37,8 @@ SCRIPT = """
 import json, os
 import torch
 from ml_collections import ConfigDict
-from diffusionopd import engine
-from diffusionopd.trainer import Trainer, train
+from diffusionopd.models import sharding as engine
+from diffusionopd.training import Trainer, train
 
 torch.distributed.destroy_process_group = lambda *args, **kwargs: None  # the next run takes the group over
 original, seen = Trainer.close, []

@@ -21,9 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from diffusionopd import checkpoint
-from diffusionopd.adapters import AdapterError, Adapters, load_lora
-from diffusionopd.benchmarks import BenchmarkError
+from diffusionopd.algorithms.optim import Ema, StudentOptimizer
 from diffusionopd.config_schema import (
     ConfigError,
     ResumeError,
@@ -35,14 +33,9 @@ from diffusionopd.config_schema import (
 )
 from diffusionopd.config_schema.load import _with_defaults
 from diffusionopd.config_schema.values import flatten
-from diffusionopd.evaluation import find_checkpoint
-from diffusionopd.metrics import MetricsWriter
-from diffusionopd.optim import Ema, StudentOptimizer
-from diffusionopd.prompts import PromptError
-from diffusionopd.prompts.files import read_prompts
-from diffusionopd.report import ComparisonError, compare, csv_table, read_models, render_comparison, text_comparison
-from diffusionopd.report.collect import ReportError, collect, read_metrics
-from diffusionopd.results import (
+from diffusionopd.data.prompts import PromptError, read_prompts
+from diffusionopd.evaluation.evaluate import find_checkpoint
+from diffusionopd.evaluation.results import (
     EvaluationError,
     Record,
     ResultFolder,
@@ -51,13 +44,19 @@ from diffusionopd.results import (
     read_records,
     summarise,
 )
+from diffusionopd.evaluation.testsets import BenchmarkError
+from diffusionopd.models.lora import AdapterError, Adapters, load_lora
+from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.chat_server import ChatServer, api_root
 from diffusionopd.rewards.geneval.request import parse_request
 from diffusionopd.rewards.unifiedreward import final_score
-from diffusionopd.text import TextCache, TextCacheError
-from diffusionopd.trainer.resume import open_resume
-from diffusionopd.trainer.state import RunError, load_state
+from diffusionopd.training import checkpoint
+from diffusionopd.training.metrics import MetricsWriter
+from diffusionopd.training.resume import open_resume
+from diffusionopd.training.state import RunError, load_state
+from tools.report import ComparisonError, compare, csv_table, read_models, render_comparison, text_comparison
+from tools.report.collect import ReportError, collect, read_metrics
 
 from .conftest import ROOT
 from .fuzzing import altered, damaged, deep, encode, fuzz, json_values, lines, odd_text, only, scalars

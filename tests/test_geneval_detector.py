@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusionopd.geneval_classes import CLASSES
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.geneval import mask2former
+from diffusionopd.rewards.geneval.classes import CLASSES
 from diffusionopd.rewards.geneval.detector import build_detector
 from diffusionopd.rewards.geneval.labels import check_labels
 from diffusionopd.rewards.geneval.resize import resize_bilinear

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionopd.geneval_classes import COLOURS, TAGS
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError
 from diffusionopd.rewards.clip import load_clip
 from diffusionopd.rewards.geneval import GenEval, mask2former
+from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.colours import ColourClassifier, crop
 from diffusionopd.rewards.geneval.rules import Detection
 from tests.geneval_tiny import tiny_model

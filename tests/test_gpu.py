@@ -12,12 +12,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusionopd import checkpoint
-from diffusionopd.acceleration import ATTENTION_BACKENDS, choose_attention, compile_blocks
-from diffusionopd.adapters import Adapters
-from diffusionopd.backbone import load_backbone
-from diffusionopd.merged import MergedTeachers
-from diffusionopd.trainer import profile, train
+from diffusionopd.models.acceleration import ATTENTION_BACKENDS, choose_attention, compile_blocks
+from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.merged import MergedTeachers
+from diffusionopd.training import checkpoint, profile, train
 
 from .conftest import TARGETS
 from .test_trainer import assert_bitwise, metrics

@@ -1,4 +1,4 @@
-"""`benchmarks/kill.py` in a short form: a run that is killed and restarted ends as the undisturbed one."""
+"""`tests/kill.py` in a short form: a run that is killed and restarted ends as the undisturbed one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from benchmarks.kill import differences
-from diffusionopd.checkpoint import load_state, save_state
+from diffusionopd.training.checkpoint import load_state, save_state
+from tests.kill import differences
 
 from .conftest import ROOT
 
@@ -19,7 +19,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path):
     """Four kills; and the comparison sees what it should."""
     work, file = tmp_path / "work", tmp_path / "figures.json"
     options = ["--kills", "4", "--rounds", "2", "--seed", "1", "--work", str(work), "--json", str(file)]
-    command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), *options]
+    command = [sys.executable, str(ROOT / "tests" / "kill.py"), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     figures = json.loads(file.read_text())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd.adapters import AdapterError, Adapters
-from diffusionopd.backbone import load_backbone
-from diffusionopd.merged import MergedTeachers
+from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.lora import AdapterError, Adapters
+from diffusionopd.models.merged import MergedTeachers
 
 from .conftest import TARGETS
 

@@ -11,9 +11,9 @@ from pkgutil import resolve_name
 import pytest
 
 from diffusionopd import losses
+from diffusionopd.algorithms import advantages
 from diffusionopd.config_schema import load_config
 from diffusionopd.config_schema.values import ALGORITHMS
-from diffusionopd.stage1 import advantages, objectives
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "method.md").read_text("utf-8")
@@ -40,7 +40,7 @@ def test_named_function_exists(name):
 def _public_functions() -> list[str]:
     return [
         f"{module.__name__.removeprefix('diffusionopd.')}.{name}"
-        for module in (losses, objectives, advantages)
+        for module in (losses, advantages)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     ]

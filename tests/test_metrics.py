@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionopd.metrics import MetricsWriter, sample_grid
+from diffusionopd.training.metrics import MetricsWriter, sample_grid
 
 
 def rows(path):
@@ -143,9 +143,15 @@ def test_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
     for n in range(1, 5):
         writer.write(n)
     before = path.read_text()
+
+    def disk_full(*_args):
+        raise OSError(28, "full")
+
     for moment in ("os.fsync", "os.replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"diffusionopd.metrics.{moment}", lambda *_args: (_ for _ in ()).throw(OSError(28, "full")))
+            patch.setattr(
+                f"diffusionopd.training.metrics.{moment}", lambda *_args: (_ for _ in ()).throw(OSError(28, "full"))
+            )
             with pytest.raises(OSError, match="full"):
                 writer.truncate_after(2)
         assert path.read_text() == before

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionopd.monitor import Monitor, Picture
-from diffusionopd.prompts import Prompt
+from diffusionopd.data.prompts import Prompt
 from diffusionopd.rewards.jpeg import JpegCompressibility
+from diffusionopd.training.monitor import Monitor, Picture
 
 REWARDS = {"a": {"jpeg_compressibility": 1.0}, "b": {}}
 PATIENCE = 20.0  # seconds until a test that hangs fails

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd import checkpoint
-from diffusionopd.trainer import train
+from diffusionopd.training import checkpoint, train
 
 from .conftest import ROOT
 from .test_signals import alive, kill, linux, start, wait_for, wait_for_first_round

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks.three_pass import three_pass
-from diffusionopd.batches import Batch, choose_steps
-from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT, Parts
-from diffusionopd.opd import Distiller, Recipe
-from diffusionopd.optim import Ema, NonFiniteError, StudentOptimizer
+from diffusionopd.algorithms.base import STUDENT, Parts
+from diffusionopd.algorithms.opd import Distiller, Recipe
+from diffusionopd.algorithms.optim import Ema, NonFiniteError, StudentOptimizer
+from diffusionopd.data.batches import Batch, choose_steps
+from diffusionopd.data.noise import noise
 from diffusionopd.transitions import schedule
 
 STEPS = 5

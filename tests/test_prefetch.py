@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 
-from diffusionopd.batches import Batch
-from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.trainer import train
-from diffusionopd.trainer.prefetch import BatchError, Rounds
+from diffusionopd.data.batches import Batch
+from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.training import train
+from diffusionopd.training.prefetch import BatchError, Rounds
 
 
 class Maker:
@@ -62,7 +62,7 @@ def test_a_failure_names_its_round_and_comes_no_sooner(ahead):
 
 
 def test_a_cache_file_lost_during_a_run_stops_it_with_the_round_saved(tiny_config, tmp_path, monkeypatch):
-    from diffusionopd.text import TextCache
+    from diffusionopd.models.text_cache import TextCache
 
     load = TextCache._load
 

@@ -10,8 +10,8 @@ import pytest
 
 from diffusionopd import stages
 from diffusionopd.stages import stage, timed_stages
-from diffusionopd.trainer import profile
-from diffusionopd.trainer.profiling import OTHER
+from diffusionopd.training import profile
+from diffusionopd.training.profiling import OTHER
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from itertools import chain
 
 import pytest
 
-from diffusionopd.geneval_classes import CLASSES, TAGS
-from diffusionopd.prompts import PromptError, geneval, load_prompts, ocr, ocr_words
+from diffusionopd.data.prompts import PromptError, load_prompts
+from diffusionopd.prompts import geneval, ocr, ocr_words
 from diffusionopd.prompts.__main__ import main
-from diffusionopd.prompts.mixture import allocate, apportion, digits, drawn
+from diffusionopd.rewards.geneval.classes import CLASSES, TAGS
 from diffusionopd.rewards.ocr import wanted_text
+from tools.prompts.mixture import allocate, apportion, digits, drawn
 
 # Lines of the published test set, one or two a tag, with its quirks of number and article.
 PUBLISHED = """\

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from diffusionopd.prompts import Prompt, PromptError, PromptSampler, load_prompts
+from diffusionopd.data.prompts import Prompt, PromptError, load_prompts
+from diffusionopd.data.sampler import PromptSampler
 
 
 def write(folder, name, content):

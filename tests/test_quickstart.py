@@ -60,7 +60,7 @@ def test_everything_in_order(checkout):
     ]
     for call, model in zip(calls[2:7], models, strict=True):
         assert call.startswith("eval.sh ") and call.endswith(model) and "--dataset compose ocr scene" in call
-    assert calls[7].startswith("python scripts/quickstart_report.py --run logs/quickstart/run") and len(calls) == 8
+    assert calls[7].startswith("python -m tools.quickstart_report --run logs/quickstart/run") and len(calls) == 8
 
 
 def test_the_same_command_continues_and_does_not_train_twice(checkout):

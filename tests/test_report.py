@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusionopd.report import ReportError, Task, collect, render, summary, text_table
-from diffusionopd.report.collect import read_metrics
-from diffusionopd.report.data import duration
-from diffusionopd.report.plots import loss_curves, running_mean, score_curve
-from diffusionopd.results import Record, ResultFolder, Summary
+from diffusionopd.evaluation.results import Record, ResultFolder, Summary
+from tools.report import ReportError, Task, collect, render, summary, text_table
+from tools.report.collect import read_metrics
+from tools.report.data import duration
+from tools.report.plots import loss_curves, running_mean, score_curve
 
 LEVELS = {  # task -> (base, teacher, student)
     "compose": (0.25, 0.75, 0.75),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionopd.results import (
+from diffusionopd.evaluation.results import (
     AVERAGES,
     RESULTS,
     SETTINGS,

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionopd import checkpoint
 from diffusionopd.config_schema import ResumeError, base_config, changes_since, check, flatten, load_config, resumed
 from diffusionopd.config_schema.__main__ import main
 from diffusionopd.config_schema.geometry import BATCH_KEYS, adapted_batches, geometry
 from diffusionopd.config_schema.resume import EXPERIMENT, FREE, SavedRun
 from diffusionopd.config_schema.values import NO_EFFECT, unused_keys
-from diffusionopd.trainer import RunError, train
-from diffusionopd.trainer.resume import find_checkpoint, weight_digests
-from diffusionopd.trainer.state import versions
+from diffusionopd.training import RunError, checkpoint, train
+from diffusionopd.training.resume import find_checkpoint, weight_digests
+from diffusionopd.training.state import versions
 
 from .conftest import ROOT
 from .test_trainer import assert_bitwise, launch, metrics, student
@@ -301,7 +300,7 @@ def write_script(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     script = tmp_path / "run.py"
     script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.trainer import train\n"
+        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.training import train\n"
         f"train(ConfigDict(json.load(open({str(tmp_path / 'config.json')!r}))))\n"
     )
     return script
@@ -356,7 +355,7 @@ def test_another_experiment_is_refused_before_weights_load(tiny_config, tmp_path
     before = (run / "metrics.jsonl").read_bytes(), (run / "config.json").read_bytes()
     changed = {"num_epochs": 2, "resume_from": "auto", "train__target": "x0", "train__learning_rate": 1e-4}
     with monkeypatch.context() as patch:
-        patch.setattr("diffusionopd.trainer.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+        patch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
         for dry_run in (True, False):
             with pytest.raises(ResumeError, match=r"checkpoint-1 .*\n  - train\.target: 'velocity' -> 'x0'\n") as error:
                 train(tiny_config(**changed), dry_run=dry_run)
@@ -489,7 +488,7 @@ def test_a_checkpoint_of_a_later_version_is_neither_skipped_nor_called_damaged(c
 
 def test_other_versions_are_said_in_one_line(tiny_config, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("diffusionopd.trainer.state.versions", lambda: versions() | {"torch": "2.12.0", "peft": "0.1"})
+        patch.setattr("diffusionopd.training.state.versions", lambda: versions() | {"torch": "2.12.0", "peft": "0.1"})
         train(tiny_config(num_epochs=1))
     capsys.readouterr()
     train(tiny_config(num_epochs=1, resume_from="auto"))

@@ -135,7 +135,7 @@ def test_scores_on_a_gpu_are_those_on_a_cpu(name, folder, images, tmp_path):
 def test_what_is_missing_is_named_with_the_command(folder, tmp_path):
     with pytest.raises(RewardError, match="hf download nobody/no-such-clip"):
         build_scorer("clipscore", options={"model": "nobody/no-such-clip"})
-    with pytest.raises(RewardError, match="python scripts/download.py rewards aesthetic"):
+    with pytest.raises(RewardError, match="python -m tools.download rewards aesthetic"):
         build_scorer("aesthetic", options={"model": folder, "head": str(tmp_path / "none.pth")})
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, other)

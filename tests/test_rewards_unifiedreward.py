@@ -227,7 +227,7 @@ def test_no_more_requests_than_the_bound_are_under_way(build, server):
 
 
 def test_without_the_official_question_it_asks_its_own_and_says_so(build, server, tmp_path):
-    with pytest.warns(UserWarning, match="cannot be compared.*scripts/download.py rewards unifiedreward"):
+    with pytest.warns(UserWarning, match="cannot be compared.*tools/download.py rewards unifiedreward"):
         scorer = build(question=str(tmp_path / "none.txt"))
     scorer.score(grey(0), ["a dog"], [{}])
     assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
@@ -236,7 +236,7 @@ def test_without_the_official_question_it_asks_its_own_and_says_so(build, server
 
 def test_a_question_without_a_place_for_the_caption_is_refused(build, tmp_path):
     (tmp_path / "other.txt").write_text("404: Not Found")
-    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*scripts/download.py"):
+    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools/download.py"):
         build(question=str(tmp_path / "other.txt"))
 
 

@@ -16,35 +16,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionopd import checkpoint
-from diffusionopd.adapters import AdapterError, load_lora
-from diffusionopd.backbone import BackboneError, load_backbone, load_text_encoder
 from diffusionopd.config_schema import ConfigError, check, find_secrets, redacted
-from diffusionopd.downloads import DownloadError
-from diffusionopd.downloads.catalogue import CATALOGUE, File
-from diffusionopd.downloads.files import fetch
-from diffusionopd.report import compare, read_models, render_comparison
-from diffusionopd.report.data import Picture, Report, Task
-from diffusionopd.report.document import document, facts
-from diffusionopd.report.page import render
-from diffusionopd.results import Record, Summary, averages_json, summarise
+from diffusionopd.evaluation.results import Record, Summary, averages_json, summarise
+from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder
+from diffusionopd.models.lora import AdapterError, load_lora
+from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
 from diffusionopd.rewards.chat_server import ChatServer
 from diffusionopd.rewards.weights import load_official
-from diffusionopd.text import TextCache, TextCacheError
-from diffusionopd.trainer import run_command, train
+from diffusionopd.training import checkpoint, run_command, train
+from tools.downloads import DownloadError
+from tools.downloads.catalogue import CATALOGUE, File
+from tools.downloads.files import fetch
+from tools.report import compare, read_models, render_comparison
+from tools.report.data import Picture, Report, Task
+from tools.report.document import document, facts
+from tools.report.page import render
 
 from .conftest import ROOT
 from .loopback import CONTENT, entry, left, loopback
 from .source_rules import broken_rules
 
 SOURCES = sorted(
-    path for folder in ("diffusionopd", "scripts", "benchmarks", "config") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("diffusionopd", "tools", "scripts", "benchmarks", "experiments", "config")
+    for path in (ROOT / folder).rglob("*.py")
 )
 # Files that are run are configurations, the defaults, and the classes of the reward registry; nothing that is data.
 RUNS_PYTHON = {
     *("diffusionopd/config_schema/load.py", "diffusionopd/config_schema/values.py", "diffusionopd/rewards/__init__.py"),
-    *("config/opd.py", "config/teacher.py", "config/tiny.py", "benchmarks/claims/config.py"),
+    *("config/opd.py", "config/teacher.py", "config/tiny.py", "experiments/claims/config.py"),
     "benchmarks/full_size_config.py",
 }
 
@@ -303,7 +304,7 @@ def test_redirections_to_other_schemes_are_refused(server, tmp_path, target):
 
 
 def test_redirections_away_from_https_are_refused(tmp_path, monkeypatch):
-    from diffusionopd.downloads import transfer
+    from tools.downloads import transfer
 
     hops = [types.SimpleNamespace(url="https://host/file"), types.SimpleNamespace(url="http://host/file")]
     answer = types.SimpleNamespace(url="https://other/file", history=hops, close=lambda: None)

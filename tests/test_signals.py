@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd import checkpoint
-from diffusionopd.evaluation import ImageGenerator
+from diffusionopd.evaluation.evaluate import ImageGenerator
 from diffusionopd.signals import SIGNALS, SignalWatch
-from diffusionopd.trainer import Trainer, train
-from diffusionopd.trainer.stop import read_pending
+from diffusionopd.training import Trainer, checkpoint, train
+from diffusionopd.training.stop import read_pending
 
 from .conftest import ROOT
 from .test_trainer import assert_bitwise, metrics

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionopd import checkpoint
-from diffusionopd.batches import Batch
+from diffusionopd.algorithms import Grpo, Nft, RewardRecipe, Supervised
+from diffusionopd.algorithms.base import STUDENT, Parts
+from diffusionopd.algorithms.nft import OLD
+from diffusionopd.algorithms.optim import StudentOptimizer
 from diffusionopd.config_schema import ConfigError, check
-from diffusionopd.distributed import noise
-from diffusionopd.learner import STUDENT, Parts
-from diffusionopd.optim import StudentOptimizer
+from diffusionopd.data.batches import Batch
+from diffusionopd.data.noise import noise
 from diffusionopd.rewards import REGISTRY, RewardError
-from diffusionopd.stage1 import Grpo, Nft, RewardRecipe, Supervised
-from diffusionopd.stage1.nft import OLD
-from diffusionopd.trainer import train
+from diffusionopd.training import checkpoint, train
 from diffusionopd.transitions import per_sample_mean, schedule
 
 from .test_trainer import assert_bitwise, launch, metrics, student
@@ -276,7 +275,7 @@ def test_one_process_equals_two(stage1_config, tmp_path, algorithm):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     script = tmp_path / "run.py"
     script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.trainer import train\n"
+        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.training import train\n"
         f"train(ConfigDict(json.load(open({str(tmp_path / 'config.json')!r}))))\n"
     )
     launch(script)

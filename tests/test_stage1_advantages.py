@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusionopd.algorithms.advantages import clip_advantages, group_advantages
 from diffusionopd.rewards import NOT_APPLICABLE
-from diffusionopd.stage1.advantages import clip_advantages, group_advantages
 
 REWARDS = [0.1, 0.9, 0.4, 0.3, 0.3, 0.7, 0.2, 1.0]
 GROUPS = [7, 7, 3, 3, 7, 3, 5, 5]

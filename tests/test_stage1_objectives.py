@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from diffusionopd.stage1.objectives import (
+from diffusionopd.losses import (
     grpo_guard_loss,
     grpo_loss,
     kl_to_reference,

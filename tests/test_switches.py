@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffusionopd import checkpoint
-from diffusionopd.acceleration import compile_blocks
-from diffusionopd.trainer import train
+from diffusionopd.models.acceleration import compile_blocks
+from diffusionopd.training import checkpoint, train
 
 COMMON = {
     "num_epochs": 10,
@@ -63,8 +62,8 @@ def averages(tmp_path) -> list[torch.Tensor]:
 )
 def test_ten_rounds_are_those_of_the_plain_run(tiny_config, tmp_path, plain, switch, monkeypatch):
     # Graphs of forward and backward as they are traced, without the minutes that generating code for them takes.
-    monkeypatch.setattr("diffusionopd.trainer.setup.compile_blocks", partial(compile_blocks, backend="aot_eager"))
-    monkeypatch.setattr("diffusionopd.trainer.setup.check_compiler", lambda device: None)
+    monkeypatch.setattr("diffusionopd.training.setup.compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr("diffusionopd.training.setup.check_compiler", lambda device: None)
     if not plain:
         plain["rows"] = rows(tiny_config, tmp_path)
         plain["averages"] = averages(tmp_path)

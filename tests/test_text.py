@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusionopd.conditioning import TextEmbeddings
-from diffusionopd.text import TextCache, TextCacheError
+from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.text_cache import TextCache, TextCacheError
 
 PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball"]
 
@@ -20,7 +20,7 @@ PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball"]
 @pytest.fixture(autouse=True)
 def _quick_collection(monkeypatch):
     """`fill` collects garbage once a run; in a test process full of libraries each takes a quarter second."""
-    monkeypatch.setattr("diffusionopd.text.gc.collect", lambda: 0)
+    monkeypatch.setattr("diffusionopd.models.text_cache.gc.collect", lambda: 0)
 
 
 class Encoder:

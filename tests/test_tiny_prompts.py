@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd.prompts import load_prompts
+from diffusionopd.data.prompts import load_prompts
 from diffusionopd.tiny import dataset
 from diffusionopd.tiny.grammar import (
     COMPOSE_LINES,

@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd import checkpoint
-from diffusionopd.adapters import AdapterError
-from diffusionopd.opd import STUDENT
-from diffusionopd.optim import NonFiniteError
-from diffusionopd.trainer import RunError, Trainer, train
+from diffusionopd.algorithms.opd import STUDENT
+from diffusionopd.algorithms.optim import NonFiniteError
+from diffusionopd.models.lora import AdapterError
+from diffusionopd.training import RunError, Trainer, checkpoint, train
 
 from .conftest import ROOT
 
@@ -213,7 +212,7 @@ def test_one_process_equals_two(tiny_config, tmp_path):
     script = tmp_path / "run.py"
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.trainer import train\n"
+        "import json\nfrom ml_collections import ConfigDict\nfrom diffusionopd.training import train\n"
         f"train(ConfigDict(json.load(open({str(tmp_path / 'config.json')!r}))))\n"
     )
     launch(script)
@@ -244,13 +243,13 @@ def launch(script: Path, processes: int = 2) -> None:
 def test_a_complete_text_cache_never_loads_an_encoder(tiny_config, monkeypatch):
     train(tiny_config(run_name="a", num_epochs=1))
     monkeypatch.setattr(
-        "diffusionopd.trainer.setup.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
+        "diffusionopd.training.setup.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
     )
     assert train(tiny_config(run_name="b", num_epochs=1)) is not None
 
 
 def test_non_finite_teacher_stops_the_run_and_keeps_the_checkpoint(tiny_config, monkeypatch, tmp_path):
-    from diffusionopd.backbone import Backbone
+    from diffusionopd.models.backbone import Backbone
 
     first = train(tiny_config(num_epochs=1))
     original = Backbone.velocity
@@ -301,7 +300,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(tiny_config, tmp_pat
 
 
 def test_dry_run_loads_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusionopd.trainer.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
     assert train(tiny_config(), dry_run=True) is None
     assert "dry run" in capsys.readouterr().out
     assert not (tmp_path / "logs" / "run").exists()

@@ -66,7 +66,7 @@ def load_question(path: str) -> str:
     if not Path(path).is_file():
         warnings.warn(
             f"reward 'unifiedreward': without {path} it asks in words of its own, and its scores cannot be compared "
-            "with published ones. To fetch the official question: python scripts/download.py rewards unifiedreward",
+            "with published ones. To fetch the official question: python -m tools.download rewards unifiedreward",
             stacklevel=3,
         )
         return OWN_QUESTION
@@ -74,7 +74,7 @@ def load_question(path: str) -> str:
     if "{prompt}" not in question:
         raise RewardError(
             f"{path} has no {{prompt}} where the caption belongs. "
-            "To fetch it again: python scripts/download.py rewards unifiedreward"
+            "To fetch it again: python -m tools.download rewards unifiedreward"
         )
     return question
 

@@ -32,14 +32,14 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
     """What `build` makes of a published checkpoint.
 
     Args:
-        reward: name of the reward, as `scripts/download.py` knows it.
+        reward: name of the reward, as `tools/download.py` knows it.
         path: the file, read by `torch.load(weights_only=True)`.
         build: from the file's content to a model.
 
     Raises:
         RewardError: the file is missing (with the command that fetches it), or `build` fails on what it holds.
     """
-    fetch = f"python scripts/download.py rewards {reward}"
+    fetch = f"python -m tools.download rewards {reward}"
     if not Path(path).is_file():
         raise RewardError(f"reward '{reward}' needs {path}. To fetch it: {fetch}")
     try:

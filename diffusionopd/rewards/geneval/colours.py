@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusionopd.geneval_classes import COLOURS
 from diffusionopd.rewards.clip import Clip
+from diffusionopd.rewards.geneval.classes import COLOURS
 from diffusionopd.rewards.geneval.rules import Detection
 
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")

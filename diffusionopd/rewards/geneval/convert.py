@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from diffusionopd.geneval_classes import CLASSES, RENAMED
 from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.geneval.classes import CLASSES, RENAMED
 from diffusionopd.rewards.weights import cause
 
 CHECKPOINT = "reward_ckpts/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 CONVERTED = "mask2former_swin-s-coco"
-FETCH = "python scripts/download.py rewards geneval"
+FETCH = "python -m tools.download rewards geneval"
 _SOURCE = "converted_from.json"
 
 UNUSED = frozenset(

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from diffusionopd.geneval_classes import CLASSES, RENAMED
 from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.geneval.classes import CLASSES, RENAMED
 
 # Pascal VOC's words, which some published COCO models carry.
 _OTHER_WORDS = {

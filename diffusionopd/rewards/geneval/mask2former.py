@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from diffusionopd.geneval_classes import CLASSES
+from diffusionopd.rewards.geneval.classes import CLASSES
 from diffusionopd.rewards.geneval.resize import resize_bilinear
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
 

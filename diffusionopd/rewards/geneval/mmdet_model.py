@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusionopd.geneval_classes import CLASSES
 from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.geneval.classes import CLASSES
 from diffusionopd.rewards.geneval.convert import read_checkpoint
 from diffusionopd.rewards.geneval.labels import check_labels
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusionopd.geneval_classes import CLASSES, COLOURS, POSITIONS, TAGS
 from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.geneval.classes import CLASSES, COLOURS, POSITIONS, TAGS
 
 
 @dataclass(frozen=True)

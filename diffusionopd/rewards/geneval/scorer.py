@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusionopd.geneval_classes import TAGS
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores
 from diffusionopd.rewards.clip import CLIP_L, load_clip
+from diffusionopd.rewards.geneval.classes import TAGS
 from diffusionopd.rewards.geneval.colours import ColourClassifier
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
 from diffusionopd.rewards.geneval.detector import build_detector

@@ -1,0 +1,1 @@
+"""Prompts, their order, the noise of every sample, and batches."""

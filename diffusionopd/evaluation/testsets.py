@@ -1,0 +1,88 @@
+"""What can be evaluated on: test prompts by name or folder, and the rewards that each is scored with."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusionopd.data.prompts import Prompt, load_prompts
+from diffusionopd.rewards import check_name
+
+_QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
+
+BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "geneval": ("dataset/geneval", ("geneval",)),
+    "ocr": ("dataset/ocr", ("ocr",)),
+    "pickscore": ("dataset/pickscore", _QUALITY),
+    "drawbench": ("dataset/drawbench", _QUALITY),
+    "compose": ("assets/tiny/dataset/compose", ("tiny_compose",)),
+    "tiny_ocr": ("assets/tiny/dataset/ocr", ("tiny_ocr",)),
+    "scene": ("assets/tiny/dataset/scene", ("tiny_scene",)),
+}
+"""Name -> folder of its prompt files, from the repository's root, and its rewards; the first four as upstream."""
+
+
+class BenchmarkError(ValueError):
+    """A benchmark that does not exist, or that nothing is known to score with."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Test prompts, the names of the rewards that score their pictures, and settings of its own where it has them."""
+
+    name: str
+    prompts: list[Prompt]
+    rewards: tuple[str, ...]
+    guidance_scale: float | None = None
+    num_steps: int | None = None
+
+
+def find_benchmark(
+    dataset: str, rewards: Sequence[str] = (), limit: int | None = None, tasks: Sequence[Mapping[str, Any]] = ()
+) -> Benchmark:
+    """The test prompts of a benchmark and the rewards to score it with.
+
+    Args:
+        dataset: name of one of `tasks`, else one of `BENCHMARKS`, else a folder with test prompts.
+        rewards: in place of the benchmark's own.
+        limit: use the first prompts only.
+        tasks: `train.teachers` of a config: `{name, dataset, prompt_fn, proxy_reward}` each, and `eval_guidance_scale`
+            and `eval_num_steps` where the task has its own.
+
+    Raises:
+        BenchmarkError: an unknown name, or no reward to score with.
+        RewardError: an unknown reward.
+        PromptError: the prompt file is missing or malformed.
+    """
+    task = next((task for task in tasks if task["name"] == dataset), None)
+    if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
+        raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
+    folder = Path(task["dataset"] if task else BENCHMARKS[dataset][0] if dataset in BENCHMARKS else dataset)
+    if task is None and dataset not in BENCHMARKS and not os.path.isdir(folder):
+        known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
+        raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
+    chosen = tuple(rewards) or _rewards_of(folder) or tuple((task or {}).get("proxy_reward") or ())
+    if not chosen:
+        raise BenchmarkError(f"nothing is known to score dataset '{dataset}' with: choose with --rewards")
+    for name in chosen:
+        check_name(name)
+    if limit is not None and limit < 1:
+        raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
+    is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
+    prompt_fn = "geneval" if is_geneval else "general_ocr"
+    prompts = load_prompts(folder, task["prompt_fn"] if task else prompt_fn, "test")
+    named = task is not None or dataset in BENCHMARKS
+    own = task or {}
+    return Benchmark(
+        dataset if named else folder.resolve().name,
+        prompts[:limit],
+        chosen,
+        guidance_scale=own.get("eval_guidance_scale"),
+        num_steps=own.get("eval_num_steps"),
+    )
+
+
+def _rewards_of(folder: Path) -> tuple[str, ...]:
+    """The rewards of the named benchmark that has its prompts in this folder; `()` if none has."""
+    return next((names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve()), ())

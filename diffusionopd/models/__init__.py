@@ -1,0 +1,1 @@
+"""The base model, its LoRAs and its text embeddings."""

@@ -1,0 +1,8 @@
+"""A run from its configuration: build, resume, loop over rounds, save."""
+
+from diffusionopd.training.command import run_command
+from diffusionopd.training.loop import Trainer, make_accelerator, train
+from diffusionopd.training.profiling import Profile, profile
+from diffusionopd.training.state import RunError
+
+__all__ = ["Profile", "RunError", "Trainer", "make_accelerator", "profile", "run_command", "train"]

@@ -1,0 +1,62 @@
+"""Ending a run early and well: what a signal wishes, all processes agree on, and what was left undone is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffusionopd import distributed
+from diffusionopd.signals import SignalWatch, name
+from diffusionopd.training.state import write_json
+
+_PENDING = "state/pending.json"
+
+
+class Stop(SignalWatch):
+    """Within a ``with`` block: notes a signal, says so once, and lets the processes agree on ending."""
+
+    def __init__(self, announce: bool) -> None:
+        """``announce`` on one process: the others hear of it when they agree."""
+        super().__init__(self._say)
+        self._announce = announce
+        self.doing = "the round"
+        """What a signal lets finish, for the message."""
+        self.signal = 0
+        """The number of the signal that all processes agreed to end at; 0 before."""
+
+    def agreed(self) -> bool:
+        """Whether any process has got a signal, the same answer on every one. Collective until it is true."""
+        if not self.signal:
+            self.signal = max(distributed.meet("agreeing whether to go on", self.received))
+        return self.signal > 0
+
+    def note(self, completed: int, saved: Path | None) -> str:
+        """What to tell about the end, and how to go on."""
+        return (
+            f"{name(self.signal)}: stopped after round {completed}; saved {saved}. The same command with "
+            "--config.resume_from=auto goes on from there."
+        )
+
+    def _say(self, number: int) -> None:
+        if self._announce:
+            tqdm.write(
+                f"{name(number)}: finishing {self.doing}, saving, then ending; a second signal ends at once",
+                file=sys.stderr,
+            )
+
+
+def write_pending(checkpoint: Path, row: dict[str, Any]) -> None:
+    """Keep the metrics of a round whose evaluation is still to be done, in the checkpoint after that round."""
+    write_json(checkpoint / _PENDING, row)
+
+
+def read_pending(checkpoint: Path | None) -> dict[str, Any] | None:
+    """What :func:`write_pending` kept; None for a checkpoint whose round is complete."""
+    path = None if checkpoint is None else checkpoint / _PENDING
+    if path is None or not path.exists():
+        return None
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,134 @@
+"""Finished runs as they stand in their files, and their scores along training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffusionopd.evaluation.results import Summary
+from experiments.claims.experiments import TASKS
+
+REMEDY = "python experiments/claims/run.py"
+
+
+class ClaimsError(ValueError):
+    """Results that cannot be read or put side by side; the message says what, where and the remedy."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Scores on the monitored test prompts after so many rounds and forward evaluations of single pictures."""
+
+    round: int
+    evaluations: float
+    scores: Mapping[str, float]  # task -> score; a teacher's curve has its own task alone, the base's is one point
+
+
+@dataclass(frozen=True)
+class Result:
+    """One experiment with one seed. Evaluations count forward passes of the transformer by single pictures."""
+
+    experiment: str
+    label: str
+    seed: int
+    form: str  # full or short
+    rounds: int
+    evaluations: float
+    teacher_evaluations: float
+    backwards: float | None  # pictures whose forward was also backpropagated; None where it was not counted
+    curve: Sequence[Point]
+    final: Mapping[str, Summary]
+
+    @property
+    def with_teachers(self) -> float:
+        """Evaluations of this training and of the teachers it used."""
+        return self.evaluations + self.teacher_evaluations
+
+    def means(self) -> dict[str, float]:
+        """Task -> the finished model's score on all test prompts."""
+        return {task: self.final[task].mean for task in TASKS}
+
+
+Runs = Mapping[str, Mapping[int, Result]]
+"""Experiment -> seed -> result."""
+
+
+def read_results(folder: Path) -> dict[str, dict[int, Result]]:
+    """Every ``<experiment>-seed<seed>.json`` of a folder.
+
+    Raises:
+        ClaimsError: no such file there, one that is no result, short runs among full ones.
+    """
+    runs: dict[str, dict[int, Result]] = {}
+    for file in sorted(folder.glob("*-seed*.json")):
+        result = _read(file)
+        runs.setdefault(result.experiment, {})[result.seed] = result
+    forms = {result.form for by_seed in runs.values() for result in by_seed.values()}
+    if not runs:
+        raise ClaimsError(f"{folder} holds no results; make some with {REMEDY}")
+    if len(forms) > 1:
+        raise ClaimsError(f"{folder} mixes runs of the forms {', '.join(sorted(forms))}; move one of them elsewhere")
+    return runs
+
+
+def _read(file: Path) -> Result:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        final = {task: Summary(**content["final"][task]) for task in TASKS}
+        curve = (
+            [Point(p["round"], p["evaluations"], p["scores"]) for p in content["curve"]] if "curve" in content else []
+        )
+        names = ("experiment", "label", "seed", "form", "rounds", "evaluations", "teacher_evaluations")
+        return Result(
+            **{name: content[name] for name in names}, backwards=content.get("backwards"), curve=curve, final=final
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and run {REMEDY} again") from error
+
+
+def curve_from_base(result: Result, base: Result) -> list[Point]:
+    """The run's curve with the base's scores before it: every training starts there."""
+    if not result.curve:
+        return []
+    return [Point(0, 0.0, {task: monitored(base, task) for task in result.curve[0].scores}), *result.curve]
+
+
+def monitored(result: Result, task: str) -> float:
+    """The finished model's score on the prompts of the curves; on all test prompts where its curve has not the task.
+
+    Curves are compared with such scores alone: what one gains from easy prompts the other gains too.
+    """
+    end = result.curve[-1].scores if result.curve else {}
+    return end[task] if task in end else result.final[task].mean
+
+
+def at_evaluations(curve: Sequence[Point], evaluations: float) -> dict[str, float]:
+    """Scores interpolated linearly at so many evaluations; beyond the curve's ends, its ends."""
+    x = [point.evaluations for point in curve]
+    return {task: float(np.interp(evaluations, x, [p.scores[task] for p in curve])) for task in curve[0].scores}
+
+
+def rounds_to(curve: Sequence[Point], task: str, level: float) -> float | None:
+    """Rounds, with fraction, after which the linearly interpolated curve first has this score; None if it never has."""
+    before = None
+    for point in curve:
+        score = point.scores[task]
+        if score >= level:
+            if before is None:
+                return float(point.round)
+            low = before.scores[task]
+            return before.round + (level - low) / (score - low) * (point.round - before.round)
+        before = point
+    return None
+
+
+def mean_height(points: Sequence[tuple[float, float]], end: float) -> float:
+    """Area under a piecewise linear curve of (x, y) from its first x to ``end``, divided by that length."""
+    x, y = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
+    inside = x < end
+    x, y = np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))

@@ -1,0 +1,293 @@
+"""Run the paper's comparisons in the tiny world, keep every result, write the table, the plots and the verdicts.
+
+    python experiments/claims/run.py                       all, seeds 1 2 3: hours, in as many sittings as you like
+    python experiments/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
+    python experiments/claims/run.py --short               three rounds each, to see that everything runs
+
+A finished run is one file in results/, and is not run again unless its configuration now has another number of rounds;
+a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there. After another
+change of a configuration remove the run's file and its folder.
+Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
+them ("backwards"), because the methods differ in their share.
+--jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;
+python experiments/claims/report.py writes it alone.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+
+from tqdm import tqdm
+
+from diffusionopd.config_schema import RunPlan, check, load_config, redacted
+from diffusionopd.evaluation.results import read_averages, read_records, write_text_atomically
+from experiments.claims.curves import ClaimsError
+from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
+from experiments.claims.report import write
+
+HERE = Path(__file__).resolve().parent
+CONFIG = "experiments/claims/config.py"
+
+
+SHORT = {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
+"""Settings of the short form."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with one seed."""
+
+    experiment: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files: ``<experiment>-seed<n>``."""
+        return f"{self.experiment}-seed{self.seed}"
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """Runs whose LoRAs this one takes as teachers."""
+        return tuple(Run(teacher, self.seed) for teacher in TEACHERS) if self.experiment in DISTILLED else ()
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to train: the base and the shipped teachers are only evaluated."""
+        return self.experiment != "base" and not self.experiment.startswith("shipped_")
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where runs happen, where results go, and how long they are."""
+
+    logs: Path
+    results: Path
+    short: bool
+
+    def result_file(self, run: Run) -> Path:
+        """The JSON file of a finished run."""
+        return self.results / f"{run.name}.json"
+
+    def folder(self, run: Run) -> Path:
+        """The run folder that training writes."""
+        return self.logs / run.name
+
+    def is_done(self, run: Run) -> bool:
+        """Whether there is a result of as many rounds as the configuration has."""
+        file = self.result_file(run)
+        if not file.is_file():
+            return False
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))["rounds"] == self._rounds_of(run)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and start again") from error
+
+    def _rounds_of(self, run: Run) -> int:
+        if not run.trained:
+            return 0
+        return SHORT["num_epochs"] if self.short else load_config(f"{ROOT / CONFIG}:{run.experiment}").num_epochs
+
+    def can_teach(self, run: Run) -> bool:
+        """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
+        if not self.is_done(run) or not (self.folder(run) / "checkpoints" / "latest").is_file():
+            return False
+        return self._latest(run) == f"checkpoint-{self._rounds_of(run)}"
+
+    def do(self, run: Run) -> None:
+        """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed.
+
+        A run that has a result is only trained again, for its LoRA.
+        """
+        started = time.perf_counter()
+        if run.trained:
+            self._train(run)
+        if self.is_done(run):
+            return
+        scores = self._evaluate(run)
+        result = self._describe(run, scores, time.perf_counter() - started)
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
+
+    def _train(self, run: Run) -> None:
+        settings = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
+        for i, teacher in enumerate(run.needs):
+            lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
+            settings[f"train.teachers[{i}].lora_path"] = lora
+        if self.short:
+            settings |= SHORT
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
+        if self._latest(run) != f"checkpoint-{self._rounds_of(run)}":  # a run that a signal stopped ends with status 0
+            raise RuntimeError(f"{run.name}: the training was stopped; the same command goes on with it")
+
+    def _latest(self, run: Run) -> str:
+        return (self.folder(run) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+
+    def _evaluate(self, run: Run) -> dict[str, dict[str, float]]:
+        which = ["--checkpoint_path", str(self.folder(run))]
+        if run.experiment == "base":
+            which = ["--base", "--config", f"{CONFIG}:opd"]
+        elif not run.trained:
+            which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
+        settings = {
+            "--output_dir": self._evaluation(run),
+            "--limit": 6 if self.short else 128,
+            "--seed": run.seed,
+            "--num_inference_steps": 10,
+        }
+        flags = [str(part) for pair in settings.items() for part in pair]
+        datasets = ("compose", "tiny_ocr", "scene")
+        self._start(run, "evaluate", "scripts/evaluate.py", *which, "--dataset", *datasets, "--resume", *flags)
+        found = {}
+        for task in TASKS:
+            summary = read_averages(self._evaluated(run, task) / "average_scores.json")[f"tiny_{task}"]
+            found[task] = {"mean": summary.mean, "standard_error": summary.standard_error, "count": summary.count}
+        return found
+
+    def _evaluation(self, run: Run) -> Path:
+        return self.folder(run) / f"evaluation-{self._rounds_of(run)}"
+
+    def _evaluated(self, run: Run, task: str) -> Path:
+        return self._evaluation(run) / ("tiny_ocr" if task == "ocr" else task)
+
+    def _start(self, run: Run, what: str, *command: str) -> None:
+        log = self.logs / f"{run.name}.{what}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment |= {"TRANSFORMERS_VERBOSITY": "error"}
+        with log.open("w", encoding="utf-8") as output:
+            code = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
+            ).returncode
+        if code:
+            end = log.read_text(encoding="utf-8")[-1500:]
+            raise RuntimeError(f"{run.name}: {what} ended with status {code}; the log {log} ends with\n{end}")
+
+    def _describe(self, run: Run, scores: dict[str, dict[str, float]], seconds: float) -> dict:
+        rows = self._rows(run)
+        curve, total = [], 0.0
+        for row in rows:
+            total += row["evaluations"]
+            seen = {task: row[f"eval/{task}/tiny_{task}"] for task in TASKS if f"eval/{task}/tiny_{task}" in row}
+            if seen:
+                curve.append({"round": row["round"], "evaluations": total, "scores": seen})
+        if not run.trained:
+            curve = [{"round": 0, "evaluations": 0.0, "scores": self._monitored(run)}]
+        teachers = [json.loads(self.result_file(teacher).read_text(encoding="utf-8")) for teacher in run.needs]
+        return {
+            "experiment": run.experiment,
+            "label": LABELS[run.experiment],
+            "seed": run.seed,
+            "form": "short" if self.short else "full",
+            "rounds": len(rows),
+            "seconds": round(sum(row["seconds"] for row in rows) or seconds, 1),
+            "evaluations": total,
+            "backwards": self._plan(run).student_evaluations * len(rows) if run.trained else 0,
+            "teacher_evaluations": sum(teacher["evaluations"] for teacher in teachers),
+            "curve": curve,
+            "final": scores,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def _monitored(self, run: Run) -> dict[str, float]:
+        """Means over the test prompts that trainings are watched on: the first ones, with the same noise."""
+        count = SHORT["eval_num_prompts"] if self.short else load_config(f"{ROOT / CONFIG}:opd").eval_num_prompts
+        found = {}
+        for task in TASKS:
+            records = read_records(self._evaluated(run, task) / "evaluation_results.jsonl")
+            scores = {record.sample_id: record.scores[f"tiny_{task}"] for record in records}
+            found[task] = fmean(scores[i] for i in range(count))
+        return found
+
+    def _plan(self, run: Run) -> RunPlan:
+        return check(load_config(str(ROOT / CONFIG) + f":{run.experiment}"), num_processes=1)
+
+    def _rows(self, run: Run) -> list[dict]:
+        if not run.trained:
+            return []
+        text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs, each once, teachers before what needs them; seed by seed, so that whole comparisons come early."""
+    runs: dict[Run, None] = {}
+    for seed in seeds:
+        for experiment in experiments:
+            run = Run(experiment, seed)
+            runs |= dict.fromkeys((*run.needs, run))
+    return list(runs)
+
+
+def run_all(runs: Sequence[Run], workshop: Workshop, jobs: int) -> list[str]:
+    """Do what has no result yet, ``jobs`` at a time; the messages of what failed."""
+    waiting = [run for run in runs if not workshop.is_done(run)]
+    # A teacher whose folder is gone is trained again, to the same weights, for the students that still need it.
+    needed = {teacher for run in waiting for teacher in run.needs}
+    waiting += [run for run in runs if run in needed and workshop.is_done(run) and not workshop.can_teach(run)]
+    failures: list[str] = []
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
+        working: dict[Future, Run] = {}
+        while waiting or working:
+            for run in [run for run in waiting if all(map(workshop.can_teach, run.needs))]:
+                if len(working) < jobs:
+                    waiting.remove(run)
+                    working[pool.submit(workshop.do, run)] = run
+            if not working:
+                failures += [f"{run.name}: its teachers are missing" for run in waiting]
+                break
+            bar.set_postfix_str(", ".join(run.name for run in working.values()))
+            done, _ = wait(working, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = working.pop(future)
+                bar.update()
+                if error := future.exception():
+                    failures.append(redacted(f"{run.name}: {error}"))
+    return failures
+
+
+def main() -> None:
+    """Flags to results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[*LABELS, []], help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="runs at once")
+    parser.add_argument("--short", action="store_true", help="three rounds each, results in --logs")
+    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "claims", help="run folders")
+    flags = parser.parse_args()
+    logs = (flags.logs / "short" if flags.short else flags.logs).resolve()
+    os.chdir(ROOT)  # configurations name files from there
+    workshop = Workshop(logs, logs / "results" if flags.short else HERE / "results", flags.short)
+    seeds = flags.seeds[:1] if flags.short else flags.seeds
+    runs = plan(flags.experiments or list(LABELS), seeds)
+    print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")
+    try:
+        failures = run_all(runs, workshop, flags.jobs)
+        if any(map(workshop.is_done, runs)):
+            print("\n".join(write(workshop.results, workshop.results)))
+    except ClaimsError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(failures) or "all done")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The paper's claims (arXiv 2605.15055, sections 3.3 and 4), each with the rule by which runs decide it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from experiments.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, monitored, rounds_to
+from experiments.claims.experiments import TASKS, TEACHERS
+
+HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured yet"
+COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
+RIVALS = ("multitask_nft", "multitask_guard", "cascade_nft")
+Seed = Mapping[str, Result]
+"""Experiment -> result, all of one seed."""
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of the values; None for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One number that has to satisfy ``value relation limit``, for the mean over the seeds that have it."""
+
+    name: str
+    relation: str
+    limit: float
+    values: Mapping[int, float]  # by seed
+    why_none: str = ""  # why there are no values
+    undefined: tuple[int, ...] = ()  # seeds with all runs that have no value all the same
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds; None without any."""
+        return fmean(self.values.values()) if self.values else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean over seeds; None for a single one."""
+        return standard_error(list(self.values.values()))
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the mean is less than its standard error away from the limit."""
+        if self.mean is None or self.standard_error is None:
+            return False
+        return abs(self.mean - self.limit) < self.standard_error
+
+    @property
+    def verdict(self) -> str:
+        """`HOLDS` or `FAILS` for the mean, `UNMEASURED` without one."""
+        if self.mean is None:
+            return UNMEASURED
+        return HOLDS if self._satisfied(self.mean) else FAILS
+
+    @property
+    def seeds_that_hold(self) -> int:
+        """How many seeds satisfy the relation, each by itself."""
+        return sum(self._satisfied(value) for value in self.values.values())
+
+    def _satisfied(self, value: float) -> bool:
+        return bool(COMPARE[self.relation](value, self.limit))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, how it is decided, and the numbers."""
+
+    statement: str
+    rule: str
+    parts: Sequence[Part]
+
+    @property
+    def verdict(self) -> str:
+        """A part that fails decides; else every part has to be measured."""
+        found = {part.verdict for part in self.parts}
+        return next(verdict for verdict in (FAILS, UNMEASURED, HOLDS) if verdict in found)
+
+
+def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
+    """All claims; ``variance`` is the content of ``variance.json``, None before it was measured."""
+    return [
+        Claim(
+            "Teachers: an off-the-shelf RL algorithm makes each task's teacher from its reward alone.",
+            "(teacher − base) / (shipped teacher − base) on the teacher's own task is at least 0.5.",
+            list(_teachers(runs)),
+        ),
+        Claim(
+            "One student reaches each of its teachers on the teacher's task.",
+            "student / teacher on the teacher's task is at least 0.97.",
+            [
+                _part(task, "≥", 0.97, runs, ("opd", f"teacher_{task}"), lambda s, t=task: _student(s, t))
+                for task in TASKS
+            ],
+        ),
+        Claim(
+            "At equal cost the student is better than multi-task RL and cascade RL.",
+            "Average of the finished student minus that of the other after as many evaluations (one that ends earlier "
+            "counts with its end) is above 0: on all test prompts where the other is finished too, else on the "
+            "monitored ones, its curve interpolated.",
+            list(_equal_cost(runs)),
+        ),
+        Claim(
+            "The closed form beats the PPO-style surrogate at equal noise.",
+            "Average of the closed form minus that of the surrogate is above 0: at the end of the shorter run, and as "
+            "the mean over the rounds until there (area under the curve).",
+            list(_closed_form(runs)),
+        ),
+        Claim(
+            "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
+            "Rounds until the interpolated curve has 90% of the teacher's score on the same prompts (and, beside the "
+            "claim, half of the gap from the base to it), noise 0.7 over ODE, is above 1. A run of noise 0.7 that "
+            "never gets there counts with its length, an ODE run that alone does not with 0; where neither does, the "
+            "seed is undefined.",
+            list(_speeds(runs)),
+        ),
+        Claim(
+            "The surrogate has the closed form's gradient on average, and score-function noise on top.",
+            "Means over the measured steps: measured / predicted variance is within a quarter of 1; the squared error "
+            "of the mean is at most 1.5 times what that variance explains; noise is most of the total variance, which "
+            "is that over draws plus the closed form's own over pictures.",
+            list(_estimators(variance)),
+        ),
+    ]
+
+
+def _part(
+    name: str, relation: str, limit: float, runs: Runs, needs: Sequence[str], measure: Callable[[Seed], float | None]
+) -> Part:
+    """The measure on every seed for which all the needed runs are there; None from it means undefined."""
+    missing = [name for name in needs if not runs.get(name)]
+    if missing:
+        return Part(name, relation, limit, {}, f"no run of {', '.join(missing)}")
+    found = {seed: measure(one) for seed, one in _seeds(runs, needs).items()}
+    if not found:
+        return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
+    values = {seed: value for seed, value in found.items() if value is not None}
+    why_none = "" if values else "undefined: no gap to measure by, no curve, or a level never reached"
+    return Part(name, relation, limit, values, why_none, tuple(seed for seed in found if seed not in values))
+
+
+def _seeds(runs: Runs, needs: Sequence[str]) -> dict[int, Seed]:
+    """Seed -> the needed experiments' results, of the seeds that have them all."""
+    shared = sorted(set.intersection(*(set(runs.get(name, {})) for name in needs)))
+    return {seed: {name: runs[name][seed] for name in needs} for seed in shared}
+
+
+# ---- what is measured on one seed ------------------------------------------------------------------------------------
+
+
+def _teachers(runs: Runs) -> Iterator[Part]:
+    for teacher, task in [*((f"teacher_{task}", task) for task in TASKS), ("guard_scene", "scene")]:
+        algorithm = "GRPO-Guard" if teacher.startswith("guard") else "NFT"
+
+        def share(seed: Seed, teacher: str = teacher, task: str = task) -> float | None:
+            base, shipped, own = (seed[name].final[task].mean for name in ("base", f"shipped_{task}", teacher))
+            return (own - base) / (shipped - base) if shipped > base else None
+
+        yield _part(f"{task}, {algorithm}", "≥", 0.5, runs, ("base", f"shipped_{task}", teacher), share)
+
+
+def _student(seed: Seed, task: str) -> float | None:
+    teacher = seed[f"teacher_{task}"].final[task].mean
+    return seed["opd"].final[task].mean / teacher if teacher > 0 else None
+
+
+def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
+    """Mean over tasks of ``(score - lowest) / (highest - lowest)``, over base and the seed's teachers on all prompts.
+
+    This scale does not depend on what is compared on it. None where all of them score the same.
+    """
+    total = 0.0
+    for task in TASKS:
+        levels = [seed[name].final[task].mean for name in ("base", *TEACHERS)]
+        low, high = min(levels), max(levels)
+        if low == high:
+            return None
+        total += (scores[task] - low) / (high - low)
+    return total / len(TASKS)
+
+
+def averages(runs: Runs, experiment: str) -> dict[int, float]:
+    """Seed -> normalised average of the finished model, of the seeds that have it, the base and the teachers."""
+    found = _seeds(runs, ("base", *TEACHERS, experiment)).items()
+    every = {seed: normalised_average(one, one[experiment].means()) for seed, one in found}
+    return {seed: average for seed, average in every.items() if average is not None}
+
+
+def _difference(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _lead(seed: Seed, name: str, rival: str, evaluations: float) -> float | None:
+    """Normalised average of one run minus another's after so many evaluations, on the same prompts for both.
+
+    None where either has no curve or nothing can be normalised.
+    """
+    pair = (seed[name], seed[rival])
+    if not all(result.curve for result in pair):
+        return None
+    if all(evaluations >= result.evaluations for result in pair):
+        scores = [result.means() for result in pair]
+    else:
+        scores = [at_evaluations(curve_from_base(result, seed["base"]), evaluations) for result in pair]
+    return _difference(*(normalised_average(seed, each) for each in scores))
+
+
+def _equal_cost(runs: Runs) -> Iterator[Part]:
+    for with_teachers in (True, False):
+        for rival in RIVALS:
+
+            def lead(seed: Seed, rival: str = rival, with_teachers: bool = with_teachers) -> float | None:
+                opd = seed["opd"]
+                return _lead(seed, "opd", rival, opd.with_teachers if with_teachers else opd.evaluations)
+
+            name = f"{rival}, {'with' if with_teachers else 'without'} the teachers' cost"
+            yield _part(name, ">", 0.0, runs, ("base", *TEACHERS, "opd", rival), lead)
+
+
+def lead_over_the_best(runs: Runs, rival: str) -> dict[int, float]:
+    """Seed -> average of the student minus that of the rival at its best monitored point, teachers' cost counted in.
+
+    The best of many noisy points flatters the rival; at the end of its run a training that collapsed flatters the
+    student. The truth is between the two.
+    """
+    found = {}
+    for seed, one in _seeds(runs, ("base", *TEACHERS, "opd", rival)).items():
+        points = [p.scores for p in one[rival].curve if p.evaluations <= one["opd"].with_teachers]
+        heights = [average for scores in points if (average := normalised_average(one, scores)) is not None]
+        own = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS})
+        if own is not None and heights:
+            found[seed] = own - max(heights)
+    return found
+
+
+def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
+    """Task -> seed -> score of one model of all tasks minus the teacher's, at equal evaluations in all.
+
+    The rival's curve is read where it has cost as much as the three teachers together, on the monitored prompts as
+    theirs: about 0 means that the tasks learn side by side as well as alone, below 0 that they fight.
+    """
+    found: dict[str, dict[int, float]] = {task: {} for task in TASKS}
+    for seed, one in _seeds(runs, ("base", *TEACHERS, rival)).items():
+        other, teachers = one[rival], [one[name] for name in TEACHERS]
+        if not all(result.curve for result in (other, *teachers)):
+            continue
+        cost = sum(teacher.evaluations for teacher in teachers)
+        scores = at_evaluations(curve_from_base(other, one["base"]), cost)
+        for task, teacher in zip(TASKS, teachers, strict=True):
+            found[task][seed] = scores[task] - monitored(teacher, task)
+    return found
+
+
+def _closed_form(runs: Runs) -> Iterator[Part]:
+    for noise in ("03", "07"):
+        closed, surrogate = f"opd_noise{noise}", f"ppo_noise{noise}"
+        needs = ("base", *TEACHERS, closed, surrogate)
+
+        def final(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
+            return _lead(seed, closed, surrogate, min(seed[name].evaluations for name in (closed, surrogate)))
+
+        def area(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
+            end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in (closed, surrogate))
+            return _difference(*(_height(seed, name, end) for name in (closed, surrogate))) if end else None
+
+        yield _part(f"noise 0.{noise[1]}, final", ">", 0.0, runs, needs, final)
+        yield _part(f"noise 0.{noise[1]}, area", ">", 0.0, runs, needs, area)
+
+
+def _height(seed: Seed, name: str, end: int) -> float | None:
+    """Normalised average as a mean over the rounds from 0 to ``end``."""
+    points = [(p.round, normalised_average(seed, p.scores)) for p in curve_from_base(seed[name], seed["base"])]
+    known = [(x, y) for x, y in points if y is not None]
+    return mean_height(known, end) if known else None
+
+
+def _speeds(runs: Runs) -> Iterator[Part]:
+    for name, level in {"90%": _nine_tenths, "half of the gap": _halfway}.items():
+        for task in TASKS:
+
+            def speed(seed: Seed, task: str = task, level: Callable[[float, float], float] = level) -> float | None:
+                return _speed(seed, task, level)
+
+            needs = ("base", f"teacher_{task}", "opd_noise00", "opd_noise07")
+            yield _part(f"{task}, {name}", ">", 1.0, runs, needs, speed)
+
+
+def _nine_tenths(base: float, teacher: float) -> float:
+    return 0.9 * teacher
+
+
+def _halfway(base: float, teacher: float) -> float:
+    return (base + teacher) / 2
+
+
+def _speed(seed: Seed, task: str, level: Callable[[float, float], float]) -> float | None:
+    """Rounds of noise 0.7 over rounds of the ODE to the level; None without curves, where neither gets there, or where
+    the base is there already.
+    """
+    teacher, names = seed[f"teacher_{task}"], ("opd_noise00", "opd_noise07")
+    if not all(result.curve for result in (teacher, *(seed[name] for name in names))):
+        return None
+    start = monitored(seed["base"], task)
+    wanted = level(start, monitored(teacher, task))
+    if start >= wanted:
+        return None
+    ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, wanted) for name in names)
+    if ode is None:
+        return None if noisy is None else 0.0
+    return (seed["opd_noise07"].curve[-1].round if noisy is None else noisy) / ode
+
+
+def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
+    """Means of ratios over the measured states of each noise level, so that no step outweighs the others."""
+    names = {
+        "difference of measured and predicted variance": ("≤", 0.25),
+        "squared error of the mean / that expected": ("≤", 1.5),
+        "noise / total variance": (">", 0.5),
+    }
+    if variance is None:
+        reason = "no variance.json: python experiments/claims/variance.py"
+        yield from (Part(name, *rule, {}, reason) for name, rule in names.items())
+        return
+    for level in variance["settings"]["levels"]:
+        states = [state for state in variance["states"] if state["noise"] == level]
+        values = (
+            abs(fmean(state["variance"] / state["predicted"] for state in states) - 1),
+            fmean(state["error"] / state["variance"] for state in states),
+            fmean(state["variance"] / (state["variance"] + state["between_pictures"]) for state in states),
+        )
+        for (name, rule), value in zip(names.items(), values, strict=True):
+            yield Part(f"noise {level}, {name}", *rule, {variance["settings"]["seed"]: value})

@@ -1,0 +1,73 @@
+"""How large a round's gradient is against AdamW's epsilon.
+
+    python experiments/gradient_scale.py                                  the embedded tiny world
+    python experiments/gradient_scale.py --random sd35 --resolution 256 --batch_size 1   SD3.5-Medium's shape (13 GiB)
+
+Prints the root mean square over all trained values of the gradient of the unscaled loss, the share of an AdamW
+update that epsilon 1e-8 takes away at that size, and the relative gap ``|v_S - v_T| / |v_T|`` behind it: the
+gradient is proportional to the gap, so that a figure from random weights can be carried over to real ones.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
+
+import torch
+
+from benchmarks.world import World, add_flags, recorded
+
+EPSILON = 1e-8
+
+
+def main() -> None:
+    """Measure one round and print its figures."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    # One step of middling length stands for the round of a large model: all steps of a CPU run would take half an hour.
+    distiller, batches = World(args).distiller(only=(args.steps - 1) // 2 if args.random else None)
+    optimizer, gaps = distiller.optimizer, []
+    started = time.perf_counter()
+    for batch in batches:
+        for visit in distiller._visits(batch):
+            loss = distiller._loss(batch, visit, visit.v_student).mean()
+            optimizer.backward(loss / (len(batches) * distiller.recipe.trained_steps))
+            gaps.append(((visit.v_student - visit.v_teacher).norm() / visit.v_teacher.norm()).item())
+    # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.
+    gradients = [p.grad for p in optimizer.parameters if p.grad is not None and p.grad.any()]
+    total = sum(g.numel() for g in gradients)
+    rms = (sum(g.double().square().sum().item() for g in gradients) / total) ** 0.5 / optimizer.loss_scale
+    result = {
+        "gradient_rms": rms,
+        "taken_by_epsilon": EPSILON / (rms + EPSILON),
+        "relative_gap": sum(gaps) / len(gaps),
+        "last_loss": loss.item(),
+        "trained_values": total,
+        "seconds": time.perf_counter() - started,
+        "settings": recorded(args),
+    }
+    print(f"gradient RMS {rms:.3g}: epsilon {EPSILON:g} takes {100 * result['taken_by_epsilon']:.2g}% of an update")
+    print(f"relative gap {result['relative_gap']:.3g}, {total:,} values with a gradient")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.set_defaults(tasks=1)
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Generators of prompt files: `python -m tools.prompts geneval|ocr`."""

@@ -1,0 +1,60 @@
+"""Generate training prompts.
+
+    python -m tools.prompts geneval --output dataset/geneval/train_metadata.jsonl --count 50000 --repeat \\
+        --exclude dataset/geneval/test_metadata.jsonl
+    python -m tools.prompts ocr --output dataset/ocr/train.txt --count 20000 --exclude dataset/ocr/test.txt
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusionopd.data.prompts import PromptError, read_prompts, write_lines
+from diffusionopd.prompts import geneval, ocr
+
+
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, what in (("geneval", "GenEval's grammar"), ("ocr", "scenes with text in double quotes")):
+        flags = kinds.add_parser(kind, help=what)
+        flags.add_argument("--output", type=Path, required=True, help="file to write")
+        flags.add_argument("--count", type=int, required=True, help="prompts")
+        flags.add_argument("--seed", type=int, default=42)
+        flags.add_argument("--exclude", type=Path, help="file of the same format whose prompts must not occur")
+        flags.add_argument("--force", action="store_true", help="replace the file")
+    kinds.choices["geneval"].add_argument(
+        "--repeat", action="store_true", help="hold Flow-GRPO's shares of the tags by repeating prompts of small tags"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Generate and write; returns how many different prompts there are. Raises PromptError."""
+    if flags.output.exists() and not flags.force:  # before the work; `write_lines` asks again
+        raise PromptError(f"{flags.output} exists already; choose another --output, or replace it with --force")
+    prompt_fn = "geneval" if flags.kind == "geneval" else "general_ocr"
+    exclude = [prompt.text for prompt in read_prompts(flags.exclude, prompt_fn)] if flags.exclude else []
+    if flags.kind == "geneval":
+        lines = geneval.generate(flags.count, flags.seed, exclude, flags.repeat)
+    else:
+        lines = ocr.generate(flags.count, flags.seed, exclude)
+    write_lines(flags.output, lines, flags.force)
+    return len(set(lines))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Flags to file; a mistake of the user's ends in one line, not in a traceback."""
+    flags = parse_flags(arguments)
+    try:
+        different = run(flags)
+    except PromptError as error:
+        sys.exit(f"error: {error}")
+    print(f"{flags.output}: {flags.count} lines, {different} different prompts")
+
+
+if __name__ == "__main__":
+    main()

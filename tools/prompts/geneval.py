@@ -1,0 +1,131 @@
+"""GenEval's prompt grammar: its six kinds of prompt with their metadata (Ghosh et al., arXiv 2310.11513).
+
+The wording, the order of the clauses and the keys are those of the published files, quirks included ("a skis", "two
+scissorses"): a prompt of the benchmark and the same prompt from here are the same line. Each kind is a numbered space,
+so that prompts can be drawn without replacement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from diffusionopd.data.prompts import PromptError
+from diffusionopd.rewards.geneval.classes import CLASSES, COLOURS, POSITIONS
+from tools.prompts.mixture import allocate, apportion, digits, drawn, shuffled
+
+SHARES = {"single_object": 0, "two_object": 1, "counting": 5, "colors": 1, "position": 7, "color_attr": 3}
+"""Weight of each tag in Flow-GRPO's training set (arXiv 2505.05470, appendix): what the base model finds hard."""
+
+NUMBERS = ("two", "three", "four")
+COLOURABLE = tuple(name for name in CLASSES if name != "person")
+
+
+def article(name: str) -> str:
+    """The name behind "a" or "an", told by its first letter."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    """The name with "s", or "es" after an s."""
+    return f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+def _two_of(number: int, count: int) -> tuple[int, int]:
+    """Ordered pair of different indices below `count`; numbers 0 to count·(count-1) - 1."""
+    first, second = divmod(number, count - 1)
+    return first, second + (second >= first)
+
+
+def _record(tag: str, include: list[dict[str, Any]], prompt: str, **more: Any) -> dict[str, Any]:
+    return {"tag": tag, "include": include, **more, "prompt": f"a photo of {prompt}"}
+
+
+def _single_object(number: int) -> dict[str, Any]:
+    name = CLASSES[number]
+    return _record("single_object", [{"class": name, "count": 1}], article(name))
+
+
+def _two_object(number: int) -> dict[str, Any]:
+    first, second = (CLASSES[i] for i in _two_of(number, len(CLASSES)))
+    include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
+    return _record("two_object", include, f"{article(first)} and {article(second)}")
+
+
+def _counting(number: int) -> dict[str, Any]:
+    which, index = digits(number, (len(CLASSES), len(NUMBERS)))
+    name, count = CLASSES[which], index + 2
+    include, exclude = [{"class": name, "count": count}], [{"class": name, "count": count + 1}]
+    return _record("counting", include, f"{NUMBERS[index]} {plural(name)}", exclude=exclude)
+
+
+def _colors(number: int) -> dict[str, Any]:
+    which, index = digits(number, (len(COLOURABLE), len(COLOURS)))
+    name, colour = COLOURABLE[which], COLOURS[index]
+    return _record("colors", [{"class": name, "count": 1, "color": colour}], f"{article(colour)} {name}")
+
+
+def _position(number: int) -> dict[str, Any]:
+    pair, index = divmod(number, len(POSITIONS))
+    (what, where), position = (CLASSES[i] for i in _two_of(pair, len(CLASSES))), POSITIONS[index]
+    # The clause that carries the position comes second and refers to clause 0.
+    include = [{"class": where, "count": 1}, {"class": what, "count": 1, "position": [position, 0]}]
+    return _record("position", include, f"{article(what)} {position} {article(where)}")
+
+
+def _color_attr(number: int) -> dict[str, Any]:
+    objects, colours = divmod(number, len(COLOURS) * (len(COLOURS) - 1))
+    pairs = zip(_two_of(colours, len(COLOURS)), _two_of(objects, len(COLOURABLE)), strict=True)
+    named = [(COLOURS[colour], COLOURABLE[name]) for colour, name in pairs]
+    include = [{"class": name, "count": 1, "color": colour} for colour, name in named]
+    return _record("color_attr", include, " and ".join(f"{article(colour)} {name}" for colour, name in named))
+
+
+_PAIRS = len(CLASSES) * (len(CLASSES) - 1)
+_COLOURED_PAIRS = len(COLOURABLE) * (len(COLOURABLE) - 1) * len(COLOURS) * (len(COLOURS) - 1)
+SPACES: dict[str, tuple[int, Callable[[int], dict[str, Any]]]] = {
+    "single_object": (len(CLASSES), _single_object),
+    "two_object": (_PAIRS, _two_object),
+    "counting": (len(CLASSES) * len(NUMBERS), _counting),
+    "colors": (len(COLOURABLE) * len(COLOURS), _colors),
+    "position": (_PAIRS * len(POSITIONS), _position),
+    "color_attr": (_COLOURED_PAIRS, _color_attr),
+}
+"""Tag -> how many prompts the grammar has, and the metadata of the n-th (0 to that number - 1)."""
+
+
+def essence(prompt: str) -> frozenset[str]:
+    """What two prompts share that differ only in the order of their objects: excluding one excludes the other."""
+    return frozenset(prompt.removeprefix("a photo of ").split(" and "))
+
+
+def generate(count: int, seed: int, exclude: Iterable[str] = (), repeat: bool = False) -> list[str]:
+    """`count` JSON lines, shuffled, in Flow-GRPO's shares.
+
+    The grammar has only 240 counting prompts. So either every prompt comes once and the tags with more prompts take
+    what is missing, or, with `repeat`, the shares hold and prompts of small tags come again, evenly.
+
+    Args:
+        exclude: prompts that must not occur, in either order of their objects.
+
+    Raises:
+        PromptError: `count` is not positive; without `repeat`, fewer prompts are left (the message says how many).
+    """
+    taken = {essence(prompt) for prompt in exclude}
+
+    def accepted(record: dict[str, Any]) -> bool:
+        return essence(record["prompt"]) not in taken
+
+    shares = {tag: share for tag, share in SHARES.items() if share}
+    # No tag needs more than `count`, so drawing no more leaves the maximum exact where it matters.
+    records = {tag: drawn(*SPACES[tag], accepted, count, f"geneval {seed} {tag}") for tag in shares}
+    if repeat:
+        if count < 1 or not all(records.values()):
+            raise PromptError(f"--count {count} must be at least 1, and --exclude must leave prompts of every kind")
+        counts = apportion(count, shares)
+    else:
+        counts = allocate(count, shares, {tag: len(records[tag]) for tag in shares})
+    chosen = (record for tag in shares for record in itertools.islice(itertools.cycle(records[tag]), counts[tag]))
+    return [json.dumps(record) for record in shuffled(chosen, f"geneval {seed}")]
