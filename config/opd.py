@@ -7,12 +7,9 @@ The teachers are the released LoRAs. The prompt files go to ``dataset/`` (see ``
 ``config/teacher.py`` trains them with ``--config.pretrained.model=...``.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_defaults = runpy.run_path(str(Path(__file__).with_name("base.py")))["get_config"]
+from diffusionopd.training import base_config as _defaults
 
 # guidance_scale is the one that a teacher was trained with: GenEval's was trained without classifier-free guidance.
 PICKSCORE = {

@@ -5,12 +5,9 @@ the tasks of ``config/tiny.py``, in minutes. What comes out, ``<run folder>/chec
 ``lora_path`` for ``train.teachers``.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_defaults = runpy.run_path(str(Path(__file__).with_name("base.py")))["get_config"]
+from diffusionopd.training import base_config as _defaults
 
 
 def get_config(name: str) -> ConfigDict:

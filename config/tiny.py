@@ -3,12 +3,9 @@
 Model, teachers and prompts are in ``assets/tiny``; ``python -m diffusionopd.tiny.build`` makes them from scratch.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_defaults = runpy.run_path(str(Path(__file__).with_name("base.py")))["get_config"]
+from diffusionopd.training import base_config as _defaults
 
 
 def _teacher(name: str, prompt_fn: str, guidance_scale: float) -> dict:

@@ -1,8 +1,30 @@
-"""Ways of training a LoRA without on-policy distillation: from rewards (stage 1), and from samples of teachers."""
+"""The algorithms by name. A new one is a file here and an entry in :data:`ALGORITHMS`."""
 
-from diffusionopd.algorithms.grpo import Grpo
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.algorithms.grpo import Grpo, GrpoGuard
 from diffusionopd.algorithms.nft import Nft
-from diffusionopd.algorithms.reinforced import Reinforced, RewardRecipe, Score
-from diffusionopd.algorithms.sft import Supervised
+from diffusionopd.algorithms.opd import Opd
+from diffusionopd.algorithms.sft import Sft
+from diffusionopd.config_schema import key
 
-__all__ = ["Grpo", "Nft", "Reinforced", "RewardRecipe", "Score", "Supervised"]
+ALGORITHMS: dict[str, type[Algorithm]] = {cls.name: cls for cls in (Opd, Sft, Nft, Grpo, GrpoGuard)}
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """The algorithm."""
+
+    algorithm: str = key(
+        "train.algorithm",
+        Opd.name,
+        """"opd", on-policy distillation from the teachers; "sft", supervised on the teachers' samples; or, without
+        teachers, from rewards: "nft" (DiffusionNFT), "grpo" (Flow-GRPO), "grpo_guard" (GRPO-Guard).""",
+        choices=tuple(ALGORITHMS),
+    )
+
+
+__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmSettings"]

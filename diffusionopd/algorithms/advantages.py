@@ -1,13 +1,21 @@
-"""Group-relative advantages: how much better a picture's reward is than those of the same prompt's other pictures."""
+"""From rewards to group-relative advantages: how much better an image is than the same prompt's other images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionopd.rewards import NOT_APPLICABLE
+from diffusionopd.algorithms.base import ReferenceSettings
+from diffusionopd.config_schema import Problems, key
+from diffusionopd.data.batches import Batch
+from diffusionopd.data.rounds import RoundShape
+from diffusionopd.distributed import gather_over_processes, sum_over_processes
+from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, RewardError, RewardWorker, Scores, failed
 
 SCALES = ("prompt", "global", "none")
 
@@ -35,12 +43,12 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "prompt", eps
     """``(reward - mean of its group) / (std + epsilon)`` (GRPO, arXiv 2402.03300).
 
     ``scale`` names the std: ``prompt`` is that of the sample's own group; ``global`` that of all rewards, so that
-    prompts on which the pictures differ little also count little; ``none`` only centres. As in the code of Flow-GRPO
+    prompts on which the images differ little also count little; ``none`` only centres. As in the code of Flow-GRPO
     and DiffusionNFT (``sample.global_std`` False and True), the std is the population's (divided by N), ``global`` is
     taken before centring, and epsilon is 1e-4. Without per-prompt tracking (``per_prompt_stat_tracking`` False)
     everything is one group.
 
-    ``rewards`` ``[N]`` and ``groups`` ``[N]`` (integers, equal for the pictures of one prompt) are those of **all**
+    ``rewards`` ``[N]`` and ``groups`` ``[N]`` (integers, equal for the images of one prompt) are those of **all**
     processes: means and deviations of a part would depend on how samples are spread. Rewards equal to
     ``NOT_APPLICABLE`` are left out of every statistic.
 
@@ -69,6 +77,110 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "prompt", eps
 def clip_advantages(values: Tensor, clip: float) -> Tensor:
     """Advantages limited to ``[-clip, clip]`` (``train.adv_clip_max``, published as 5)."""
     return values.clamp(-clip, clip)
+
+
+@dataclass(frozen=True)
+class RewardSettings(ReferenceSettings):
+    """Training from rewards."""
+
+    dataset: str = key("dataset", "", "Without `train.teachers`: folder of the prompts of the one task.")
+    prompt_fn: str = key("prompt_fn", "", "Without `train.teachers`: format of the prompts, as of a task.")
+    reward_fn: dict = key("reward_fn", {}, "Without `train.teachers`: {reward: weight} to train on.")
+    per_prompt_stat_tracking: bool = key(
+        "per_prompt_stat_tracking",
+        True,
+        """Advantages are rewards minus the mean of their prompt's images (False: of all the round's images of the
+        task), divided by the same images' standard deviation, or with `sample.global_std` by that of all.""",
+    )
+    global_std: bool = key("sample.global_std", False, "See `per_prompt_stat_tracking`.")
+    adv_clip_max: float = key(
+        "train.adv_clip_max", 5.0, "Advantages are clipped to [-adv_clip_max, adv_clip_max].", "(0, inf)"
+    )
+
+    def check(self, values: Mapping[str, Any], problems: Problems) -> None:
+        """Advantages compare the images of one prompt."""
+        name = "sample.num_image_per_prompt"
+        if problems.good(name) and values[name] == 1 and self.per_prompt_stat_tracking:
+            problems.add(name, "is 1", "Set it to at least 2, such as 8: advantages compare the images of one prompt.")
+
+
+class Scoring:
+    """The rewards of a round's samples: scored beside sampling, awaited together, gathered over processes."""
+
+    def __init__(self, rewards: Mapping[str, RewardWorker], decode: Callable[[Tensor], Tensor]) -> None:
+        """``rewards``: by task; ``decode``: latents ``[B, C, h, w]`` to images."""
+        self._rewards, self._decode = rewards, decode
+        self._batches: list[Batch] = []
+        self._pending: list[list[tuple[str, Future[Scores]]]] = []  # of each batch, by task
+
+    def submit(self, batch: Batch, x0: Tensor) -> None:
+        """Have a batch's final latents scored; what fails here fails when scores are awaited, on all processes."""
+        pending = []
+        for task, rows in batch.slices.items():
+            prompts = [row.prompt for row in batch.rows[rows]]
+            try:
+                images, texts = self._decode(x0[rows]), [prompt.text for prompt in prompts]
+                future = self._rewards[task].submit(images, texts, [prompt.metadata for prompt in prompts])
+            except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
+                future = failed(error)
+            pending.append((task, future))
+        self._batches.append(batch)
+        self._pending.append(pending)
+
+    def advantages(self, settings: RewardSettings, shape: RoundShape) -> tuple[list[Tensor], dict[str, float]]:
+        """The clipped advantages ``[B]`` of every batch, float32 on the CPU, and what is reported. Collective.
+
+        Raises RewardError on every process, naming task and rank, if some scores cannot be had.
+        """
+        tables, metrics = self._gathered(shape), dict[str, float]()
+        values: dict[str, Tensor] = {}
+        size = shape.images_per_prompt if settings.per_prompt_stat_tracking else shape.images_per_task
+        for task, table in tables.items():
+            groups = torch.arange(shape.images_per_task) // size
+            found = group_advantages(table[AVERAGE], groups, "global" if settings.global_std else "prompt")
+            values[task] = clip_advantages(found.values, settings.adv_clip_max).float()
+            metrics[f"zero_variance/{task}"] = found.zero_variance_share
+            for name, scores in table.items():
+                applied = scores[scores != NOT_APPLICABLE]
+                if len(applied):
+                    metric = f"reward/{task}" if name == AVERAGE else f"monitor/{task}/{name}"
+                    metrics[metric] = applied.mean().item()
+        return [torch.stack([values[row.task][row.sample] for row in batch.rows]) for batch in self._batches], metrics
+
+    def _gathered(self, shape: RoundShape) -> dict[str, dict[str, Tensor]]:
+        """Task -> score -> its values for the samples of all processes, float64 ``[images_per_task]`` by index."""
+        tables: dict[str, dict[str, Tensor]] = {}
+        for batch, scores in zip(self._batches, self._awaited(), strict=True):
+            for task, found in scores:
+                empty = {name: torch.zeros(shape.images_per_task, dtype=torch.float64) for name in found}
+                table = tables.setdefault(task, empty)
+                samples = [row.sample for row in batch.rows[batch.slices[task]]]
+                for name, column in found.items():
+                    table[name][samples] = torch.as_tensor(column).double()
+        for table in tables.values():
+            sums = sum_over_processes(torch.stack(list(table.values())))
+            table.update(zip(table, sums, strict=True))
+        return tables
+
+    def _awaited(self) -> list[list[tuple[str, Scores]]]:
+        """The scores of every batch."""
+        scores: list[list[tuple[str, Scores]]] = []
+        task, failure = "", ""
+        try:
+            for pending in self._pending:
+                scores.append([])
+                for task, future in pending:
+                    scores[-1].append((task, future.result()))
+        except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
+            failure = f"the samples of task {task!r} cannot be scored: {error}"
+        failures = gather_over_processes([failure])
+        if any(failures):
+            listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+            raise RewardError(
+                f"{listed}. The student has not been changed by this round; go on from the last checkpoint with "
+                "--config.resume_from=auto."
+            )
+        return scores
 
 
 def _check(rewards: Tensor, groups: Tensor) -> None:

@@ -1,244 +1,440 @@
-"""What every way of training has in common: policies on one backbone, tables of losses, the optimizer step."""
+"""What the algorithms have in common: policies on one backbone, losses by task and step, the optimizer step.
+
+An algorithm is a file with its settings, its rules, its count of forward passes and its ``round``; the helpers here are
+called by it and call nothing back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from diffusionopd.algorithms.finite import Evaluation, VelocityChecks
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
+from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
-from diffusionopd.distributed import by_rank, gather_over_processes, mean_over_processes, meet
-from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.conditions import TextEmbeddings
-from diffusionopd.models.lora import Adapters
-from diffusionopd.rollout import Velocity
-from diffusionopd.stages import stage
-from diffusionopd.transitions import Transition
+from diffusionopd.data.rounds import RoundShape
+from diffusionopd.data.tasks import Task
+from diffusionopd.distributed import gather_over_processes, mean_over_processes
+from diffusionopd.models.policies import Policies, Request
+from diffusionopd.rewards import RewardWorker
+from diffusionopd.rollout import Velocity, Visit, walk
+from diffusionopd.transitions import Transition, schedule
 
 STUDENT = "student"
-
-
-@dataclass
-class RoundResult:
-    """What a round reports. Losses are in the formula's own units, averaged over samples and processes."""
-
-    losses: Tensor  # [batches, supervised steps of each], of the first pass over the round's samples
-    grad_norm: float | None  # of the first optimizer step; None without one, and when fp16 overflowed
-    pictures: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
-    metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
+NOISY_KERNELS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps", "ddim": "ddim"}
+ODE_SOLVERS = ("dpm1", "dpm2")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What every learner is made of."""
+class SamplerSettings:
+    """Sampling in training."""
 
-    backbone: Backbone
-    adapters: Adapters
+    num_steps: int = key("sample.num_steps", 40, "Sampler steps of a trajectory in training.", "[1, inf)")
+    guidance_scale: float = key(
+        "sample.guidance_scale",
+        4.5,
+        "Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without.",
+        "[1, inf)",
+    )
+    cfg: bool = key("train.cfg", True, "Train the student under classifier-free guidance, at `sample.guidance_scale`.")
+    solver: str = key(
+        "sample.solver",
+        "flow",
+        """Sampler of the training trajectories: "flow", "dance", "cps" or "ddim", stochastic with the amount of
+        `noise_level`, or "dpm1", "dpm2", ODE solvers of first and second order without noise.""",
+        choices=(*NOISY_KERNELS, *ODE_SOLVERS),
+    )
+    noise_level: float = key(
+        "sample.noise_level",
+        0.7,
+        """Amount of noise (eta) that a step of flow, dance, cps or ddim adds; at 0 each of them is the Euler ODE. cps
+        and ddim take at most 1.""",
+        "[0, inf)",
+    )
+    deterministic: bool = key("sample.deterministic", False, "True is the same as `noise_level` 0.")
+    timestep_fraction: float = key(
+        "train.timestep_fraction",
+        1.0,
+        "Fraction of the steps to train on, from the first: int(num_steps * timestep_fraction) steps.",
+        "(0, 1]",
+    )
+    num_inner_epochs: int = key(
+        "train.num_inner_epochs",
+        1,
+        "Passes over one round's trajectories or samples. Distillation above 1 keeps the trajectories in memory.",
+        "[1, inf)",
+    )
+
+    @property
+    def kernel(self) -> str:
+        """Name of the transitions; without noise every solver's step is compared as an Euler step."""
+        noiseless = self.solver in ODE_SOLVERS or self.deterministic or self.noise_level == 0
+        return "ode" if noiseless else NOISY_KERNELS[self.solver]
+
+    @property
+    def multistep(self) -> bool:
+        """Whether trajectories are those of the second-order ODE solver."""
+        return self.solver == "dpm2"
+
+    @property
+    def trained_steps(self) -> int:
+        """The first so many steps are trained."""
+        return int(self.num_steps * self.timestep_fraction)
+
+    @property
+    def guidance(self) -> float:
+        """The student's."""
+        return float(self.guidance_scale) if self.cfg else 1.0
+
+    def transitions(self, sigmas: Tensor) -> list[Transition]:
+        """One per step, on the noise levels ``[num_steps + 1]``."""
+        return schedule(self.kernel, sigmas, 0.0 if self.kernel == "ode" else float(self.noise_level))
+
+    def check(self, problems: Problems) -> None:
+        """Steps and noise must go together."""
+        steps, fraction, noise = "sample.num_steps", "train.timestep_fraction", "sample.noise_level"
+        if problems.good(steps, fraction) and self.trained_steps < 1:
+            what = f"is {self.timestep_fraction}, which trains none of {self.num_steps} steps"
+            problems.add(fraction, what, f"Set it to at least {1 / self.num_steps:.3g}.")
+        if problems.good("sample.solver", noise) and self.solver in ("cps", "ddim") and self.noise_level > 1:
+            problems.add(noise, f"is {self.noise_level}", f"Solver {self.solver!r} takes at most 1.")
+
+    def check_noise(self, name: str, value: str, problems: Problems) -> None:
+        """For the setting ``name``, which works with the densities of sampled steps."""
+        if problems.good("sample.solver", "sample.noise_level", "sample.deterministic") and self.kernel == "ode":
+            remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
+            problems.add(name, f"is {value!r}, which needs a sampler with noise", remedy)
+
+    def notes(self) -> list[str]:
+        """What was set and does nothing."""
+        if self.noise_level > 0 and (self.solver in ODE_SOLVERS or self.deterministic):
+            why = f"solver {self.solver} adds none" if self.solver in ODE_SOLVERS else "sample.deterministic is True"
+            return [f"sample.noise_level {self.noise_level:g} is ignored: {why}"]
+        return []
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Staying near the base model."""
+
+    beta: float = key(
+        "train.beta",
+        0.0,
+        """Weight of staying near the base model without adapters (distillation: by the same loss; grpo: by the KL; nft:
+        by the squared distance of the velocities); above 0 it costs one more forward per step.""",
+        "[0, inf)",
+    )
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """The clipped probability ratio."""
+
+    clip_range: float = key(
+        "train.clip_range",
+        1e-4,
+        'The loss "policy_gradient", and "grpo", clip the probability ratio to [1 - clip_range, 1 + clip_range].',
+        "(0, inf)",
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Teachers."""
+
+    merge_teachers: bool = key(
+        "train.merge_teachers",
+        False,
+        """Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside
+        the base: its forwards cost no more than the base's, its memory is that of these matrices
+        (docs/performance.md). In half precision the copies are rounded.""",
+        resume="free",
+    )
+
+
+class Counted(Protocol):
+    """What counts of forward passes are made from: a plan."""
+
+    shape: RoundShape
+    sampler: SamplerSettings
+    tasks: Sequence[Task]
+    settings: Any  # the algorithm's own
+
+    def nfe(self, guidance: float) -> int:
+        """Forward passes of one guided velocity."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nfe:
+    """Forward passes of the transformer per round, in single images, over all processes."""
+
+    student: int = 0  # with gradient
+    teacher: int = 0
+    sampling: int = 0  # of the student or its old policy, without gradient; an expectation where steps are drawn
+    base: int = 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What an algorithm works with."""
+
+    policies: Policies
     optimizer: StudentOptimizer
-    negative: TextEmbeddings  # of the empty prompt, batch 1
+    rewards: Mapping[str, RewardWorker] = field(default_factory=dict)  # by task; none in a distillation
 
 
-class Learner:
-    """The student beside the other adapters on one backbone; subclasses say what a round is."""
+class Losses:
+    """Losses of the samples of one optimizer step, by task and sampler step, in the formula's own units."""
 
-    def __init__(self, parts: Parts, transitions: Sequence[Transition], trained_steps: int) -> None:
-        """The first ``trained_steps`` of the sampler's steps are trained."""
-        self.backbone = parts.backbone
-        self.adapters = parts.adapters
-        self.optimizer = parts.optimizer
-        self.negative = parts.negative
-        self.transitions = transitions
-        self.trained_steps = trained_steps
+    def __init__(self, batches: Sequence[Batch], num_steps: int, device: torch.device) -> None:
+        self.tasks = tuple(dict.fromkeys(task for batch in batches for task in batch.slices))
+        self.terms = sum(len(batch.rows) * len(batch.steps) for batch in batches)  # of this process
+        self.sums = torch.zeros(len(self.tasks), num_steps, device=device)
+        self.counts = torch.zeros(len(self.tasks), num_steps)
+
+    def add(self, batch: Batch, step: int, loss: Tensor) -> Tensor:
+        """Note the losses ``[B]`` of a batch's rows at a step; their share of the weighted mean, to go backward."""
+        for task, rows in batch.slices.items():
+            self.sums[self.tasks.index(task), step] += loss.detach()[rows].sum()
+            self.counts[self.tasks.index(task), step] += rows.stop - rows.start
+        weights = [row.weight for row in batch.rows]
+        if set(weights) != {1.0}:
+            loss = loss * torch.tensor(weights).to(loss)
+        return loss.sum() / self.terms
+
+    def reduce(self) -> None:
+        """Means over processes, on the CPU. Collective."""
+        self.sums = mean_over_processes(self.sums).cpu()
+
+    def first_broken(self) -> tuple[str, int] | None:
+        """Task and step of a mean that is not finite."""
+        broken = (~self.sums.isfinite()).nonzero().tolist()
+        return (self.tasks[broken[0][0]], broken[0][1]) if broken else None
+
+    def means(self) -> dict[str, float]:
+        """Task -> mean over its samples and trained steps."""
+        means = self.sums.sum(1) / self.counts.sum(1)
+        return dict(zip(self.tasks, means.tolist(), strict=True))
+
+    @property
+    def mean(self) -> float:
+        """Over all tasks."""
+        return (self.sums.sum() / self.counts.sum()).item()
+
+    def __iadd__(self, other: Losses) -> Losses:
+        """The losses of another optimizer step of the same round beside these; both are reduced."""
+        tasks = tuple(dict.fromkeys(self.tasks + other.tasks))
+        sums, counts = (torch.zeros(len(tasks), self.sums.shape[1]) for _ in range(2))
+        for part in (self, other):
+            rows = [tasks.index(task) for task in part.tasks]
+            sums[rows] += part.sums
+            counts[rows] += part.counts
+        self.tasks, self.sums, self.counts = tasks, sums, counts
+        return self
+
+
+@dataclass
+class Result:
+    """What a round reports."""
+
+    images: list[tuple[Batch, Tensor]] = field(default_factory=list)  # (batch, final latents [B, C, h, w])
+    metrics: dict[str, float] = field(default_factory=dict)  # by name, the same on every process
+    losses: Losses | None = None  # of the first pass over the round's samples, averaged over processes
+    grad_norm: float | None = None  # of the first optimizer step; None without one, and when fp16 overflowed
+
+    def note(self, losses: Losses, grad_norm: float | None) -> None:
+        """Add the losses of an optimizer step."""
+        if self.losses is None:
+            self.losses, self.grad_norm = losses, grad_norm
+        else:
+            self.losses += losses
+
+
+class Algorithm:
+    """The student and the frozen policies on one backbone; a subclass's ``round`` is the method."""
+
+    name: ClassVar[str]
+    verb: ClassVar[str] = "training"
+    groups: ClassVar[tuple[type, ...]]  # of its keys; the first is its own settings
+    has_teachers: ClassVar[bool] = False
+    has_rewards: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False  # whether a round may not have several optimizer steps
+
+    def __init__(self, models: Models, settings: Any, sampler: SamplerSettings, sigmas: Tensor, shape: RoundShape):
+        """``sigmas`` ``[num_steps + 1]``: the noise levels of the training trajectories."""
+        self.policies, self.optimizer, self.rewards = models.policies, models.optimizer, models.rewards
+        self.settings, self.sampler, self.shape = settings, sampler, shape
+        self.transitions = sampler.transitions(sigmas)
         self.velocities = VelocityChecks()
 
-    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
-        """Train on the batches of one round; ``name`` is for messages.
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, settings: Any, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems) -> None:
+        """Note what does not go together in a configuration."""
+
+    @classmethod
+    def notes(cls, settings: Any, changed: Sequence[str]) -> list[str]:
+        """What was set and does nothing; ``changed``: keys that do not have their defaults."""
+        return []
+
+    @classmethod
+    def count(cls, plan: Counted) -> Nfe:
+        """Forward passes per round."""
+        raise NotImplementedError
+
+    @classmethod
+    def steps(cls, plan: Counted, key: tuple[int, int, int]) -> tuple[int, ...]:
+        """The sampler steps that are trained in a round of a task; ``key``: (seed, round, task)."""
+        return tuple(range(plan.sampler.trained_steps))
+
+    def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
+        """Train on the batches of one round.
 
         Without ``step`` the round's gradient is kept: the next round that has one steps by the mean over all of them.
-        Raises NonFiniteError, before the student changes by it, naming ``name``, task and step.
+        Raises NonFiniteError, before the student changes by it, naming task, step and policy.
         """
         raise NotImplementedError
 
-    def finish(self, completed: int) -> None:
+    def finish(self, updates: int) -> None:
         """Called after each round that ended in an optimizer step, with the number of those completed."""
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """What a resume needs beside the student and its optimizer, by name."""
         return {}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what :meth:`state_tensors` returned."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` returned."""
 
-    def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
+    # --- policies ---------------------------------------------------------------------------------------------------
+
+    def student(self, batch: Batch) -> Velocity:
+        """The student's velocity for a batch, with gradient where the caller has it enabled."""
+
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            with stage(f"forward, {adapter or 'base'}"):
-                self.adapters.use(adapter)
-                v = self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
-            self.velocities.note(Evaluation(self._policy_name(adapter, batch), batch.task, sigma), v)
+            with record_function("forward, student"):
+                v, _ = self.policies.student(x, sigma, batch.text, self.sampler.guidance)
+            self.velocities.note(STUDENT, batch, sigma, v)
             return v
 
         return velocity
 
-    @staticmethod
-    def _policy_name(adapter: str | None, batch: Batch) -> str:
-        if adapter is None:
-            return BASE
-        return TEACHER if adapter == batch.teacher else f"{adapter} policy" if adapter != STUDENT else STUDENT
+    def frozen(self, policy: str | None, batch: Batch, guidance: float) -> Velocity:
+        """The velocity of a frozen adapter, or of the bare base for None, without gradient."""
 
-    def _table(self, batches: Sequence[Batch]) -> Tensor:
-        return torch.zeros(len(batches), len(self._steps(batches[0])), device=self.backbone.device)
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            with record_function(f"forward, {policy or 'base'}"):
+                (v,) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
+            self.velocities.note(policy, batch, sigma, v)
+            return v
 
-    def _steps(self, batch: Batch) -> Sequence[int]:
-        """The steps that a batch is supervised at, a column of the table each; as many in every batch."""
-        return batch.steps or range(self.trained_steps)
+        return velocity
 
-    def _step(
-        self, batches: Sequence[Batch], losses: Tensor, name: str, step: bool = True
-    ) -> tuple[Tensor, float | None]:
-        """One optimizer step, if any; the losses' means over processes, on the CPU, and the gradient's norm."""
-        losses = mean_over_processes(losses, "averaging the losses").cpu()
-        if not losses.isfinite().all():
-            i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])
-            broken = self._steps(batches[i])[column]
-            where = f"for task {batches[i].task!r} at step {broken} (sigma {self.transitions[broken].sigma:.4f})"
-            self._stop(f"{name}: the loss is {losses[i, column].item()} {where}")
+    def teacher(self, batch: Batch) -> Velocity:
+        """The velocity of the batch's teacher, under its own guidance."""
+        (teacher,) = {(row.teacher, row.guidance) for row in batch.rows}
+        return self.frozen(teacher[0], batch, teacher[1])
+
+    def base(self, batch: Batch) -> Velocity:
+        """The bare base's velocity, under the student's guidance."""
+        return self.frozen(None, batch, self.sampler.guidance)
+
+    def trajectory(self, batch: Batch, policy: Velocity) -> Iterator[Visit]:
+        """A policy's walk from noise to final latents, without gradient."""
+        return walk(
+            batch.noise, self.transitions, policy, draw_noise=batch.step_noise, multistep=self.sampler.multistep
+        )
+
+    # --- updates ----------------------------------------------------------------------------------------------------
+
+    def losses(self, batches: Sequence[Batch]) -> Losses:
+        """An empty table for the batches of one optimizer step."""
+        return Losses(batches, len(self.transitions), self.policies.backbone.device)
+
+    def parts(self, batches: Sequence[Batch]) -> list[list[int]]:
+        """The numbers of the batches of each optimizer step of a round."""
+        size = min(self.shape.batches_per_step, len(batches))
+        return [list(range(start, start + size)) for start in range(0, len(batches), size)]
+
+    def update(self, losses: Losses, step: bool = True) -> float | None:
+        """One optimizer step, if any, after a check of the losses; the gradient's norm. Collective."""
+        losses.reduce()
+        if broken := losses.first_broken():
+            sigma = self.transitions[broken[1]].sigma
+            self._stop(f"the loss of task {broken[0]!r} is not finite at step {broken[1]} (sigma {sigma:.4f})")
         self.velocities.clear()
         try:
             if step:
-                return losses, self.optimizer.step()
+                return self.optimizer.step()
             self.optimizer.keep()
-            return losses, None
+            return None
         except NonFiniteError as error:
-            raise NonFiniteError(f"{name}: {error}, with finite losses. {_UNCHANGED} {_REMEDIES[STUDENT]}") from error
+            raise NonFiniteError(f"{error}, with finite losses. {_UNCHANGED} {_REMEDIES[STUDENT]}") from error
 
-    def _check_velocities(self, name: str) -> None:
+    def check_samples(self) -> None:
         """Raise NonFiniteError on every process if a velocity noted so far is not finite on any of them."""
-        if any(meet("checking the velocities", int(bool(self.velocities.first_broken())))):
-            self._stop(name)
+        if any(gather_over_processes([bool(self.velocities.first_broken())])):
+            self._stop("sampling")
 
     def _stop(self, what: str) -> NoReturn:
         """Name the velocities that were the first not to be finite, and the ranks that had them; collective."""
         self.optimizer.discard()
-        cause = self._described(self.velocities.first_broken())
+        causes = gather_over_processes([self.velocities.describe(self.transitions)])
         self.velocities.clear()
-        remedy = by_rank(gather_over_processes([cause], "what is not finite")) or _REMEDIES[STUDENT]
-        raise NonFiniteError(f"{what}. {_UNCHANGED} {remedy}")
-
-    def _described(self, broken: Sequence[Evaluation]) -> str:
-        """What is not finite, where, and the remedy; empty if nothing is."""
-        if not broken:
-            return ""
-        task, sigma = broken[0].task, broken[0].sigma
-        steps = [i for i, transition in enumerate(self.transitions) if transition.sigma == sigma]
-        where = f"step {steps[0]} (sigma {sigma:.4f})" if steps else f"sigma {sigma:.4f}"
-        names = " and the ".join(e.policy for e in broken)
-        remedy = _REMEDIES.get(broken[0].policy if len(broken) == 1 else BASE, _REMEDIES[STUDENT])
-        return f"the velocity of the {names} for task {task!r} is not finite at {where}. {remedy}"
+        found = "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
+        raise NonFiniteError(f"{what}. {_UNCHANGED} {found or _REMEDIES[STUDENT]}")
 
 
-BASE, TEACHER = "base model", "teacher"
 _UNCHANGED = "The student has not been changed by it."
+_BASE, _TEACHER = "base model", "teacher"
 _REMEDIES = {
-    TEACHER: "Check that task's LoRA (lora_path in train.teachers), or choose mixed_precision bf16 or no.",
-    BASE: "Check the base model (pretrained.model), or choose mixed_precision bf16 or no.",
+    _TEACHER: "Check that task's LoRA (lora_path in train.teachers), or choose mixed_precision bf16 or no.",
+    _BASE: "Check the base model (pretrained.model), or choose mixed_precision bf16 or no.",
     STUDENT: "Resume from the last checkpoint with a lower learning rate, or choose mixed_precision bf16 or no.",
 }
 
 
-@dataclass
-class Sample:
-    """What is kept of a batch between sampling and training: constants, ``[B, C, h, w]``."""
+class VelocityChecks:
+    """Remembers, on the device, whether each velocity of a round was finite, and reads the answers when asked."""
 
-    x0: Tensor  # final latents
-    visits: Sequence[tuple[Tensor, Tensor, Tensor]] = ()  # (x, velocity, x_next) of each trained step, where needed
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, str, float]] = []  # (policy, task, sigma)
+        self._finite: list[Tensor] = []
 
+    def note(self, policy: str | None, batch: Batch, sigma: float, velocity: Tensor) -> None:
+        """Check a velocity of any shape; the device is not waited for."""
+        name = _BASE if policy is None else _TEACHER if policy == batch.rows[0].teacher else policy
+        self._seen.append((name, "/".join(batch.slices), sigma))
+        self._finite.append(velocity.detach().isfinite().all())
 
-class SampledLearner(Learner):
-    """Rounds in two parts: sample everything, then train on it, in one optimizer step or several."""
+    def first_broken(self) -> list[tuple[str, str, float]]:
+        """(policy, task, sigma) of the first velocity that is not finite, and of other policies' at the same state.
 
-    def __init__(
-        self,
-        parts: Parts,
-        transitions: Sequence[Transition],
-        trained_steps: int,
-        *,
-        guidance_scale: float = 1.0,
-        multistep: bool = False,
-        accumulation: int = 0,
-        inner_epochs: int = 1,
-    ) -> None:
-        """As for Learner; ``accumulation`` batches make one optimizer step (0: all of a round), ``inner_epochs`` passes
-        over the samples; ``guidance_scale`` is the student's in training, ``multistep`` samples by the second-order
-        ODE solver."""
-        super().__init__(parts, transitions, trained_steps)
-        self.guidance_scale = guidance_scale
-        self.multistep = multistep
-        self.accumulation = accumulation
-        self.inner_epochs = inner_epochs
+        What comes after may be so because of it. Several policies, on different adapters, point to what they share.
+        """
+        if not self._seen:
+            return []
+        broken = [e for e, finite in zip(self._seen, torch.stack(self._finite).tolist(), strict=True) if not finite]
+        return [e for e in dict.fromkeys(broken) if e[1:] == broken[0][1:]]
 
-    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
-        """Sample, weigh, train. See :meth:`Learner.round`."""
-        samples = [self._collect(batch) for batch in batches]
-        self._check_velocities(f"{name}, sampling")
-        weights, metrics = self._weigh(batches)
-        result = RoundResult(self._table(batches), None, metrics=metrics)
-        result.pictures = [(b, s.x0) for b, s in zip(batches, samples, strict=True) if b.wants_picture]
-        self._begin_training()
-        for epoch in range(self.inner_epochs):
-            for i, part in enumerate(self._parts(len(batches))):
-                losses, norm = self._train(batches, samples, weights, part, f"{name}, optimizer step {i + 1}", step)
-                if epoch == 0:
-                    result.losses[part] = losses.to(result.losses.device)
-                    result.grad_norm = norm if i == 0 else result.grad_norm
-        result.losses = result.losses.cpu()
-        result.metrics |= self._statistics()
-        return result
+    def describe(self, transitions: Sequence[Transition]) -> str:
+        """What is not finite, where, and the remedy; empty if nothing is."""
+        broken = self.first_broken()
+        if not broken:
+            return ""
+        names, (_, task, sigma) = [policy for policy, _, _ in broken], broken[0]
+        steps = [f"step {i}, " for i, transition in enumerate(transitions) if transition.sigma == sigma]
+        remedy = _REMEDIES.get(names[0] if len(names) == 1 else _BASE, _REMEDIES[STUDENT])
+        where = f"for task {task!r} is not finite at {''.join(steps[:1])}sigma {sigma:.4f}"
+        return f"the velocity of the {' and the '.join(names)} {where}. {remedy}"
 
-    def _parts(self, count: int) -> Iterator[list[int]]:
-        size = self.accumulation or count
-        for start in range(0, count, size):
-            yield list(range(start, start + size))
-
-    def _train(
-        self,
-        batches: Sequence[Batch],
-        samples: Sequence[Sample],
-        weights: Sequence[Tensor],
-        part: list[int],
-        name: str,
-        step: bool,
-    ) -> tuple[Tensor, float | None]:
-        own = [batches[i] for i in part]
-        losses = self._table(own)
-        for row, i in enumerate(part):
-            for column in range(self.trained_steps):
-                loss = self._loss(batches[i], samples[i], weights[i], column).mean()
-                self.optimizer.backward(loss / losses.numel())
-                losses[row, column] = loss.detach()
-        return self._step(own, losses, name, step)
-
-    # --- what subclasses say ---------------------------------------------------------------------------------------
-
-    def _collect(self, batch: Batch) -> Sample:
-        """The samples of one batch, without gradient."""
-        raise NotImplementedError
-
-    def _weigh(self, batches: Sequence[Batch]) -> tuple[Sequence[Tensor], dict[str, float]]:
-        """A weight for each sample of each batch, ``[B]`` each, and what is to be reported about them."""
-        raise NotImplementedError
-
-    def _loss(self, batch: Batch, sample: Sample, weight: Tensor, step: int) -> Tensor:
-        """The loss ``[B]`` of one trained step."""
-        raise NotImplementedError
-
-    def _begin_training(self) -> None:
-        """Called between sampling and training."""
-
-    def _statistics(self) -> dict[str, float]:
-        """What was counted while training."""
-        return {}
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._seen.clear()
+        self._finite.clear()

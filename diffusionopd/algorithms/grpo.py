@@ -2,60 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.base import STUDENT, Parts, Sample
-from diffusionopd.algorithms.reinforced import Reinforced, RewardRecipe, Score
+from diffusionopd.algorithms.advantages import RewardSettings, Scoring
+from diffusionopd.algorithms.base import Algorithm, ClipSettings, Counted, Nfe, Result, SamplerSettings
+from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import mean_over_processes
 from diffusionopd.losses import grpo_guard_loss, grpo_loss, kl_to_reference
-from diffusionopd.rollout import Visit
 
 
-class Grpo(Reinforced):
-    """Every sampled step is an action, made likelier or less likely by its picture's advantage (PPO clipping)."""
+@dataclass(frozen=True)
+class GrpoSettings(ClipSettings, RewardSettings):
+    """Flow-GRPO."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        recipe: RewardRecipe,
-        score: Score,
-        *,
-        clip_low: float,
-        clip_high: float,
-        guard: bool,
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        return self.clip_range, self.clip_range
+
+
+@dataclass(frozen=True)
+class GuardSettings(RewardSettings):
+    """GRPO-Guard."""
+
+    clip_range_lt: float = key(
+        "train.clip_range_lt",
+        1e-4,
+        "The normalised ratio is clipped to [1 - clip_range_lt, 1 + clip_range_gt].",
+        "(0, inf)",
+    )
+    clip_range_gt: float = key("train.clip_range_gt", 1e-4, "See `train.clip_range_lt`.", "(0, inf)")
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        return self.clip_range_lt, self.clip_range_gt
+
+
+class Grpo(Algorithm):
+    """Every sampled step is an action, made likelier or less likely by its image's advantage (PPO clipping)."""
+
+    name = "grpo"
+    groups: ClassVar[tuple[type, ...]] = (GrpoSettings,)
+    has_rewards = True
+    objective: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(grpo_loss)
+    settings: GrpoSettings | GuardSettings
+
+    def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
+        """See :meth:`Algorithm.round`: sample all batches, then train on them, in one optimizer step or several."""
+        s, scoring, visits = self.settings, Scoring(self.rewards, self.policies.backbone.decode), []
+        images = []
+        for batch in batches:
+            visits.append(walked := list(self.trajectory(batch, self.student(batch))))
+            scoring.submit(batch, walked[-1].x_next)  # runs in a thread while the next batch is sampled
+            images += [(batch, walked[-1].x_next)] * batch.wants_images
+        self.check_samples()
+        advantages, metrics = scoring.advantages(s, self.shape)
+        result = Result(images, metrics)
+        ratios = torch.zeros(3, dtype=torch.float64)  # how many, how many clipped, their sum
+        for epoch in range(self.sampler.num_inner_epochs):
+            for part in self.parts(batches):
+                losses = self.losses([batches[i] for i in part])
+                for batch, walked, advantage in ((batches[i], visits[i], advantages[i]) for i in part):
+                    for visit in (walked[n] for n in batch.steps):
+                        tr, x, v_old = visit.transition, visit.x, visit.v_student
+                        v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
+                        v_student = self.student(batch)(x, tr.sigma)
+                        loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantage.to(x), *s.clip)
+                        ratios += _counted(ratio, *s.clip)
+                        if v_base is not None:
+                            loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
+                        self.optimizer.backward(losses.add(batch, visit.step, loss))
+                norm = self.update(losses, step)
+                if epoch == 0:
+                    result.note(losses, norm)
+        count, clipped, total = mean_over_processes(ratios).tolist()
+        result.metrics |= {"clip_fraction": clipped / count, "ratio": total / count}
+        return result
+
+    @classmethod
+    def check(
+        cls,
+        settings: GrpoSettings | GuardSettings,
+        sampler: SamplerSettings,
+        values: Mapping[str, Any],
+        problems: Problems,
     ) -> None:
-        """The ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; ``guard`` chooses GRPO-Guard's objective."""
-        super().__init__(parts, recipe, score)
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self._objective = grpo_guard_loss if guard else grpo_loss
-        self._begin_training()
+        """Advantages compare several images, and steps need densities."""
+        settings.check(values, problems)
+        sampler.check_noise("train.algorithm", cls.name, problems)
 
-    def _keep(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor]:
-        return visit.x, visit.v_student, visit.x_next
+    @classmethod
+    def count(cls, plan: Counted) -> Nfe:
+        """The student samples, then is trained at every trained step."""
+        shape, sampler = plan.shape, plan.sampler
+        own = plan.nfe(sampler.guidance)
+        student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
+        sampling = shape.images_per_round * sampler.num_steps * own
+        return Nfe(student=student, sampling=sampling, base=student if plan.settings.beta > 0 else 0)
 
-    def _loss(self, batch: Batch, sample: Sample, weight: Tensor, step: int) -> Tensor:
-        transition = self.transitions[step]
-        x, v_old, x_next = sample.visits[step]
-        v_base = None
-        if self.recipe.reference_weight > 0:
-            with torch.no_grad():
-                v_base = self._policy(None, batch, self.guidance_scale)(x, transition.sigma)
-        v_student = self._policy(STUDENT, batch, self.guidance_scale)(x, transition.sigma)
-        loss, ratio = self._objective(transition, x, x_next, v_student, v_old, weight, self.clip_low, self.clip_high)
-        self._count(ratio.detach())
-        if v_base is not None:
-            loss = loss + self.recipe.reference_weight * kl_to_reference(transition, v_student, v_base)
-        return loss
 
-    def _count(self, ratio: Tensor) -> None:
-        clipped = (ratio < 1 - self.clip_low) | (ratio > 1 + self.clip_high)
-        self._seen += torch.stack([ratio.new_tensor(float(len(ratio))), clipped.sum(), ratio.sum()]).double().cpu()
+class GrpoGuard(Grpo):
+    """GRPO-Guard: the ratio normalised, the gradient reweighted across steps."""
 
-    def _begin_training(self) -> None:
-        self._seen = torch.zeros(3, dtype=torch.float64)  # ratios: how many, how many clipped, their sum
+    name = "grpo_guard"
+    groups = (GuardSettings,)
+    objective = staticmethod(grpo_guard_loss)
 
-    def _statistics(self) -> dict[str, float]:
-        count, clipped, total = mean_over_processes(self._seen, "averaging the ratios").tolist()
-        return {"clip_fraction": clipped / count, "ratio": total / count}
+
+def _counted(ratio: Tensor, low: float, high: float) -> Tensor:
+    """How many ratios, how many of them clipped, and their sum: float64 ``[3]`` on the CPU."""
+    clipped = (ratio < 1 - low) | (ratio > 1 + high)
+    return torch.stack([ratio.new_tensor(float(len(ratio))), clipped.sum(), ratio.sum()]).double().cpu()

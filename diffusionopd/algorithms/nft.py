@@ -2,69 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.base import STUDENT, Parts, Sample
-from diffusionopd.algorithms.reinforced import Reinforced, RewardRecipe, Score
+from diffusionopd.algorithms.advantages import RewardSettings, Scoring
+from diffusionopd.algorithms.base import STUDENT, Algorithm, Counted, Models, Nfe, Result, SamplerSettings
+from diffusionopd.config_schema import Problems, is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import nft_loss, old_policy_decay, optimality, reference_penalty
 
 OLD = "old"
 
 
-class Nft(Reinforced):
+@dataclass(frozen=True)
+class NftSettings(RewardSettings):
+    """DiffusionNFT."""
+
+    nft_beta: float = key(
+        "train.nft_beta",
+        1.0,
+        "How far the two implicit policies are from the old one; smaller values give larger policy updates.",
+        "(0, inf)",
+    )
+    old_policy_decay: tuple = key(
+        "train.old_policy_decay",
+        (0, 0.001, 0.5),
+        """(start, slope, maximum): after n rounds the sampling policy keeps min(slope * max(n - start, 0), maximum) of
+        itself and takes the rest from the student.""",
+        form=("three numbers", lambda value: len(value) == 3 and all(map(is_number, value))),
+    )
+
+
+class Nft(Algorithm):
     """The old policy samples; the student moves towards what was good and away from what was bad.
 
     The old policy is a copy of the student that follows it after every round, ``old <- d old + (1 - d) student``.
     """
 
-    behaviour = OLD
+    name = "nft"
+    groups = (NftSettings,)
+    has_rewards = True
+    settings: NftSettings
 
-    def __init__(
-        self,
-        parts: Parts,
-        recipe: RewardRecipe,
-        score: Score,
-        *,
-        beta: float,
-        decay: tuple[int, float, float],
-    ) -> None:
-        """``beta`` mixes student and old policy into the two implicit ones; ``decay``: (start, slope, maximum) of d."""
-        super().__init__(parts, recipe, score)
-        self.beta = beta
-        self.decay = decay
-        self.adapters.add_copy(OLD, STUDENT)
+    def __init__(self, models: Models, *others: Any) -> None:
+        super().__init__(models, *others)
+        self.policies.adapters.add_copy(OLD, STUDENT)
 
-    def _loss(self, batch: Batch, sample: Sample, weight: Tensor, step: int) -> Tensor:
-        sigma = self.transitions[step].sigma
-        x_t = (1 - sigma) * sample.x0 + sigma * batch.draw_forward_noise(step)
-        with torch.no_grad():
-            v_old = self._policy(OLD, batch, self.guidance_scale)(x_t, sigma)
-            v_base = None
-            if self.recipe.reference_weight > 0:
-                v_base = self._policy(None, batch, self.guidance_scale)(x_t, sigma)
-        v_student = self._policy(STUDENT, batch, self.guidance_scale)(x_t, sigma)
-        r = optimality(weight, self.recipe.advantage_clip)
-        loss = self.recipe.advantage_clip * nft_loss(v_student, v_old, sample.x0, x_t, sigma, r, self.beta)
-        if v_base is not None:
-            loss = loss + self.recipe.reference_weight * reference_penalty(v_student, v_base)
-        return loss
+    def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
+        """See :meth:`Algorithm.round`: sample all batches, then train on them, in one optimizer step or several."""
+        s, scoring, samples = self.settings, Scoring(self.rewards, self.policies.backbone.decode), []
+        for batch in batches:
+            for visit in self.trajectory(batch, self.frozen(OLD, batch, self.sampler.guidance)):
+                x0 = visit.x_next
+            samples.append(x0)
+            scoring.submit(batch, x0)  # runs in a thread while the next batch is sampled
+        self.check_samples()
+        advantages, metrics = scoring.advantages(s, self.shape)
+        images = [(batch, x0) for batch, x0 in zip(batches, samples, strict=True) if batch.wants_images]
+        result = Result(images, metrics)
+        for epoch in range(self.sampler.num_inner_epochs):
+            for part in self.parts(batches):
+                losses = self.losses([batches[i] for i in part])
+                for batch, x0, advantage in ((batches[i], samples[i], advantages[i]) for i in part):
+                    r = optimality(advantage.to(x0.device), s.adv_clip_max)
+                    for n in batch.steps:
+                        sigma = self.transitions[n].sigma
+                        x_t = (1 - sigma) * x0 + sigma * batch.forward_noise(n)
+                        v_old = self.frozen(OLD, batch, self.sampler.guidance)(x_t, sigma)
+                        v_base = self.base(batch)(x_t, sigma) if s.beta > 0 else None
+                        v_student = self.student(batch)(x_t, sigma)
+                        loss = s.adv_clip_max * nft_loss(v_student, v_old, x0, x_t, sigma, r, s.nft_beta)
+                        if v_base is not None:
+                            loss = loss + s.beta * reference_penalty(v_student, v_base)
+                        self.optimizer.backward(losses.add(batch, n, loss))
+                norm = self.update(losses, step)
+                if epoch == 0:
+                    result.note(losses, norm)
+        return result
 
-    def finish(self, completed: int) -> None:
+    @torch.no_grad()
+    def finish(self, updates: int) -> None:
         """Move the old policy; its decay is a function of the number of completed rounds."""
-        decay = old_policy_decay(completed, *self.decay)
-        with torch.no_grad():
-            for old, new in zip(self.adapters.parameters(OLD), self.adapters.parameters(STUDENT), strict=True):
-                old.lerp_(new, 1 - decay)
+        decay = old_policy_decay(updates, *self.settings.old_policy_decay)
+        adapters = self.policies.adapters
+        for old, new in zip(adapters.parameters(OLD), adapters.parameters(STUDENT), strict=True):
+            old.lerp_(new, 1 - decay)
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """The old policy."""
-        return {f"old.{i}": p.detach() for i, p in enumerate(self.adapters.parameters(OLD))}
+        return {f"old.{i}": p.detach() for i, p in enumerate(self.policies.adapters.parameters(OLD))}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the old policy; a run that had none starts from the student."""
-        with torch.no_grad():
-            students = self.adapters.parameters(STUDENT)
-            for i, old in enumerate(self.adapters.parameters(OLD)):
-                old.copy_(tensors.get(f"old.{i}", students[i]))
+        students = self.policies.adapters.parameters(STUDENT)
+        for i, old in enumerate(self.policies.adapters.parameters(OLD)):
+            old.copy_(tensors.get(f"old.{i}", students[i]))
+
+    @classmethod
+    def check(
+        cls, settings: NftSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+    ) -> None:
+        """Advantages compare several images."""
+        settings.check(values, problems)
+
+    @classmethod
+    def count(cls, plan: Counted) -> Nfe:
+        """The old policy samples, and is asked again wherever the student is trained."""
+        shape, sampler = plan.shape, plan.sampler
+        own = plan.nfe(sampler.guidance)
+        student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
+        sampling = shape.images_per_round * sampler.num_steps * own + student
+        return Nfe(student=student, sampling=sampling, base=student if plan.settings.beta > 0 else 0)

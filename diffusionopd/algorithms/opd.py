@@ -1,109 +1,166 @@
-"""On-policy distillation: one round visits every task once and ends in one optimizer step (Algorithm 1)."""
+"""On-policy distillation (Algorithm 1): the student's step is pulled to its teacher's at every state that it visits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.base import STUDENT, Learner, Parts, RoundResult
-from diffusionopd.data.batches import Batch
-from diffusionopd.losses import distillation_loss, policy_gradient_loss
-from diffusionopd.rollout import Velocity, Visit, rollout
-from diffusionopd.transitions import Transition
+from diffusionopd.algorithms.base import (
+    Algorithm,
+    ClipSettings,
+    Counted,
+    Nfe,
+    ReferenceSettings,
+    Result,
+    SamplerSettings,
+    TeacherSettings,
+)
+from diffusionopd.config_schema import Problems, key
+from diffusionopd.data.batches import Batch, choose_steps
+from diffusionopd.losses import TARGETS, distillation_loss, policy_gradient_loss
+from diffusionopd.rollout import Visit, rollout
+
+KL, POLICY_GRADIENT = "kl", "policy_gradient"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How every round is run: the trajectory, which of its steps are trained, and the loss."""
+class OpdSettings(ClipSettings, ReferenceSettings):
+    """On-policy distillation."""
 
-    transitions: Sequence[Transition]
-    trained_steps: int
-    multistep: bool = False
-    student_guidance: float = 1.0
-    loss: str = "kl"  # or policy_gradient
-    target: str = "mean"
-    self_normalize: bool = False
-    clip_range: float = 1e-4
-    beta: float = 0.0  # weight of the same distillation loss towards the bare base
-    inner_epochs: int = 1
+    loss: str = key(
+        "train.loss",
+        KL,
+        """What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of
+        their means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next
+        state shows it (needs noise).""",
+        choices=(KL, POLICY_GRADIENT),
+    )
+    target: str = key(
+        "train.target",
+        "mean",
+        'In which quantity "kl" compares: "mean" of the step (the paper\'s), "velocity", or "x0".',
+        choices=TARGETS,
+    )
+    self_normalize: bool = key(
+        "train.self_normalize", False, "Divide each sample's error by its own mean magnitude (detached)."
+    )
+    steps_per_rollout: int = key(
+        "train.steps_per_rollout",
+        0,
+        """Of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all equally
+        likely; the others cost the student's forward pass only, and those after the last one nothing. The gradient is
+        the same in expectation. 0 supervises all.""",
+        "[0, inf)",
+    )
 
 
-class Distiller(Learner):
-    """The student and its teachers on one backbone, and the round that pulls one to the others."""
+class Opd(Algorithm):
+    """Every round visits each task once and takes one optimizer step."""
 
-    def __init__(self, parts: Parts, recipe: Recipe) -> None:
-        super().__init__(parts, recipe.transitions, recipe.trained_steps)
-        self.recipe = recipe
+    name = "opd"
+    verb = "distilling"
+    groups = (OpdSettings, TeacherSettings)
+    has_teachers = True
+    one_step = True
+    settings: OpdSettings
 
-    def round(self, batches: Sequence[Batch], name: str = "this round", *, step: bool = True) -> RoundResult:
-        """Algorithm 1's inner loop: every batch of every task, then one optimizer step.
+    def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
+        """See :meth:`Algorithm.round`.
 
-        Rollout, teacher and training are one pass: a visit's loss is backpropagated at once and then forgotten. With
-        ``inner_epochs > 1`` the visits are kept and each further epoch trains on the same states with the new weights,
-        one optimizer step an epoch. For ``step`` see :meth:`Learner.round`. Raises NonFiniteError, before the student
-        changes, naming ``name``, task and step.
+        Rollout, teacher and training are one pass: weights are constant within a round, so a visit's loss is
+        backpropagated at once and then forgotten. With ``num_inner_epochs`` above 1 the visits are kept, and each
+        further epoch trains on the same states with the new weights, one optimizer step per epoch.
         """
-        recipe, result = self.recipe, RoundResult(self._table(batches), None)
-        kept: list[tuple[int, int, Visit]] = []
-        for i, batch in enumerate(batches):
-            columns = {step: column for column, step in enumerate(self._steps(batch))}
-            for visit in self._visits(batch):
-                if visit.v_teacher is not None:
-                    loss = self._loss(batch, visit, visit.v_student).mean()
-                    self.optimizer.backward(loss / result.losses.numel())
-                    result.losses[i, columns[visit.step]] = loss.detach()
-                    if recipe.inner_epochs > 1:
-                        kept.append((i, columns[visit.step], _without_graph(visit)))
-            if batch.wants_picture:
-                result.pictures.append((batch, visit.x_next))
-        result.losses, result.grad_norm = self._step(batches, result.losses, name, step)
-        for epoch in range(1, recipe.inner_epochs):
-            self._train_again(batches, kept, f"{name}, inner epoch {epoch + 1}")
+        s, result = self.settings, Result()
+        kept: list[tuple[Batch, Visit]] = []
+        for epoch in range(self.sampler.num_inner_epochs):
+            losses = self.losses(batches)
+            for batch, visit, v_student in self._again(kept) if epoch else self._visits(batches, result, kept):
+                tr, v_teacher = visit.transition, visit.v_teacher
+                if s.loss == KL:
+                    loss = distillation_loss(tr, v_student, v_teacher, s.target, s.self_normalize)
+                else:
+                    v_old = visit.v_student.detach()
+                    loss = policy_gradient_loss(tr, visit.x, visit.x_next, v_student, v_old, v_teacher, s.clip_range)
+                if s.beta > 0:
+                    v_base = self.base(batch)(visit.x, tr.sigma)
+                    loss = loss + s.beta * distillation_loss(tr, v_student, v_base, s.target, s.self_normalize)
+                self.optimizer.backward(losses.add(batch, visit.step, loss))
+            norm = self.update(losses, step)
+            if epoch == 0:
+                result.note(losses, norm)
         return result
 
-    def _train_again(self, batches: Sequence[Batch], kept: Sequence[tuple[int, int, Visit]], name: str) -> None:
-        losses = self._table(batches)
-        for i, column, visit in kept:
-            v_student = self._student(batches[i])(visit.x, visit.transition.sigma)
-            loss = self._loss(batches[i], visit, v_student).mean()
-            self.optimizer.backward(loss / losses.numel())
-            losses[i, column] = loss.detach()
-        self._step(batches, losses, name)
+    def _visits(
+        self, batches: Sequence[Batch], result: Result, kept: list[tuple[Batch, Visit]]
+    ) -> Iterator[tuple[Batch, Visit, Tensor]]:
+        """The trained states of the student's trajectories, with its velocity there; what is looked at is noted."""
+        for batch in batches:
+            for visit in rollout(
+                batch.noise,
+                self.transitions,
+                self.student(batch),
+                self.teacher(batch),
+                trained=batch.steps,
+                draw_noise=batch.step_noise,
+                multistep=self.sampler.multistep,
+                finish=batch.wants_images,
+            ):
+                if visit.v_teacher is not None:
+                    yield batch, visit, visit.v_student
+                    if self.sampler.num_inner_epochs > 1:
+                        kept.append((batch, replace(visit, v_student=visit.v_student.detach())))
+            if batch.wants_images:
+                result.images.append((batch, visit.x_next))
 
-    def _loss(self, batch: Batch, visit: Visit, v_student: Tensor) -> Tensor:
-        """The recipe's loss of one visit, ``[B]``; ``v_student`` may come from newer weights than the visit."""
-        recipe, tr = self.recipe, visit.transition
-        assert visit.v_teacher is not None
-        if recipe.loss == "policy_gradient":
-            old = visit.v_student.detach()
-            loss = policy_gradient_loss(tr, visit.x, visit.x_next, v_student, old, visit.v_teacher, recipe.clip_range)
-        else:
-            loss = distillation_loss(tr, v_student, visit.v_teacher, recipe.target, recipe.self_normalize)
-        if recipe.beta > 0:
-            with torch.no_grad():
-                v_base = self._policy(None, batch, recipe.student_guidance)(visit.x, tr.sigma)
-            loss = loss + recipe.beta * distillation_loss(tr, v_student, v_base, recipe.target, recipe.self_normalize)
-            self.adapters.use(STUDENT)  # checkpointed blocks run again in backward
-        return loss
+    def _again(self, kept: Sequence[tuple[Batch, Visit]]) -> Iterator[tuple[Batch, Visit, Tensor]]:
+        """The same states, with the velocity of the student as it is now."""
+        for batch, visit in kept:
+            yield batch, visit, self.student(batch)(visit.x, visit.transition.sigma)
 
-    def _visits(self, batch: Batch) -> Iterator[Visit]:
-        return rollout(
-            batch.x,
-            self.recipe.transitions,
-            self._student(batch),
-            self._policy(batch.teacher, batch, batch.teacher_guidance),
-            trained=self._steps(batch),
-            draw_noise=batch.draw_noise,
-            multistep=self.recipe.multistep,
-            finish=batch.wants_picture,
+    @classmethod
+    def check(
+        cls, settings: OpdSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+    ) -> None:
+        """Drawn steps are among the trained ones, and the surrogate needs noise."""
+        drawn, trained = settings.steps_per_rollout, sampler.trained_steps
+        if trained and drawn > trained:
+            remedy = f"Set it to at most {trained}, or to 0 for all of them."
+            problems.add("train.steps_per_rollout", f"is {drawn}, more than the {trained} trained steps", remedy)
+        if settings.loss == POLICY_GRADIENT:
+            sampler.check_noise("train.loss", POLICY_GRADIENT, problems)
+
+    @classmethod
+    def notes(cls, settings: OpdSettings, changed: Sequence[str]) -> list[str]:
+        """The surrogate has no choice of what is compared."""
+        ignored = [name for name in changed if name in ("train.target", "train.self_normalize")]
+        return [f"{name} is ignored: train.loss is {POLICY_GRADIENT}" for name in ignored] * (settings.loss != KL)
+
+    @classmethod
+    def steps(cls, plan: Counted, key: tuple[int, int, int]) -> tuple[int, ...]:
+        """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
+        drawn = plan.settings.steps_per_rollout
+        return choose_steps(plan.sampler.trained_steps, drawn, *key) if drawn else super().steps(plan, key)
+
+    @classmethod
+    def count(cls, plan: Counted) -> Nfe:
+        """Teacher and student once per trained step, the student alone at the drawn rollout's other steps.
+
+        The largest of k numbers drawn from 1 to T without replacement is k (T + 1) / (k + 1) on average.
+        """
+        shape, sampler = plan.shape, plan.sampler
+        drawn = plan.settings.steps_per_rollout
+        visits = shape.images_per_task * (drawn or sampler.trained_steps)
+        own = plan.nfe(sampler.guidance)
+        student = visits * shape.tasks_per_round * own * sampler.num_inner_epochs
+        teachers = sum(plan.nfe(task.guidance_scale) for task in plan.tasks) * shape.tasks_per_round / len(plan.tasks)
+        unsupervised = drawn * (sampler.trained_steps + 1) / (drawn + 1) - drawn
+        return Nfe(
+            student=student,
+            teacher=round(visits * teachers),
+            sampling=round(shape.images_per_round * own * unsupervised),
+            base=student if plan.settings.beta > 0 else 0,
         )
-
-    def _student(self, batch: Batch) -> Velocity:
-        return self._policy(STUDENT, batch, self.recipe.student_guidance)
-
-
-def _without_graph(visit: Visit) -> Visit:
-    return Visit(visit.step, visit.transition, visit.x, visit.v_student.detach(), visit.v_teacher, visit.x_next)

@@ -5,22 +5,80 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from torch.profiler import record_function
+
+from diffusionopd.config_schema import FREE, key
 from diffusionopd.distributed import average_gradients
-from diffusionopd.stages import stage
 
 
 class NonFiniteError(ValueError):
     """A velocity, loss or gradient is NaN or infinite; the student has not been touched by it."""
 
 
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW."""
+
+    learning_rate: float = key("train.learning_rate", 3e-4, "Of AdamW.", "(0, inf)", resume=FREE)
+    adam_beta1: float = key("train.adam_beta1", 0.9, "Of AdamW.", "[0, 1)")
+    adam_beta2: float = key("train.adam_beta2", 0.999, "Of AdamW.", "[0, 1)")
+    adam_weight_decay: float = key("train.adam_weight_decay", 1e-4, "Of AdamW.", "[0, inf)")
+    adam_epsilon: float = key("train.adam_epsilon", 1e-8, "Of AdamW.", "(0, inf)")
+    fused_optimizer: bool = key(
+        "train.fused_optimizer",
+        True,
+        "AdamW and the moving average in a few CUDA kernels for all tensors together; the same to rounding.",
+        resume=FREE,
+    )
+    use_8bit_adam: bool = key("train.use_8bit_adam", False, "AdamW with 8-bit state (needs bitsandbytes and a GPU).")
+    max_grad_norm: float = key(
+        "train.max_grad_norm",
+        1.0,
+        "Norm to which the gradient of a round is clipped, in units of the loss as it is.",
+        "(0, inf)",
+        resume=FREE,
+    )
+    loss_scale: float = key(
+        "train.loss_scale",
+        1e4,
+        """The loss is multiplied by this before the backward pass, so that the gradient is large against
+        `adam_epsilon` (measured in docs/method.md); the logged loss and gradient norm, and `max_grad_norm`, are in
+        units of the loss as it is.""",
+        "(0, inf)",
+        resume=FREE,
+    )
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """The average of the student."""
+
+    ema: bool = key(
+        "train.ema",
+        False,
+        "Average the student's weights over rounds; evaluation and the saved LoRA use the average.",
+        resume=FREE,
+    )
+    ema_decay: float = key(
+        "train.ema_decay",
+        0.9,
+        """The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every `ema_interval` rounds (rounds that
+        share an optimizer step count as one).""",
+        "[0, 1)",
+        resume=FREE,
+    )
+    ema_interval: int = key("train.ema_interval", 8, "See `train.ema_decay`.", "[1, inf)", resume=FREE)
+
+
 class StudentOptimizer:
-    """AdamW with a constant loss scale, dynamic scaling for fp16, gradient clipping and EMA over the student's tensors.
+    """AdamW with a constant loss scale, dynamic scaling for fp16 and gradient clipping over the student's tensors.
 
     ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves
     gradients so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); apart from epsilon
@@ -29,27 +87,19 @@ class StudentOptimizer:
     """
 
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        epsilon: float = 1e-8,
-        max_grad_norm: float = 1.0,
-        loss_scale: float = 1.0,
-        dynamic_scale: bool = False,
-        use_8bit: bool = False,
-        fused: bool = False,
+        self, parameters: Sequence[nn.Parameter], settings: OptimizerSettings, dynamic_scale: bool = False
     ) -> None:
-        """``fused`` steps all tensors in one kernel, on a CPU too: the same to rounding. ``use_8bit`` has its own."""
         self.parameters = list(parameters)
-        self.max_grad_norm = max_grad_norm
-        self.loss_scale = loss_scale
-        options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
-        if not use_8bit:
-            options["fused"] = fused
-        self._adamw = _adamw_class(use_8bit)(self.parameters, **options)
+        self.max_grad_norm, self.loss_scale = settings.max_grad_norm, settings.loss_scale
+        options: dict[str, Any] = {
+            "lr": settings.learning_rate,
+            "betas": (settings.adam_beta1, settings.adam_beta2),
+            "weight_decay": settings.adam_weight_decay,
+            "eps": settings.adam_epsilon,
+        }
+        if not settings.use_8bit_adam:  # which has CUDA kernels of its own
+            options["fused"] = settings.fused_optimizer
+        self._adamw = _adamw_class(settings.use_8bit_adam)(self.parameters, **options)
         device = self.parameters[0].device.type
         self._scaler = torch.amp.GradScaler(device, enabled=dynamic_scale)
         self._kept = 0  # rounds whose gradients wait for the step of a later one
@@ -61,7 +111,7 @@ class StudentOptimizer:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
-        with stage("backward"):
+        with record_function("backward"):
             self._scaler.scale(loss * self.loss_scale).backward()
 
     def keep(self) -> None:
@@ -70,7 +120,7 @@ class StudentOptimizer:
         They are then the same on every process, so one of them can save them. Raises NonFiniteError for a NaN or
         infinite gradient; with fp16's dynamic scale it is found at the step.
         """
-        with stage("averaging the gradient"):
+        with record_function("averaging the gradient"):
             average_gradients(self.parameters)
         self._kept += 1
         norm = torch.nn.utils.get_total_norm(self._gradients()).item()
@@ -86,7 +136,7 @@ class StudentOptimizer:
         skipped, the scale halves, and None is returned; it raises once the scale is below 1, where the gradient itself
         must be broken.
         """
-        with stage("optimizer step"):
+        with record_function("optimizer step"):
             return self._step()
 
     def _step(self) -> float | None:

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from diffusionopd.algorithms.base import STUDENT, Sample, SampledLearner
+from diffusionopd.algorithms.base import Algorithm, Counted, Nfe, Result, TeacherSettings
 from diffusionopd.data.batches import Batch
-from diffusionopd.rollout import walk
-from diffusionopd.transitions import per_sample_mean
+from diffusionopd.losses import flow_matching_loss
 
 
-class Supervised(SampledLearner):
-    """Each task's teacher samples, and the student learns to draw the same pictures by flow matching."""
+@dataclass(frozen=True)
+class SftSettings:
+    """Supervised fine-tuning."""
 
-    def _collect(self, batch: Batch) -> Sample:
-        policy = self._policy(batch.teacher, batch, batch.teacher_guidance)
-        final = batch.x
-        for visit in walk(batch.x, self.transitions, policy, draw_noise=batch.draw_noise, multistep=self.multistep):
-            final = visit.x_next
-        return Sample(final)
 
-    def _weigh(self, batches: Sequence[Batch]) -> tuple[Sequence[Tensor], dict[str, float]]:
-        return [torch.ones(len(batch.x), device=self.backbone.device) for batch in batches], {}
+class Sft(Algorithm):
+    """Each task's teacher samples, and the student learns to draw the same images by flow matching."""
 
-    def _loss(self, batch: Batch, sample: Sample, weight: Tensor, step: int) -> Tensor:
-        """Half the squared error of the velocity ``noise - x0`` at a noised teacher sample."""
-        sigma, noise = self.transitions[step].sigma, batch.draw_forward_noise(step)
-        x_t = (1 - sigma) * sample.x0 + sigma * noise
-        v_student = self._policy(STUDENT, batch, self.guidance_scale)(x_t, sigma)
-        return weight * 0.5 * per_sample_mean((v_student - (noise - sample.x0)).square())
+    name = "sft"
+    groups = (SftSettings, TeacherSettings)
+    has_teachers = True
+
+    def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
+        """See :meth:`Algorithm.round`: sample all batches, then train on them, in one optimizer step or several."""
+        samples = []
+        for batch in batches:
+            for visit in self.trajectory(batch, self.teacher(batch)):
+                x0 = visit.x_next
+            samples.append(x0)
+        self.check_samples()
+        images = [(batch, x0) for batch, x0 in zip(batches, samples, strict=True) if batch.wants_images]
+        result = Result(images)
+        for epoch in range(self.sampler.num_inner_epochs):
+            for part in self.parts(batches):
+                losses = self.losses([batches[i] for i in part])
+                for batch, x0 in ((batches[i], samples[i]) for i in part):
+                    for n in batch.steps:
+                        sigma, noise = self.transitions[n].sigma, batch.forward_noise(n)
+                        x_t = (1 - sigma) * x0 + sigma * noise
+                        loss = flow_matching_loss(self.student(batch)(x_t, sigma), noise, x0)
+                        self.optimizer.backward(losses.add(batch, n, loss))
+                norm = self.update(losses, step)
+                if epoch == 0:
+                    result.note(losses, norm)
+        return result
+
+    @classmethod
+    def count(cls, plan: Counted) -> Nfe:
+        """The teachers sample, the student is trained at every trained step."""
+        shape, sampler = plan.shape, plan.sampler
+        visits = shape.images_per_round * sampler.trained_steps
+        teachers = sum(plan.nfe(task.guidance_scale) for task in plan.tasks) * shape.tasks_per_round / len(plan.tasks)
+        return Nfe(
+            student=visits * plan.nfe(sampler.guidance) * sampler.num_inner_epochs,
+            teacher=round(shape.images_per_task * sampler.num_steps * teachers),
+        )

@@ -20,18 +20,18 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
 from diffusionopd.config_schema.problems import ConfigError, nearest
-from diffusionopd.config_schema.values import SECTIONS, base_config, flatten, to_plain, unset
+from diffusionopd.config_schema.keys import SECTIONS, Schema, flatten, to_plain, unset
 
 
-def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
-    """Read ``FILE`` or ``FILE:NAME``, add the defaults, then apply ``(key, text)`` overrides in order.
+def load_config(schema: Schema, source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+    """Read ``FILE`` or ``FILE:NAME``, add the schema's defaults, then apply ``(key, text)`` overrides in order.
 
     A text of None means True. A run without a name gets NAME, or the file's. Keys that do not exist are kept, for
     ``check`` to report. Raises ConfigError for a file, name or override that cannot be found; what the file itself
     raises is passed on.
     """
     file, _, name = source.partition(":")
-    config = _with_defaults(_call(Path(file), name))
+    config = _with_defaults(schema, _call(Path(file), name))
     if unset(config.get("run_name")) and unset(config.get("save_dir")):
         config.run_name = name or Path(file).stem
     problems = [problem for key, text in overrides if (problem := _override(config, key, text))]
@@ -126,8 +126,8 @@ def _legacy_imp() -> Iterator[None]:
             sys.modules["imp"] = before
 
 
-def _with_defaults(given: ConfigDict | Mapping[str, Any]) -> ConfigDict:
-    merged = to_plain(base_config())
+def _with_defaults(schema: Schema, given: ConfigDict | Mapping[str, Any]) -> ConfigDict:
+    merged = to_plain(schema.config())
     for key, value in to_plain(given).items():
         if key in SECTIONS and isinstance(value, Mapping):
             merged[key] |= value

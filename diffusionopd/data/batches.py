@@ -1,119 +1,180 @@
 """Which prompts and which noise a process rolls out in a round: a pure function of (seed, round, task, sample index).
 
 A sample's index runs over all batches of a task in a round and over all processes, so the same samples are drawn
-whatever the number of processes and the size of a backward batch.
+whatever the number of processes and the size of a backward batch. Letters: B rows, C channels, h and w latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffusionopd.config_schema import RunPlan, TeacherSpec
+from diffusionopd.config_schema import FREE, key
 from diffusionopd.data.noise import Stream, generator, noise
 from diffusionopd.data.prompts import Prompt
+from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.data.tasks import Task
+from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
 
 
-def draw_none(step: int) -> Tensor:
-    """For batches that are never noised again."""
-    raise ValueError(f"this batch has no forward noise for step {step}")
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Noise and prefetching."""
+
+    seed: int = key(
+        "seed",
+        42,
+        "Seed of everything random: adapter initialisation, prompt order, initial and step noise.",
+        "[0, inf)",
+    )
+    same_latent: bool = key(
+        "sample.same_latent", False, "Start the images of one prompt from the same initial noise."
+    )
+    prefetch: bool = key(
+        "prefetch",
+        True,
+        """Make the batches of the next round (prompts, cached embeddings, noise) in a thread while this one trains.
+        They are the same; the embeddings of two rounds are in the host's memory.""",
+        resume=FREE,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a batch."""
+
+    task: str
+    sample: int  # index in the task's round, over all batches and processes
+    prompt: Prompt
+    teacher: str  # the teacher's adapter
+    guidance: float  # the teacher's
+    weight: float = 1.0  # of its loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process rolls out for one task at once: ``B`` samples."""
+    """What one process rolls out at once: B rows, those of one task next to each other."""
 
-    task: str
-    teacher: str  # the adapter's name
-    teacher_guidance: float
-    x: Tensor  # [B, C, h, w] noise at sigma 1, float32
-    text: TextEmbeddings  # [B, ...]
-    draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
-    prompts: Sequence[Prompt] = ()
-    wants_picture: bool = False
-    samples: Sequence[int] = ()  # their indices in the task's round, over all batches and processes
-    groups: Sequence[int] = ()  # those of their prompts: samples of one group share one
-    steps: Sequence[int] = ()  # which of the trained steps are supervised, increasing; empty: all of them
-    draw_forward_noise: Callable[[int], Tensor] = draw_none  # as draw_noise, for noising final latents again
+    rows: tuple[Row, ...]
+    noise: Tensor  # [B, C, h, w] at the first noise level, float32
+    text: Conditions  # of B prompts
+    steps: tuple[int, ...]  # the sampler steps that are trained, increasing
+    draw: Callable[[Stream, int], Tensor]  # (what for, step) -> [B, C, h, w] standard normal noise
+    wants_images: bool = False  # whether the final latents are looked at: the rollout goes to its end
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Task -> its rows."""
+        names = [row.task for row in self.rows]
+        return {name: slice(names.index(name), names.index(name) + names.count(name)) for name in dict.fromkeys(names)}
+
+    def step_noise(self, step: int) -> Tensor:
+        """The noise that a stochastic sampler step adds: ``[B, C, h, w]``."""
+        return self.draw(Stream.STEP, step)
+
+    def forward_noise(self, step: int) -> Tensor:
+        """The noise that final latents are mixed with, at the time of a step: ``[B, C, h, w]``."""
+        return self.draw(Stream.FORWARD, step)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
-        text = TextEmbeddings(*(part.to(device, non_blocking=True) for part in self.text))
-        return replace(self, x=self.x.to(device, non_blocking=True), text=text)
+        return replace(self, noise=self.noise.to(device, non_blocking=True), text=self.text.to(device))
 
 
-@dataclass(frozen=True)
-class BatchMaker:
-    """Makes a process's batches of any round, in any order and in any thread."""
+class BatchError(ValueError):
+    """The batches of a round cannot be made; the message names the round and says why."""
 
-    plan: RunPlan
-    samplers: Mapping[str, PromptSampler]  # task -> which of its prompts comes when
-    prompts: Mapping[str, Sequence[Prompt]]  # task -> its training prompts
-    text: TextCache
-    latent_shape: tuple[int, int, int]
-    device: torch.device  # that the batches will be used on
-    dtype: torch.dtype  # of the text embeddings
-    seed: int
-    backward_size: int  # samples in one backward pass
-    images_per_prompt: int
-    same_latent: bool
-    rank: int
-    world: int
 
-    def round(self, index: int, *, watched: bool) -> Iterator[Batch]:
-        """The batches of round ``index`` (from 0), task by task; ``watched`` asks the first of each for pictures.
+class Batches:
+    """A process's batches of any round. The next round's are made in a thread while this one trains, if wanted."""
 
-        Their tensors are in the host's memory, pinned when they will be used on a GPU; noise that is drawn later is on
-        the device.
+    def __init__(
+        self,
+        shape: RoundShape,
+        tasks: Sequence[Task],
+        settings: NoiseSettings,
+        *,
+        prompts: Mapping[str, Sequence[Prompt]],
+        samplers: Mapping[str, PromptSampler],
+        text: TextCache,
+        latent_shape: Sequence[int],
+        steps: Callable[[int, int], tuple[int, ...]],
+        wants_images: Callable[[int], bool],
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int = 0,
+    ) -> None:
+        """``prompts``, ``samplers``: by task. ``steps(round, task)``: the trained sampler steps.
+
+        ``wants_images(round)``: whether a round's images are looked at. ``dtype``: of the text embeddings.
         """
-        plan, size = self.plan, self.backward_size
-        for task in plan.tasks_of(index):
-            for batch in range(plan.batches_per_task):
-                first = (batch * self.world + self.rank) * plan.batch_size
-                for start in range(first, first + plan.batch_size, size):
-                    yield self._batch(index, task, range(start, start + size), watched and batch == 0)
+        self.shape, self.tasks, self.settings = shape, tasks, settings
+        self.prompts, self.samplers, self.text = prompts, samplers, text
+        self.latent_shape, self.steps, self.wants_images = tuple(latent_shape), steps, wants_images
+        self.device, self.dtype, self.rank = device, dtype, rank
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if settings.prefetch else None
+        self._next: tuple[int, Future[list[Batch]]] | None = None
 
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+    def round(self, index: int) -> list[Batch]:
+        """The batches of round ``index`` (from 0), on the training device. BatchError when they cannot be made."""
+        ahead, self._next = self._next, None
+        try:
+            made = ahead[1].result() if ahead is not None and ahead[0] == index else self._make(index)
+        except Exception as error:
+            raise BatchError(f"round {index + 1}: its batches cannot be made: {error}") from error
+        if self._thread is not None and index + 1 < self.shape.num_rounds:
+            self._next = index + 1, self._thread.submit(self._make, index + 1)
+        return [batch.to(self.device) for batch in made]
 
-    def _supervised(self, key: tuple[int, int, int]) -> tuple[int, ...]:
-        """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
-        count = self.plan.steps_per_rollout
-        return choose_steps(self.plan.trained_steps, count, *key) if count else ()
+    def close(self) -> None:
+        """End the thread; what it has made is dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _batch(self, index: int, task: int, samples: Sequence[int], watched: bool) -> Batch:
-        teacher, key = self.plan.teachers[task], (self.seed, index, task)
-        groups = [sample // self.images_per_prompt for sample in samples]
-        sampler, texts = self.samplers[teacher.name], self.prompts[teacher.name]
-        prompts = [texts[sampler.index(index, group)] for group in groups]
-        own = groups if self.same_latent else samples
-        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
+    def _make(self, index: int) -> list[Batch]:
+        return list(self._batches(index))
+
+    def _batches(self, index: int) -> Iterator[Batch]:
+        shape, wanted = self.shape, self.wants_images(index)
+        for task in shape.tasks_of(index):
+            for batch in range(shape.batches_per_task):
+                first = (batch * shape.num_processes + self.rank) * shape.batch_size
+                for start in range(first, first + shape.batch_size, shape.backward_size):
+                    samples = range(start, start + shape.backward_size)
+                    yield self._batch(index, task, samples, wanted and batch == 0)
+
+    def _batch(self, index: int, task: int, samples: Sequence[int], wants_images: bool) -> Batch:
+        own, key = self.tasks[task], (self.settings.seed, index, task)
+        groups = [sample // self.shape.images_per_prompt for sample in samples]
+        sampler, known = self.samplers[own.name], self.prompts[own.name]
+        prompts = [known[sampler.index(index, group)] for group in groups]
+        starts = groups if self.settings.same_latent else samples
 
         def draw(stream: Stream, step: int) -> Tensor:
             drawn = noise(self.latent_shape, [(stream, *key, i, step) for i in samples])
             return self._pinned(drawn).to(self.device, non_blocking=True)
 
+        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
         return Batch(
-            task=teacher.name,
-            teacher=adapter_name(teacher),
-            teacher_guidance=teacher.guidance_scale,
-            x=self._pinned(noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own])),
-            text=TextEmbeddings(*(self._pinned(part) for part in text)),
-            draw_noise=partial(draw, Stream.STEP),
-            prompts=prompts,
-            wants_picture=watched,
-            samples=tuple(samples),
-            groups=tuple(groups),
-            steps=self._supervised(key),
-            draw_forward_noise=partial(draw, Stream.FORWARD),
+            rows=tuple(
+                Row(own.name, sample, prompt, own.adapter, own.guidance_scale)
+                for sample, prompt in zip(samples, prompts, strict=True)
+            ),
+            noise=self._pinned(noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in starts])),
+            text=text.pin_memory() if self.device.type == "cuda" else text,
+            steps=self.steps(index, task),
+            draw=draw,
+            wants_images=wants_images,
         )
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
 def choose_steps(trained_steps: int, count: int, *key: int) -> tuple[int, ...]:
@@ -123,8 +184,3 @@ def choose_steps(trained_steps: int, count: int, *key: int) -> tuple[int, ...]:
     """
     order = torch.randperm(trained_steps, generator=generator(Stream.SUPERVISED_STEPS, *key))
     return tuple(sorted(order[:count].tolist()))
-
-
-def adapter_name(teacher: TeacherSpec) -> str:
-    """The teacher's adapter: a task may be called anything, a module attribute may not."""
-    return "teacher_" + "".join(c if c.isalnum() else "_" for c in teacher.name)

@@ -32,16 +32,16 @@ def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt
     Blank lines are skipped, a byte order mark is ignored. Raises PromptError for an unknown format or split, and for a
     file that is missing, unreadable, not UTF-8, without prompts, or has a malformed line (file and line are named).
     """
-    if prompt_fn not in _FORMATS:
-        raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(_FORMATS))}")
+    if prompt_fn not in FORMATS:
+        raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(FORMATS))}")
     if split not in ("train", "test"):
         raise PromptError(f"unknown split {split!r}: use 'train' or 'test'")
-    return read_prompts(Path(dataset) / _FORMATS[prompt_fn][0].format(split=split), prompt_fn)
+    return read_prompts(Path(dataset) / FORMATS[prompt_fn][0].format(split=split), prompt_fn)
 
 
 def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
     """Prompts of one file in the format of `prompt_fn`. Raises as `load_prompts`."""
-    parse = _FORMATS[prompt_fn][1]
+    parse = FORMATS[prompt_fn][1]
     lines = _read_text(path, prompt_fn).split("\n")  # not splitlines(): it also cuts at U+2028, which JSON may contain
     prompts = [parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -95,10 +95,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_FORMATS: dict[str, tuple[str, Callable[[str, str], Prompt]]] = {
+FORMATS: dict[str, tuple[str, Callable[[str, str], Prompt]]] = {
     "general_ocr": ("{split}.txt", _parse_plain),
     "geneval": ("{split}_metadata.jsonl", _parse_json),
 }
+"""``prompt_fn`` -> the name of its files, and what makes a prompt of a line (and of where the line stands)."""
 
 
 def write_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:

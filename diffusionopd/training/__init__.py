@@ -1,8 +1,6 @@
-"""A run from its configuration: build, resume, loop over rounds, save."""
+"""A run from its configuration: plan, build, loop over rounds, save."""
 
-from diffusionopd.training.command import run_command
-from diffusionopd.training.loop import Trainer, make_accelerator, train
-from diffusionopd.training.profiling import Profile, profile
-from diffusionopd.training.state import RunError
+from diffusionopd.training.loop import train
+from diffusionopd.training.plan import base_config, check, load_config
 
-__all__ = ["Profile", "RunError", "Trainer", "make_accelerator", "profile", "run_command", "train"]
+__all__ = ["base_config", "check", "load_config", "train"]

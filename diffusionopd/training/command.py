@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from diffusionopd.config_schema import load_config, redacted, split_arguments
-from diffusionopd.training.loop import train
+from diffusionopd.config_schema import redacted, split_arguments
+from diffusionopd.training.plan import load_config
+
+FLAGS = ("--dry_run", "--allow_config_change")
 
 
-def run_command(arguments: Sequence[str], default: str | None, usage: str | None) -> str | None:
-    """Train as the command line says.
+def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> dict[str, Any]:
+    """What :func:`diffusionopd.training.train` is called with.
 
     ``--config FILE:NAME`` (else ``default``), ``--config.KEY=VALUE``, ``--dry_run``, ``--allow_config_change``,
-    ``--help`` (prints ``usage``).
-    Returns an error message for the exit status, or None.
+    ``--help`` (prints ``usage`` and exits). Raises ValueError for anything else.
     """
-    if "--help" in arguments or "-h" in arguments:
+    if {"--help", "-h"} & set(arguments):
         print(usage)
-        return None
+        raise SystemExit
+    source, overrides, rest = split_arguments(arguments)
+    if unknown := [argument for argument in rest if argument not in FLAGS]:
+        raise ValueError(f"unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>")
+    source = source or default
+    if source is None:
+        raise ValueError("--config FILE:NAME is missing; --help has examples")
+    return {"config": load_config(source, overrides), **{flag.removeprefix("--"): flag in rest for flag in FLAGS}}
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A mistake of the user's ends the program with status 2 and one message of the first process, no traceback."""
     try:
-        source, overrides, rest = split_arguments(arguments)
-        if unknown := [argument for argument in rest if argument not in ("--dry_run", "--allow_config_change")]:
-            return redacted(f"error: unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>")
-        source = source or default
-        if source is None:
-            return "error: --config FILE:NAME is missing; --help has examples"
-        allow = "--allow_config_change" in rest
-        train(load_config(source, overrides), dry_run="--dry_run" in rest, allow_config_change=allow)
+        yield
     except ValueError as error:
-        return f"error: {redacted(error)}"
-    return None
+        if os.environ.get("RANK", "0") == "0":
+            message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+            print(redacted(f"error: {message}"), file=sys.stderr)
+        raise SystemExit(2) from None

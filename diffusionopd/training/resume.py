@@ -1,82 +1,91 @@
-"""Where a run starts: the checkpoint to go on from, and whether everything behind it is still the same."""
+"""Where a run starts: the checkpoint it resumes from, what may have changed since, and another number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
+from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import (
-    ResumeError,
-    RunPlan,
-    Start,
-    changes_since,
+    FREE,
+    REFUSE,
+    REWARDS,
+    ROUND,
+    SECTIONS,
+    TEACHERS,
+    ConfigError,
+    Problems,
+    find_secrets,
     flatten,
-    read_saved,
-    refuse_changes,
+    read,
+    to_plain,
+    unset,
 )
-from diffusionopd.data.batches import adapter_name
 from diffusionopd.data.prompts import Prompt
+from diffusionopd.data.rounds import CASCADE, tasks_per_round
+from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
-from diffusionopd.training.state import RunError, versions
+from diffusionopd.training.plan import SCHEMA, RunSettings, base_config, is_used
 
+_BATCH_KEYS = (
+    "sample.train_batch_size",
+    "sample.num_batches_per_epoch",
+    "train.batch_size",
+    "train.gradient_accumulation_steps",
+)
+# Options of a reward that is trained on: placement and timeouts, not the score.
+_RUNTIME_OPTIONS = frozenset(
+    "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
+)
+_REMEDY = (
+    "Go on with the old values, start another run with --config.run_name, or add --allow_config_change to go on with "
+    "the new ones."
+)
 _SAMPLE = 4096  # values of each tensor of the base model: 4 million of SD3.5-Medium's 2.2 billion
 
 
-def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
-    """The whole checkpoint that a run goes on from, or None for a fresh start.
+class RunError(ValueError):
+    """A run that must not start: it would overwrite another one, or go on from what is not its own."""
 
-    RunError where a fresh start, or another run's checkpoint, would overwrite what ``run_dir`` holds, and where nothing
-    whole is left to go on from; CheckpointError for a named checkpoint that is damaged.
-    """
-    root = run_dir / "checkpoints"
-    present = checkpoint.folders(root)
-    if not resume_from:
-        if present:
-            raise RunError(
-                f"{run_dir} already holds a run with {present[0].name}. Add --config.resume_from=auto to go on with "
-                "it, or choose another --config.run_name."
-            )
-        return None
-    if resume_from == "auto":
-        latest = checkpoint.find_latest(root)
-        if latest is None and present:
-            raise RunError(
-                f"all checkpoints in {root} are damaged ({', '.join(folder.name for folder in present)}), so there is "
-                "nothing to resume. Put one back from a copy, or move them away to start this run afresh."
-            )
-        return latest
-    folder = Path(resume_from)
-    checkpoint.verify(folder)
-    if present and folder.resolve().parent != root.resolve():
-        raise RunError(
-            f"{run_dir} already holds a run with {present[0].name}, which going on from {folder} would overwrite. "
-            "Choose another --config.run_name."
-        )
-    return folder
+
+class ResumeError(RunError):
+    """A run that cannot go on from its checkpoint as it is configured."""
 
 
 @dataclass
 class Resume:
-    """A checkpoint to go on from, with what it was trained on."""
+    """Where a run starts."""
 
-    folder: Path
-    scalars: Mapping[str, Any]  # of its state
-    allow_change: bool
-    notes: list[str]  # what is different now, for people
+    config: ConfigDict  # as it is used: per-process keys adapted to the number of processes
+    given: ConfigDict  # as it was given
+    written_for: int  # processes that the per-process keys of ``given`` are meant for
+    folder: Path | None = None  # the checkpoint; None for a fresh start
+    scalars: Mapping[str, Any] = field(default_factory=dict)  # of its state
+    allow_change: bool = False
+    notes: list[str] = field(default_factory=list)  # what is different now, for people
 
     @property
     def completed(self) -> int:
-        """Rounds done when it was saved."""
-        return int(self.scalars["round"])
+        """Rounds done when the checkpoint was saved."""
+        return int(self.scalars.get("round", 0))
+
+    @property
+    def unevaluated(self) -> dict[str, Any] | None:
+        """The metrics of the last round, when a signal interrupted its evaluation."""
+        return self.scalars.get("unevaluated")
 
     def check_digests(self, digests: Mapping[str, str]) -> None:
         """Compare what has a digest both now and in the checkpoint; RunError unless changes are allowed."""
@@ -93,44 +102,248 @@ class Resume:
         self.notes.append(f"{what}, which is allowed")
 
     def describe(self) -> str:
-        """From where the run goes on, and what is different, a line each."""
+        """From where the run goes on, and what is different, one per line; empty for a fresh start."""
+        if self.folder is None:
+            return ""
         return "\n".join([f"resuming after round {self.completed} from {self.folder}", *self.notes])
 
 
-def open_resume(start: Start, plan: RunPlan, allow_change: bool) -> Resume | None:
-    """Find and verify the checkpoint to go on from, and refuse another experiment; None for a fresh start.
+def find_start(config: ConfigDict, num_processes: int, allow_change: bool = False) -> Resume:
+    """Where ``config`` starts on ``num_processes`` processes.
 
-    Raises RunError, CheckpointError and ResumeError, before any weight is loaded.
+    When the per-process batch keys are those of the checkpoint but the number of processes is not, they are adapted so
+    that a round stays the same. Raises RunError or CheckpointError where there is nothing valid to go on from or a
+    start would overwrite something, and ResumeError when the round cannot stay the same, or the experiment would change
+    and ``allow_change`` is False. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
     """
-    folder = find_checkpoint(start.config.resume_from, plan.run_dir)
+    fresh = Resume(config, config, num_processes)
+    values, problems = flatten(config), Problems()
+    SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
+    # Secrets are refused by check(); differences from the checkpoint would quote them.
+    if problems.found or any(find_secrets(values)):
+        return fresh
+    run = read(RunSettings, values)
+    if unset(run.save_dir) and (unset(run.run_name) or unset(run.logdir)):
+        return fresh
+    folder = find_checkpoint(run.resume_from, run.run_dir)
     if folder is None:
-        return None
-    saved = read_saved(folder)
-    if saved is None:
-        raise ResumeError(
-            f"{folder} does not say how it was trained: its config.json or state/scalars.json is missing or damaged"
-        )
-    values = flatten(start.config)
-    if not allow_change:  # again: a damaged one may have been skipped since the configuration was compared
-        refuse_changes(saved, values, plan.num_processes)
-    resume = Resume(
-        folder, _checked(checkpoint.load_scalars(folder / "state"), folder), allow_change, list(start.notes)
-    )
-    refused, free = changes_since(saved, values, plan.num_processes)
-    if changed := [*refused, *free]:
-        resume.notes.append("changed since then: " + ", ".join(changed))
-    before, now = resume.scalars.get("versions", {}), versions()
-    if other := [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]:
-        resume.notes.append("saved with other versions: " + ", ".join(other))
-    return resume
-
-
-def _checked(scalars: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The state's scalars; RunError unless they are such a run's."""
-    completed, tables = scalars.get("round"), [scalars.get(name, {}) for name in ("digests", "versions")]
-    if not isinstance(completed, int) or completed < 0 or not all(isinstance(table, dict) for table in tables):
+        return fresh
+    saved, scalars = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
+    tables = [scalars.get(name, {}) for name in ("digests", "versions")]
+    if not isinstance(scalars.get("round"), int) or not all(isinstance(table, dict) for table in tables):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
-    return scalars
+    written_for = int(scalars.get("written_for", scalars["num_processes"]))
+    start = Resume(config, config, num_processes, folder, scalars, allow_change)
+    if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
+        _adapt(start, values, written_for, num_processes)
+        values = flatten(start.config)
+    refused, free = changes_since(saved, written_for, values, num_processes)
+    if refused and not allow_change:
+        listed = "".join(f"\n  - {change}" for change in refused)
+        raise ResumeError(f"this is not the experiment that {folder} belongs to:{listed}\n{_REMEDY}")
+    if refused or free:
+        start.notes.append("changed since then: " + ", ".join([*refused, *free]))
+    before, now = scalars.get("versions", {}), versions()
+    if other := [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]:
+        start.notes.append("saved with other versions: " + ", ".join(other))
+    return start
+
+
+def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
+    """The valid checkpoint that a run goes on from, or None for a fresh start.
+
+    RunError where a fresh start, or another run's checkpoint, would overwrite what ``run_dir`` holds, and where nothing
+    valid is left to go on from; CheckpointError for a named checkpoint that is damaged.
+    """
+    root = run_dir / "checkpoints"
+    present = checkpoint.folders(root)
+    if resume_from == "auto":
+        latest = checkpoint.find_latest(root)
+        if latest is None and present:
+            raise RunError(
+                f"all checkpoints in {root} are damaged ({', '.join(folder.name for folder in present)}), so there is "
+                "nothing to resume. Put one back from a copy, or move them away to start this run afresh."
+            )
+        return latest
+    if unset(resume_from):
+        if present:
+            raise RunError(
+                f"{run_dir} already holds a run with {present[0].name}. Add --config.resume_from=auto to go on with "
+                "it, or choose another --config.run_name."
+            )
+        return None
+    folder = Path(str(resume_from))
+    if not folder.is_dir():
+        return None  # check() names it
+    checkpoint.verify(folder)
+    if present and folder.resolve().parent != root.resolve():
+        raise RunError(
+            f"{run_dir} already holds a run with {present[0].name}, which going on from {folder} would overwrite. "
+            "Choose another --config.run_name."
+        )
+    return folder
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The configuration in a run's ``config.json`` as nested dicts.
+
+    Keys that this version knows are checked by type and range, others are kept as they are, and what is missing stays
+    missing: another version or the upstream release may have written it. Raises ConfigError naming the file.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"it holds a {type(config).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError([f"{path} is not the config.json of a run: {error}"]) from None
+    problems = Problems()
+    for section in SECTIONS:
+        if not isinstance(config.get(section, {}), Mapping):
+            problems.add(section, f"is {config[section]!r}", "It must be an object.")
+    if not problems.found:
+        values = flatten(config)
+        for name, declared in SCHEMA.keys.items():
+            if name in values and declared.used and (problem := declared.problem(values[name])):
+                problems.add(name, *problem)
+        if problems.good("train.teachers"):
+            check_saved_tasks(values.get("train.teachers", []), problems)
+    if problems.found:
+        raise ConfigError(f"{path}: {problem}" for problem in problems.found)
+    return config
+
+
+def read_saved_config(folder: Path) -> dict[str, Any]:
+    """The flat configuration of a checkpoint; keys that are newer than it have their defaults. Raises ResumeError."""
+    try:
+        return SCHEMA.defaults() | flatten(read_run_config(folder / "config.json"))
+    except ConfigError as error:
+        raise ResumeError(f"{folder} does not say how it was trained: {error}") from error
+
+
+# --- another number of processes --------------------------------------------------------------------------------------
+
+
+def _adapt(start: Resume, values: Mapping[str, Any], before: int, now: int) -> None:
+    """Give ``start`` the configuration with which ``now`` processes make the same round."""
+    try:
+        changes = adapted_batches(values, before, now)
+    except ValueError as error:
+        raise ResumeError(f"{start.folder} cannot be resumed with {now} processes: {error}") from None
+    adapted = to_plain(start.given)
+    for name, new in changes.items():
+        section, leaf = name.split(".")
+        adapted[section][leaf] = new
+    listed = ", ".join(f"{name} {values[name]} -> {new}" for name, new in changes.items() if new != values[name])
+    start.config, start.written_for = ConfigDict(adapted, type_safe=False), before
+    start.notes.append(f"processes {before} -> {now}, so that a round stays the same: {listed}")
+
+
+def _geometry(values: Mapping[str, Any], num_processes: int) -> dict[str, Fraction]:
+    """What a round is over all processes; the keys are for people."""
+    size, batches, part, accumulation = (values[name] for name in _BATCH_KEYS)
+    return {
+        "images per task and round": Fraction(batches * size * num_processes, tasks_per_round(values)),
+        "optimizer steps per round": Fraction(batches * size, part * accumulation),
+    }
+
+
+def adapted_batches(values: Mapping[str, Any], before: int, now: int) -> dict[str, int]:
+    """The batch keys with which ``now`` processes make the round that ``values`` describe for ``before`` processes.
+
+    A process's batches stay as large as they are, or become smaller if they must, and so do its backward batches: what
+    fitted into a GPU's memory still does. Raises ValueError naming the numbers of processes that work.
+    """
+    found = next(_solutions(values, before, now), None)
+    if found is None:
+        images, _ = _geometry(values, before).values()
+        working = [str(n) for n in range(1, int(images) + 1) if next(_solutions(values, before, n), None)]
+        raise ValueError(
+            f"the {images} images of a task in a round cannot be shared equally by them. "
+            f"Use {', '.join(working[:-1])}{' or ' * (len(working) > 1)}{working[-1]} processes."
+        )
+    return found
+
+
+def _solutions(values: Mapping[str, Any], before: int, now: int) -> Iterator[dict[str, int]]:
+    """Solutions for batches and backward batches of at most their present size, the largest first."""
+    old_size, _, old_part, _ = (values[name] for name in _BATCH_KEYS)
+    images, steps = _geometry(values, before).values()
+    for size in range(old_size, 0, -1):
+        batches = images / (size * now)  # per task
+        if batches.denominator > 1:
+            continue
+        for part in (n for n in range(min(size, old_part), 0, -1) if size % n == 0):
+            accumulation = tasks_per_round(values) * batches * size / part / steps
+            if accumulation.denominator == 1:
+                total = tasks_per_round(values) * int(batches)
+                yield dict(zip(_BATCH_KEYS, (size, total, part, int(accumulation)), strict=True))
+
+
+# --- what may change --------------------------------------------------------------------------------------------------
+
+
+def changes_since(
+    saved: Mapping[str, Any], written_for: int, values: Mapping[str, Any], num_processes: int
+) -> tuple[list[str], list[str]]:
+    """``key: old -> new``, first of what changes the experiment, then of what does not."""
+    before, now = _expanded(saved), _expanded(values)
+    refused: list[str] = []
+    free: list[str] = []
+    for name in sorted(before | now):
+        old, new = _plain(before.get(name)), _plain(now.get(name))
+        if old != new and name not in _BATCH_KEYS:
+            (refused if _is_experiment(name, before, now) else free).append(f"{name}: {old!r} -> {new!r}")
+    old_round, new_round = _geometry(saved, written_for), _geometry(values, num_processes)
+    refused += [f"{name}: {old_round[name]} -> {new}" for name, new in new_round.items() if old_round[name] != new]
+    return refused, free
+
+
+def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with a key for each field of each task, and the guidance that each teacher really has."""
+    flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
+    tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]
+    for i, task in enumerate(tasks):
+        fields = {"guidance_scale": values["sample.teacher_guidance_scale"]}
+        fields |= {name: value for name, value in task.items() if value is not None}
+        flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
+    if tasks:
+        del flat["sample.teacher_guidance_scale"]
+    for reward, options in values["reward_options"].items():
+        flat |= {f"reward_options.{reward}.{name}": value for name, value in dict(options).items()}
+    return flat
+
+
+def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a change of an expanded key changes what the student is trained on, or towards."""
+    names = [values["train.algorithm"] for values in (before, now)]
+    algorithms = [ALGORITHMS[n] for n in names if n in ALGORITHMS]
+    from_rewards = any(cls.has_rewards for cls in algorithms)
+    if name == "num_epochs":  # by which a cascade's tasks share the rounds
+        return CASCADE in (before["train.task_order"], now["train.task_order"])
+    if name.startswith("reward_options."):
+        reward, option = name.split(".")[1:3]
+        return from_rewards and option not in _RUNTIME_OPTIONS and reward in _trained_on(before) | _trained_on(now)
+    if name.startswith("train.teachers["):
+        declared = FIELDS.get(name.rpartition("].")[2])
+    elif name in SCHEMA.keys and not any(is_used(name, n) for n in names):
+        return False
+    else:
+        declared = SCHEMA.keys.get(name)
+    rule = declared.resume if declared else FREE
+    return rule == REFUSE or rule == (REWARDS if from_rewards else TEACHERS)
+
+
+def _trained_on(expanded: Mapping[str, Any]) -> set[str]:
+    tasks = [value for name, value in expanded.items() if name.endswith(".proxy_reward")] or [expanded["reward_fn"]]
+    return {reward for rewards in tasks for reward in rewards}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as it comes back from JSON; None is unset."""
+    return "" if value is None else json.loads(json.dumps(value, default=str))
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_digests(prompts: Mapping[str, Iterable[Prompt]]) -> dict[str, str]:
@@ -141,8 +354,8 @@ def prompt_digests(prompts: Mapping[str, Iterable[Prompt]]) -> dict[str, str]:
     }
 
 
-def weight_digests(plan: RunPlan, backbone: Backbone, adapters: Adapters) -> dict[str, str]:
-    """A digest of each teacher's tensors and of a sample of the base model's; the same on every device.
+def weight_digests(tasks: Sequence[Task], backbone: Backbone, adapters: Adapters) -> dict[str, str]:
+    """A digest of the tensors of each task's teacher and of a sample of the base model's; the same on every device.
 
     The base's is by type: a run that goes on in another ``mixed_precision`` holds other numbers.
     """
@@ -150,19 +363,27 @@ def weight_digests(plan: RunPlan, backbone: Backbone, adapters: Adapters) -> dic
         p for module in (backbone.transformer, backbone.vae) for n, p in module.named_parameters() if ".lora_" not in n
     )
     digests = {f"the base model ({backbone.dtype})": _sha256(_bytes(_sampled(p)) for p in own)}
-    for teacher in plan.teachers if not plan.from_rewards else ():
-        name = adapter_name(teacher)
+    for task in tasks:
         config = {
-            key: value for key, value in vars(adapters.configs[name]).items() if "alpha" in key or "rslora" in key
+            name: value
+            for name, value in vars(adapters.configs[task.adapter]).items()
+            if "alpha" in name or "rslora" in name
         }
         scale = json.dumps(config, sort_keys=True).encode()
-        digests[f"the teacher of {teacher.name}"] = _sha256([scale, *map(_bytes, adapters.parameters(name))])
+        tensors = map(_bytes, adapters.parameters(task.adapter))
+        digests[f"the teacher of {task.name}"] = _sha256([scale, *tensors])
     return digests
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
     """A digest of every value."""
     return _sha256(map(_bytes, tensors))
+
+
+def versions() -> dict[str, str]:
+    """The versions on which a run's numbers depend."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -1,161 +1,263 @@
-"""What a run is built from, before its first round: prompts, rewards, text embeddings, models, scorers."""
+"""What a run is built from, before its first round: prompts, rewards, text embeddings, models, the algorithm."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from ml_collections import ConfigDict
 
-from diffusionopd import distributed
-from diffusionopd.algorithms.base import STUDENT
-from diffusionopd.config_schema import RunPlan
-from diffusionopd.data.batches import adapter_name
+from diffusionopd.algorithms.base import STUDENT, Algorithm, Models
+from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
+from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_prompts
 from diffusionopd.data.sampler import PromptSampler
+from diffusionopd.distributed import together
+from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
-from diffusionopd.models.backbone import (
-    Backbone,
-    encoder_place,
-    find_device,
-    load_backbone,
-    load_text_encoder,
-    text_key,
-)
+from diffusionopd.models.backbone import DTYPES, Backbone, encoder_place, find_device, load_backbone, load_text_encoder
+from diffusionopd.models.backbone import read_model, text_key
+from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
+from diffusionopd.models.policies import Policies
+from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.training.agreement import agree
+from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.metrics import MetricsWriter
+from diffusionopd.training.monitor import Monitor
+from diffusionopd.training.plan import Plan
+from diffusionopd.training.resume import Resume, RunError, prompt_digests, tensor_digest, weight_digests
 
-ENCODING_PATIENCE = 3 * 3600.0
+ENCODING_TIMEOUT = 3 * 3600.0
 """Seconds that a process may wait for the slowest while a large prompt set is encoded for the first time."""
+_RUN_FOLDER = "Choose another with --config.save_dir, or free space."
 
 
-@dataclass(frozen=True)
-class PromptSets:
-    """Prompts by task, and the order in which training sees them."""
+@dataclass
+class Run:
+    """Everything that a run works with."""
 
-    train: Mapping[str, Sequence[Prompt]]
+    plan: Plan
+    resume: Resume
+    accelerator: Accelerator
+    device: torch.device
+    dtype: torch.dtype  # of frozen weights
+    train: Mapping[str, Sequence[Prompt]]  # prompts by task
     test: Mapping[str, Sequence[Prompt]]  # empty when nothing is evaluated
-    samplers: Mapping[str, PromptSampler]
+    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
+    text: TextCache
+    backbone: Backbone
+    adapters: Adapters
+    optimizer: StudentOptimizer
+    ema: Ema | None
+    algorithm: Algorithm
+    batches: Batches
+    metrics: MetricsWriter
+    monitor: Monitor
+    digests: Mapping[str, str] = field(default_factory=dict)
+    scorers: Mapping[str, Mapping[str, LimitedScorer]] = field(default_factory=dict)  # by task; of evaluations
 
-    def used_from(self, plan: RunPlan, completed: int) -> list[str]:
-        """Every text that rounds from ``completed`` on and evaluations encode, the empty prompt first."""
-        texts = [""]
-        for task, (name, sampler) in enumerate(self.samplers.items()):
-            texts += [self.train[name][i].text for i in sampler.used_by(plan.rounds_of(task, completed))]
-            texts += [prompt.text for prompt in self.test.get(name, [])]
-        return texts
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.accelerator.process_index
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
 
-def check_devices(config: ConfigDict, device: torch.device) -> None:
-    """The devices and compilers that the configuration needs are there: said before anything is loaded.
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student's tensors are their moving averages inside the block, where there are any."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.in_use():
+                yield
 
-    Raises BackboneError or AccelerationError.
-    """
-    find_device(config.text_encoder_device, device, "text_encoder_device")
-    find_device(config.vae_device, device, "vae_device")
-    if config.compile:
-        check_compiler(device)
+    def wants_scores(self, number: int) -> bool:
+        """Whether the images of round ``number`` (from 1) are scored: the first's, every so many rounds, the last's."""
+        return not self.plan.algorithm.has_rewards and self._is_watched(number, self.plan.watch.monitor_freq)
 
+    def wants_grid(self, number: int) -> bool:
+        """Whether the images of round ``number`` (from 1) become a grid."""
+        return self._is_watched(number, self.plan.watch.sample_freq)
 
-def read_prompts(config: ConfigDict, plan: RunPlan) -> PromptSets:
-    """Read and index the prompts of all tasks."""
-    train, test, samplers = {}, {}, {}
-    for index, task in enumerate(plan.teachers):
-        prompts = load_prompts(task.dataset, task.prompt_fn, "train")
-        train[task.name] = prompts
-        samplers[task.name] = PromptSampler(prompts, config.seed, index, plan.groups_per_task)
-        if config.eval_freq:
-            held_out = load_prompts(task.dataset, task.prompt_fn, "test")
-            test[task.name] = held_out[: config.eval_num_prompts or None]
-    return PromptSets(train, test, samplers)
+    def _is_watched(self, number: int, every: int) -> bool:
+        return every > 0 and (number in (1, self.plan.shape.num_rounds) or number % every == 0)
 
-
-def build_rewards(plan: RunPlan, device: str, timeout: float) -> dict[str, RewardWorker]:
-    """The rewards that are trained on, by task, before any weight is loaded; RewardError for one that cannot be had."""
-    workers = {}
-    for task in plan.teachers if plan.from_rewards else ():
-        scorer, name = build_composite(task.proxy_reward, device, plan.reward_options), ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(scorer, name=name, timeout=timeout, patient=True)
-    return workers
-
-
-def build_evaluation_scorers(plan: RunPlan, device: str, timeout: float) -> dict[str, dict[str, LimitedScorer]]:
-    """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
-    scorers: dict[str, dict[str, LimitedScorer]] = {teacher.name: {} for teacher in plan.teachers}
-    for teacher in plan.teachers:
-        for name in teacher.proxy_reward:
-            try:
-                scorer = build_scorer(name, device, plan.reward_options.get(name))
-                scorers[teacher.name][name] = LimitedScorer(scorer, name, timeout)
-            except RewardError as error:
-                warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
-    return {task: found for task, found in scorers.items() if found}
+    def close(self) -> None:
+        """End threads and trackers, and write what is left."""
+        self.batches.close()
+        self.monitor.close()
+        for worker in self.rewards.values():
+            worker.close(cancel=True)
+        for scorers in self.scorers.values():
+            for scorer in scorers.values():
+                scorer.close()
+        self.metrics.close()
 
 
-def fill_text_cache(
-    config: ConfigDict, texts: Sequence[str], *, dtype: torch.dtype, device: torch.device, rank: int, world: int
-) -> TextCache:
-    """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
-    model, revision = config.pretrained.model, config.pretrained.revision or None
-    key, length = text_key(model, revision), config.max_sequence_length
-    place, precision = encoder_place(config.text_encoder_device, device, dtype)
-    load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
-    cache = TextCache(config.cache_dir, key, length, dtype)
-    distributed.together(
-        lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", ENCODING_PATIENCE
+def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
+    """Build everything; weights load here. Errors as of :func:`diffusionopd.training.train`."""
+    memory, base, watch = plan.read(MemorySettings), plan.read(BaseSettings), plan.watch
+    device, dtype = accelerator.device, DTYPES[memory.mixed_precision]
+    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if dtype == torch.float16 and device.type == "cpu":
+        raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
+    # Matrix products and convolutions: torch has a switch for each, and that of convolutions is on by default.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = memory.allow_tf32
+    if is_main:
+        ensure_writable(plan.run.run_dir, "run folder", _RUN_FOLDER)
+    ensure_writable(memory.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
+
+    # Prompts, and what is trained on them
+    train = {task.name: load_prompts(task.dataset, task.prompt_fn, "train") for task in plan.tasks}
+    test = _test_prompts(plan) if watch.eval_freq else {}
+    noise = plan.read(NoiseSettings)
+    samplers = {
+        task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
+        for index, task in enumerate(plan.tasks)
+    }
+    agree({"the prompts": prompt_digests(train), "the test prompts": prompt_digests(test)})
+    digests = prompt_digests(train)
+    resume.check_digests(digests)
+    rewards = _build_rewards(plan, str(device)) if plan.algorithm.has_rewards else {}
+
+    # Text embeddings, then models: the encoders are gone from memory when the transformer comes
+    texts = [NEGATIVE]
+    for index, task in enumerate(plan.tasks):
+        drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
+        texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
+    text = _fill_text_cache(plan, texts, device, dtype, rank, world)
+    backbone, adapters = load_models(plan, device, dtype)
+    backbone.negative = text.get([NEGATIVE], device, dtype)
+    weights = weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters)
+    agree({"the weights": weights | {"the student": tensor_digest(adapters.parameters(STUDENT))}})
+    resume.check_digests(weights)
+    backbone.shard()
+
+    # The algorithm and its state
+    optimizer = StudentOptimizer(
+        adapters.parameters(STUDENT), plan.read(OptimizerSettings), dynamic_scale=dtype == torch.float16
     )
-    return cache
+    average = plan.read(EmaSettings)
+    ema = Ema(optimizer.parameters, average, plan.read(OptimizerSettings).fused_optimizer) if average.ema else None
+    algorithm = plan.algorithm(
+        Models(Policies(backbone, adapters), optimizer, rewards),
+        plan.settings,
+        plan.sampler,
+        backbone.sigmas(plan.sampler.num_steps, base.resolution),
+        plan.shape,
+    )
+    if resume.folder is not None:
+        restore(resume, optimizer, ema, algorithm)
+
+    # Metrics and monitoring
+    run_dir = plan.run.run_dir
+    with writing(run_dir, "run folder", _RUN_FOLDER):
+        metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
+        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
+        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
+        if is_main:
+            write_json(run_dir / "config.json", resume.given.to_dict())
+    metrics.start_trackers(plan.run.run_project, _flat_values(plan.values))
+    # Rewards that are trained on are measured anyway.
+    watched = bool(watch.monitor_freq) and not plan.algorithm.has_rewards
+    monitor = Monitor(
+        # One at a time: the images are decoded beside the next round, and share its memory.
+        partial(backbone.decode, chunk=1),
+        {task.name: task.proxy_reward for task in plan.tasks} if watched else {},
+        run_dir / "samples",
+        str(device),
+        watch.reward_options,
+        watch.reward_timeout,
+    )
+    run = Run(
+        plan, resume, accelerator, device, dtype, train, test, rewards, text, backbone, adapters, optimizer, ema,
+        algorithm, None, metrics, monitor, digests | weights, _build_scorers(plan, str(device)),
+    )  # fmt: skip
+    run.batches = Batches(
+        plan.shape,
+        plan.tasks,
+        noise,
+        prompts=train,
+        samplers=samplers,
+        text=text,
+        latent_shape=backbone.latent_shape(base.resolution),
+        steps=lambda index, task: plan.algorithm.steps(plan, (noise.seed, index, task)),
+        wants_images=lambda index: run.wants_scores(index + 1) or run.wants_grid(index + 1),
+        device=device,
+        dtype=dtype,
+        rank=rank,
+    )
+    return run
 
 
-def find_sharding(config: ConfigDict) -> Sharding | None:
+def check_devices(plan: Plan, device: torch.device) -> None:
+    """The devices, compilers and engine that the configuration needs are there: said before anything is loaded.
+
+    Raises BackboneError, AccelerationError or EngineError.
+    """
+    memory = plan.read(MemorySettings)
+    find_device(memory.text_encoder_device, device, "text_encoder_device")
+    find_device(memory.vae_device, device, "vae_device")
+    if memory.compile:
+        check_compiler(device)
+    if memory.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise EngineError("compile does not go with DeepSpeed: set it to False, or start with ENGINE=fsdp2")
+    find_sharding(plan)
+
+
+def find_sharding(plan: Plan) -> Sharding | None:
     """How the launcher wants the base sharded, if at all; EngineError for what cannot be."""
     sharding = requested_sharding()
-    if sharding is not None and config.train.merge_teachers:
+    if sharding is not None and _merges(plan):
         raise EngineError("train.merge_teachers needs a whole base in every process: set it to False, or use no engine")
-    if config.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise EngineError("compile does not go with DeepSpeed: set it to False, or start with ENGINE=fsdp2")
-    return sharding
+    return sharding if plan.shape.num_processes > 1 else None
 
 
-def load_models(
-    config: ConfigDict, plan: RunPlan, *, dtype: torch.dtype, device: torch.device
-) -> tuple[Backbone, Adapters]:
+def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, Adapters]:
     """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all."""
+    base, memory, lora = plan.read(BaseSettings), plan.read(MemorySettings), plan.read(LoraSettings)
     backbone = load_backbone(
-        config.pretrained.model,
-        config.pretrained.revision or None,
+        base.model,
+        base.revision or None,
         dtype=dtype,
         device=device,
-        vae_device=find_device(config.vae_device, device, "vae_device"),
-        sharding=find_sharding(config) if plan.num_processes > 1 else None,
+        vae_device=find_device(memory.vae_device, device, "vae_device"),
+        sharding=find_sharding(plan),
     )
-    if config.activation_checkpointing:
+    if memory.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
-    train = config.train
-    adapters = MergedTeachers(backbone.transformer) if train.merge_teachers else Adapters(backbone.transformer)
-    if train.lora_path:
-        adapters.add_from(STUDENT, train.lora_path, trainable=True)
+    adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer, backbone.inert_modules())
+    if lora.lora_path:
+        adapters.add_from(STUDENT, lora.lora_path, trainable=True)
     else:
         adapters.add_student(
             STUDENT,
-            rank=train.lora_rank,
-            alpha=train.lora_alpha,
-            target_modules=train.lora_target_modules,
-            seed=config.seed,
+            rank=lora.lora_rank,
+            alpha=lora.lora_alpha,
+            target_modules=lora.lora_target_modules or backbone.LORA_TARGETS,
+            seed=plan.values["seed"],
         )
-    for teacher in plan.teachers if not plan.from_rewards else ():
-        adapters.add_teacher(adapter_name(teacher), teacher.lora_path)
-    if config.attention_backend:
-        choose_attention(backbone.transformer, config.attention_backend, dtype=dtype, device=device)
-    if config.compile:
-        compile_blocks(backbone.transformer)
+    for task in plan.tasks if plan.algorithm.has_teachers else ():
+        adapters.add_teacher(task.adapter, task.lora_path)
+    if memory.attention_backend:
+        choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
+    if memory.compile:
+        compile_blocks(backbone.blocks())
     return backbone, adapters
 
 
@@ -165,3 +267,79 @@ def merged_note(adapters: Adapters) -> str:
         return ""
     sizes = adapters.merged_bytes().values()
     return f", {len(sizes)} merged teachers in {sum(sizes) / 1e9:.3g} GB"
+
+
+def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algorithm: Algorithm) -> None:
+    """Put back what a checkpoint's state holds. RunError for a student of other shapes, or a state of something else."""
+    assert resume.folder is not None
+    folder = resume.folder / "state"
+    tensors, scalars = load_state(folder)
+    try:
+        student = [tensors.get(f"student.{i}") for i in range(len(optimizer.parameters))]
+        if [getattr(p, "shape", None) for p in student] != [p.shape for p in optimizer.parameters]:
+            raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
+        with torch.no_grad():
+            for parameter, saved in zip(optimizer.parameters, student, strict=True):
+                parameter.copy_(saved)
+        if ema is not None:  # a run that had no EMA until now starts its average from the student
+            ema.load([tensors.get(f"ema.{i}", saved) for i, saved in enumerate(student)])
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+        optimizer.load_state(own, scalars["scaler"])
+        algorithm.load_state(tensors)
+    except (LookupError, TypeError, RuntimeError, AttributeError) as error:
+        raise RunError(
+            f"{folder} is not the state of such a run ({error!r}); resume from another checkpoint"
+        ) from error
+
+
+def _merges(plan: Plan) -> bool:
+    return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
+
+
+def _test_prompts(plan: Plan) -> dict[str, Sequence[Prompt]]:
+    most = plan.watch.eval_num_prompts or None
+    return {task.name: load_prompts(task.dataset, task.prompt_fn, "test")[:most] for task in plan.tasks}
+
+
+def _build_rewards(plan: Plan, device: str) -> dict[str, RewardWorker]:
+    """The rewards that are trained on, by task, before any weight is loaded; RewardError for one that cannot be had."""
+    workers = {}
+    for task in plan.tasks:
+        scorer = build_composite(task.proxy_reward, device, plan.watch.reward_options)
+        name = ", ".join(task.proxy_reward)
+        workers[task.name] = RewardWorker(
+            scorer, name=name, timeout=plan.watch.reward_timeout, retry_unavailable=True
+        )
+    return workers
+
+
+def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, LimitedScorer]]:
+    """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
+    scorers: dict[str, dict[str, LimitedScorer]] = {}
+    for task in plan.tasks if plan.watch.eval_freq else ():
+        for name in task.proxy_reward:
+            try:
+                scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
+                scorers.setdefault(task.name, {})[name] = LimitedScorer(scorer, name, plan.watch.reward_timeout)
+            except RewardError as error:
+                warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+    return scorers
+
+
+def _fill_text_cache(
+    plan: Plan, texts: Sequence[str], device: torch.device, dtype: torch.dtype, rank: int, world: int
+) -> TextCache:
+    """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
+    base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
+    model, revision, length = base.model, base.revision or None, base.max_sequence_length
+    read_model(model, revision)  # which may be refused, before anything is encoded
+    place, precision = encoder_place(memory.text_encoder_device, device, dtype)
+    load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
+    cache = TextCache(memory.cache_dir, text_key(model, revision), length, dtype)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", ENCODING_TIMEOUT)
+    return cache
+
+
+def _flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for trackers: what is no plain value becomes text."""
+    return {name: v if isinstance(v, int | float | str) or v is None else str(v) for name, v in values.items()}

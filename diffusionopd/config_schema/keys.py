@@ -1,0 +1,176 @@
+"""Configuration keys, each declared once, beside the code that reads it.
+
+    @dataclass(frozen=True)
+    class NftSettings:
+        nft_beta: float = key("train.nft_beta", 1.0, "How far ...", "(0, inf)")
+
+A group of keys is a dataclass; ``read(NftSettings, values)`` makes one from a flat configuration. The check before
+weights load, the command line, ``docs/configuration.md`` and the resume rules follow from the declarations.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from diffusionopd.config_schema.problems import Problems, nearest
+
+T = TypeVar("T")
+SECTIONS = ("pretrained", "sample", "train")
+
+# What a resumed run does about a changed value.
+REFUSE = "refused"  # it would be another experiment
+FREE = "free"
+ROUND = "as a round"  # free as long as a round of all processes stays the same
+TEACHERS = "refused with teachers"
+REWARDS = "refused when trained on"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The declaration of one key. Its type is that of its default; a string may be None."""
+
+    name: str  # as on the command line, such as "train.learning_rate"
+    default: Any
+    text: str  # what it does, with units, for docs/configuration.md
+    interval: str = ""  # of a number, such as "[0, 1)"
+    choices: Collection[Any] = ()
+    form: tuple[str, Callable[[Any], bool]] | None = None  # (what it must be, whether a value is)
+    resume: str = REFUSE
+    used: bool = True  # False: accepted because existing files set it
+    optional: bool = False  # None is a value of its own: the base model's default
+    group: type | None = None
+
+    def problem(self, value: Any) -> tuple[str, str] | None:
+        """What is wrong with ``value`` and the remedy; None if nothing is."""
+        if self.optional and value is None:
+            return None
+        expected = _type_name(self.default)
+        if not _has_type(value, self.default) and not self.optional:
+            return f"is {value!r}", f"It must be {expected}."
+        if self.choices and value not in self.choices:
+            choices = ", ".join(repr(choice) for choice in self.choices)
+            return f"is {value!r}", f"It must be one of {choices}.{nearest(str(value), map(str, self.choices))}"
+        if self.form and not self.form[1](value):
+            return f"is {value!r}", f"It must be {self.form[0]}."
+        if self.interval and not _inside(value, self.interval):
+            return f"is {value!r}", f"It must be {expected} in {self.interval}."
+        return None
+
+
+def key(name: str, default: Any, text: str, interval: str = "", **options: Any) -> Any:
+    """A dataclass field that declares a :class:`Key`; ``options`` are its other fields."""
+    declared = Key(name, default, " ".join(text.split()), interval, **options)
+    return field(default_factory=lambda: copy.deepcopy(default), metadata={"key": declared})
+
+
+def keys_of(group: type) -> dict[str, Key]:
+    """Field name -> key, of a group and what it derives from."""
+    return {f.name: replace(f.metadata["key"], group=group) for f in fields(group) if "key" in f.metadata}
+
+
+def read(group: type[T], values: Mapping[str, Any]) -> T:
+    """The settings of a group, from a flat configuration that was checked; lists become tuples."""
+    found = {name: values[declared.name] for name, declared in keys_of(group).items()}
+    return group(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+
+
+class Schema:
+    """The keys of several groups, by name. A key that several groups share is declared in one they derive from."""
+
+    def __init__(self, *groups: type) -> None:
+        self.keys: dict[str, Key] = {}
+        for group in groups:
+            for declared in keys_of(group).values():
+                self.keys.setdefault(declared.name, declared)
+
+    def defaults(self) -> dict[str, Any]:
+        """A fresh copy of the defaults, flat."""
+        return {name: copy.deepcopy(declared.default) for name, declared in self.keys.items()}
+
+    def config(self) -> ConfigDict:
+        """A fresh copy of the defaults, as configuration files start from them."""
+        config = ConfigDict({section: {} for section in SECTIONS}, type_safe=False)
+        for name, value in self.defaults().items():
+            section, _, leaf = name.rpartition(".")
+            (config[section] if section else config)[leaf] = value
+        return config
+
+    def check(self, values: Mapping[str, Any], used: Callable[[str], bool], problems: Problems) -> None:
+        """Names, types, ranges and choices; values of keys that are not ``used`` are not looked at."""
+        for name in sorted(values.keys() - self.keys.keys()):
+            remedy = nearest(name, self.keys).strip() or "docs/configuration.md has all."
+            problems.add(name, "is not a configuration key", remedy)
+        for name in sorted(self.keys.keys() - values.keys()):
+            problems.add(name, "is missing", "Start from the defaults in config/base.py.")
+        for name, declared in self.keys.items():
+            if name in values and used(name) and (problem := declared.problem(values[name])):
+                problems.add(name, *problem)
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` with every ConfigDict in it, also inside lists, turned into a dict."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: to_plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_plain(inner) for inner in value)
+    return value
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as on the command line: ``{"seed": .., "sample.num_steps": .., ..}``; lists and inner dicts stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in to_plain(config).items():
+        if name in SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold; not NaN, not infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_device(value: str | None) -> bool:
+    """Whether it can name a device: empty, cpu, cuda or cuda:<n>."""
+    return re.fullmatch(r"(cpu|cuda(:\d+)?)?", value or "") is not None
+
+
+def unset(value: str | None) -> bool:
+    """Whether a string key has no value: None, blank, or the word that command lines write for None."""
+    return value is None or not value.strip() or value.strip().lower() == "none"
+
+
+def _type_name(default: Any) -> str:
+    names = {bool: "True or False", int: "an integer", float: "a finite number", dict: "a dict"}
+    return names.get(type(default), "a list" if isinstance(default, list | tuple) else "a string or None")
+
+
+def _has_type(value: Any, default: Any) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if isinstance(default, float):
+        return is_number(value)
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    if isinstance(default, dict):
+        return isinstance(value, dict)
+    return value is None or isinstance(value, str)
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval.startswith("[") else value > low
+    return above and (value <= high if interval.endswith("]") else value < high)

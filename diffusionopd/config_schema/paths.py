@@ -1,0 +1,83 @@
+"""What a configuration points to: folders, prompt files, models and adapters. Nothing is downloaded or written."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusionopd.config_schema.keys import unset
+from diffusionopd.config_schema.problems import Problems
+
+_PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
+
+
+def is_path(text: str) -> bool:
+    """Whether the system can look it up: without NUL and halves of surrogate pairs, and not too long."""
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def with_origin(source: str) -> str:
+    """``source`` for messages, with a word when it is no path here and so is looked up on the hub."""
+    return f"{source} (hub)" if not Path(source).exists() else source
+
+
+def gap(source: Any) -> str:
+    """Why ``source`` is no path or hub id at all; empty if it may be one."""
+    if source is None or isinstance(source, str) and unset(source):
+        return "is not set"
+    if not isinstance(source, str):
+        return f"is {source!r}, which is not a string"
+    if not is_path(source):
+        return f"is {source[:80]!r}, which can be no path"
+    return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
+
+
+def check_model(key: str, model: Any, problems: Problems) -> None:
+    """The base model is a hub id or a diffusers folder that is there."""
+    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder."
+    if what := gap(model):
+        problems.add(key, what, remedy)
+    elif Path(model).exists():
+        if not (Path(model) / "model_index.json").is_file():
+            problems.add(key, f"is {model}, which has no model_index.json", remedy)
+    elif not _is_hub_id(model) or model.count("/") != 1:
+        problems.add(key, f"is {model}, which does not exist here", remedy)
+
+
+def check_adapter(key: str, source: Any, problems: Problems) -> None:
+    """A LoRA is a folder or file that is there, or a hub id."""
+    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
+    if what := gap(source):
+        problems.add(key, what, remedy)
+        return
+    path = Path(source)
+    if path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
+        problems.add(key, f"is {source}, a folder without a .safetensors file", remedy)
+    elif path.is_file() and path.suffix != ".safetensors":
+        problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
+    elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
+        problems.add(key, f"is {source}, which does not exist here", remedy)
+
+
+def check_writable(key: str, folder: Path, problems: Problems) -> None:
+    """A folder exists and can be written, or can be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        problems.add(key, f"needs the folder {folder}, but {existing} is a file", "Name another folder.")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problems.add(key, f"needs the folder {folder}, but {existing} is not writable", "Name another folder.")
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether ``source`` can only be meant for the hub: ``owner/name[/sub/folder]``, with no such folder here."""
+    first = source.split("/")[0]
+    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(first).exists()

@@ -1,0 +1,183 @@
+"""The shape of a round: how many images of which task, in which batches, and when the optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusionopd.config_schema import ROUND, Problems, key
+
+TOGETHER, ALTERNATE, CASCADE = "together", "alternate", "cascade"
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Batches and rounds. "Per process" is per GPU."""
+
+    train_batch_size: int = key("sample.train_batch_size", 1, "Images per process in a batch.", "[1, inf)", resume=ROUND)
+    num_batches_per_epoch: int = key(
+        "sample.num_batches_per_epoch",
+        2,
+        "Batches per process and round, shared equally by the tasks: a multiple of the number of teachers.",
+        "[1, inf)",
+        resume=ROUND,
+    )
+    num_image_per_prompt: int = key(
+        "sample.num_image_per_prompt",
+        1,
+        "Images per prompt in a round. Divides the images per task and round, over all batches and processes.",
+        "[1, inf)",
+    )
+    batch_size: int = key(
+        "train.batch_size",
+        1,
+        "Images per process in one backward pass. Divides `sample.train_batch_size`.",
+        "[1, inf)",
+        resume=ROUND,
+    )
+    gradient_accumulation_steps: int = key(
+        "train.gradient_accumulation_steps",
+        1,
+        """Backward batches per optimizer step. `num_batches_per_epoch * sample.train_batch_size / train.batch_size`
+        makes one step per round; k times that, one every k rounds, which then count as one for EMA and nft's old
+        policy. A divisor of it makes several steps per round, except in a distillation.""",
+        "[1, inf)",
+        resume=ROUND,
+    )
+    task_order: str = key(
+        "train.task_order",
+        TOGETHER,
+        """Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an
+        equal share of the rounds, one after another. `num_batches_per_epoch` is shared by the tasks of a round.""",
+        choices=(TOGETHER, ALTERNATE, CASCADE),
+    )
+
+
+@dataclass(frozen=True)
+class RoundShape:
+    """What a round is. Counts are over all processes unless they say otherwise."""
+
+    num_rounds: int
+    num_processes: int
+    num_tasks: int
+    batch_size: int  # images per process in a batch
+    backward_size: int  # of them in a backward pass
+    batches_per_task: int  # per process
+    images_per_prompt: int
+    accumulation: int  # backward batches per optimizer step: part of a round's, a round's, or those of several rounds
+    task_order: str = TOGETHER
+
+    @property
+    def tasks_per_round(self) -> int:
+        """How many tasks a round visits."""
+        return self.num_tasks if self.task_order == TOGETHER else 1
+
+    @property
+    def images_per_task(self) -> int:
+        """Images per visited task."""
+        return self.batches_per_task * self.batch_size * self.num_processes
+
+    @property
+    def images_per_round(self) -> int:
+        """Images of all visited tasks."""
+        return self.images_per_task * self.tasks_per_round
+
+    @property
+    def groups_per_task(self) -> int:
+        """Prompts per visited task."""
+        return self.images_per_task // self.images_per_prompt
+
+    @property
+    def backward_batches(self) -> int:
+        """Per process and round."""
+        return self.tasks_per_round * self.batches_per_task * self.batch_size // self.backward_size
+
+    @property
+    def batches_per_step(self) -> int:
+        """Backward batches of a process in a round before its gradient is averaged."""
+        return min(self.accumulation, self.backward_batches)
+
+    @property
+    def rounds_per_step(self) -> int:
+        """Rounds before an optimizer step; 1 also where a round has several."""
+        return max(1, self.accumulation // self.backward_batches)
+
+    def updates_after(self, completed: int) -> int | None:
+        """How many rounds, counting those that share a step as one, are complete; None between steps."""
+        updates, more = divmod(completed, self.rounds_per_step)
+        return None if more else updates
+
+    def tasks_of(self, index: int) -> range:
+        """Which tasks round ``index`` (from 0) visits."""
+        if self.task_order == TOGETHER:
+            return range(self.num_tasks)
+        task = index % self.num_tasks if self.task_order == ALTERNATE else index * self.num_tasks // self.num_rounds
+        return range(task, task + 1)
+
+    def rounds_of(self, task: int, start: int = 0) -> range:
+        """The rounds from ``start`` that visit a task."""
+        if self.task_order == TOGETHER:
+            return range(start, self.num_rounds)
+        if self.task_order == ALTERNATE:
+            return range(start + (task - start) % self.num_tasks, self.num_rounds, self.num_tasks)
+        first, end = (-(-part * self.num_rounds // self.num_tasks) for part in (task, task + 1))
+        return range(max(start, first), end)
+
+
+def round_shape(settings: BatchSettings, num_tasks: int, num_processes: int, num_rounds: int) -> RoundShape:
+    """The shape that settings in which nothing is wrong describe."""
+    visited = num_tasks if settings.task_order == TOGETHER else 1
+    return RoundShape(
+        num_rounds=num_rounds,
+        num_processes=num_processes,
+        num_tasks=num_tasks,
+        batch_size=settings.train_batch_size,
+        backward_size=settings.batch_size,
+        batches_per_task=settings.num_batches_per_epoch // visited,
+        images_per_prompt=settings.num_image_per_prompt,
+        accumulation=settings.gradient_accumulation_steps,
+        task_order=settings.task_order,
+    )
+
+
+def tasks_per_round(values: Mapping[str, Any]) -> int:
+    """How many tasks a round visits; training from rewards without ``train.teachers`` has one."""
+    return max(1, len(values["train.teachers"])) if values["train.task_order"] == TOGETHER else 1
+
+
+def check_batches(values: Mapping[str, Any], num_processes: int, one_step: bool, problems: Problems) -> None:
+    """Everything that must divide something else; ``one_step``: a round may not have several optimizer steps."""
+    batches, tasks, order = "sample.num_batches_per_epoch", "train.teachers", "train.task_order"
+    batch, group = "sample.train_batch_size", "sample.num_image_per_prompt"
+    if problems.good(batches, tasks, order) and values[batches] % (visited := tasks_per_round(values)):
+        up = math.ceil(values[batches] / visited) * visited
+        what = f"is {values[batches]}, not a multiple of the {visited} teachers"
+        problems.add(batches, what, f"Set it to {up} (and train.gradient_accumulation_steps to match).")
+    if problems.good(batch, group, batches, tasks, order):
+        images = values[batches] // tasks_per_round(values) * values[batch] * num_processes
+        if images % values[group]:
+            what = f"is {values[group]}, which does not divide the {images} images of a task in a round"
+            problems.add(group, what, f"Choose a divisor of {images}.")
+    part, steps, epochs = "train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"
+    if not problems.good(batch, part):
+        return
+    if values[batch] % values[part]:
+        what = f"is {values[part]}, which does not divide {batch} {values[batch]}"
+        problems.add(part, what, f"Choose a divisor of {values[batch]}.")
+        return
+    if not problems.good(steps, batches):
+        return
+    right = values[batches] * values[batch] // values[part]
+    several = "a multiple of it for a step every several rounds"
+    if one_step and values[steps] % right:
+        what = f"is {values[steps]}, but one optimizer step per round needs {right}"
+        arithmetic = f"{values[batches]} batches x {values[batch]} images / {values[part]}"
+        problems.add(steps, what, f"Set it to {right} ({arithmetic}), or {several}.")
+    elif right % values[steps] and values[steps] % right:
+        what = f"is {values[steps]}, which does not divide the {right} backward batches of a round"
+        problems.add(steps, what, f"Choose a divisor of {right}, or {several}.")
+    if values[steps] > right and problems.good(epochs) and values[epochs] > 1:
+        what = f"is {values[epochs]}, but with an optimizer step every several rounds all passes would be the same"
+        problems.add(epochs, what, f"Set it to 1, or {steps} to {right}.")

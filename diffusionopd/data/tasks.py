@@ -1,0 +1,208 @@
+"""The tasks of a run: their prompts, teachers and rewards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest
+from diffusionopd.config_schema.paths import check_adapter, gap, is_path
+from diffusionopd.data.prompts import FORMATS
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None
+
+
+def _is_scale(value: Any) -> bool:
+    return is_number(value) and value >= 1
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of ``train.teachers``: one task, with its teacher or the rewards it is trained on."""
+
+    name: str = key("name", "", "Of the task, in logs and files.", form=('made of letters, digits, "-", "_"', _is_name))
+    dataset: str = key("dataset", "", "Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl.")
+    lora_path: str = key(
+        "lora_path",
+        "",
+        """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub").
+        Without effect when the training is from rewards.""",
+        resume=TEACHERS,
+    )
+    proxy_reward: dict[str, float] = key(
+        "proxy_reward",
+        {},
+        """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from
+        rewards maximises their weighted mean.""",
+        resume=REWARDS,
+    )
+    prompt_fn: str = key(
+        "prompt_fn", "", '"general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files.'
+    )
+    guidance_scale: float = key(
+        "guidance_scale",
+        4.5,
+        "Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`).",
+        form=("a number of at least 1 (1: without)", _is_scale),
+        resume=TEACHERS,
+    )
+    eval_guidance_scale: float = key(
+        "eval_guidance_scale",
+        4.5,
+        "Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`).",
+        form=("a number of at least 1 (1: without)", _is_scale),
+        resume=FREE,
+    )
+    eval_num_steps: int = key(
+        "eval_num_steps",
+        40,
+        "Sampler steps in evaluations on this task; optional (`sample.eval_num_steps`).",
+        form=("an integer of at least 1", _is_count),
+        resume=FREE,
+    )
+
+    @property
+    def adapter(self) -> str:
+        """The teacher's adapter: a task may be called anything, a module attribute may not."""
+        return "teacher_" + "".join(c if c.isalnum() else "_" for c in self.name)
+
+
+FIELDS = keys_of(Task)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Tasks."""
+
+    teachers: tuple = key(
+        "train.teachers", [], "The tasks: a list of dicts with the fields of the table below, each with its teacher."
+    )
+    teacher_guidance_scale: float = key(
+        "sample.teacher_guidance_scale",
+        4.5,
+        "Guidance of the teachers that have no `guidance_scale` of their own; 1.0 is without.",
+        "[1, inf)",
+    )
+
+
+def check_tasks(
+    values: Mapping[str, Any],
+    problems: Problems,
+    *,
+    from_rewards: bool,
+    reward_names: Collection[str],
+    defaults: Mapping[str, Any],
+    with_test: bool,
+) -> tuple[tuple[Task, ...], tuple[int, ...]]:
+    """The tasks, and how many training prompts each has; what is wrong with them goes to ``problems``.
+
+    ``defaults``: what a task has that does not say so itself; ``with_test``: test prompts must be there too.
+    """
+    where = "train.teachers"
+    if not problems.good(where):
+        return (), ()
+    entries = values[where] or (_single_task(values) if from_rewards else [])
+    if not entries:
+        remedy = "Give at least one task, or dataset, prompt_fn and reward_fn, as in config/teacher.py."
+        problems.add(where, "is empty", remedy if from_rewards else "Give at least one teacher, as in config/opd.py.")
+    tasks, prompts = [], []
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        if not isinstance(entry, Mapping):
+            problems.add(place, f"is {entry!r}", f"It must be a dict with {', '.join(FIELDS)}.")
+            continue
+        given = {name: value for name, value in entry.items() if value is not None}
+        fields = {name: declared.default for name, declared in FIELDS.items()} | dict(defaults) | given
+        check_fields(place, fields, problems, reward_names)
+        if from_rewards:
+            fields["lora_path"] = ""
+            if fields["proxy_reward"] == {}:
+                problems.add(f"{place}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
+        else:
+            check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
+        prompts.append(_check_dataset(place, fields, with_test, problems))
+        tasks.append(Task(**{name: fields[name] for name in FIELDS}))
+    names = [task.name for task in tasks]
+    for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+        problems.add(f"{where}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
+    return tuple(tasks), tuple(prompts)
+
+
+def check_fields(
+    place: str, fields: Mapping[str, Any], problems: Problems, reward_names: Collection[str] | None = None
+) -> None:
+    """Names and values of a task's fields, whether or not the files that they name exist."""
+    for name in sorted(fields.keys() - FIELDS.keys()):
+        remedy = nearest(name, FIELDS).strip() or f"Fields are {', '.join(FIELDS)}."
+        problems.add(f"{place}.{name}", "is not a field of a teacher", remedy)
+    for name in ("name", "guidance_scale", "eval_guidance_scale", "eval_num_steps"):
+        if name in fields and (form := FIELDS[name].form) and not form[1](fields[name]):
+            problems.add(f"{place}.{name}", f"is {fields[name]!r}", f"It must be {form[0]}.")
+    rewards = fields.get("proxy_reward", {})
+    if not isinstance(rewards, Mapping):
+        problems.add(f"{place}.proxy_reward", f"is {rewards!r}", "It must be a dict {reward: weight}.")
+        return
+    for name, weight in rewards.items():
+        if not is_number(weight):
+            what = f"gives {name} the weight {weight!r}"
+            problems.add(f"{place}.proxy_reward", what, "A weight must be a finite number.")
+        if reward_names is not None and name not in reward_names:
+            remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
+            problems.add(f"{place}.proxy_reward", f"names the unknown reward {name!r}", remedy)
+
+
+def check_saved_tasks(entries: Any, problems: Problems) -> None:
+    """The tasks of a run's config.json: fields that this version does not know are left alone."""
+    for index, entry in enumerate(entries):
+        place = f"train.teachers[{index}]"
+        if not isinstance(entry, Mapping):
+            problems.add(place, f"is {entry!r}", "It must be an object.")
+            continue
+        given = {name: value for name, value in entry.items() if name in FIELDS and value is not None}
+        check_fields(place, {"name": None} | given, problems)
+        for name in ("dataset", "lora_path", "prompt_fn"):
+            if not isinstance(given.get(name, ""), str) or not is_path(given.get(name, "")):
+                problems.add(f"{place}.{name}", f"is {given[name]!r}", "It must be a string.")
+
+
+def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The task that the upstream keys of single-task reinforcement learning describe."""
+    if not values.get("dataset"):
+        return []
+    name = re.sub(r"[^\w-]", "_", Path(str(values["dataset"])).name)
+    fields = {"dataset": values["dataset"], "prompt_fn": values["prompt_fn"], "proxy_reward": values["reward_fn"]}
+    return [{"name": name, **fields}]
+
+
+def _check_dataset(place: str, fields: Mapping[str, Any], with_test: bool, problems: Problems) -> int:
+    """Check the prompt files of a task and return the number of training prompts."""
+    prompt_fn, dataset = fields["prompt_fn"], fields["dataset"]
+    if not isinstance(prompt_fn, str) or prompt_fn not in FORMATS:
+        remedy = f"It must be one of {', '.join(FORMATS)}.{nearest(str(prompt_fn), FORMATS)}"
+        problems.add(f"{place}.prompt_fn", f"is {prompt_fn!r}", remedy)
+        return 0
+    if what := gap(dataset):
+        problems.add(f"{place}.dataset", what, "Name the folder with the prompt files.")
+        return 0
+    files = {split: Path(dataset, FORMATS[prompt_fn][0].format(split=split)) for split in ("train", "test")}
+    for split, file in files.items():
+        if not file.is_file() and (split == "train" or with_test):
+            needed = f"prompt_fn {prompt_fn!r}" + (" with eval_freq" if split == "test" else "")
+            remedy = "dataset/README.md says where prompt files come from."
+            problems.add(f"{place}.dataset", f"lacks {file}, which {needed} reads", remedy)
+    if not files["train"].is_file():
+        return 0
+    with files["train"].open("rb") as lines:
+        count = sum(1 for line in lines if line.strip())
+    if count == 0:
+        problems.add(f"{place}.dataset", f"has no prompt in {files['train']}", "Put one on each line.")
+    return count

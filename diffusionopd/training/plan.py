@@ -1,0 +1,428 @@
+"""The keys of a run, the schema of all keys, and the plan: a checked configuration with the counts that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from diffusionopd import config_schema
+from diffusionopd.algorithms import ALGORITHMS, Algorithm, AlgorithmSettings
+from diffusionopd.algorithms.base import Nfe, SamplerSettings
+from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
+from diffusionopd.config_schema import (
+    FREE,
+    ConfigError,
+    Problems,
+    Schema,
+    check_no_secrets,
+    flatten,
+    key,
+    keys_of,
+    read,
+    to_plain,
+    unset,
+)
+from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, is_path, with_origin
+from diffusionopd.config_schema.upstream import UpstreamSettings
+from diffusionopd.data.batches import NoiseSettings
+from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, RoundShape, check_batches, round_shape
+from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
+from diffusionopd.models.backbone import family_of
+from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.rewards import REGISTRY, check_options
+
+T = TypeVar("T")
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run."""
+
+    run_name: str = key(
+        "run_name",
+        "",
+        "Name of the run: its folder under `logdir`, and its name in the tracker. Empty: the configuration's name.",
+        resume=FREE,
+    )
+    logdir: str = key("logdir", "logs", "Folder that holds the folders of runs.", resume=FREE)
+    save_dir: str = key("save_dir", "", "The run folder itself. Empty: <logdir>/<run_name>.", resume=FREE)
+    num_epochs: int = key(
+        "num_epochs",
+        100000,
+        "Rounds to train, in total: a resumed run counts those already done.",
+        "[1, inf)",
+        resume=FREE,
+    )
+    save_freq: int = key(
+        "save_freq",
+        20,
+        "Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end.",
+        "[0, inf)",
+        resume=FREE,
+    )
+    num_checkpoint_limit: int = key(
+        "num_checkpoint_limit", 5, "How many checkpoints to keep, the newest; 0 keeps all.", "[0, inf)", resume=FREE
+    )
+    resume_from: str = key(
+        "resume_from",
+        None,
+        """Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of
+        the run folder, afresh if there is none.""",
+        resume=FREE,
+    )
+    log_with: str = key(
+        "log_with",
+        "none",
+        'Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard".',
+        resume=FREE,
+    )
+    run_project: str = key("run_project", "diffusionopd", "Project name in the tracker.", resume=FREE)
+    collective_timeout: float = key(
+        "collective_timeout",
+        1800.0,
+        """Seconds that a process waits for the others at a barrier before it ends with an error that names the missing
+        ones. Encoding prompts for the first time may take hours whatever this says.""",
+        "(0, inf)",
+        resume=FREE,
+    )
+
+    @property
+    def run_dir(self) -> Path:
+        """``save_dir`` where it is set, else ``<logdir>/<run_name>``."""
+        return Path(self.logdir, self.run_name) if unset(self.save_dir) else Path(self.save_dir)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``log_with``."""
+        names = [name.strip() for name in (self.log_with or "").split(",")]
+        return [name for name in names if name and name != "none"]
+
+    def check(self, problems: Problems) -> None:
+        """The folder can be written, what is resumed from is there, trackers are installed."""
+        for name in ("save_dir", "logdir", "run_name", "resume_from"):
+            value = getattr(self, name)
+            if value and not is_path(value):
+                problems.add(name, f"is {value[:80]!r}, which can be no path", "Name a folder.")
+        if problems.good("save_dir", "logdir", "run_name"):
+            if unset(self.save_dir) and (unset(self.run_name) or unset(self.logdir)):
+                problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
+            else:
+                check_writable("logdir" if unset(self.save_dir) else "save_dir", self.run_dir, problems)
+        if problems.good("resume_from") and not unset(self.resume_from) and self.resume_from != "auto":
+            folder = Path(self.resume_from)
+            if not (folder / "state").is_dir():
+                what = "has no state/ to resume from" if folder.is_dir() else "does not exist"
+                remedy = 'Name a checkpoint-<n> folder, or use "auto".'
+                problems.add("resume_from", f"is {folder}, which {what}", remedy)
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
+            problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
+        elif missing := [name for name in self.trackers if find_spec(name) is None]:
+            problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """Monitoring and evaluation."""
+
+    monitor_freq: int = key(
+        "monitor_freq",
+        10,
+        """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are
+        logged, not trained on.""",
+        "[0, inf)",
+        resume=FREE,
+    )
+    sample_freq: int = key(
+        "sample_freq",
+        10,
+        "Rounds between grids of sample images in <run folder>/samples; 0 is never.",
+        "[0, inf)",
+        resume=FREE,
+    )
+    eval_freq: int = key(
+        "eval_freq",
+        20,
+        "Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never.",
+        "[0, inf)",
+        resume=FREE,
+    )
+    eval_num_prompts: int = key(
+        "eval_num_prompts",
+        0,
+        "Test prompts per task (all processes together) in such an evaluation; 0 is all.",
+        "[0, inf)",
+        resume=FREE,
+    )
+    eval_num_steps: int = key(
+        "sample.eval_num_steps",
+        40,
+        "Sampler steps in evaluation (always a first-order ODE).",
+        "[1, inf)",
+        resume=FREE,
+    )
+    eval_guidance_scale: float = key(
+        "sample.eval_guidance_scale",
+        4.5,
+        "Classifier-free guidance in evaluation; 1.0 is without.",
+        "[1, inf)",
+        resume=FREE,
+    )
+    test_batch_size: int = key(
+        "sample.test_batch_size", 1, "Images per process in a batch of the evaluation.", "[1, inf)", resume=FREE
+    )
+    reward_options: dict = key(
+        "reward_options",
+        {},
+        """What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url":
+        "http://..."}}; docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer
+        has a model.""",
+        form=(
+            "{reward: {option: value}}",
+            lambda value: isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()),
+        ),
+    )
+    reward_timeout: float = key(
+        "reward_timeout",
+        600.0,
+        """Seconds that a reward may take for one batch, waiting for its server included. Rewards that are trained on
+        end the run after that (with several processes it must be below `collective_timeout`); in monitoring and
+        evaluation the run goes on without them.""",
+        "(0, inf)",
+        resume=FREE,
+    )
+
+
+COMMON = (
+    RunSettings,
+    WatchSettings,
+    MemorySettings,
+    BaseSettings,
+    AlgorithmSettings,
+    TaskSettings,
+    BatchSettings,
+    NoiseSettings,
+    SamplerSettings,
+    OptimizerSettings,
+    LoraSettings,
+    EmaSettings,
+)
+SCHEMA = Schema(*COMMON, *(group for cls in ALGORITHMS.values() for group in cls.groups), UpstreamSettings)
+_COMMON_KEYS = frozenset(Schema(*COMMON).keys)
+
+
+def base_config() -> ConfigDict:
+    """A fresh copy of all defaults: what ``config/base.py`` returns."""
+    return SCHEMA.config()
+
+
+def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+    """:func:`diffusionopd.config_schema.load_config` with the keys of this project."""
+    return config_schema.load_config(SCHEMA, source, overrides)
+
+
+def is_used(name: str, algorithm: str) -> bool:
+    """Whether an algorithm reads a key."""
+    cls = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    return name in _COMMON_KEYS or (cls is not None and name in Schema(*cls.groups).keys)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration and the counts that follow from it."""
+
+    values: Mapping[str, Any]  # flat
+    algorithm: type[Algorithm]
+    settings: Any  # the algorithm's own
+    sampler: SamplerSettings
+    run: RunSettings
+    watch: WatchSettings
+    shape: RoundShape
+    tasks: tuple[Task, ...]
+    num_prompts: tuple[int, ...]  # training prompts of each task
+    notes: tuple[str, ...]  # settings that are accepted but change nothing
+
+    def read(self, group: type[T]) -> T:
+        """The settings of a group."""
+        return read(group, self.values)
+
+    @property
+    def nfe_per_round(self) -> Nfe:
+        """Forward passes of the transformer per round, over all processes."""
+        return self.algorithm.count(self)
+
+    def nfe(self, guidance: float) -> int:
+        """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
+        family = family_of(self.values["pretrained.model"])
+        return family.evaluations_at(guidance) if family else 1 if guidance == 1.0 else 2
+
+    def describe(self) -> str:
+        """The plan as a table for people, without a trailing newline."""
+        shape, nfe = self.shape, self.nfe_per_round
+        batches = f"{shape.batches_per_task} batch{'' if shape.batches_per_task == 1 else 'es'} per process"
+        rows = [
+            ("model", with_origin(self.values["pretrained.model"])),
+            ("written to", str(self.run.run_dir)),
+            ("rounds", f"{shape.num_rounds}, {_VISITS[shape.task_order]}"),
+            ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
+            ("per round", self._round()),
+            ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
+            ("sampler steps", self._steps()),
+            ("student guidance", _guidance(self.sampler.guidance)),
+            ("student NFE", f"{nfe.student} per round, with gradient"),
+        ]
+        average = " on average" if len(self.algorithm.steps(self, (0, 0, 0))) < self.sampler.trained_steps else ""
+        rows += [("teacher NFE", f"{nfe.teacher} per round")] if nfe.teacher else []
+        rows += [("sampling NFE", f"{nfe.sampling} per round{average}")] if nfe.sampling else []
+        rows += [("base NFE", f"{nfe.base} per round, for train.beta")] if nfe.base else []
+        for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
+            rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
+            rows += [(f"task {task.name}", f"{prompts} prompts, as many as {rounds:g} rounds draw")]
+            rows += [("", self._source(task))]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
+
+    def _round(self) -> str:
+        shape = self.shape
+        steps = shape.backward_batches // shape.batches_per_step
+        optimizer = f"{steps} optimizer step{'' if steps == 1 else 's'}"
+        if shape.rounds_per_step > 1:
+            optimizer = f"an optimizer step every {shape.rounds_per_step} rounds"
+        return f"{shape.images_per_round} images, {shape.backward_batches} backward batches per process, {optimizer}"
+
+    def _steps(self) -> str:
+        sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
+        text = f"{sampler.trained_steps} of {sampler.num_steps} trained"
+        text += f", {drawn} of them supervised in each rollout" if drawn < sampler.trained_steps else ""
+        if sampler.multistep:
+            return f"{text}, rollouts by a second-order ODE solver, compared by Euler steps"
+        noise = "" if sampler.kernel == "ode" else f" with noise level {sampler.noise_level:g}"
+        return f"{text}, kernel {sampler.kernel}{noise}"
+
+    def _source(self, task: Task) -> str:
+        if self.algorithm.has_rewards:
+            parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
+            return f"{self.algorithm.name} on the mean of {parts}"
+        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}"
+
+
+_VISITS = {
+    TOGETHER: "each with one visit of every task",
+    "alternate": "each with one task, in turn",
+    CASCADE: "each with one task, one after another",
+}
+
+
+def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Plan:
+    """Check everything that can be checked without loading weights, and derive the counts of a round.
+
+    ``num_processes`` is the number of processes of the whole run. Without ``sources`` the prompt files, teachers,
+    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Relative paths are
+    looked up from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    """
+    if num_processes < 1:
+        raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
+    values = flatten(config)
+    check_no_secrets(to_plain(config))  # alone: the other problems quote values
+    problems = Problems(() if sources else (".dataset", ".lora_path"))
+    SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
+    algorithm = ALGORITHMS[values["train.algorithm"]] if problems.good("train.algorithm") else Algorithm
+    if sources:
+        _check_sources(values, problems)
+    tasks, num_prompts = check_tasks(
+        values,
+        problems,
+        from_rewards=algorithm.has_rewards,
+        reward_names=REGISTRY,
+        defaults={
+            "guidance_scale": values.get("sample.teacher_guidance_scale"),
+            "eval_guidance_scale": values.get("sample.eval_guidance_scale"),
+            "eval_num_steps": values.get("sample.eval_num_steps"),
+        },
+        with_test=values.get("eval_freq") != 0,
+    )
+    if problems.good("pretrained.model", "resolution") and (family := family_of(values["pretrained.model"])):
+        family.check_resolution(values["resolution"], problems)
+    check_batches(values, num_processes, algorithm.one_step, problems)
+    if problems.good("reward_options", *keys_of(WatchSettings)):
+        check_options(values["reward_options"])
+    if sampler := _read_good(SamplerSettings, values, problems):
+        sampler.check(problems)
+    if algorithm is not Algorithm and sampler and (settings := _read_good(algorithm.groups[0], values, problems)):
+        algorithm.check(settings, sampler, values, problems)
+    _check_timeouts(values, num_processes, algorithm, problems)
+    if problems.found:
+        raise ConfigError(problems.found)
+    return _make_plan(values, algorithm, tasks, num_prompts, num_processes)
+
+
+def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:
+    """The settings of a group with whose keys nothing is wrong so far."""
+    return read(group, values) if problems.good(*(k.name for k in keys_of(group).values())) else None
+
+
+def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
+    if problems.good("pretrained.model"):
+        check_model("pretrained.model", values["pretrained.model"], problems)
+    if run := _read_good(RunSettings, values, problems):
+        run.check(problems)
+    if problems.good("cache_dir"):
+        if unset(values["cache_dir"]) or not is_path(values["cache_dir"]):
+            problems.add("cache_dir", f"is {str(values['cache_dir'])[:80]!r}", "Name a folder for prompt embeddings.")
+        else:
+            check_writable("cache_dir", Path(values["cache_dir"]), problems)
+    if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
+        check_adapter("train.lora_path", values["train.lora_path"], problems)
+    if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
+        problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
+
+
+def _check_timeouts(
+    values: Mapping[str, Any], num_processes: int, algorithm: type[Algorithm], problems: Problems
+) -> None:
+    """Processes must wait for each other longer than one of them may wait for a reward that is trained on."""
+    scoring, waiting = "reward_timeout", "collective_timeout"
+    if num_processes == 1 or not algorithm.has_rewards or not problems.good(scoring, waiting):
+        return
+    if values[scoring] >= values[waiting]:
+        what = f"is {values[scoring]:g} seconds, not below the {values[waiting]:g} of {waiting}"
+        remedy = f"While one process waits for a reward the others wait for it: raise {waiting} above it, or lower it."
+        problems.add(scoring, what, remedy)
+
+
+def _make_plan(
+    values: Mapping[str, Any],
+    algorithm: type[Algorithm],
+    tasks: tuple[Task, ...],
+    num_prompts: tuple[int, ...],
+    num_processes: int,
+) -> Plan:
+    run, sampler = read(RunSettings, values), read(SamplerSettings, values)
+    settings = read(algorithm.groups[0], values)
+    shape = round_shape(read(BatchSettings, values), len(tasks), num_processes, run.num_epochs)
+    changed = [name for name, declared in SCHEMA.keys.items() if _plain(values[name]) != _plain(declared.default)]
+    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
+        what = "distillation" if algorithm.one_step else algorithm.name
+        notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
+    if rest := shape.num_rounds % shape.rounds_per_step:
+        notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
+    watch = read(WatchSettings, values)
+    return Plan(values, algorithm, settings, sampler, run, watch, shape, tasks, num_prompts, tuple(notes))
+
+
+def _guidance(scale: float) -> str:
+    return "none (1.0)" if scale == 1.0 else f"{scale:g}"
+
+
+def _plain(value: Any) -> Any:
+    """``value`` for comparison: a tuple and a list with the same items are the same setting, None is unset."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return "" if value is None else value
