@@ -14,13 +14,11 @@ from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import by_rank, gather_over_processes, mean_over_processes, meet
 from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.rollout import Velocity
-from diffusionopd.stages import stage
 from diffusionopd.transitions import Transition
-
-STUDENT = "student"
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Parts:
     backbone: Backbone
     adapters: Adapters
     optimizer: StudentOptimizer
-    negative: TextEmbeddings  # of the empty prompt, batch 1
+    negative: Conditions  # of the negative prompt, one row
 
 
 class Learner:
@@ -51,7 +49,8 @@ class Learner:
         self.backbone = parts.backbone
         self.adapters = parts.adapters
         self.optimizer = parts.optimizer
-        self.negative = parts.negative
+        self.backbone.negative = parts.negative
+        self.policies = Policies(parts.backbone, parts.adapters)
         self.transitions = transitions
         self.trained_steps = trained_steps
         self.velocities = VelocityChecks()
@@ -76,9 +75,10 @@ class Learner:
 
     def _policy(self, adapter: str | None, batch: Batch, guidance_scale: float) -> Velocity:
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            with stage(f"forward, {adapter or 'base'}"):
-                self.adapters.use(adapter)
-                v = self.backbone.velocity(x, sigma, batch.text, guidance_scale, self.negative)
+            if adapter == STUDENT:
+                v, _ = self.policies.student(x, sigma, batch.text, guidance_scale)
+            else:
+                (v,) = self.policies.frozen([Request(adapter, x, sigma, batch.text, guidance_scale)])
             self.velocities.note(Evaluation(self._policy_name(adapter, batch), batch.task, sigma), v)
             return v
 

@@ -17,7 +17,7 @@ from diffusionopd.config_schema import RunPlan, TeacherSpec
 from diffusionopd.data.noise import Stream, generator, noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
 
 
@@ -34,7 +34,7 @@ class Batch:
     teacher: str  # the adapter's name
     teacher_guidance: float
     x: Tensor  # [B, C, h, w] noise at sigma 1, float32
-    text: TextEmbeddings  # [B, ...]
+    text: Conditions  # of B samples
     draw_noise: Callable[[int], Tensor]  # step -> [B, C, h, w]
     prompts: Sequence[Prompt] = ()
     wants_picture: bool = False
@@ -45,8 +45,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
-        text = TextEmbeddings(*(part.to(device, non_blocking=True) for part in self.text))
-        return replace(self, x=self.x.to(device, non_blocking=True), text=text)
+        return replace(self, x=self.x.to(device, non_blocking=True), text=self.text.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BatchMaker:
     samplers: Mapping[str, PromptSampler]  # task -> which of its prompts comes when
     prompts: Mapping[str, Sequence[Prompt]]  # task -> its training prompts
     text: TextCache
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     device: torch.device  # that the batches will be used on
     dtype: torch.dtype  # of the text embeddings
     seed: int
@@ -105,7 +104,7 @@ class BatchMaker:
             teacher=adapter_name(teacher),
             teacher_guidance=teacher.guidance_scale,
             x=self._pinned(noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in own])),
-            text=TextEmbeddings(*(self._pinned(part) for part in text)),
+            text=text.pin_memory() if self.device.type == "cuda" else text,
             draw_noise=partial(draw, Stream.STEP),
             prompts=prompts,
             wants_picture=watched,

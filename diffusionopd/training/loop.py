@@ -29,6 +29,7 @@ from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
 from diffusionopd.failures import ending_together, memory_advice
 from diffusionopd.files import ensure_writable, writing
 from diffusionopd.models.backbone import DTYPES
+from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import REGISTRY, RewardError, Scores, check_options
 from diffusionopd.stages import stage
@@ -205,7 +206,7 @@ class Trainer:
         parameters = self.adapters.parameters(STUDENT)
         self.optimizer = build_optimizer(self.config, self.adapters, self.dtype)
         self.ema = Ema(parameters, train.ema_decay, train.ema_interval, train.fused_optimizer) if train.ema else None
-        negative = self.text.get([""], self.device, self.dtype)
+        negative = self.text.get([NEGATIVE], self.device, self.dtype)
         parts = Parts(self.backbone, self.adapters, self.optimizer, negative)
         self.learner = build_learner(self.config, self.plan, parts, self._score)
 

@@ -26,6 +26,7 @@ from diffusionopd.models.backbone import (
     load_text_encoder,
     text_key,
 )
+from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
@@ -45,8 +46,8 @@ class PromptSets:
     samplers: Mapping[str, PromptSampler]
 
     def used_from(self, plan: RunPlan, completed: int) -> list[str]:
-        """Every text that rounds from ``completed`` on and evaluations encode, the empty prompt first."""
-        texts = [""]
+        """Every text that rounds from ``completed`` on and evaluations encode, the negative prompt first."""
+        texts = [NEGATIVE]
         for task, (name, sampler) in enumerate(self.samplers.items()):
             texts += [self.train[name][i].text for i in sampler.used_by(plan.rounds_of(task, completed))]
             texts += [prompt.text for prompt in self.test.get(name, [])]
@@ -139,7 +140,8 @@ def load_models(
     if config.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     train = config.train
-    adapters = MergedTeachers(backbone.transformer) if train.merge_teachers else Adapters(backbone.transformer)
+    kind = MergedTeachers if train.merge_teachers else Adapters
+    adapters = kind(backbone.transformer, backbone.inert_modules())
     if train.lora_path:
         adapters.add_from(STUDENT, train.lora_path, trainable=True)
     else:
@@ -155,7 +157,7 @@ def load_models(
     if config.attention_backend:
         choose_attention(backbone.transformer, config.attention_backend, dtype=dtype, device=device)
     if config.compile:
-        compile_blocks(backbone.transformer)
+        compile_blocks(backbone.blocks())
     return backbone, adapters
 
 
