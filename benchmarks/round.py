@@ -115,7 +115,7 @@ def compiled(**switches: object) -> Callable[[World], Round]:
         except AccelerationError as error:
             raise Unavailable(str(error)) from error
         distiller, batches = world.distiller(**switches)
-        compile_blocks(distiller.backbone.transformer)
+        compile_blocks(distiller.backbone.blocks())
         return lambda: distiller.round(batches)
 
     return build
@@ -164,7 +164,7 @@ def floor_round(distiller: Distiller, batches: list[Batch]) -> None:
 
 
 def _velocity(distiller: Distiller, batch: Batch, sigma: float, guidance: float) -> torch.Tensor:
-    return distiller.backbone.velocity(batch.x, sigma, batch.text, guidance, distiller.negative)
+    return distiller.backbone.velocity(batch.x, sigma, batch.text, guidance)[0]
 
 
 def three_passes(world: World) -> Round:
@@ -274,7 +274,7 @@ def needed_flops(world: World) -> int:
     """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards."""
     args, shape = world.args, TransformerShape.from_config(world.transformer_config)
     _, height, width = world.latent_shape
-    image, text = height * width // shape.patch**2, world.texts[0].tokens.shape[1]
+    image, text = height * width // shape.patch**2, world.texts[0].padded_length
     cost = measure(shape, image, text, Lora(RANK, TARGETS), half=world.half != torch.float32)
     visits = args.batch_size * (len(world.texts) - 1) * int(args.steps * args.timestep_fraction)
     return visits * (1 if args.guidance_scale == 1.0 else 2) * (cost.forward + cost.trained)

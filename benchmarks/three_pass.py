@@ -28,7 +28,7 @@ def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, 
         def mean(adapter: str, x: Tensor, step: int, guidance: float, batch: Batch = batch) -> Tensor:
             adapters.use(adapter)
             transition = recipe.transitions[step]
-            v = backbone.velocity(x, transition.sigma, batch.text, guidance, distiller.negative)
+            v, _ = backbone.velocity(x, transition.sigma, batch.text, guidance)
             return transition.mean(x, v)
 
         states = [batch.x]

@@ -6,7 +6,7 @@ Time and memory do not depend on the values of weights, so that what nobody can 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,10 @@ from diffusionopd.algorithms.optim import StudentOptimizer
 from diffusionopd.config_schema import base_config
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.noise import noise
-from diffusionopd.models.backbone import Backbone, load_backbone, load_text_encoder
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.backbone import Backbone, TextEncoder, load_backbone, load_text_encoder
+from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import Adapters, LoraWeights
+from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.transitions import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ class World:
                 transformer = transformer.to(dtype)
             vae = build_autoencoder("small")
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return Backbone(transformer, vae, scheduler, dtype=dtype, device=self.args.device)
+        return StableDiffusion3(transformer, vae, scheduler, dtype=dtype, device=self.args.device)
 
     def distiller(
         self,
@@ -137,7 +138,7 @@ class World:
         args, backbone = self.args, self.backbone(dtype)
         if checkpointing:
             backbone.transformer.enable_gradient_checkpointing()
-        loras = adapters(backbone.transformer)
+        loras = adapters(backbone.transformer, backbone.inert_modules())
         teachers = self.teachers(backbone.transformer)
         loras.add_student(STUDENT, rank=RANK, alpha=2 * RANK, target_modules=TARGETS)
         for task, teacher in enumerate(teachers):
@@ -161,29 +162,31 @@ class World:
         return [random_lora(transformer, seed, self.args.gap) for seed in range(self.args.tasks)]
 
     @cached_property
-    def texts(self) -> list[TextEmbeddings]:
-        """Embeddings of each task's prompt for a whole batch, then those of the empty prompt."""
+    def texts(self) -> list[Conditions]:
+        """Conditions of each task's prompt for a batch, then those of the negative prompt."""
         if self.args.random:
             config, own = RANDOM[self.args.random], torch.Generator().manual_seed(1)
             tokens, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
-            found = [
-                TextEmbeddings(
-                    torch.randn(1, TEXT_TOKENS, tokens, generator=own), torch.randn(1, pooled, generator=own)
-                )
+            rows = [
+                {
+                    "tokens": torch.randn(TEXT_TOKENS, tokens, generator=own),
+                    "pooled": torch.randn(pooled, generator=own),
+                }
                 for _ in range(self.args.tasks + 1)
             ]
         else:
             encode = self.text_encoder()
-            found = [encode([PROMPTS[task % len(PROMPTS)]]) for task in range(len(self.args.teachers))] + [encode([""])]
-        found = [text.to(self.args.device, self.half) for text in found]
+            prompts = [*(PROMPTS[task % len(PROMPTS)] for task in range(len(self.args.teachers))), NEGATIVE]
+            rows = [encode([prompt])[0] for prompt in prompts]
+        found = [Conditions.of([row]).to(self.args.device, self.half) for row in rows]
         return [*(text.expand(self.args.batch_size) for text in found[:-1]), found[-1]]
 
-    def text_encoder(self) -> Callable[[list[str]], TextEmbeddings]:
+    def text_encoder(self) -> TextEncoder:
         """The model's own text encoders."""
         length = 14 if self.args.resolution == 64 else 128
         return load_text_encoder(self.args.model, dtype=self.half, device=self.args.device, max_sequence_length=length)
 
-    def _batch(self, task: int, text: TextEmbeddings) -> Batch:
+    def _batch(self, task: int, text: Conditions) -> Batch:
         x = noise(self.latent_shape, [(task, sample) for sample in range(self.args.batch_size)]).to(self.args.device)
         return Batch(f"task {task}", f"teacher_{task}", self.args.guidance_scale, x, text, draw_noise=lambda step: x)
 

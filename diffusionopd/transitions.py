@@ -74,7 +74,7 @@ def transition(
     """The step ``sigma -> sigma_next`` of ``kernel``, one of :data:`KERNELS`.
 
     ``noise_level`` is the sampler's eta. ``sigma_max`` is the schedule's second value: the flow SDE needs it for its
-    first step alone, where ``sigma == 1`` would divide by zero.
+    first step alone (the one whose ``sigma`` is above it), where ``sigma`` is 1 or nearly so and would divide by zero.
 
     Raises ValueError for an unknown kernel, for values outside ``0 <= sigma_next < sigma <= 1`` and for a noise level
     that the kernel does not define (negative; above 1 for ``cps`` and ``ddim``).
@@ -118,10 +118,10 @@ def _sde(t: float, t_next: float, g: float) -> tuple[float, float, float]:
 
 
 def _flow_sde(t: float, t_next: float, eta: float, sigma_max: float | None) -> tuple[float, float, float]:
-    """Flow-GRPO's SDE (arXiv 2505.05470): ``g = eta sqrt(t / (1 - t))``, at t = 1 with ``sigma_max`` below the bar."""
+    """Flow-GRPO's SDE (arXiv 2505.05470): ``g = eta sqrt(t / (1 - t))``, the first step with ``sigma_max`` in 1 - t."""
     if t == 1.0 and (sigma_max is None or not 0.0 <= sigma_max < 1.0):
         raise ValueError(f"flow_sde at sigma 1 needs sigma_max, the schedule's next sigma, below 1; got {sigma_max}")
-    below_one = float(sigma_max) if t == 1.0 and sigma_max is not None else t
+    below_one = t if sigma_max is None else min(t, float(sigma_max))
     return _sde(t, t_next, eta * math.sqrt(t / (1 - below_one)))
 
 

@@ -1,18 +1,22 @@
-"""Train a teacher LoRA from rewards: DiffusionNFT, Flow-GRPO or GRPO-Guard, as the configuration says.
+"""Train one teacher from rewards (DiffusionNFT, Flow-GRPO or GRPO-Guard).
 
-    accelerate launch scripts/train_teacher.py --config config/teacher.py:nft_geneval
+    python scripts/train_teacher.py --config config/teacher.py:tiny_scene [--config.num_epochs=20 ...] [--dry_run]
 
---config FILE:NAME       the configuration
---config.KEY=VALUE       any key of it, such as --config.train.learning_rate=1e-4
---dry_run                check everything that can be checked before weights load, print the derived counts, and stop
---allow_config_change    resume although the configuration describes another experiment than the checkpoint's
-
-The result, <run folder>/checkpoints/checkpoint-<n>/lora, is what train.teachers takes as lora_path.
+Several processes: `CONFIG=... bash scripts/single_node/teacher.sh`. Flags as of train_opd.py; what comes out,
+`<run folder>/checkpoints/checkpoint-<n>/lora`, is a teacher for `train.teachers`.
 """
 
 import sys
 
-from diffusionopd.training import run_command
+from diffusionopd.training import train
+from diffusionopd.training.command import parse, plain_errors
+
+
+def main() -> None:
+    """Train as the command line says."""
+    with plain_errors():
+        train(**parse(sys.argv[1:], usage=__doc__))
+
 
 if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:], None, __doc__))
+    main()

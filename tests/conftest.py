@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 from diffusionopd.config_schema import base_config, load_config
 from diffusionopd.models.backbone import Backbone, load_backbone
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 
@@ -52,13 +52,13 @@ def backbone(pipeline_folder: Path) -> Backbone:
 
 
 @pytest.fixture
-def text() -> Callable[[int, int], TextEmbeddings]:
-    """`text(batch, seed)`: random embeddings of the tiny model's shape."""
+def text() -> Callable[[int, int], Conditions]:
+    """`text(batch, seed)`: random conditions of the tiny model's shape."""
 
-    def make(batch: int, seed: int = 0) -> TextEmbeddings:
+    def make(batch: int, seed: int = 0) -> Conditions:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(batch, 2 * models.CONTEXT, 128, generator=generator)
-        return TextEmbeddings(tokens, torch.randn(batch, 128, generator=generator))
+        return Conditions({"tokens": tokens, "pooled": torch.randn(batch, 128, generator=generator)})
 
     return make
 
@@ -88,7 +88,7 @@ def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def adapters(backbone: Backbone, make_lora: Callable[..., Path]) -> Adapters:
     """A student and two teachers of different rank on one backbone."""
-    adapters = Adapters(backbone.transformer)
+    adapters = Adapters(backbone.transformer, backbone.inert_modules())
     adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
     adapters.add_teacher("teacher_a", make_lora(1))
     adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))

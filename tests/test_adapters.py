@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import AdapterError, Adapters, load_lora
 
 from .conftest import TARGETS
@@ -18,7 +19,7 @@ from .conftest import TARGETS
 def velocity(backbone, text, batch=2):
     x = torch.randn(batch, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return backbone.velocity(x, 0.7, text(batch))
+        return backbone.velocity(x, 0.7, text(batch))[0]
 
 
 def peft_velocity(pipeline_folder, lora, text):
@@ -135,7 +136,8 @@ def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters
     latents = torch.randn(1, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(2))
     encoder = load_text_encoder(str(pipeline_folder), max_sequence_length=14)
     prompt = "a photo of a red circle"
-    ours = sample_images(backbone, encoder([prompt]), encoder([""]), latents, 4, 2.0, resolution=64)
+    backbone.negative = Conditions.of(encoder([NEGATIVE]))
+    ours = sample_images(backbone, Conditions.of(encoder([prompt])), latents, 4, 2.0, resolution=64)
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
     pipeline.load_lora_weights(tmp_path)
@@ -195,10 +197,10 @@ def test_broken_lora_is_refused_by_name(pipeline_folder, make_lora, tmp_path, ed
     assert not adapters.configs
 
 
-def test_text_queries_of_the_last_block_may_stay_untrained(pipeline_folder, make_lora, tmp_path):
+def test_text_queries_of_the_last_block_may_stay_untrained(backbone, make_lora, tmp_path):
     """The last block drops its text stream: nothing ever reaches the LoRA of its text queries."""
     folder = edited(make_lora(4), tmp_path, lambda t: [t[k].zero_() for k in t if "3.attn.add_q_proj.lora_B" in k])
-    adapters = Adapters(load_backbone(str(pipeline_folder)).transformer)
+    adapters = Adapters(backbone.transformer, backbone.inert_modules())
     adapters.add_teacher("teacher", folder)
     assert list(adapters.configs) == ["teacher"]
 
@@ -259,7 +261,7 @@ def test_leaving_the_casts_to_autocast_is_exact(pipeline_folder, make_lora, text
                     module.cast_input_dtype_enabled = True
         adapters.use(name)
         x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
-        v = backbone.velocity(x, 0.7, text(2))
+        v = backbone.velocity(x, 0.7, text(2))[0]
         if name == "student":
             v.square().mean().backward()
         results.append([v.detach(), *(p.grad for p in adapters.parameters("student") if p.grad is not None)])

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.models.backbone import Backbone, BackboneError, encoder_place, find_device
+from diffusionopd.models.backbone import BackboneError, encoder_place, find_device
 from diffusionopd.training import setup, train
 
 from .test_trainer import assert_bitwise, metrics, student
@@ -41,7 +41,7 @@ def test_encoders_compute_in_float32_on_a_cpu_beside_a_gpu():
 def test_latents_follow_the_vae(backbone):
     """Meta stands for a second device: pictures come out on it, from latents that were elsewhere."""
     vae = AutoencoderKL.from_config(backbone.vae.config).to_empty(device="meta")
-    moved = Backbone(backbone.transformer, vae, backbone.scheduler, vae_device="meta")
+    moved = type(backbone)(backbone.transformer, vae, backbone.scheduler, vae_device="meta")
     images = moved.decode(torch.randn(2, *moved.latent_shape(64)))
     assert images.device.type == "meta"
     assert images.shape == (2, 3, 64, 64)
@@ -51,7 +51,7 @@ def test_latents_follow_the_vae(backbone):
 @pytest.mark.parametrize("key", ["text_encoder_device", "vae_device"])
 def test_a_device_that_is_not_there_stops_the_run_at_once(tiny_config, tmp_path, monkeypatch, key):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(BackboneError, match=f"{key} is 'cuda:1', but this process sees no GPU"):
+    with pytest.raises(BackboneError, match=f"{key} is 'cuda:1', but this process sees 0 GPUs"):
         train(tiny_config(**{key: "cuda:1"}))
     with pytest.raises(ConfigError, match=f"{key} is 'gpu1'. It must be"):
         train(tiny_config(**{key: "gpu1"}))

@@ -28,6 +28,7 @@ from diffusionopd.evaluation.evaluate import (
 from diffusionopd.evaluation.results import RESULTS, read_records
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.models.backbone import load_text_encoder
+from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, to_uint8
 
@@ -158,14 +159,15 @@ def test_an_in_memory_evaluation_stops_between_batches_on_every_process_alike(ra
 def test_sampling_is_the_euler_method_written_out(backbone, text):
     positive, negative = text(3, 1), text(1, 2)
     latents = torch.randn(3, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(0))
-    images = sample_images(backbone, positive, negative, latents, 4, 2.0, resolution=64)
+    backbone.negative = negative
+    images = sample_images(backbone, positive, latents, 4, 2.0, resolution=64)
     sigmas = backbone.sigmas(4, 64).tolist()
     x = latents
     with torch.no_grad():
         for i in range(4):
             v, v_negative = (
-                backbone.velocity(x, sigmas[i], positive),
-                backbone.velocity(x, sigmas[i], negative.expand(3)),
+                backbone.velocity(x, sigmas[i], positive)[0],
+                backbone.velocity(x, sigmas[i], negative.expand(3))[0],
             )
             x = x + (sigmas[i + 1] - sigmas[i]) * (v_negative + 2.0 * (v - v_negative))
         wanted = backbone.decode(x)
@@ -178,7 +180,8 @@ def test_a_picture_does_not_depend_on_its_neighbours(batch_size, backbone, pipel
     """At most one of 255 levels apart, in at most 0.1% of the values: products of other shapes round differently."""
     prompts = [f"a photo of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
     cache = TextCache(tmp_path, "key", 14, torch.float32)
-    cache.fill(["", *prompts], lambda: load_text_encoder(str(pipeline_folder), max_sequence_length=14))
+    cache.fill([NEGATIVE, *prompts], lambda: load_text_encoder(str(pipeline_folder), max_sequence_length=14))
+    backbone.negative = cache.get([NEGATIVE])
     make = ImageGenerator(backbone, cache, num_steps=4, guidance_scale=2.0, resolution=64, seed=3)
     wanted = to_uint8(make(prompts, [(i, 0) for i in range(7)])[[2, 6, 4]]).astype(int)
     shuffled = [2, 6, 4, 0, 1, 3, 5][: max(3, batch_size)]

@@ -398,9 +398,8 @@ def test_checkpoints_of_another_content(saved, data):
 @given(data=st.data())
 def test_text_caches(tmp_path_factory, data):
     cache = TextCache(tmp_path_factory.getbasetemp() / "text", "model", 3, torch.float32, memory_items=0)
-    content = safetensors_bytes(
-        {"tokens": torch.ones(3, 4), "pooled": torch.ones(2)}, {"prompt": '"a"', "model": '"m"', "crc32": "aa9ec9d2"}
-    )
+    row = {"tokens": torch.ones(3, 4), "pooled": torch.ones(2)}
+    content = safetensors_bytes(row | {"crc32": torch.tensor([1910909584])}, {"prompt": '"a"'})
     end = 8 + struct.unpack("<Q", content[:8])[0]
     other = data.draw(damaged(content, end) | altered(json.loads(content[8:end])).map(encode) | deep.map(str.encode))
     path = cache.path("a prompt")
@@ -410,7 +409,7 @@ def test_text_caches(tmp_path_factory, data):
         with only(TextCacheError, naming="a prompt"):
             if not cache.missing(["a prompt"]):
                 batch = cache.get(["a prompt", "a prompt"])
-                assert batch.tokens.shape == (2, 3, 4) and batch.tokens.dtype == torch.float32
+                assert batch["tokens"].shape == (2, 3, 4) and batch["tokens"].dtype == torch.float32
 
 
 # --- flags and servers -----------------------------------------------------------------------------------------------

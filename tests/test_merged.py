@@ -34,7 +34,7 @@ def both(pipeline_folder, make_lora):
 
 def velocity(backbone, text, sigma=0.7):
     x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
-    return backbone.velocity(x, sigma, text(2))
+    return backbone.velocity(x, sigma, text(2))[0]
 
 
 @torch.no_grad()

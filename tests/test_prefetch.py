@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusionopd.data.batches import Batch
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import Conditions
 from diffusionopd.training import train
 from diffusionopd.training.prefetch import BatchError, Rounds
 
@@ -28,7 +28,7 @@ class Maker:
         if index == self.fails_at:
             raise OSError("the disk is gone")
         x = torch.full((1, 4, 2, 2), float(index))
-        yield Batch("t", "teacher_t", 1.0, x, TextEmbeddings(x, x), lambda step: x, wants_picture=watched)
+        yield Batch("t", "teacher_t", 1.0, x, Conditions({"tokens": x}), lambda step: x, wants_picture=watched)
 
 
 def test_the_next_round_is_made_in_a_thread_and_the_last_has_no_next():
@@ -80,7 +80,7 @@ def test_a_cache_file_lost_during_a_run_stops_it_with_the_round_saved(tiny_confi
 
 def test_a_batch_moves_as_a_whole():
     x = torch.zeros(1, 4, 2, 2)
-    batch = Batch("t", "teacher_t", 1.0, x, TextEmbeddings(x, x), lambda step: x)
+    batch = Batch("t", "teacher_t", 1.0, x, Conditions({"tokens": x}), lambda step: x)
     moved = batch.to(torch.device("meta"))
-    assert moved.x.is_meta and moved.text.tokens.is_meta and moved.text.pooled.is_meta
+    assert moved.x.is_meta and moved.text["tokens"].is_meta
     assert dataclasses.replace(moved, x=x, text=batch.text) == batch

@@ -112,7 +112,7 @@ def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, 
     states, x = [], batch.x
     with torch.no_grad():
         for step, tr in enumerate(learner.transitions):
-            v = backbone.velocity(x, tr.sigma, batch.text)
+            v = backbone.velocity(x, tr.sigma, batch.text)[0]
             x_next = tr.sample(x, v, batch.draw_noise(step))
             states.append((x, x_next))
             x = x_next
@@ -121,7 +121,7 @@ def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, 
     advantages = advantages_by_hand(rewards)
     for step in range(TRAINED):
         tr, (x, x_next) = learner.transitions[step], states[step]
-        v = backbone.velocity(x, tr.sigma, batch.text)
+        v = backbone.velocity(x, tr.sigma, batch.text)[0]
         normal = torch.distributions.Normal(tr.a * x + tr.b * v, tr.std)
         for i in range(SIZE):
             scale = tr.std / (tr.sigma - tr.sigma_next) if kind == "grpo_guard" else 1.0
@@ -141,7 +141,7 @@ def test_an_nft_round_equals_the_slow_loop(backbone, adapters, text, monkeypatch
 
     def velocity(adapter, x, sigma):
         with adapters.using(adapter), torch.set_grad_enabled(adapter == STUDENT):
-            return backbone.velocity(x, sigma, batch.text)
+            return backbone.velocity(x, sigma, batch.text)[0]
 
     x = batch.x
     for tr in learner.transitions:
@@ -188,11 +188,11 @@ def test_supervised_on_teacher_samples_equals_the_formula(backbone, adapters, te
     with torch.no_grad():
         adapters.use("teacher_a")
         for tr in transitions:
-            x = x + tr.b * backbone.velocity(x, tr.sigma, batch.text)
+            x = x + tr.b * backbone.velocity(x, tr.sigma, batch.text)[0]
         adapters.use(STUDENT)
         for step in range(TRAINED):
             t, eps = transitions[step].sigma, batch.draw_forward_noise(step)
-            v = backbone.velocity((1 - t) * x + t * eps, t, batch.text)
+            v = backbone.velocity((1 - t) * x + t * eps, t, batch.text)[0]
             wanted = 0.5 * per_sample_mean((v - (eps - x)).square()).mean()
             assert result.losses[0, step].item() == pytest.approx(wanted.item(), rel=1e-5)
     torch.testing.assert_close(result.pictures[0][1], x)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 
 PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball"]
@@ -31,15 +31,23 @@ class Encoder:
 
     def __call__(self, prompts):
         self.batches.append(list(prompts))
-        return embeddings(prompts)
+        return encoded(prompts)
 
 
-def embeddings(prompts):
+def encoded(prompts):
+    """A row per prompt: as many tokens as it has words, a vector, and an integer that no dtype changes."""
     rows = []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(sum(prompt.encode()) + len(prompt))
-        rows.append((torch.randn(5, 6, generator=generator), torch.randn(3, generator=generator)))
-    return TextEmbeddings(torch.stack([tokens for tokens, _ in rows]), torch.stack([pooled for _, pooled in rows]))
+        tokens = torch.randn(1 + len(prompt.split()), 6, generator=generator)
+        rows.append({"tokens": tokens, "pooled": torch.randn(3, generator=generator), "kind": torch.tensor([7])})
+    return rows
+
+
+def assert_same(mine, other):
+    assert mine.parts.keys() == other.parts.keys()
+    assert mine.lengths == other.lengths
+    assert all(mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]) for name in mine.parts)
 
 
 def cache(folder, model="model@1", length=128, dtype=torch.float32, **options):
@@ -61,17 +69,16 @@ def files(folder):
 def test_what_comes_back_is_what_was_encoded(tmp_path, dtype):
     assert cache(tmp_path, dtype=dtype).fill(PROMPTS, Encoder, batch_size=3) == 4
     got = cache(tmp_path, dtype=dtype).get(PROMPTS[::-1])
-    expected = embeddings(PROMPTS[::-1]).to(dtype=dtype)
-    assert got.tokens.dtype == dtype
-    assert torch.equal(got.tokens, expected.tokens) and torch.equal(got.pooled, expected.pooled)
+    assert got["tokens"].dtype == got["pooled"].dtype == dtype
+    assert_same(got, Conditions.of(encoded(PROMPTS[::-1])).to(dtype=dtype))
 
 
 def test_get_repeats_and_converts(tmp_path):
     store = cache(tmp_path)
     store.fill(PROMPTS, Encoder)
     got = store.get(["a red cube"] * 3, "cpu", torch.float64)
-    assert got.tokens.shape == (3, 5, 6) and got.pooled.shape == (3, 3)
-    assert got.tokens.dtype == torch.float64 and torch.equal(got.tokens[0], got.tokens[2])
+    assert got["tokens"].shape == (3, 4, 6) and got["pooled"].shape == (3, 3)
+    assert got["tokens"].dtype == torch.float64 and torch.equal(got["tokens"][0], got["tokens"][2])
 
 
 def test_complete_cache_never_loads_an_encoder(tmp_path):
@@ -131,8 +138,8 @@ def test_memory_holds_a_few_prompts_and_spares_the_disk(tmp_path):
 def test_returned_tensors_do_not_alias_the_cache(tmp_path):
     store = cache(tmp_path)
     store.fill(PROMPTS, Encoder)
-    store.get(PROMPTS[:1]).tokens.zero_()
-    assert torch.equal(store.get(PROMPTS[:1]).tokens, embeddings(PROMPTS[:1]).tokens)
+    store.get(PROMPTS[:1])["tokens"].zero_()
+    assert_same(store.get(PROMPTS[:1]), Conditions.of(encoded(PROMPTS[:1])))
 
 
 def test_absent_prompt_is_named(tmp_path):
@@ -194,7 +201,7 @@ def test_damaged_file_is_removed_with_a_warning_and_encoded_again(tmp_path, dama
     encoder = Encoder()
     assert store.fill(PROMPTS, lambda: encoder) == 1
     assert encoder.batches == [PROMPTS[:1]]
-    assert torch.equal(cache(tmp_path).get(PROMPTS).tokens, embeddings(PROMPTS).tokens)
+    assert_same(cache(tmp_path).get(PROMPTS), Conditions.of(encoded(PROMPTS)))
 
 
 def test_every_truncation_is_found(tmp_path):
@@ -208,7 +215,7 @@ def test_every_truncation_is_found(tmp_path):
             assert store.missing(PROMPTS[:1]) == PROMPTS[:1]
 
 
-@pytest.mark.parametrize("position", [-1, -50, -130])
+@pytest.mark.parametrize("position", [-1, -50, -100])
 def test_flipped_bit_is_found_on_reading(tmp_path, position):
     cache(tmp_path).fill(PROMPTS, Encoder)
     store = cache(tmp_path)
@@ -249,16 +256,6 @@ def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch, moment):
     assert cache(tmp_path).fill(PROMPTS, Encoder) == len(PROMPTS)
 
 
-def test_partial_files_of_dead_processes_are_removed_and_fresh_ones_left(tmp_path):
-    (tmp_path / "partial").mkdir()
-    old, fresh = tmp_path / "partial" / "1-old", tmp_path / "partial" / "2-fresh"
-    for path in (old, fresh):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    cache(tmp_path).fill(PROMPTS, Encoder)
-    assert not old.exists() and fresh.exists()
-
-
 # --- the disk and the encoder ----------------------------------------------------------------------------------------
 
 
@@ -278,9 +275,9 @@ def test_unwritable_folder_is_named(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_embedding_that_is_not_finite_is_refused(tmp_path, bad):
     def encode(prompts):
-        result = embeddings(prompts)
-        result.tokens[prompts.index("a blue ball"), 0, 0] = bad
-        return result
+        rows = encoded(prompts)
+        rows[prompts.index("a blue ball")]["tokens"][0, 0] = bad
+        return rows
 
     with pytest.raises(TextCacheError, match="a blue ball.*not finite"):
         cache(tmp_path).fill(PROMPTS, lambda: encode)
@@ -289,25 +286,23 @@ def test_embedding_that_is_not_finite_is_refused(tmp_path, bad):
 
 def test_overflow_of_the_stored_dtype_is_refused(tmp_path):
     def encode(prompts):
-        result = embeddings(prompts)
-        return TextEmbeddings(result.tokens * 1e6, result.pooled)
+        return [row | {"tokens": row["tokens"] * 1e6} for row in encoded(prompts)]
 
     with pytest.raises(TextCacheError, match="float16"):
         cache(tmp_path, dtype=torch.float16).fill(PROMPTS, lambda: encode)
 
 
 def test_encoder_that_loses_prompts_is_refused(tmp_path):
-    with pytest.raises(TextCacheError, match="3 token and 3 pooled embeddings for 4"):
-        cache(tmp_path).fill(PROMPTS, lambda: lambda prompts: embeddings(prompts[1:]))
+    with pytest.raises(TextCacheError, match="3 rows for 4 prompts"):
+        cache(tmp_path).fill(PROMPTS, lambda: lambda prompts: encoded(prompts[1:]))
 
 
 def test_encoder_with_gradients_is_accepted(tmp_path):
     def encode(prompts):
-        result = embeddings(prompts)
-        return TextEmbeddings(result.tokens.requires_grad_(), result.pooled.requires_grad_())
+        return [row | {"tokens": row["tokens"].requires_grad_()} for row in encoded(prompts)]
 
     cache(tmp_path).fill(PROMPTS, lambda: encode)
-    assert not cache(tmp_path).get(PROMPTS).tokens.requires_grad
+    assert not cache(tmp_path).get(PROMPTS)["tokens"].requires_grad
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -350,22 +345,45 @@ def test_two_writers_leave_whole_files(tmp_path, world):
         assert writer.exitcode == 0
     prompts = [f"prompt {i}" for i in range(60)]
     assert cache(tmp_path).fill(prompts, forbidden) == 0
-    assert torch.equal(cache(tmp_path).get(prompts).tokens, embeddings(prompts).tokens)
+    assert_same(cache(tmp_path).get(prompts), Conditions.of(encoded(prompts)))
     assert len(files(tmp_path)) == 60
 
 
-# --- conditioning ----------------------------------------------------------------------------------------------------
+# --- conditions ------------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_expand_index_and_join():
-    both = embeddings(["a", "b"])
-    one = both.index(1)
-    assert one.tokens.shape == (1, 5, 6) and torch.equal(one.pooled[0], both.pooled[1])
-    assert torch.equal(both.index(torch.tensor([1, 0])).tokens, both.tokens.flip(0))
-    assert torch.equal(both.index(slice(0, 1)).pooled, both.pooled[:1])
+def test_rows_of_different_lengths_are_padded_and_found_again():
+    rows = encoded(["a", "a b c", "a b"])
+    batch = Conditions.of(rows)
+    assert batch.lengths == (2, 4, 3) and batch["tokens"].shape == (3, 4, 6) and batch["pooled"].shape == (3, 3)
+    assert batch.mask().tolist() == [[True] * n + [False] * (4 - n) for n in batch.lengths]
+    assert not batch["tokens"][~batch.mask()].any()
+    for alone, row in zip(batch.each(), rows, strict=True):
+        assert_same(alone, Conditions.of([row]))
+    assert Conditions.of(rows, 64)["tokens"].shape == (3, 64, 6)
+    assert Conditions.of(rows[:1], 64).lengths is Conditions.of(rows[:1]).mask() is None
+    with pytest.raises(ValueError, match="different text encoders"):
+        Conditions.of([rows[0], {"tokens": rows[1]["tokens"]}])
+
+
+def test_conditions_expand_index_and_join():
+    both = Conditions.of(encoded(["a", "b c"]))
+    one, two = both.index(0), both.index(1)
+    assert len(one) == 1 and one.lengths == (2,) and torch.equal(one["pooled"][0], both["pooled"][0])
+    assert_same(Conditions.cat([one, two]), both)
+    assert_same(Conditions.cat(both.each()), both)
+    assert_same(both.index([1, 0]).index([1, 0]), both)
+    assert_same(both.index(slice(0, 1)), one)
     wide = one.expand(4)
-    assert wide.batch == 4 and wide.tokens.data_ptr() == one.tokens.data_ptr()
-    assert both.expand(2).tokens.shape == both.tokens.shape
-    assert torch.equal(TextEmbeddings.cat([both.index(0), one]).tokens, both.tokens)
-    with pytest.raises(ValueError, match="cannot expand 2 prompts to 3"):
+    assert len(wide) == 4 and wide.lengths == (2,) * 4 and wide["tokens"].data_ptr() == one["tokens"].data_ptr()
+    assert_same(both.expand(2), both)
+    with pytest.raises(ValueError, match="2 samples to 3"):
         both.expand(3)
+
+
+def test_the_negative_prompt_is_an_entry_of_its_own(tmp_path):
+    store, encoder = cache(tmp_path), Encoder()
+    store.fill([NEGATIVE, ""], lambda: encoder)
+    assert encoder.batches == [[NEGATIVE, ""]]
+    assert store.path(NEGATIVE) != store.path("")
+    assert len(store.get([NEGATIVE])) == 1

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.config_schema import Problems, key
@@ -20,12 +19,11 @@ from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import gather_over_processes, mean_over_processes
-from diffusionopd.models.policies import Policies, Request
+from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.rewards import RewardWorker
 from diffusionopd.rollout import Velocity, Visit, walk
 from diffusionopd.transitions import Transition, schedule
 
-STUDENT = "student"
 NOISY_KERNELS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps", "ddim": "ddim"}
 ODE_SOLVERS = ("dpm1", "dpm2")
 
@@ -318,8 +316,7 @@ class Algorithm:
         """The student's velocity for a batch, with gradient where the caller has it enabled."""
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            with record_function("forward, student"):
-                v, _ = self.policies.student(x, sigma, batch.text, self.sampler.guidance)
+            v, _ = self.policies.student(x, sigma, batch.text, self.sampler.guidance)
             self.velocities.note(STUDENT, batch, sigma, v)
             return v
 
@@ -329,8 +326,7 @@ class Algorithm:
         """The velocity of a frozen adapter, or of the bare base for None, without gradient."""
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            with record_function(f"forward, {policy or 'base'}"):
-                (v,) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
+            (v,) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
             self.velocities.note(policy, batch, sigma, v)
             return v
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-
 from torch.profiler import record_function
 
 from diffusionopd.config_schema import FREE, key
@@ -192,8 +191,8 @@ class StudentOptimizer:
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
         """Restore what the two methods above returned; the learning rate stays the configured one."""
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            _, index, name = key.split(".", 2)
+        for place, value in tensors.items():
+            _, index, name = place.split(".", 2)
             state.setdefault(int(index), {})[name] = value
         gradients = {i: own.pop(_GRADIENT) for i, own in state.items() if _GRADIENT in own}
         groups = self._adamw.state_dict()["param_groups"]

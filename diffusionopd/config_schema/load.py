@@ -19,8 +19,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
-from diffusionopd.config_schema.problems import ConfigError, nearest
 from diffusionopd.config_schema.keys import SECTIONS, Schema, flatten, to_plain, unset
+from diffusionopd.config_schema.problems import ConfigError, nearest
 
 
 def load_config(schema: Schema, source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:

@@ -23,6 +23,4 @@ class UpstreamSettings:
     batch_size: int = key("sample.batch_size", 1, "Of reinforcement-learning code.", **_UNUSED)
     sde_window_size: int = key("sample.sde_window_size", 0, "Of reinforcement-learning code.", **_UNUSED)
     sde_window_range: tuple = key("sample.sde_window_range", (0, 0), "Of reinforcement-learning code.", **_UNUSED)
-    timestep_shift: float = key(
-        "train.timestep_shift", 1.0, "The schedule's shift is the base model's own.", **_UNUSED
-    )
+    timestep_shift: float = key("train.timestep_shift", 1.0, "The schedule's shift is the base model's own.", **_UNUSED)

@@ -33,9 +33,7 @@ class NoiseSettings:
         "Seed of everything random: adapter initialisation, prompt order, initial and step noise.",
         "[0, inf)",
     )
-    same_latent: bool = key(
-        "sample.same_latent", False, "Start the images of one prompt from the same initial noise."
-    )
+    same_latent: bool = key("sample.same_latent", False, "Start the images of one prompt from the same initial noise.")
     prefetch: bool = key(
         "prefetch",
         True,
@@ -84,7 +82,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
-        return replace(self, noise=self.noise.to(device, non_blocking=True), text=self.text.to(device))
+        noise, text = (part.to(device, non_blocking=True) for part in (self.noise, self.text))
+        return replace(self, noise=noise, text=text)
 
 
 class BatchError(ValueError):

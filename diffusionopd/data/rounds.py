@@ -16,7 +16,9 @@ TOGETHER, ALTERNATE, CASCADE = "together", "alternate", "cascade"
 class BatchSettings:
     """Batches and rounds. "Per process" is per GPU."""
 
-    train_batch_size: int = key("sample.train_batch_size", 1, "Images per process in a batch.", "[1, inf)", resume=ROUND)
+    train_batch_size: int = key(
+        "sample.train_batch_size", 1, "Images per process in a batch.", "[1, inf)", resume=ROUND
+    )
     num_batches_per_epoch: int = key(
         "sample.num_batches_per_epoch",
         2,

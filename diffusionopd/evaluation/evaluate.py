@@ -41,7 +41,7 @@ from diffusionopd.models.backbone import (
     load_text_encoder,
     text_key,
 )
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import Adapters, LoraWeights
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
@@ -63,8 +63,7 @@ class Generate(Protocol):
 @torch.no_grad()
 def sample_images(
     backbone: Backbone,
-    text: TextEmbeddings,
-    negative: TextEmbeddings | None,
+    text: Conditions,
     latents: Tensor,
     num_steps: int,
     guidance_scale: float,
@@ -74,8 +73,7 @@ def sample_images(
     """Pictures by the first-order ODE (paper eq. 12: x' = x + dt v), decoded.
 
     Args:
-        text: embeddings of B prompts, or of one for all.
-        negative: embeddings of the empty prompt, for guidance; not used at a `guidance_scale` of at most 1.
+        text: conditions of B prompts; those of the negative prompt are the backbone's.
         latents: noise `[B, C, h, w]` float32 on the backbone's device.
         num_steps: steps of the schedule.
         resolution: pixels a side, which the schedule's shift may depend on.
@@ -86,7 +84,7 @@ def sample_images(
     sigmas = backbone.sigmas(num_steps, resolution).tolist()
     x = latents
     for sigma, sigma_next in pairwise(sigmas):
-        velocity = backbone.velocity(x, sigma, text, guidance_scale, negative)
+        velocity, _ = backbone.velocity(x, sigma, text, guidance_scale)
         x = transition("ode", sigma, sigma_next).mean(x, velocity)
     return backbone.decode(x)
 
@@ -108,9 +106,8 @@ class ImageGenerator:
         keys = [(Stream.EVALUATION, self.seed, *sample) for sample in samples]
         latents = noise(self.backbone.latent_shape(self.resolution), keys).to(device)
         text = self.cache.get(prompts, device)
-        negative = self.cache.get([""], device).expand(len(prompts)) if self.guidance_scale > 1 else None
         return sample_images(
-            self.backbone, text, negative, latents, self.num_steps, self.guidance_scale, resolution=self.resolution
+            self.backbone, text, latents, self.num_steps, self.guidance_scale, resolution=self.resolution
         )
 
 
@@ -352,14 +349,15 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
         load_text_encoder, job.model, job.revision, dtype=precision, device=place, max_sequence_length=length
     )
     cache = TextCache(job.cache_dir, text_key(job.model, job.revision), length, dtype)
-    texts = ["", *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
+    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", PATIENCE)
     sharding = requested_sharding() if world > 1 else None
     backbone = load_backbone(
         job.model, job.revision, dtype=dtype, device=device, vae_device=vae_device, sharding=sharding
     )
+    backbone.negative = cache.get([NEGATIVE], device)
     if job.lora is not None:
-        adapters = Adapters(backbone.transformer)
+        adapters = Adapters(backbone.transformer, backbone.inert_modules())
         adapters.add_teacher("evaluated", job.lora)
         adapters.use("evaluated")
     backbone.shard()

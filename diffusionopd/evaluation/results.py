@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusionopd.config_schema.values import is_number
+from diffusionopd.config_schema import is_number
 from diffusionopd.rewards import NOT_APPLICABLE
 
 RESULTS = "evaluation_results.jsonl"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class AccelerationError(ValueError):
     """A way to be faster that this machine does not have; the message says what is missing and the remedy."""
 
 
-def compile_blocks(transformer: Any, backend: str = "inductor") -> None:
-    """Compile each block by itself, for the shapes that it meets; called after the adapters are injected.
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile each block of a backbone by itself, for the shapes that it meets; called after adapters are injected.
 
     Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
     shape; merged teachers are one adapter. Raises nothing here: compilation happens at the first forward.
@@ -37,7 +38,7 @@ def compile_blocks(transformer: Any, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     most = 4 * MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, most)
-    for block in transformer.transformer_blocks:
+    for block in blocks:
         block.compile(backend=backend, dynamic=False)
 
 
@@ -61,7 +62,8 @@ def choose_attention(transformer: nn.Module, backend: str, *, dtype: torch.dtype
     The choice is the layer's own, so that it holds when a checkpointed block runs again in the backward pass. Raises
     AccelerationError when the kernel cannot run in ``dtype`` on ``device``.
     """
-    kernel, layers = ATTENTION_BACKENDS[backend], list(_attention_layers(transformer))
+    kernel = ATTENTION_BACKENDS[backend]
+    layers: list[Any] = [module for module in transformer.modules() if hasattr(module, "set_processor")]
     probe = torch.zeros(1, layers[0].heads, 64, layers[0].inner_dim // layers[0].heads, dtype=dtype, device=device)
     probe.requires_grad_()
     try:
@@ -73,22 +75,21 @@ def choose_attention(transformer: nn.Module, backend: str, *, dtype: torch.dtype
             f"attention_backend {backend!r} cannot run here ({device.type}, {dtype}): {reason} "
             "Choose another, or leave it empty for torch's own choice."
         ) from error
-    for layer in layers:
-        layer.set_processor(_WithKernel(layer.processor, kernel))
+    for processor in {id(layer.processor): layer.processor for layer in layers}.values():
+        _restrict(processor, kernel)
 
 
-class _WithKernel:
-    """An attention processor that runs another one with torch restricted to one kernel."""
+def _restrict(processor: Any, kernel: SDPBackend) -> None:
+    """Make an attention processor run with torch restricted to one kernel, in place.
 
-    def __init__(self, processor: Any, kernel: SDPBackend) -> None:
-        self.processor = processor
-        self.kernel = kernel
+    Its ``__call__`` keeps its signature: diffusers' attention silently drops what the signature does not name, such as
+    masks and rotary embeddings.
+    """
+    kind = type(processor)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        with sdpa_kernel(self.kernel):
-            return self.processor(*args, **kwargs)
+    @wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        with sdpa_kernel(kernel):
+            return kind.__call__(self, *args, **kwargs)
 
-
-def _attention_layers(transformer: nn.Module) -> Iterator[Any]:
-    """diffusers' attention modules."""
-    return (module for module in transformer.modules() if hasattr(module, "set_processor"))
+    processor.__class__ = type(kind.__name__, (kind,), {"__call__": call})

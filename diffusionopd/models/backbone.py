@@ -1,29 +1,36 @@
-"""Stable Diffusion 3 at the edge: the only file that knows it. Load, velocity, decode, text encoding.
+"""The interface to base models, and loading them: everything above sees latents, noise levels, velocities.
 
-Everything above sees latents ``x`` ``[B, C, h, w]``, a noise level ``sigma`` and a velocity, whatever the checkpoint:
-SD3-medium, SD3.5-medium or -large and the embedded tiny world differ in their folder's own configuration alone.
+A model family is a file beside this one with a subclass of :class:`Backbone`, named in :data:`FAMILIES`. Nothing
+outside that file knows the family.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Mapping, Sequence
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+import transformers
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import TextEmbeddings
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.stages import stage
+
+FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
+"""``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
@@ -32,29 +39,107 @@ _UNREADABLE = (OSError, ValueError, LookupError, AttributeError, TypeError, Runt
 
 
 class BackboneError(ValueError):
-    """A base model that cannot be loaded; the message says what is wrong and the remedy."""
+    """Raised for a base model that cannot be loaded, and for a device that is not there."""
 
 
-class Backbone:
-    """A frozen SD3 transformer, VAE and scheduler, on one device unless the VAE is given its own.
+@dataclass(frozen=True)
+class Defaults:
+    """A family's values for keys that the configuration leaves to the model."""
 
-    The transformer's weights are held in ``dtype``, as loaded; in half precision the transformer runs under
-    autocast, so that float32 LoRA weights take part, and velocities come back in float32. The VAE decodes in
-    float32: SD3's overflows in float16.
+    num_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    mixed_precision: str
+
+
+class Backbone(ABC):
+    """A frozen transformer, VAE and scheduler of one family, on one device unless the VAE is given its own.
+
+    Conventions, whatever the family's own: latents are ``[B, *latent_shape]``, not packed, standard normal at sigma 1;
+    ``x = (1 - sigma) x_0 + sigma noise``; a velocity is ``noise - x_0``; guidance is ``g`` in ``v- + g (v+ - v-)``, of
+    which 1 is none. A model that has guidance as an input is given ``g`` as such.
+
+    The transformer's weights are held in ``dtype``, as loaded; in half precision it runs under autocast, so that
+    float32 LoRA weights take part, and velocities come back in float32. The VAE decodes in float32.
     """
+
+    # --- what a family says ------------------------------------------------------------------------------------------
+
+    TEXT: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Text encoders and tokenizers of the pipeline -> the classes of transformers that may be loaded as each."""
+    LORA_TARGETS: ClassVar[tuple[str, ...]]
+    """The modules that a student adapts unless the configuration names others."""
+    DEFAULTS: ClassVar[Defaults]
+    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """The transformer's lists of blocks, which are compiled and sharded one by one."""
+    NEGATIVE_PROMPT: ClassVar[str] = ""
+    PADDABLE: ClassVar[bool] = True
+    """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Components of the pipeline that text encoding never needs."""
+    MAY_LACK: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that a pipeline may come without, all of these together."""
+
+    @classmethod
+    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+        """Why a variant of the family cannot be used, empty if it can; ``configs`` as in :class:`ModelInfo`."""
+        return ""
+
+    @classmethod
+    def evaluations_of(cls, guidance: float, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
+        return 1 if guidance <= 1.0 else 2
+
+    @classmethod
+    @abstractmethod
+    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+        """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
+
+    @abstractmethod
+    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+        """The pipeline's own ``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU."""
+
+    @abstractmethod
+    def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
+        """The velocity of one forward: signs, time and packing are settled here.
+
+        ``x`` and ``conditions`` are in the transformer's dtype, ``sigma`` is float64 ``[B]``; ``guidance`` is for a
+        transformer that has it as an input.
+        """
+
+    def _guide(self, conditional: Tensor, negative: Tensor, guidance: float | Tensor) -> Tensor:
+        """Classifier-free guidance as the family's pipeline has it; ``guidance`` is a number or ``[B, 1, 1, 1]``."""
+        return negative + guidance * (conditional - negative)
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents."""
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
+        """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
+
+    def inert_modules(self) -> set[str]:
+        """Modules without influence on the output, whose LoRA stays zero however long it is trained."""
+        return set()
+
+    # --- what all have in common -------------------------------------------------------------------------------------
 
     def __init__(
         self,
-        transformer: SD3Transformer2DModel,
-        vae: AutoencoderKL,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: Any,
+        vae: Any,
+        scheduler: Any,
         *,
+        index: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         vae_device: torch.device | str | None = None,
         sharding: Sharding | None = None,
     ) -> None:
-        """With ``sharding`` the transformer stays where it is until :meth:`shard`."""
+        """``index`` is the pipeline's model_index.json. With ``sharding`` the transformer stays where it is until
+        :meth:`shard`."""
         self.dtype = dtype
         self.device = torch.device(device)
         self.vae_device = self.device if vae_device is None else torch.device(vae_device)
@@ -64,9 +149,91 @@ class Backbone:
             self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
-        self.evaluations = 0  # of the transformer so far, counted in single pictures
+        self.configs = {"index": index or {}, "transformer": self.transformer.config, "vae": self.vae.config}
+        self.negative: Conditions | None = None
+        """Of the negative prompt, one row; set by whoever fills the text cache."""
+        self.evaluations = 0
+        """NFE so far, counted in single samples."""
         self.sharding = sharding  # if any, all processes must make the same number of forwards
         self._engine: object = None
+
+    def evaluations_at(self, guidance: float) -> int:
+        """NFE of one velocity at ``guidance``: 1 or 2."""
+        return self.evaluations_of(guidance, self.configs)
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
+        return self.shape_of(resolution, self.configs)
+
+    def velocity(
+        self, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The guided velocity at ``x`` and the conditional one, both float32 ``[B, C, h, w]``.
+
+        Where guidance needs no second branch, both are one tensor. Otherwise both branches run in one batch, and
+        :attr:`negative` must be set. Gradients flow to the adapter in use when the caller has them enabled.
+
+        Args:
+            x: latents ``[B, C, h, w]``.
+            sigma: noise level in [0, 1], of all samples or ``[B]``.
+            conditions: of B samples.
+            guidance: scale, of all samples or ``[B]`` on the host; a sample at 1 has no second branch.
+        """
+        sigma = self._per_sample(sigma, len(x))
+        scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * len(x)
+        guided = [row for row, scale in enumerate(scales) if self.evaluations_at(scale) > 1]
+        if not guided:
+            v = self._evaluate(x, sigma, conditions, guidance)
+            return v, v
+        if self.negative is None:
+            raise ValueError(f"guidance {guidance} needs the conditions of the negative prompt: set backbone.negative")
+        everything = len(guided) == len(x)
+        rows = slice(None) if everything else guided
+        v = self._evaluate(
+            torch.cat([x[rows], x]),
+            torch.cat([sigma[rows], sigma]),
+            Conditions.cat([self.negative.expand(len(guided)), conditions]),
+            torch.cat([guidance[rows], guidance]) if isinstance(guidance, Tensor) else guidance,
+        )
+        negative, conditional = v.split([len(guided), len(x)])
+        if isinstance(guidance, Tensor):
+            guidance = guidance[rows].to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        v_guided = self._guide(conditional[rows], negative, guidance)
+        if not everything:
+            v_guided = conditional.index_copy(0, torch.tensor(guided, device=v.device), v_guided)
+        return v_guided, conditional
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
+        self.evaluations += len(x)
+        x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
+        with self._autocast():
+            if self.PADDABLE:
+                return self._forward(x, sigma, conditions, guidance).float()
+            scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
+            alone = zip(x.split(1), sigma.split(1), conditions.each(), scales, strict=True)
+            return torch.cat([self._forward(*sample) for sample in alone]).float()
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def _per_sample(self, value: float | Tensor, count: int) -> Tensor:
+        """float64 ``[count]`` on the device, without waiting for it."""
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float64, non_blocking=True).expand(count)
+        return torch.full((count,), value, dtype=torch.float64, device=self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
+        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents, ``chunk`` at a time, on the VAE's device."""
+        latents = latents.to(self.vae_device).float()
+        with stage("VAE decode"):
+            images = [self._decode(part) for part in latents.split(chunk)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The transformer's blocks, in order."""
+        for name in self.BLOCKS:
+            yield from getattr(self.transformer, name)
 
     def shard(self) -> None:
         """Shard the transformer over the processes if it is to be; its adapters, those there now and later, stay whole.
@@ -74,115 +241,63 @@ class Backbone:
         Its parameters can be read and written until then.
         """
         if self.sharding is not None:
-            self._engine = self.sharding(self.transformer, self.device, world_size())
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        unit = factor * self.transformer.config.patch_size
-        largest = self.transformer.config.pos_embed_max_size * unit
-        if resolution % unit or not 0 < resolution <= largest:
-            raise ValueError(
-                f"resolution must be a multiple of {unit} up to {largest} for this model, not {resolution}"
-            )
-        side = resolution // factor
-        return self.transformer.config.in_channels, side, side
-
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """The scheduler's own ``num_steps + 1`` noise levels from 1 down to 0, float64 on the CPU."""
-        options = {}
-        if self.scheduler.config.use_dynamic_shifting:
-            _, h, w = self.latent_shape(resolution)
-            options["mu"] = self._dynamic_shift(h * w // self.transformer.config.patch_size**2)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_steps, **options)
-        return scheduler.sigmas.double().cpu()
-
-    def _dynamic_shift(self, sequence_length: int) -> float:
-        """Resolution-dependent shift of the schedule, linear in the number of image tokens (as SD3's pipeline)."""
-        c = self.scheduler.config
-        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        return c.base_shift + slope * (sequence_length - c.base_image_seq_len)
-
-    def velocity(
-        self,
-        x: Tensor,
-        sigma: float,
-        text: TextEmbeddings,
-        guidance_scale: float = 1.0,
-        negative: TextEmbeddings | None = None,
-    ) -> Tensor:
-        """Velocity at ``x`` ``[B, C, h, w]`` and ``sigma`` in [0, 1], float32, ``[B, C, h, w]``.
-
-        With ``guidance_scale > 1`` both halves of classifier-free guidance run in one batch and
-        ``v = v_neg + guidance_scale (v_pos - v_neg)``; ``negative`` (batch 1 or B) is needed then. Gradients flow to
-        the adapter in use when the caller has them enabled.
-        """
-        if guidance_scale <= 1.0:
-            return self._forward(x, sigma, text)
-        if negative is None:
-            raise ValueError(f"guidance_scale {guidance_scale} needs the embeddings of the empty prompt")
-        both = TextEmbeddings(*(torch.cat([n.expand_as(p), p]) for n, p in zip(negative, text, strict=True)))
-        v_negative, v_positive = self._forward(torch.cat([x, x]), sigma, both).chunk(2)
-        return v_negative + guidance_scale * (v_positive - v_negative)
-
-    def _forward(self, x: Tensor, sigma: float, text: TextEmbeddings) -> Tensor:
-        self.evaluations += len(x)
-        # The transformer embeds time in units of the scheduler's training steps (1000), in float32.
-        time = torch.full((len(x),), sigma * self.scheduler.config.num_train_timesteps, device=self.device)
-        with self._autocast():
-            (velocity,) = self.transformer(
-                hidden_states=x.to(self.dtype),
-                timestep=time,
-                encoder_hidden_states=text.tokens.to(self.dtype),
-                pooled_projections=text.pooled.to(self.dtype),
-                return_dict=False,
-            )
-        return velocity.float()
-
-    def _autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
-        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents ``[B, C, h, w]``, ``chunk`` at a time.
-
-        The images are on the VAE's device.
-        """
-        config = self.vae.config
-        scaled = latents.to(self.vae_device).float() / config.scaling_factor + (config.shift_factor or 0.0)
-        with stage("VAE decode"):
-            images = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+            self._engine = self.sharding(self.transformer, list(self.blocks()), self.device, world_size())
 
 
-class SD3TextEncoder:
-    """The pipeline's own text encoders: prompts to embeddings on the CPU. T5 may be absent, as in T5-less SD3."""
+# --- loading ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, device: torch.device, max_sequence_length: int) -> None:
-        self.pipeline = pipeline
-        self.device = device
-        self.max_sequence_length = max_sequence_length
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> TextEmbeddings:
-        """Embeddings of ``B`` prompts: ``tokens`` ``[B, L, D]`` (CLIP's tokens, then T5's), ``pooled`` ``[B, P]``."""
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return TextEmbeddings(tokens.cpu(), pooled.cpu())
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the small files of a base model say, before any weights load.
 
-    def close(self) -> None:
-        """Drop the encoders and give their memory back."""
-        self.pipeline = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    ``configs``: model_index.json as ``index``, and those of the ``transformer`` and the ``vae``.
+    """
+
+    model: str
+    revision: str | None
+    family: type[Backbone]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    def evaluations_at(self, guidance: float) -> int:
+        """NFE of one velocity at ``guidance``: 1 or 2."""
+        return self.family.evaluations_of(guidance, self.configs)
+
+    def resolution_problem(self, resolution: int) -> str:
+        """Why no image of ``resolution`` pixels can be made; empty if one can."""
+        try:
+            self.family.shape_of(resolution, self.configs)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def kind(self, part: str) -> Any:
+        """The class of the transformer, VAE or scheduler, of diffusers itself: other libraries may stand for code."""
+        library, name = (self.configs["index"].get(part) or (None, ""))[:2]
+        found = getattr(diffusers, str(name), None) if library == "diffusers" else None
+        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin | diffusers.SchedulerMixin)):
+            raise ValueError(f"its model_index.json asks for {library}.{name} as {part}")
+        return found
+
+
+def read_model(model: str, revision: str | None = None) -> ModelInfo:
+    """The family and the configurations of a diffusers folder or hub id. Raises BackboneError naming the remedy."""
+    try:
+        index = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+        name = index.get("_class_name")
+        if name not in FAMILIES:
+            raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
+        info = ModelInfo(model, revision, pkgutil.resolve_name(FAMILIES[name]), {"index": index})
+        parts = {
+            part: info.kind(part).load_config(model, subfolder=part, revision=revision)
+            for part in ("transformer", "vae")
+        }
+        info = ModelInfo(model, revision, info.family, {"index": index, **parts})
+        if problem := info.family.unsupported(info.configs):
+            raise ValueError(problem)
+        return info
+    except _UNREADABLE as error:
+        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
 
 
 def load_backbone(
@@ -198,35 +313,51 @@ def load_backbone(
 
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
+    info = read_model(model, revision)
     try:
         common = {"revision": revision, "use_safetensors": True}
-        transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer", dtype=dtype, **common)
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32, **common)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", revision=revision)
+        transformer, vae = (
+            info.kind(part).from_pretrained(model, subfolder=part, dtype=kept, **common)
+            for part, kept in (("transformer", dtype), ("vae", torch.float32))
+        )
+        scheduler = info.kind("scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
     except _UNREADABLE as error:
         raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
-    return Backbone(transformer, vae, scheduler, dtype=dtype, device=device, vae_device=vae_device, sharding=sharding)
+    return info.family(
+        transformer,
+        vae,
+        scheduler,
+        index=info.configs["index"],
+        dtype=dtype,
+        device=device,
+        vae_device=vae_device,
+        sharding=sharding,
+    )
 
 
-def find_device(name: str | None, default: torch.device, key: str) -> torch.device:
-    """The device that the setting ``key`` names; ``default`` for none. BackboneError for one that is not there."""
-    if not name:
-        return default
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.") from error
-    present = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= present:
-        have = f"{present} GPU{'' if present == 1 else 's'}" if present else "no GPU"
-        raise BackboneError(f"{key} is {name!r}, but this process sees {have}. Name another, cpu, or leave it empty.")
-    return device
+class TextEncoder:
+    """A pipeline's own text encoders: prompts to rows on the CPU."""
 
+    def __init__(
+        self, family: type[Backbone], pipeline: Any, device: torch.device, max_sequence_length: int | None
+    ) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.device = device
+        self.max_sequence_length = max_sequence_length or family.DEFAULTS.max_sequence_length
 
-def encoder_place(name: str | None, default: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the text encoders; float32 on a CPU beside a GPU, which is slow in half precision."""
-    device = find_device(name, default, "text_encoder_device")
-    return device, torch.float32 if device.type == "cpu" and default.type != "cpu" else dtype
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> list[Row]:
+        """One row per prompt, in order; ``conditions.NEGATIVE`` stands for the family's negative prompt."""
+        rows = self.family.encode(self.pipeline, list(prompts), self.device, self.max_sequence_length)
+        return [{name: part.cpu() for name, part in row.items()} for row in rows]
+
+    def close(self) -> None:
+        """Drop the encoders and give their memory back."""
+        self.pipeline = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def load_text_encoder(
@@ -235,15 +366,18 @@ def load_text_encoder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    max_sequence_length: int = 128,
-) -> SD3TextEncoder:
-    """Load the text encoders and tokenizers of a diffusers folder or hub id, and nothing else of it."""
-    device = torch.device(device)
+    max_sequence_length: int | None = None,
+) -> TextEncoder:
+    """Load the text encoders and tokenizers of a diffusers folder or hub id, and nothing else of it.
+
+    ``max_sequence_length`` None is the family's. Raises BackboneError naming the remedy.
+    """
+    device, info = torch.device(device), read_model(model, revision)
     try:
-        config = SD3Transformer2DModel.load_config(model, subfolder="transformer", revision=revision)
-        with torch.device("meta"):  # the pipeline reads the transformer's configuration when there is no T5
-            transformer = SD3Transformer2DModel.from_config(config)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
+        absent = _absent_encoders(info)
+        with torch.device("meta"):  # some pipelines read the transformer's configuration
+            transformer = info.kind("transformer").from_config(info.configs["transformer"])
+        pipeline = getattr(diffusers, info.configs["index"]["_class_name"]).from_pretrained(
             model,
             revision=revision,
             transformer=transformer,
@@ -251,44 +385,43 @@ def load_text_encoder(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            image_encoder=None,
-            feature_extractor=None,
-            **_absent_t5(model, revision),
+            **dict.fromkeys([*info.family.OPTIONAL, *absent]),  # from_pretrained needs them passed as None
         )
     except _UNREADABLE as error:
         raise BackboneError(f"the text encoders of {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        if encoder is not None:
+    for name in info.family.TEXT:
+        if isinstance(encoder := getattr(pipeline, name), nn.Module):
             encoder.to(device).requires_grad_(False).eval()
-    return SD3TextEncoder(pipeline, device, max_sequence_length)
+    return TextEncoder(info.family, pipeline, device, max_sequence_length)
 
 
-def _absent_t5(model: str, revision: str | None) -> dict[str, None]:
-    """``text_encoder_3=None, tokenizer_3=None`` for a pipeline that comes without T5: the loader wants to be told."""
-    index = StableDiffusion3Pipeline.load_config(model, revision=revision)
-    _check_index(index)
-    names = ("text_encoder_3", "tokenizer_3")
-    listed = all((index.get(name) or (None,))[0] for name in names)
-    present = not Path(model).is_dir() or all((Path(model) / name).is_dir() for name in names)
-    return {} if listed and present else dict.fromkeys(names)
-
-
-def _check_index(index: Mapping[str, Any]) -> None:
-    """ValueError unless the text encoders are transformers' own CLIP and T5: other classes may stand for code."""
+def _absent_encoders(info: ModelInfo) -> tuple[str, ...]:
+    """The family's ``MAY_LACK`` if one of them is absent. ValueError for a class that does not belong there: it may
+    stand for code."""
+    index = info.configs["index"]
+    absent: tuple[str, ...] = ()
     for name, entry in index.items():
         if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list | tuple) and any(entry):
             library, kind = (str(part) for part in entry)
-            if library != "transformers" or not kind.startswith(("CLIP", "T5")):
-                raise ValueError(f"its model_index.json asks for {library}.{kind} as {name}, where CLIP or T5 belongs")
+            if library != "transformers" or kind not in info.family.TEXT.get(name, ()):
+                raise ValueError(f"its model_index.json asks for {library}.{kind} as {name}")
+    for name in info.family.TEXT:
+        present = not Path(info.model).is_dir() or (Path(info.model) / name).is_dir()
+        if not (present and (index.get(name) or (None,))[0]):
+            if name not in info.family.MAY_LACK:
+                raise ValueError(f"it has no {name}")
+            absent = info.family.MAY_LACK
+    return absent
 
 
 def text_key(model: str, revision: str | None = None) -> str:
-    """What the text embeddings of ``model`` depend on, as a short hash: the key of the disk cache.
+    """What the conditions of prompts depend on in ``model``, as a short hash: the key of the disk cache.
 
     For a folder: names, sizes and the first and last MiB of every text encoder and tokenizer file. For a hub id: the
-    repository and the commit that ``revision`` resolves to.
+    repository and the commit that ``revision`` resolves to. For both, the major versions of the libraries that encode.
     """
-    digest = hashlib.sha256()
+    versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
+    digest = hashlib.sha256(" ".join(versions).encode())
     root = Path(model)
     if not root.is_dir():
         try:
@@ -311,3 +444,26 @@ def _remedy(model: str) -> str:
     if Path(model).is_dir():
         return "The folder must be a complete diffusers pipeline folder; download or build it again."
     return "Check the name and the connection, accept the model's licence on the hub, and log in with `hf auth login`."
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str | None, default: torch.device, key: str) -> torch.device:
+    """The device that the setting ``key`` names; ``default`` for none. BackboneError for one that is not there."""
+    if not name:
+        return default
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.") from error
+    present = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= present:
+        raise BackboneError(f"{key} is {name!r}, but this process sees {present} GPUs: name another, or none.")
+    return device
+
+
+def encoder_place(name: str | None, default: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the text encoders; float32 on a CPU beside a GPU, which is slow in half precision."""
+    device = find_device(name, default, "text_encoder_device")
+    return device, torch.float32 if device.type == "cpu" and default.type != "cpu" else dtype

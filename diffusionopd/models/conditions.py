@@ -1,46 +1,126 @@
-"""What a prompt becomes before the transformer sees it.
-
-Letters: B prompts, L tokens, D width of a token, P width of the pooled vector.
-"""
+"""What a transformer is given beside latents and time: named tensors, whose names and shapes the model family knows."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+NEGATIVE = "\0negative"
+"""Stands for the base model's own negative prompt among prompts: not always the empty one, nor encoded like others."""
+
+Row = Mapping[str, Tensor]
+"""The conditions of one prompt, as they are cached: tensors without batch dimension and without padding.
+
+Those whose name begins with ``tokens`` are sequences ``[L, ...]``, all of one length; others have no length.
+"""
 
 
-class TextEmbeddings(NamedTuple):
-    """Embeddings of B prompts: every text encoder's tokens, joined, and one pooled vector a prompt.
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of B samples: tensors ``[B, ...]`` by name, on one device.
 
-    tokens: [B, L, D] and pooled: [B, P], same device and dtype.
+    Where the sequences of the samples differ in length, they are padded with zeros at the end and ``lengths`` has each
+    one's own; it stays on the host, so that building a mask or a slice never waits for the device.
     """
 
-    tokens: Tensor
-    pooled: Tensor
-
-    @property
-    def batch(self) -> int:
-        """Number of prompts B."""
-        return self.tokens.shape[0]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
-        """The same embeddings on another device, in another dtype, or both."""
-        return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype))
-
-    def expand(self, batch: int) -> TextEmbeddings:
-        """One prompt seen as `batch` equal prompts, without a copy; B prompts stay as they are if B is `batch`."""
-        if self.batch not in (1, batch):
-            raise ValueError(f"cannot expand {self.batch} prompts to {batch}: only one prompt can be repeated")
-        return TextEmbeddings(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1))
-
-    def index(self, i: int | slice | Tensor) -> TextEmbeddings:  # type: ignore[override]
-        """Rows `i` along B; one integer keeps the batch dimension, so the result is always [b, L, D] and [b, P]."""
-        rows = [i] if isinstance(i, int) else i
-        return TextEmbeddings(self.tokens[rows], self.pooled[rows])
+    parts: Mapping[str, Tensor]
+    lengths: tuple[int, ...] | None = None
 
     @staticmethod
-    def cat(parts: list[TextEmbeddings]) -> TextEmbeddings:
-        """Embeddings of several batches as one batch."""
-        return TextEmbeddings(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
+    def of(rows: Sequence[Row], multiple: int = 1) -> Conditions:
+        """One batch of ``rows``; if they are padded, to a multiple of ``multiple``. ValueError for different names."""
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError("rows of different text encoders cannot be one batch")
+        lengths = tuple(next((len(part) for name, part in row.items() if _is_sequence(name)), 0) for row in rows)
+        longest = max(lengths)
+        if min(lengths) < longest:
+            longest = -(-longest // multiple) * multiple
+        padded = [{name: _padded(part, longest, 0, name) for name, part in row.items()} for row in rows]
+        parts = {name: torch.stack([row[name] for row in padded]) for name in rows[0]}
+        return Conditions(parts, lengths if min(lengths) < longest else None)
+
+    @staticmethod
+    def cat(batches: Sequence[Conditions]) -> Conditions:
+        """Several batches as one, padded to the longest."""
+        lengths = tuple(length for batch in batches for length in batch.each_length())
+        longest = max(batch.padded_length for batch in batches)
+        parts = {
+            name: torch.cat([_padded(batch.parts[name], longest, 1, name) for batch in batches])
+            for name in batches[0].parts
+        }
+        return Conditions(parts, lengths if min(lengths) < longest else None)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.parts[name]
+
+    @property
+    def padded_length(self) -> int:
+        """Length of the sequences with padding; 0 without any."""
+        return next((part.shape[1] for name, part in self.parts.items() if _is_sequence(name)), 0)
+
+    def each_length(self) -> tuple[int, ...]:
+        """Each sample's own length of its sequences."""
+        return self.lengths or (self.padded_length,) * len(self)
+
+    def mask(self) -> Tensor | None:
+        """Which positions of the sequences are a sample's own, bool ``[B, L]``; None if all are."""
+        if self.lengths is None:
+            return None
+        device = next(iter(self.parts.values())).device
+        ends = torch.tensor(self.lengths).to(device, non_blocking=True)
+        return torch.arange(self.padded_length, device=device) < ends[:, None]
+
+    def index(self, rows: int | slice | Sequence[int]) -> Conditions:
+        """Some of the samples; one integer keeps the batch dimension."""
+        rows = [rows] if isinstance(rows, int) else rows
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = lengths[rows] if isinstance(rows, slice) else tuple(lengths[i] for i in rows)
+        return Conditions({name: part[rows] for name, part in self.parts.items()}, lengths)
+
+    def each(self) -> list[Conditions]:
+        """The samples one by one, without padding."""
+        rows = [self.index(i) for i in range(len(self))]
+        if self.lengths is None:
+            return rows
+        return [
+            Conditions({name: part[:, :length] if _is_sequence(name) else part for name, part in row.parts.items()})
+            for row, length in zip(rows, self.lengths, strict=True)
+        ]
+
+    def expand(self, batch: int) -> Conditions:
+        """One sample seen as ``batch`` equal ones, without a copy; ``batch`` samples stay as they are."""
+        if len(self) not in (1, batch):
+            raise ValueError(f"cannot expand {len(self)} samples to {batch}: only one can be repeated")
+        lengths = self.lengths if self.lengths is None or len(self) == batch else self.lengths * batch
+        return Conditions({n: part.expand(batch, *part.shape[1:]) for n, part in self.parts.items()}, lengths)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> Conditions:
+        """On another device, or with floating-point parts in another dtype, or both."""
+        return self._map(lambda part: part.to(device, dtype if part.is_floating_point() else None, non_blocking))
+
+    def pin_memory(self) -> Conditions:
+        """In pinned memory of the host."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        return Conditions({name: change(part) for name, part in self.parts.items()}, self.lengths)
+
+
+def _is_sequence(name: str) -> bool:
+    return name.startswith("tokens")
+
+
+def _padded(part: Tensor, length: int, dim: int, name: str) -> Tensor:
+    """``part`` with zeros behind its sequence along ``dim``, if it is one."""
+    missing = length - part.shape[dim] if _is_sequence(name) else 0
+    return pad(part, [0, 0] * (part.ndim - dim - 1) + [0, missing]) if missing else part

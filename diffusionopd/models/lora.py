@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,8 +279,10 @@ class Adapters:
     (PEFT's own ``set_adapter`` walks the modules and their ``requires_grad``, milliseconds for 190 layers).
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, inert: Collection[str] = ()) -> None:
+        """``inert``: modules without influence on the output, whose LoRA stays zero however long it is trained."""
         self.transformer = transformer.requires_grad_(False)
+        self.inert = frozenset(inert)
         self._active: list[str] = []
         self.configs: dict[str, LoraConfig] = {}
         self._trainable: dict[str, bool] = {}
@@ -389,7 +391,7 @@ class Adapters:
         ]
         if wrong:
             raise AdapterError(f"{weights.source}: shapes of another base model: {_some(wrong)}")
-        dead = {n for n, b in weights.b.items() if not b.any()} - _inert_modules(self.transformer)
+        dead = {n for n, b in weights.b.items() if not b.any()} - self.inert
         if dead:
             raise AdapterError(
                 f"{weights.source}: lora_B is all zero in {_some(list(dead))}: these modules were never trained, or "
@@ -449,17 +451,6 @@ def _config_of(weights: LoraWeights) -> LoraConfig:
         alpha_pattern={escaped[n]: x for n, x in alphas.items() if x != alpha},
         use_rslora=weights.rslora,
     )
-
-
-def _inert_modules(transformer: nn.Module) -> set[str]:
-    """Modules without influence on the output, whose LoRA stays zero however long it is trained.
-
-    The last joint block drops its text stream (``context_pre_only``), and the text queries with it.
-    """
-    blocks = [
-        name for name, module in transformer.named_modules() if getattr(module, "context_pre_only", False) is True
-    ]
-    return {f"{name.removesuffix('.attn')}.attn.add_q_proj" for name in blocks}
 
 
 def _targets(target_modules: list[str] | str | None, linear: Mapping[str, nn.Linear]) -> set[str]:

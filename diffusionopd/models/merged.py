@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ class MergedTeachers(Adapters):
     unmerged one to rounding; in half precision it is the teacher whose sums, not whose two terms, were rounded.
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__(transformer)
+    def __init__(self, transformer: nn.Module, inert: Collection[str] = ()) -> None:
+        super().__init__(transformer, inert)
         self._merged: dict[str, list[tuple[LoraLayer, nn.Linear]]] = {}
         self._exchanged: list[tuple[LoraLayer, nn.Module]] = []  # layers in use by a teacher, and what they held before
         self._in_use: str | None = None

@@ -100,9 +100,7 @@ class LoraSettings:
         "train.lora_path", None, "LoRA to start the student from (forms as for teachers); None is a fresh one."
     )
     lora_rank: int = key("train.lora_rank", 32, "Rank of a fresh one.", "[1, inf)")
-    lora_alpha: float = key(
-        "train.lora_alpha", 64, "Its output is scaled by `lora_alpha / lora_rank`.", "(0, inf)"
-    )
+    lora_alpha: float = key("train.lora_alpha", 64, "Its output is scaled by `lora_alpha / lora_rank`.", "(0, inf)")
     lora_target_modules: tuple | None = key(
         "train.lora_target_modules",
         None,

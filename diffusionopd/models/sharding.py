@@ -23,8 +23,8 @@ from accelerate.utils import (
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-Sharding = Callable[[nn.Module, torch.device, int], object]
-"""``(transformer, device, processes)``: shards the frozen transformer in place; what it returns must be kept alive.
+Sharding = Callable[[nn.Module, Sequence[nn.Module], torch.device, int], object]
+"""``(transformer, its blocks, device, processes)``: shards the frozen transformer in place; keep what it returns alive.
 
 Its weights may be anywhere and move piece by piece: no device ever holds the whole model. Its LoRA tensors move to the
 device whole. From then on every forward and backward is a collective: all processes make the same number of them.
@@ -61,15 +61,17 @@ def _checked_fsdp() -> Sharding:
         problem = "leave fsdp_activation_checkpointing false and use --config.activation_checkpointing=True"
     elif plugin.cpu_ram_efficient_loading:
         problem = "fsdp_cpu_ram_efficient_loading must be false: it leaves all processes but one without text encoders"
-    elif not plugin.transformer_cls_names_to_wrap:
-        problem = "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP, with fsdp_transformer_layer_cls_to_wrap"
     if problem:
         raise EngineError(f"FSDP: {problem}. scripts/accelerate/fsdp2.yaml has settings that work (ENGINE=fsdp2).")
     return partial(_shard_fsdp, plugin)
 
 
 def _shard_fsdp(
-    plugin: FullyShardedDataParallelPlugin, transformer: nn.Module, device: torch.device, processes: int
+    plugin: FullyShardedDataParallelPlugin,
+    transformer: nn.Module,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    processes: int,
 ) -> None:
     """A process holds its share of each block, the block at work, and its share of the layers outside the blocks.
 
@@ -79,10 +81,6 @@ def _shard_fsdp(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    names = plugin.transformer_cls_names_to_wrap
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise EngineError(f"FSDP: the base model has no blocks named {', '.join(names)} to shard by")
     layers = _lora_layers(transformer)
     whole = {p for layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
     for parameter in whole:
@@ -115,7 +113,9 @@ def _checked_deepspeed() -> Sharding:
     return partial(_shard_zero3, plugin.deepspeed_config["zero_optimization"])
 
 
-def _shard_zero3(zero: dict, transformer: nn.Module, device: torch.device, processes: int) -> object:
+def _shard_zero3(
+    zero: dict, transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.device, processes: int
+) -> object:
     """A process holds its share of each matrix, and those at work; DeepSpeed's engine is used for nothing else."""
     import deepspeed
 

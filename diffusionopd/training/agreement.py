@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusionopd
-from diffusionopd.data.prompts import Prompt
 from diffusionopd.distributed import gather_over_processes, world_size
-from diffusionopd.training import checkpoint
-from diffusionopd.training.resume import prompt_digests
-from diffusionopd.training.state import RunError, versions
+from diffusionopd.training.resume import RunError, versions
 
 _LONGEST = 60  # characters of a value in a message
 
@@ -47,21 +44,6 @@ def setup_facts(config: Mapping[str, Any]) -> Facts:
     for file in sorted(Path(diffusionopd.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
     return {"configuration": _flat(config), "version": {**versions(), "diffusionopd": source.hexdigest()[:12]}}
-
-
-def data_facts(
-    resumed_from: Path | None, train: Mapping[str, Iterable[Prompt]], test: Mapping[str, Iterable[Prompt]]
-) -> Facts:
-    """The checkpoint that is resumed, and the prompts by task."""
-    where = "none"
-    if resumed_from is not None:
-        manifest = hashlib.sha256((resumed_from / checkpoint.MANIFEST).read_bytes())
-        where = f"{resumed_from.name} ({manifest.hexdigest()[:12]})"
-    return {
-        "checkpoint": {"to resume from": where},
-        "training": prompt_digests(train),
-        "test": prompt_digests(test),
-    }
 
 
 def _digest(group: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,13 @@ from ml_collections import ConfigDict
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from diffusionopd.algorithms.base import STUDENT, Result
+from diffusionopd.algorithms.base import Result
 from diffusionopd.config_schema import is_number
-from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import TIMEOUT, set_timeout, together
-from diffusionopd.evaluation.evaluate import evaluate_task
-from diffusionopd.evaluation.sampling import ImageGenerator
+from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
 from diffusionopd.failures import ending_together, memory_advice
 from diffusionopd.files import write_json
+from diffusionopd.models.policies import STUDENT
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.rewards import RewardError
 from diffusionopd.training import checkpoint
@@ -92,7 +90,7 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                         completed = number
 
                         # --- log; monitored scores of a round arrive while the next one trains
-                        run.metrics.flush(run.monitor.collect)
+                        _flush(run)
                         evaluations = (run.backbone.evaluations - evaluations) * shape.num_processes
                         row = _row(run, number, result, evaluations, time.perf_counter() - started)
                         _watch(run, number, result)
@@ -106,8 +104,7 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                             saved = _save(run, completed, row | run.monitor.collect())
                             break
                         row |= scores
-                    run.metrics.hold(row)
-                    row = None
+                    run.held, row = row, None
 
                     # --- save, stop
                     if plan.run.save_freq and completed % plan.run.save_freq == 0 or completed == shape.num_rounds:
@@ -167,6 +164,14 @@ def _row(run: Run, number: int, result: Result, evaluations: int, seconds: float
         **result.metrics,
         "evaluations": float(evaluations),
     }
+
+
+def _flush(run: Run) -> None:
+    """Write the last round's metrics, which waited for its monitored scores."""
+    row, run.held = run.held, None
+    scores = run.monitor.collect()
+    if row is not None:
+        run.metrics.write(row.pop("round"), **row, **scores)
 
 
 def _watch(run: Run, number: int, result: Result) -> None:
@@ -230,7 +235,7 @@ def _save(run: Run, completed: int, unevaluated: dict[str, Any] | None = None) -
     ``unevaluated``: the metrics of a round that is still to be evaluated; they are kept in it, not written yet.
     """
     if unevaluated is None:
-        run.metrics.flush(run.monitor.collect)
+        _flush(run)
     run.metrics.sync()
     root, name = run.plan.run.run_dir / "checkpoints", f"checkpoint-{completed}"
     protect = [run.resume.folder] if run.resume.folder else []

@@ -32,7 +32,7 @@ from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, RoundShape, check_batches, round_shape
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
-from diffusionopd.models.backbone import family_of
+from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, check_options
 
@@ -246,6 +246,7 @@ class Plan:
     shape: RoundShape
     tasks: tuple[Task, ...]
     num_prompts: tuple[int, ...]  # training prompts of each task
+    model: ModelInfo | None  # where the base model is a folder here
     notes: tuple[str, ...]  # settings that are accepted but change nothing
 
     def read(self, group: type[T]) -> T:
@@ -259,8 +260,7 @@ class Plan:
 
     def nfe(self, guidance: float) -> int:
         """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
-        family = family_of(self.values["pretrained.model"])
-        return family.evaluations_at(guidance) if family else 1 if guidance == 1.0 else 2
+        return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
 
     def describe(self) -> str:
         """The plan as a table for people, without a trailing newline."""
@@ -347,8 +347,9 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         },
         with_test=values.get("eval_freq") != 0,
     )
-    if problems.good("pretrained.model", "resolution") and (family := family_of(values["pretrained.model"])):
-        family.check_resolution(values["resolution"], problems)
+    model = _local_model(values, problems)
+    if model and problems.good("resolution") and (what := model.resolution_problem(values["resolution"])):
+        problems.add("resolution", f"is {values['resolution']}", what)
     check_batches(values, num_processes, algorithm.one_step, problems)
     if problems.good("reward_options", *keys_of(WatchSettings)):
         check_options(values["reward_options"])
@@ -359,12 +360,23 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     _check_timeouts(values, num_processes, algorithm, problems)
     if problems.found:
         raise ConfigError(problems.found)
-    return _make_plan(values, algorithm, tasks, num_prompts, num_processes)
+    return _make_plan(values, algorithm, tasks, num_prompts, num_processes, model)
 
 
 def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:
     """The settings of a group with whose keys nothing is wrong so far."""
     return read(group, values) if problems.good(*(k.name for k in keys_of(group).values())) else None
+
+
+def _local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
+    """What the small files of a base model here say; nothing is downloaded."""
+    if not problems.good("pretrained.model") or not (Path(values["pretrained.model"]) / "model_index.json").is_file():
+        return None
+    try:
+        return read_model(values["pretrained.model"])
+    except BackboneError as error:
+        problems.add("pretrained.model", f"is {values['pretrained.model']}: {error}", "")
+        return None
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
@@ -402,6 +414,7 @@ def _make_plan(
     tasks: tuple[Task, ...],
     num_prompts: tuple[int, ...],
     num_processes: int,
+    model: ModelInfo | None,
 ) -> Plan:
     run, sampler = read(RunSettings, values), read(SamplerSettings, values)
     settings = read(algorithm.groups[0], values)
@@ -414,7 +427,7 @@ def _make_plan(
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
     watch = read(WatchSettings, values)
-    return Plan(values, algorithm, settings, sampler, run, watch, shape, tasks, num_prompts, tuple(notes))
+    return Plan(values, algorithm, settings, sampler, run, watch, shape, tasks, num_prompts, model, tuple(notes))
 
 
 def _guidance(scale: float) -> str:

@@ -21,7 +21,6 @@ from diffusionopd.config_schema import (
     FREE,
     REFUSE,
     REWARDS,
-    ROUND,
     SECTIONS,
     TEACHERS,
     ConfigError,
@@ -38,7 +37,7 @@ from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
-from diffusionopd.training.plan import SCHEMA, RunSettings, base_config, is_used
+from diffusionopd.training.plan import SCHEMA, RunSettings, is_used
 
 _BATCH_KEYS = (
     "sample.train_batch_size",

@@ -13,26 +13,34 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from diffusionopd.algorithms.base import STUDENT, Algorithm, Models
+from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_prompts
 from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import together
-from diffusionopd.files import ensure_writable, write_json, writing
+from diffusionopd.files import ensure_writable, sha256, write_json, writing
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
-from diffusionopd.models.backbone import DTYPES, Backbone, encoder_place, find_device, load_backbone, load_text_encoder
-from diffusionopd.models.backbone import read_model, text_key
+from diffusionopd.models.backbone import (
+    DTYPES,
+    Backbone,
+    encoder_place,
+    find_device,
+    load_backbone,
+    load_text_encoder,
+    read_model,
+    text_key,
+)
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.models.policies import Policies
+from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree
-from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.checkpoint import MANIFEST, load_state
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
 from diffusionopd.training.plan import Plan
@@ -64,6 +72,7 @@ class Run:
     batches: Batches
     metrics: MetricsWriter
     monitor: Monitor
+    held: dict[str, Any] | None = None  # the last round's metrics, until its monitored scores are there
     digests: Mapping[str, str] = field(default_factory=dict)
     scorers: Mapping[str, Mapping[str, LimitedScorer]] = field(default_factory=dict)  # by task; of evaluations
 
@@ -130,7 +139,13 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
         for index, task in enumerate(plan.tasks)
     }
-    agree({"the prompts": prompt_digests(train), "the test prompts": prompt_digests(test)})
+    agree(
+        {
+            "the checkpoint": {"resumed from": sha256(resume.folder / MANIFEST) if resume.folder else "none"},
+            "training": prompt_digests(train),
+            "test": prompt_digests(test),
+        }
+    )
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device)) if plan.algorithm.has_rewards else {}
@@ -153,7 +168,10 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         adapters.parameters(STUDENT), plan.read(OptimizerSettings), dynamic_scale=dtype == torch.float16
     )
     average = plan.read(EmaSettings)
-    ema = Ema(optimizer.parameters, average, plan.read(OptimizerSettings).fused_optimizer) if average.ema else None
+    ema = None
+    if average.ema:
+        fused = plan.read(OptimizerSettings).fused_optimizer
+        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, fused)
     algorithm = plan.algorithm(
         Models(Policies(backbone, adapters), optimizer, rewards),
         plan.settings,
@@ -186,7 +204,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     )
     run = Run(
         plan, resume, accelerator, device, dtype, train, test, rewards, text, backbone, adapters, optimizer, ema,
-        algorithm, None, metrics, monitor, digests | weights, _build_scorers(plan, str(device)),
+        algorithm, None, metrics, monitor, None, digests | weights, _build_scorers(plan, str(device)),
     )  # fmt: skip
     run.batches = Batches(
         plan.shape,
@@ -270,7 +288,7 @@ def merged_note(adapters: Adapters) -> str:
 
 
 def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algorithm: Algorithm) -> None:
-    """Put back what a checkpoint's state holds. RunError for a student of other shapes, or a state of something else."""
+    """Put back what a checkpoint's state holds. RunError for a student of other shapes, or another kind of state."""
     assert resume.folder is not None
     folder = resume.folder / "state"
     tensors, scalars = load_state(folder)
@@ -307,9 +325,7 @@ def _build_rewards(plan: Plan, device: str) -> dict[str, RewardWorker]:
     for task in plan.tasks:
         scorer = build_composite(task.proxy_reward, device, plan.watch.reward_options)
         name = ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(
-            scorer, name=name, timeout=plan.watch.reward_timeout, retry_unavailable=True
-        )
+        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, patient=True)
     return workers
 
 

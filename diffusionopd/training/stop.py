@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from diffusionopd import distributed
 from diffusionopd.signals import SignalWatch, name
-from diffusionopd.training.state import write_json
+from diffusionopd.files import write_json
 
 _PENDING = "state/pending.json"
 

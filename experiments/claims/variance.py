@@ -46,6 +46,7 @@ from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import load_prompts
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
 from diffusionopd.models.backbone import Backbone, load_backbone, load_text_encoder
+from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import Adapters
 from diffusionopd.rollout import Velocity, walk
 from diffusionopd.transitions import Transition, schedule
@@ -192,7 +193,7 @@ def build(args: argparse.Namespace) -> tuple[Distiller, Batch]:
     """The shipped base, its teacher of the task, a fresh student, and training prompts from all over the file."""
     model = str(TINY / "model")
     backbone = load_backbone(model)
-    adapters = Adapters(backbone.transformer)
+    adapters = Adapters(backbone.transformer, backbone.inert_modules())
     adapters.add_student(STUDENT, rank=32, alpha=64, target_modules=TARGETS, seed=args.seed)
     adapters.add_teacher(TEACHER, TINY / "teachers" / args.task / "lora")
     optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-3, loss_scale=1e4)
@@ -201,9 +202,9 @@ def build(args: argparse.Namespace) -> tuple[Distiller, Batch]:
     prompts = known[:: len(known) // args.pictures][: args.pictures]
     recipe = Recipe(schedule("ode", backbone.sigmas(10, 64)), 9)
     x = noise(backbone.latent_shape(64), [(Stream.LATENT, args.seed, 0, i) for i in range(len(prompts))])
-    text = encoder([prompt.text for prompt in prompts])
+    text = Conditions.of(encoder([prompt.text for prompt in prompts]))
     batch = Batch(args.task, TEACHER, 1.0, x, text, draw_noise=lambda step: torch.zeros_like(x))
-    return Distiller(Parts(backbone, adapters, optimizer, encoder([""])), recipe), batch
+    return Distiller(Parts(backbone, adapters, optimizer, Conditions.of(encoder([NEGATIVE]))), recipe), batch
 
 
 def first_noise(backbone: Backbone, batch: Batch, seed: int, index: int) -> Batch:
@@ -222,7 +223,7 @@ def estimates(
     def policy(adapter: str) -> Velocity:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             distiller.adapters.use(adapter)
-            return backbone.velocity(x, sigma, batch.text)
+            return backbone.velocity(x, sigma, batch.text)[0]
 
         return velocity
 

@@ -1,0 +1,93 @@
+"""Stable Diffusion 3: SD3-medium, SD3.5-medium and -large, and the embedded tiny world.
+
+They differ in their folder's own configuration alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from diffusionopd.models.backbone import Backbone, Defaults
+from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+
+
+class StableDiffusion3(Backbone):
+    """Joint blocks; conditions are ``tokens`` (CLIP's, then T5's, always of full length) and CLIP's ``pooled``."""
+
+    TEXT = {
+        **{f"text_encoder{n}": ("CLIPTextModelWithProjection", "CLIPTextModel") for n in ("", "_2")},
+        **{f"tokenizer{n}": ("CLIPTokenizer", "CLIPTokenizerFast") for n in ("", "_2")},
+        "text_encoder_3": ("T5EncoderModel",),
+        "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+    }
+    LORA_TARGETS = (
+        "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+        "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
+    )  # fmt: skip
+    DEFAULTS = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")
+    OPTIONAL = ("image_encoder", "feature_extractor")
+    MAY_LACK = ("text_encoder_3", "tokenizer_3")
+
+    @classmethod
+    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+        """See :meth:`Backbone.shape_of`."""
+        config = configs["transformer"]
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        unit = factor * config["patch_size"]
+        largest = config["pos_embed_max_size"] * unit
+        if resolution % unit or not 0 < resolution <= largest:
+            raise ValueError(
+                f"resolution must be a multiple of {unit} up to {largest} for this model, not {resolution}"
+            )
+        return config["in_channels"], resolution // factor, resolution // factor
+
+    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+        """See :meth:`Backbone.sigmas`; the scheduler's own spacing, from 1."""
+        options, c = {}, self.scheduler.config
+        if c.use_dynamic_shifting:  # linear in the number of image tokens
+            _, h, w = self.latent_shape(resolution)
+            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+            tokens = h * w // self.transformer.config.patch_size**2
+            options["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(c)
+        scheduler.set_timesteps(num_steps, **options)
+        return scheduler.sigmas.double().cpu()
+
+    def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
+        (velocity,) = self.transformer(
+            hidden_states=x,
+            # The transformer embeds time in units of the scheduler's training steps (1000), in float32.
+            timestep=(sigma * self.scheduler.config.num_train_timesteps).float(),
+            encoder_hidden_states=conditions["tokens"],
+            pooled_projections=conditions["pooled"],
+            return_dict=False,
+        )
+        return velocity
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(scaled, return_dict=False)[0]
+
+    @classmethod
+    def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
+        """See :meth:`Backbone.encode`."""
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            prompt=[cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        return [{"tokens": t, "pooled": p} for t, p in zip(tokens, pooled, strict=True)]
+
+    def inert_modules(self) -> set[str]:
+        """The last joint block drops its text stream (``context_pre_only``), and the text queries with it."""
+        last = [n for n, m in self.transformer.named_modules() if getattr(m, "context_pre_only", False) is True]
+        return {f"{name.removesuffix('.attn')}.attn.add_q_proj" for name in last}
