@@ -1,9 +1,9 @@
-"""Train one teacher from rewards (DiffusionNFT, Flow-GRPO or GRPO-Guard).
+"""Train a teacher LoRA from rewards: DiffusionNFT, Flow-GRPO or GRPO-Guard, as the configuration says.
 
-    python scripts/train_teacher.py --config config/teacher.py:tiny_scene [--config.num_epochs=20 ...] [--dry_run]
+    accelerate launch scripts/train_teacher.py --config config/teacher.py:nft_geneval
 
-Several processes: `CONFIG=... bash scripts/single_node/teacher.sh`. Flags as of train_opd.py; what comes out,
-`<run folder>/checkpoints/checkpoint-<n>/lora`, is a teacher for `train.teachers`.
+Flags are those of train_opd.py; there is no default configuration. The result,
+<run folder>/checkpoints/checkpoint-<n>/lora, is what train.teachers takes as lora_path.
 """
 
 import sys

@@ -18,13 +18,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {cls.name: cls for cls in (Opd, Sft, Nf
 class AlgorithmSettings:
     """The algorithm."""
 
-    algorithm: str = key(
-        "train.algorithm",
-        Opd.name,
-        """"opd", on-policy distillation from the teachers; "sft", supervised on the teachers' samples; or, without
-        teachers, from rewards: "nft" (DiffusionNFT), "grpo" (Flow-GRPO), "grpo_guard" (GRPO-Guard).""",
-        choices=tuple(ALGORITHMS),
-    )
+    algorithm: str = key("train.algorithm", Opd.name, choices=tuple(ALGORITHMS))
+    """One of "opd", on-policy distillation from the teachers; "sft", supervised on the teachers' samples; or, without
+    teachers, from rewards: "nft" (DiffusionNFT), "grpo" (Flow-GRPO), "grpo_guard" (GRPO-Guard)."""
 
 
 __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmSettings"]

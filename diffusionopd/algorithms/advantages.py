@@ -83,19 +83,19 @@ def clip_advantages(values: Tensor, clip: float) -> Tensor:
 class RewardSettings(ReferenceSettings):
     """Training from rewards."""
 
-    dataset: str = key("dataset", "", "Without `train.teachers`: folder of the prompts of the one task.")
-    prompt_fn: str = key("prompt_fn", "", "Without `train.teachers`: format of the prompts, as of a task.")
-    reward_fn: dict = key("reward_fn", {}, "Without `train.teachers`: {reward: weight} to train on.")
-    per_prompt_stat_tracking: bool = key(
-        "per_prompt_stat_tracking",
-        True,
-        """Advantages are rewards minus the mean of their prompt's images (False: of all the round's images of the
-        task), divided by the same images' standard deviation, or with `sample.global_std` by that of all.""",
-    )
-    global_std: bool = key("sample.global_std", False, "See `per_prompt_stat_tracking`.")
-    adv_clip_max: float = key(
-        "train.adv_clip_max", 5.0, "Advantages are clipped to [-adv_clip_max, adv_clip_max].", "(0, inf)"
-    )
+    dataset: str = key("dataset", "")
+    """Without `train.teachers`: folder of the prompts of the one task."""
+    prompt_fn: str = key("prompt_fn", "")
+    """Without `train.teachers`: format of the prompts, as of a task."""
+    reward_fn: dict = key("reward_fn", {})
+    """Without `train.teachers`: {reward: weight} to train on."""
+    per_prompt_stat_tracking: bool = key("per_prompt_stat_tracking", True)
+    """Advantages are rewards minus the mean of their prompt's images (False: of all the round's images of the task),
+    divided by the same images' standard deviation, or with `sample.global_std` by that of all."""
+    global_std: bool = key("sample.global_std", False)
+    """See `per_prompt_stat_tracking`."""
+    adv_clip_max: float = key("train.adv_clip_max", 5.0, "(0, inf)")
+    """Advantages are clipped to [-adv_clip_max, adv_clip_max]."""
 
     def check(self, values: Mapping[str, Any], problems: Problems) -> None:
         """Advantages compare the images of one prompt."""

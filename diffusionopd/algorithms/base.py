@@ -32,41 +32,24 @@ ODE_SOLVERS = ("dpm1", "dpm2")
 class SamplerSettings:
     """Sampling in training."""
 
-    num_steps: int = key("sample.num_steps", 40, "Sampler steps of a trajectory in training.", "[1, inf)")
-    guidance_scale: float = key(
-        "sample.guidance_scale",
-        4.5,
-        "Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without.",
-        "[1, inf)",
-    )
-    cfg: bool = key("train.cfg", True, "Train the student under classifier-free guidance, at `sample.guidance_scale`.")
-    solver: str = key(
-        "sample.solver",
-        "flow",
-        """Sampler of the training trajectories: "flow", "dance", "cps" or "ddim", stochastic with the amount of
-        `noise_level`, or "dpm1", "dpm2", ODE solvers of first and second order without noise.""",
-        choices=(*NOISY_KERNELS, *ODE_SOLVERS),
-    )
-    noise_level: float = key(
-        "sample.noise_level",
-        0.7,
-        """Amount of noise (eta) that a step of flow, dance, cps or ddim adds; at 0 each of them is the Euler ODE. cps
-        and ddim take at most 1.""",
-        "[0, inf)",
-    )
-    deterministic: bool = key("sample.deterministic", False, "True is the same as `noise_level` 0.")
-    timestep_fraction: float = key(
-        "train.timestep_fraction",
-        1.0,
-        "Fraction of the steps to train on, from the first: int(num_steps * timestep_fraction) steps.",
-        "(0, 1]",
-    )
-    num_inner_epochs: int = key(
-        "train.num_inner_epochs",
-        1,
-        "Passes over one round's trajectories or samples. Distillation above 1 keeps the trajectories in memory.",
-        "[1, inf)",
-    )
+    num_steps: int = key("sample.num_steps", 40, "[1, inf)")
+    """Sampler steps of a trajectory in training."""
+    guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)")
+    """Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without."""
+    cfg: bool = key("train.cfg", True)
+    """Train the student under classifier-free guidance, at `sample.guidance_scale`."""
+    solver: str = key("sample.solver", "flow", choices=(*NOISY_KERNELS, *ODE_SOLVERS))
+    """Sampler of the training trajectories: "flow", "dance", "cps" or "ddim", stochastic with the amount of
+    `noise_level`, or "dpm1", "dpm2", ODE solvers of first and second order without noise."""
+    noise_level: float = key("sample.noise_level", 0.7, "[0, inf)")
+    """Amount of noise (eta) that a step of flow, dance, cps or ddim adds; at 0 each of them is the Euler ODE. cps and
+    ddim take at most 1."""
+    deterministic: bool = key("sample.deterministic", False)
+    """True is the same as `noise_level` 0."""
+    timestep_fraction: float = key("train.timestep_fraction", 1.0, "(0, 1]")
+    """Fraction of the steps to train on, from the first: int(num_steps * timestep_fraction) steps."""
+    num_inner_epochs: int = key("train.num_inner_epochs", 1, "[1, inf)")
+    """Passes over one round's trajectories or samples. Distillation above 1 keeps the trajectories in memory."""
 
     @property
     def kernel(self) -> str:
@@ -120,39 +103,27 @@ class SamplerSettings:
 class ReferenceSettings:
     """Staying near the base model."""
 
-    beta: float = key(
-        "train.beta",
-        0.0,
-        """Weight of staying near the base model without adapters (distillation: by the same loss; grpo: by the KL; nft:
-        by the squared distance of the velocities); above 0 it costs one more forward per step.""",
-        "[0, inf)",
-    )
+    beta: float = key("train.beta", 0.0, "[0, inf)")
+    """Weight of staying near the base model without adapters (distillation: by the same loss; grpo: by the KL; nft: by
+    the squared distance of the velocities); above 0 it costs one more forward per step."""
 
 
 @dataclass(frozen=True)
 class ClipSettings:
     """The clipped probability ratio."""
 
-    clip_range: float = key(
-        "train.clip_range",
-        1e-4,
-        'The loss "policy_gradient", and "grpo", clip the probability ratio to [1 - clip_range, 1 + clip_range].',
-        "(0, inf)",
-    )
+    clip_range: float = key("train.clip_range", 1e-4, "(0, inf)")
+    """The loss "policy_gradient", and "grpo", clip the probability ratio to [1 - clip_range, 1 + clip_range]."""
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
     """Teachers."""
 
-    merge_teachers: bool = key(
-        "train.merge_teachers",
-        False,
-        """Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside
-        the base: its forwards cost no more than the base's, its memory is that of these matrices
-        (docs/performance.md). In half precision the copies are rounded.""",
-        resume="free",
-    )
+    merge_teachers: bool = key("train.merge_teachers", False, resume="free")
+    """Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside the
+    base: its forwards cost no more than the base's, its memory is that of these matrices (docs/performance.md). In
+    half precision the copies are rounded."""
 
 
 class Counted(Protocol):

@@ -31,13 +31,10 @@ class GrpoSettings(ClipSettings, RewardSettings):
 class GuardSettings(RewardSettings):
     """GRPO-Guard."""
 
-    clip_range_lt: float = key(
-        "train.clip_range_lt",
-        1e-4,
-        "The normalised ratio is clipped to [1 - clip_range_lt, 1 + clip_range_gt].",
-        "(0, inf)",
-    )
-    clip_range_gt: float = key("train.clip_range_gt", 1e-4, "See `train.clip_range_lt`.", "(0, inf)")
+    clip_range_lt: float = key("train.clip_range_lt", 1e-4, "(0, inf)")
+    """The normalised ratio is clipped to [1 - clip_range_lt, 1 + clip_range_gt]."""
+    clip_range_gt: float = key("train.clip_range_gt", 1e-4, "(0, inf)")
+    """See `train.clip_range_lt`."""
 
     @property
     def clip(self) -> tuple[float, float]:

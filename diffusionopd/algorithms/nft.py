@@ -22,19 +22,15 @@ OLD = "old"
 class NftSettings(RewardSettings):
     """DiffusionNFT."""
 
-    nft_beta: float = key(
-        "train.nft_beta",
-        1.0,
-        "How far the two implicit policies are from the old one; smaller values give larger policy updates.",
-        "(0, inf)",
-    )
+    nft_beta: float = key("train.nft_beta", 1.0, "(0, inf)")
+    """How far the two implicit policies are from the old one; smaller values give larger policy updates."""
     old_policy_decay: tuple = key(
         "train.old_policy_decay",
         (0, 0.001, 0.5),
-        """(start, slope, maximum): after n rounds the sampling policy keeps min(slope * max(n - start, 0), maximum) of
-        itself and takes the rest from the student.""",
         form=("three numbers", lambda value: len(value) == 3 and all(map(is_number, value))),
     )
+    """(start, slope, maximum): after n rounds the sampling policy keeps min(slope * max(n - start, 0), maximum) of
+    itself and takes the rest from the student."""
 
 
 class Nft(Algorithm):

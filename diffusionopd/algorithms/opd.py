@@ -30,31 +30,18 @@ KL, POLICY_GRADIENT = "kl", "policy_gradient"
 class OpdSettings(ClipSettings, ReferenceSettings):
     """On-policy distillation."""
 
-    loss: str = key(
-        "train.loss",
-        KL,
-        """What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of
-        their means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next
-        state shows it (needs noise).""",
-        choices=(KL, POLICY_GRADIENT),
-    )
-    target: str = key(
-        "train.target",
-        "mean",
-        'In which quantity "kl" compares: "mean" of the step (the paper\'s), "velocity", or "x0".',
-        choices=TARGETS,
-    )
-    self_normalize: bool = key(
-        "train.self_normalize", False, "Divide each sample's error by its own mean magnitude (detached)."
-    )
-    steps_per_rollout: int = key(
-        "train.steps_per_rollout",
-        0,
-        """Of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all equally
-        likely; the others cost the student's forward pass only, and those after the last one nothing. The gradient is
-        the same in expectation. 0 supervises all.""",
-        "[0, inf)",
-    )
+    loss: str = key("train.loss", KL, choices=(KL, POLICY_GRADIENT))
+    """What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
+    means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next state
+    shows it (needs noise)."""
+    target: str = key("train.target", "mean", choices=TARGETS)
+    """In which quantity "kl" compares: "mean" of the step (the paper's), "velocity", or "x0"."""
+    self_normalize: bool = key("train.self_normalize", False)
+    """Divide each sample's error by its own mean magnitude (detached)."""
+    steps_per_rollout: int = key("train.steps_per_rollout", 0, "[0, inf)")
+    """Of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all equally
+    likely; the others cost the student's forward pass only, and those after the last one nothing. The gradient is
+    the same in expectation. 0 supervises all."""
 
 
 class Opd(Algorithm):

@@ -25,55 +25,39 @@ class NonFiniteError(ValueError):
 class OptimizerSettings:
     """AdamW."""
 
-    learning_rate: float = key("train.learning_rate", 3e-4, "Of AdamW.", "(0, inf)", resume=FREE)
-    adam_beta1: float = key("train.adam_beta1", 0.9, "Of AdamW.", "[0, 1)")
-    adam_beta2: float = key("train.adam_beta2", 0.999, "Of AdamW.", "[0, 1)")
-    adam_weight_decay: float = key("train.adam_weight_decay", 1e-4, "Of AdamW.", "[0, inf)")
-    adam_epsilon: float = key("train.adam_epsilon", 1e-8, "Of AdamW.", "(0, inf)")
-    fused_optimizer: bool = key(
-        "train.fused_optimizer",
-        True,
-        "AdamW and the moving average in a few CUDA kernels for all tensors together; the same to rounding.",
-        resume=FREE,
-    )
-    use_8bit_adam: bool = key("train.use_8bit_adam", False, "AdamW with 8-bit state (needs bitsandbytes and a GPU).")
-    max_grad_norm: float = key(
-        "train.max_grad_norm",
-        1.0,
-        "Norm to which the gradient of a round is clipped, in units of the loss as it is.",
-        "(0, inf)",
-        resume=FREE,
-    )
-    loss_scale: float = key(
-        "train.loss_scale",
-        1e4,
-        """The loss is multiplied by this before the backward pass, so that the gradient is large against
-        `adam_epsilon` (measured in docs/method.md); the logged loss and gradient norm, and `max_grad_norm`, are in
-        units of the loss as it is.""",
-        "(0, inf)",
-        resume=FREE,
-    )
+    learning_rate: float = key("train.learning_rate", 3e-4, "(0, inf)", resume=FREE)
+    """Of AdamW."""
+    adam_beta1: float = key("train.adam_beta1", 0.9, "[0, 1)")
+    """Of AdamW."""
+    adam_beta2: float = key("train.adam_beta2", 0.999, "[0, 1)")
+    """Of AdamW."""
+    adam_weight_decay: float = key("train.adam_weight_decay", 1e-4, "[0, inf)")
+    """Of AdamW."""
+    adam_epsilon: float = key("train.adam_epsilon", 1e-8, "(0, inf)")
+    """Of AdamW."""
+    fused_optimizer: bool = key("train.fused_optimizer", True, resume=FREE)
+    """AdamW and the moving average in a few CUDA kernels for all tensors together; the same to rounding."""
+    use_8bit_adam: bool = key("train.use_8bit_adam", False)
+    """AdamW with 8-bit state (needs bitsandbytes and a GPU)."""
+    max_grad_norm: float = key("train.max_grad_norm", 1.0, "(0, inf)", resume=FREE)
+    """Norm to which the gradient of a round is clipped, in units of the loss as it is."""
+    loss_scale: float = key("train.loss_scale", 1e4, "(0, inf)", resume=FREE)
+    """The loss is multiplied by this before the backward pass, so that the gradient is large against `adam_epsilon`
+    (measured in docs/method.md); the logged loss and gradient norm, and `max_grad_norm`, are in units of the loss as
+    it is."""
 
 
 @dataclass(frozen=True)
 class EmaSettings:
     """The average of the student."""
 
-    ema: bool = key(
-        "train.ema",
-        False,
-        "Average the student's weights over rounds; evaluation and the saved LoRA use the average.",
-        resume=FREE,
-    )
-    ema_decay: float = key(
-        "train.ema_decay",
-        0.9,
-        """The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every `ema_interval` rounds (rounds that
-        share an optimizer step count as one).""",
-        "[0, 1)",
-        resume=FREE,
-    )
-    ema_interval: int = key("train.ema_interval", 8, "See `train.ema_decay`.", "[1, inf)", resume=FREE)
+    ema: bool = key("train.ema", False, resume=FREE)
+    """Average the student's weights over rounds; evaluation and the saved LoRA use the average."""
+    ema_decay: float = key("train.ema_decay", 0.9, "[0, 1)", resume=FREE)
+    """The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every `ema_interval` rounds (rounds that share an
+    optimizer step count as one)."""
+    ema_interval: int = key("train.ema_interval", 8, "[1, inf)", resume=FREE)
+    """See `train.ema_decay`."""
 
 
 class StudentOptimizer:

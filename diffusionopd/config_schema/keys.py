@@ -2,10 +2,12 @@
 
     @dataclass(frozen=True)
     class NftSettings:
-        nft_beta: float = key("train.nft_beta", 1.0, "How far ...", "(0, inf)")
+        nft_beta: float = key("train.nft_beta", 1.0, "(0, inf)")
+        'How far the two implicit policies are from the old one.'
 
-A group of keys is a dataclass; ``read(NftSettings, values)`` makes one from a flat configuration. The check before
-weights load, the command line, ``docs/configuration.md`` and the resume rules follow from the declarations.
+A group of keys is a dataclass, and the text under a field says what the key does; ``read(NftSettings, values)`` makes
+one from a flat configuration. The check before weights load, the command line, ``docs/configuration.md`` and the resume
+rules follow from the declarations.
 """
 
 from __future__ import annotations
@@ -38,7 +40,6 @@ class Key:
 
     name: str  # as on the command line, such as "train.learning_rate"
     default: Any
-    text: str  # what it does, with units, for docs/configuration.md
     interval: str = ""  # of a number, such as "[0, 1)"
     choices: Collection[Any] = ()
     form: tuple[str, Callable[[Any], bool]] | None = None  # (what it must be, whether a value is)
@@ -64,9 +65,9 @@ class Key:
         return None
 
 
-def key(name: str, default: Any, text: str, interval: str = "", **options: Any) -> Any:
+def key(name: str, default: Any, interval: str = "", **options: Any) -> Any:
     """A dataclass field that declares a :class:`Key`; ``options`` are its other fields."""
-    declared = Key(name, default, " ".join(text.split()), interval, **options)
+    declared = Key(name, default, interval, **options)
     return field(default_factory=lambda: copy.deepcopy(default), metadata={"key": declared})
 
 

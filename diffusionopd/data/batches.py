@@ -27,20 +27,13 @@ from diffusionopd.models.text_cache import TextCache
 class NoiseSettings:
     """Noise and prefetching."""
 
-    seed: int = key(
-        "seed",
-        42,
-        "Seed of everything random: adapter initialisation, prompt order, initial and step noise.",
-        "[0, inf)",
-    )
-    same_latent: bool = key("sample.same_latent", False, "Start the images of one prompt from the same initial noise.")
-    prefetch: bool = key(
-        "prefetch",
-        True,
-        """Make the batches of the next round (prompts, cached embeddings, noise) in a thread while this one trains.
-        They are the same; the embeddings of two rounds are in the host's memory.""",
-        resume=FREE,
-    )
+    seed: int = key("seed", 42, "[0, inf)")
+    """Seed of everything random: adapter initialisation, prompt order, initial and step noise."""
+    same_latent: bool = key("sample.same_latent", False)
+    """Start the images of one prompt from the same initial noise."""
+    prefetch: bool = key("prefetch", True, resume=FREE)
+    """Make the batches of the next round (prompts, cached embeddings, noise) in a thread while this one trains. They
+    are the same; the embeddings of two rounds are in the host's memory."""
 
 
 @dataclass(frozen=True)

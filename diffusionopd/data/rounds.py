@@ -16,45 +16,21 @@ TOGETHER, ALTERNATE, CASCADE = "together", "alternate", "cascade"
 class BatchSettings:
     """Batches and rounds. "Per process" is per GPU."""
 
-    train_batch_size: int = key(
-        "sample.train_batch_size", 1, "Images per process in a batch.", "[1, inf)", resume=ROUND
-    )
-    num_batches_per_epoch: int = key(
-        "sample.num_batches_per_epoch",
-        2,
-        "Batches per process and round, shared equally by the tasks: a multiple of the number of teachers.",
-        "[1, inf)",
-        resume=ROUND,
-    )
-    num_image_per_prompt: int = key(
-        "sample.num_image_per_prompt",
-        1,
-        "Images per prompt in a round. Divides the images per task and round, over all batches and processes.",
-        "[1, inf)",
-    )
-    batch_size: int = key(
-        "train.batch_size",
-        1,
-        "Images per process in one backward pass. Divides `sample.train_batch_size`.",
-        "[1, inf)",
-        resume=ROUND,
-    )
-    gradient_accumulation_steps: int = key(
-        "train.gradient_accumulation_steps",
-        1,
-        """Backward batches per optimizer step. `num_batches_per_epoch * sample.train_batch_size / train.batch_size`
-        makes one step per round; k times that, one every k rounds, which then count as one for EMA and nft's old
-        policy. A divisor of it makes several steps per round, except in a distillation.""",
-        "[1, inf)",
-        resume=ROUND,
-    )
-    task_order: str = key(
-        "train.task_order",
-        TOGETHER,
-        """Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an
-        equal share of the rounds, one after another. `num_batches_per_epoch` is shared by the tasks of a round.""",
-        choices=(TOGETHER, ALTERNATE, CASCADE),
-    )
+    train_batch_size: int = key("sample.train_batch_size", 1, "[1, inf)", resume=ROUND)
+    """Images per process in a batch."""
+    num_batches_per_epoch: int = key("sample.num_batches_per_epoch", 2, "[1, inf)", resume=ROUND)
+    """Batches per process and round, shared equally by the tasks: a multiple of the number of teachers."""
+    num_image_per_prompt: int = key("sample.num_image_per_prompt", 1, "[1, inf)")
+    """Images per prompt in a round. Divides the images per task and round, over all batches and processes."""
+    batch_size: int = key("train.batch_size", 1, "[1, inf)", resume=ROUND)
+    """Images per process in one backward pass. Divides `sample.train_batch_size`."""
+    gradient_accumulation_steps: int = key("train.gradient_accumulation_steps", 1, "[1, inf)", resume=ROUND)
+    """Backward batches per optimizer step. `num_batches_per_epoch * sample.train_batch_size / train.batch_size` makes
+    one step per round; k times that, one every k rounds, which then count as one for EMA and nft's old policy. A
+    divisor of it makes several steps per round, except in a distillation."""
+    task_order: str = key("train.task_order", TOGETHER, choices=(TOGETHER, ALTERNATE, CASCADE))
+    """Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an equal
+    share of the rounds, one after another. `num_batches_per_epoch` is shared by the tasks of a round."""
 
 
 @dataclass(frozen=True)

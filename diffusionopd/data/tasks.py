@@ -29,46 +29,28 @@ def _is_count(value: Any) -> bool:
 class Task:
     """An entry of ``train.teachers``: one task, with its teacher or the rewards it is trained on."""
 
-    name: str = key("name", "", "Of the task, in logs and files.", form=('made of letters, digits, "-", "_"', _is_name))
-    dataset: str = key("dataset", "", "Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl.")
-    lora_path: str = key(
-        "lora_path",
-        "",
-        """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub").
-        Without effect when the training is from rewards.""",
-        resume=TEACHERS,
-    )
-    proxy_reward: dict[str, float] = key(
-        "proxy_reward",
-        {},
-        """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from
-        rewards maximises their weighted mean.""",
-        resume=REWARDS,
-    )
-    prompt_fn: str = key(
-        "prompt_fn", "", '"general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files.'
-    )
+    name: str = key("name", "", form=('made of letters, digits, "-", "_"', _is_name))
+    """Of the task, in logs and files."""
+    dataset: str = key("dataset", "")
+    """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
+    lora_path: str = key("lora_path", "", resume=TEACHERS)
+    """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
+    effect when the training is from rewards."""
+    proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
+    """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
+    maximises their weighted mean."""
+    prompt_fn: str = key("prompt_fn", "")
+    """One of "general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files."""
     guidance_scale: float = key(
-        "guidance_scale",
-        4.5,
-        "Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`).",
-        form=("a number of at least 1 (1: without)", _is_scale),
-        resume=TEACHERS,
+        "guidance_scale", 4.5, form=("a number of at least 1 (1: without)", _is_scale), resume=TEACHERS
     )
+    """Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`)."""
     eval_guidance_scale: float = key(
-        "eval_guidance_scale",
-        4.5,
-        "Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`).",
-        form=("a number of at least 1 (1: without)", _is_scale),
-        resume=FREE,
+        "eval_guidance_scale", 4.5, form=("a number of at least 1 (1: without)", _is_scale), resume=FREE
     )
-    eval_num_steps: int = key(
-        "eval_num_steps",
-        40,
-        "Sampler steps in evaluations on this task; optional (`sample.eval_num_steps`).",
-        form=("an integer of at least 1", _is_count),
-        resume=FREE,
-    )
+    """Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`)."""
+    eval_num_steps: int = key("eval_num_steps", 40, form=("an integer of at least 1", _is_count), resume=FREE)
+    """Sampler steps in evaluations on this task; optional (`sample.eval_num_steps`)."""
 
     @property
     def adapter(self) -> str:
@@ -83,15 +65,10 @@ FIELDS = keys_of(Task)
 class TaskSettings:
     """Tasks."""
 
-    teachers: tuple = key(
-        "train.teachers", [], "The tasks: a list of dicts with the fields of the table below, each with its teacher."
-    )
-    teacher_guidance_scale: float = key(
-        "sample.teacher_guidance_scale",
-        4.5,
-        "Guidance of the teachers that have no `guidance_scale` of their own; 1.0 is without.",
-        "[1, inf)",
-    )
+    teachers: tuple = key("train.teachers", [])
+    """The tasks: a list of dicts with the fields of the table below, each with its teacher."""
+    teacher_guidance_scale: float = key("sample.teacher_guidance_scale", 4.5, "[1, inf)")
+    """Guidance of the teachers that have no `guidance_scale` of their own; 1.0 is without."""
 
 
 def check_tasks(

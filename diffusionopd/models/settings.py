@@ -13,78 +13,42 @@ _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device
 class BaseSettings:
     """The base model."""
 
-    model: str = key(
-        "pretrained.model",
-        "",
-        'A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json.',
-    )
-    revision: str = key(
-        "pretrained.revision",
-        "",
-        "Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder.",
-    )
-    resolution: int = key("resolution", 768, "Height and width in pixels; a multiple of the model's unit.", "[16, inf)")
-    max_sequence_length: int = key(
-        "max_sequence_length", 128, "Length in tokens to which T5 prompts are cut or padded.", "[1, inf)"
-    )
+    model: str = key("pretrained.model", "")
+    """A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json."""
+    revision: str = key("pretrained.revision", "")
+    """Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder."""
+    resolution: int = key("resolution", 768, "[16, inf)")
+    """Height and width in pixels; a multiple of the model's unit."""
+    max_sequence_length: int = key("max_sequence_length", 128, "[1, inf)")
+    """Length in tokens to which T5 prompts are cut or padded."""
 
 
 @dataclass(frozen=True)
 class MemorySettings:
     """Precision and memory."""
 
-    mixed_precision: str = key(
-        "mixed_precision",
-        "fp16",
-        """"no", "fp16" or "bf16": the type in which frozen weights are held and the transformer computes. LoRA weights,
-        the optimizer and the loss are float32 in each case. On a CPU "no" is by far the fastest.""",
-        choices=("no", "fp16", "bf16"),
-        resume=FREE,
-    )
-    allow_tf32: bool = key(
-        "allow_tf32",
-        True,
-        "Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs: faster, 10 bits of mantissa.",
-        resume=FREE,
-    )
-    activation_checkpointing: bool = key(
-        "activation_checkpointing",
-        False,
-        "Recompute activations in the backward pass: less memory, about a third more time for the student.",
-        resume=FREE,
-    )
-    text_encoder_device: str = key(
-        "text_encoder_device",
-        "",
-        """Where text encoders work (they leave memory once every prompt is encoded): "cpu", "cuda:1"; empty is the
-        training device. Every process loads its own.""",
-        form=_DEVICE,
-        resume=FREE,
-    )
-    vae_device: str = key(
-        "vae_device", "", "Where the VAE stays, as for `text_encoder_device`.", form=_DEVICE, resume=FREE
-    )
+    mixed_precision: str = key("mixed_precision", "fp16", choices=("no", "fp16", "bf16"), resume=FREE)
+    """The type in which frozen weights are held and the transformer computes ("no": float32). LoRA weights, the
+    optimizer and the loss are float32 in each case. On a CPU "no" is by far the fastest."""
+    allow_tf32: bool = key("allow_tf32", True, resume=FREE)
+    """Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs: faster, 10 bits of mantissa."""
+    activation_checkpointing: bool = key("activation_checkpointing", False, resume=FREE)
+    """Recompute activations in the backward pass: less memory, about a third more time for the student."""
+    text_encoder_device: str = key("text_encoder_device", "", form=_DEVICE, resume=FREE)
+    """Where text encoders work (they leave memory once every prompt is encoded): "cpu", "cuda:1"; empty is the training
+    device. Every process loads its own."""
+    vae_device: str = key("vae_device", "", form=_DEVICE, resume=FREE)
+    """Where the VAE stays, as for `text_encoder_device`."""
     attention_backend: str = key(
-        "attention_backend",
-        "",
-        """CUDA kernel of the attention layers: "flash", "efficient", "cudnn" or "math"; "" lets torch choose, which in
-        half precision on a GPU is flash or cudnn already.""",
-        choices=("", "flash", "efficient", "cudnn", "math"),
-        resume=FREE,
+        "attention_backend", "", choices=("", "flash", "efficient", "cudnn", "math"), resume=FREE
     )
-    compile: bool = key(
-        "compile",
-        False,
-        """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a
-        compiler.""",
-        resume=FREE,
-    )
-    cache_dir: str = key(
-        "cache_dir",
-        ".cache/text",
-        "Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length).",
-        resume=FREE,
-    )
+    """CUDA kernel of the attention layers: "flash", "efficient", "cudnn" or "math"; "" lets torch choose, which in half
+    precision on a GPU is flash or cudnn already."""
+    compile: bool = key("compile", False, resume=FREE)
+    """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
+    """
+    cache_dir: str = key("cache_dir", ".cache/text", resume=FREE)
+    """Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length)."""
 
 
 def _named(value: object) -> bool:
@@ -95,17 +59,16 @@ def _named(value: object) -> bool:
 class LoraSettings:
     """The student's adapter."""
 
-    use_lora: bool = key("use_lora", True, "Must be True: the student is a LoRA on the frozen base.", choices=(True,))
-    lora_path: str = key(
-        "train.lora_path", None, "LoRA to start the student from (forms as for teachers); None is a fresh one."
-    )
-    lora_rank: int = key("train.lora_rank", 32, "Rank of a fresh one.", "[1, inf)")
-    lora_alpha: float = key("train.lora_alpha", 64, "Its output is scaled by `lora_alpha / lora_rank`.", "(0, inf)")
+    use_lora: bool = key("use_lora", True, choices=(True,))
+    """Must be True: the student is a LoRA on the frozen base."""
+    lora_path: str = key("train.lora_path", None)
+    """LoRA to start the student from (forms as for teachers); None is a fresh one."""
+    lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
+    """Rank of a fresh one."""
+    lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
+    """Its output is scaled by `lora_alpha / lora_rank`."""
     lora_target_modules: tuple | None = key(
-        "train.lora_target_modules",
-        None,
-        """Linear layers that get one, by the ends of their names; None: the model family's own
-        (docs/configuration.md has them).""",
-        optional=True,
-        form=("a list of at least one name, or None", _named),
+        "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)
     )
+    """Linear layers that get one, by the ends of their names; None: the model family's own (docs/configuration.md has
+    them)."""

@@ -44,53 +44,28 @@ TRACKERS = ("tensorboard", "wandb")
 class RunSettings:
     """The run."""
 
-    run_name: str = key(
-        "run_name",
-        "",
-        "Name of the run: its folder under `logdir`, and its name in the tracker. Empty: the configuration's name.",
-        resume=FREE,
-    )
-    logdir: str = key("logdir", "logs", "Folder that holds the folders of runs.", resume=FREE)
-    save_dir: str = key("save_dir", "", "The run folder itself. Empty: <logdir>/<run_name>.", resume=FREE)
-    num_epochs: int = key(
-        "num_epochs",
-        100000,
-        "Rounds to train, in total: a resumed run counts those already done.",
-        "[1, inf)",
-        resume=FREE,
-    )
-    save_freq: int = key(
-        "save_freq",
-        20,
-        "Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end.",
-        "[0, inf)",
-        resume=FREE,
-    )
-    num_checkpoint_limit: int = key(
-        "num_checkpoint_limit", 5, "How many checkpoints to keep, the newest; 0 keeps all.", "[0, inf)", resume=FREE
-    )
-    resume_from: str = key(
-        "resume_from",
-        None,
-        """Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of
-        the run folder, afresh if there is none.""",
-        resume=FREE,
-    )
-    log_with: str = key(
-        "log_with",
-        "none",
-        'Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard".',
-        resume=FREE,
-    )
-    run_project: str = key("run_project", "diffusionopd", "Project name in the tracker.", resume=FREE)
-    collective_timeout: float = key(
-        "collective_timeout",
-        1800.0,
-        """Seconds that a process waits for the others at a barrier before it ends with an error that names the missing
-        ones. Encoding prompts for the first time may take hours whatever this says.""",
-        "(0, inf)",
-        resume=FREE,
-    )
+    run_name: str = key("run_name", "", resume=FREE)
+    """Name of the run: its folder under `logdir`, and its name in the tracker. Empty: the configuration's name."""
+    logdir: str = key("logdir", "logs", resume=FREE)
+    """Folder that holds the folders of runs."""
+    save_dir: str = key("save_dir", "", resume=FREE)
+    """The run folder itself. Empty: <logdir>/<run_name>."""
+    num_epochs: int = key("num_epochs", 100000, "[1, inf)", resume=FREE)
+    """Rounds to train, in total: a resumed run counts those already done."""
+    save_freq: int = key("save_freq", 20, "[0, inf)", resume=FREE)
+    """Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end."""
+    num_checkpoint_limit: int = key("num_checkpoint_limit", 5, "[0, inf)", resume=FREE)
+    """How many checkpoints to keep, the newest; 0 keeps all."""
+    resume_from: str = key("resume_from", None, resume=FREE)
+    """Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of the
+    run folder, afresh if there is none."""
+    log_with: str = key("log_with", "none", resume=FREE)
+    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
+    run_project: str = key("run_project", "diffusionopd", resume=FREE)
+    """Project name in the tracker."""
+    collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)
+    """Seconds that a process waits for the others at a barrier before it ends with an error that names the missing
+    ones. Encoding prompts for the first time may take hours whatever this says."""
 
     @property
     def run_dir(self) -> Path:
@@ -131,72 +106,35 @@ class RunSettings:
 class WatchSettings:
     """Monitoring and evaluation."""
 
-    monitor_freq: int = key(
-        "monitor_freq",
-        10,
-        """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are
-        logged, not trained on.""",
-        "[0, inf)",
-        resume=FREE,
-    )
-    sample_freq: int = key(
-        "sample_freq",
-        10,
-        "Rounds between grids of sample images in <run folder>/samples; 0 is never.",
-        "[0, inf)",
-        resume=FREE,
-    )
-    eval_freq: int = key(
-        "eval_freq",
-        20,
-        "Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never.",
-        "[0, inf)",
-        resume=FREE,
-    )
-    eval_num_prompts: int = key(
-        "eval_num_prompts",
-        0,
-        "Test prompts per task (all processes together) in such an evaluation; 0 is all.",
-        "[0, inf)",
-        resume=FREE,
-    )
-    eval_num_steps: int = key(
-        "sample.eval_num_steps",
-        40,
-        "Sampler steps in evaluation (always a first-order ODE).",
-        "[1, inf)",
-        resume=FREE,
-    )
-    eval_guidance_scale: float = key(
-        "sample.eval_guidance_scale",
-        4.5,
-        "Classifier-free guidance in evaluation; 1.0 is without.",
-        "[1, inf)",
-        resume=FREE,
-    )
-    test_batch_size: int = key(
-        "sample.test_batch_size", 1, "Images per process in a batch of the evaluation.", "[1, inf)", resume=FREE
-    )
+    monitor_freq: int = key("monitor_freq", 10, "[0, inf)", resume=FREE)
+    """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are logged,
+    not trained on."""
+    sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
+    """Rounds between grids of sample images in <run folder>/samples; 0 is never."""
+    eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
+    """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never."""
+    eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
+    """Test prompts per task (all processes together) in such an evaluation; 0 is all."""
+    eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE)
+    """Sampler steps in evaluation (always a first-order ODE)."""
+    eval_guidance_scale: float = key("sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
+    """Classifier-free guidance in evaluation; 1.0 is without."""
+    test_batch_size: int = key("sample.test_batch_size", 1, "[1, inf)", resume=FREE)
+    """Images per process in a batch of the evaluation."""
     reward_options: dict = key(
         "reward_options",
         {},
-        """What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url":
-        "http://..."}}; docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer
-        has a model.""",
         form=(
             "{reward: {option: value}}",
             lambda value: isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()),
         ),
     )
-    reward_timeout: float = key(
-        "reward_timeout",
-        600.0,
-        """Seconds that a reward may take for one batch, waiting for its server included. Rewards that are trained on
-        end the run after that (with several processes it must be below `collective_timeout`); in monitoring and
-        evaluation the run goes on without them.""",
-        "(0, inf)",
-        resume=FREE,
-    )
+    """What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url": "http://..."}};
+    docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer has a model."""
+    reward_timeout: float = key("reward_timeout", 600.0, "(0, inf)", resume=FREE)
+    """Seconds that a reward may take for one batch, waiting for its server included. Rewards that are trained on end
+    the run after that (with several processes it must be below `collective_timeout`); in monitoring and evaluation
+    the run goes on without them."""
 
 
 COMMON = (

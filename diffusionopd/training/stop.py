@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusionopd import distributed
-from diffusionopd.signals import SignalWatch, name
 from diffusionopd.files import write_json
+from diffusionopd.signals import SignalWatch, name
 
 _PENDING = "state/pending.json"
 

@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import ConfigError, read_run_config
-from diffusionopd.config_schema import is_number
+from diffusionopd.config_schema import ConfigError, is_number, read_run_config
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
 from tools.report.data import BASE, STUDENT, Picture, Report, Task, duration, teacher_folder
 
