@@ -49,7 +49,7 @@ class RunSettings:
     logdir: str = key("logdir", "logs", resume=FREE)
     """Folder that holds the folders of runs."""
     save_dir: str = key("save_dir", "", resume=FREE)
-    """The run folder itself. Empty: <logdir>/<run_name>."""
+    """The run folder itself. Empty: `<logdir>/<run_name>`."""
     num_epochs: int = key("num_epochs", 100000, "[1, inf)", resume=FREE)
     """Rounds to train, in total: a resumed run counts those already done."""
     save_freq: int = key("save_freq", 20, "[0, inf)", resume=FREE)
@@ -110,7 +110,7 @@ class WatchSettings:
     """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are logged,
     not trained on."""
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
-    """Rounds between grids of sample images in <run folder>/samples; 0 is never."""
+    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
     """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never."""
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
