@@ -21,6 +21,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _HEADER = "| key | default | values | on resume | |\n| --- | --- | --- | --- | --- |"
 MARKER = "<!-- written by python -m tools.configuration from here on -->"
 
+
 def explanations(group: type) -> dict[str, str]:
     """Field -> the text under it, of a group and what it derives from."""
     found: dict[str, str] = {}
@@ -43,13 +44,9 @@ def render() -> str:
         rows = _rows(group, shown)
         title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".")
         if rows:
-            sections.append(f"## {title}
-
-{_HEADER}
-{rows}")
+            sections.append(f"## {title}\n\n{_HEADER}\n{rows}")
     fields = "\n".join(
-        f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |"
-        for name, declared in keys_of(Task).items()
+        f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |" for name, declared in keys_of(Task).items()
     )
     tasks = f"## The fields of a task\n\n| field | on resume | |\n| --- | --- | --- |\n{fields}"
     targets = ", ".join(f"`{name}`" for name in StableDiffusion3.LORA_TARGETS)
@@ -64,9 +61,8 @@ def _rows(group: type, shown: set[str]) -> str:
             shown.add(declared.name)
             users = [name for name, cls in ALGORITHMS.items() if any(declared.name in _names(g) for g in cls.groups)]
             only = f" Read by {', '.join(users)}." if users else ""
-            rows.append(
-                f"| `{declared.name}` | `{declared.default!r}` | {_values(declared)} | {declared.resume} | {texts[field]}{only} |"
-            )
+            cells = (f"`{declared.name}`", f"`{declared.default!r}`", _values(declared), declared.resume)
+            rows.append(f"| {' | '.join(cells)} | {texts[field]}{only} |")
     return "\n".join(rows)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
-from diffusionopd.config_schema import Problems, key
+from diffusionopd.config_schema import FREE, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
@@ -120,7 +120,7 @@ class ClipSettings:
 class TeacherSettings:
     """Teachers."""
 
-    merge_teachers: bool = key("train.merge_teachers", False, resume="free")
+    merge_teachers: bool = key("train.merge_teachers", False, resume=FREE)
     """Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside the
     base: its forwards cost no more than the base's, its memory is that of these matrices (docs/performance.md). In
     half precision the copies are rounded."""
