@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import gather_over_processes, mean_over_processes
+from diffusionopd.models.backbone import ModelInfo
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.rewards import RewardWorker
 from diffusionopd.rollout import Velocity, Visit, walk
@@ -126,17 +127,19 @@ class TeacherSettings:
     half precision the copies are rounded."""
 
 
-class Counted(Protocol):
-    """What counts of forward passes are made from: a plan."""
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a round will be, known before weights load."""
 
-    shape: RoundShape
-    sampler: SamplerSettings
-    tasks: Sequence[Task]
     settings: Any  # the algorithm's own
+    sampler: SamplerSettings
+    shape: RoundShape
+    tasks: tuple[Task, ...]
+    model: ModelInfo | None  # where the base model is a folder here
 
     def nfe(self, guidance: float) -> int:
-        """Forward passes of one guided velocity."""
-        ...
+        """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
+        return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
 
 
 @dataclass(frozen=True)
@@ -254,12 +257,12 @@ class Algorithm:
         return []
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """Forward passes per round."""
         raise NotImplementedError
 
     @classmethod
-    def steps(cls, plan: Counted, key: tuple[int, int, int]) -> tuple[int, ...]:
+    def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:
         """The sampler steps that are trained in a round of a task; ``key``: (seed, round, task)."""
         return tuple(range(plan.sampler.trained_steps))
 

@@ -183,9 +183,9 @@ def _watch(run: Run, number: int, result: Result) -> None:
         for batch, latents in result.images
         for task, rows in batch.slices.items()
     ]
-    grid = Path(f"round-{number:06d}.png") if run.wants_grid(number) and run.is_main else None
+    grid = Path(f"round-{number:06d}.png") if run.plan.wants_grid(number) and run.is_main else None
     with record_function("monitoring"):
-        run.monitor.watch(pictures, score=run.wants_scores(number), grid=grid, title=f"images of round {number}")
+        run.monitor.watch(pictures, score=run.plan.wants_scores(number), grid=grid, title=f"images of round {number}")
 
 
 def _show(bar: tqdm, row: dict[str, Any], prefix: str) -> None:
@@ -214,7 +214,7 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
                         run.test[name],
                         scorers,
                         batch_size=run.plan.watch.test_batch_size,
-                        rank=run.rank,
+                        rank=run.accelerator.process_index,
                         world=run.plan.shape.num_processes,
                         in_step=run.backbone.sharding is not None,
                         stopped=stop.agreed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -58,28 +58,20 @@ class Run:
     plan: Plan
     resume: Resume
     accelerator: Accelerator
-    device: torch.device
-    dtype: torch.dtype  # of frozen weights
-    train: Mapping[str, Sequence[Prompt]]  # prompts by task
-    test: Mapping[str, Sequence[Prompt]]  # empty when nothing is evaluated
-    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
-    text: TextCache
-    backbone: Backbone
-    adapters: Adapters
-    optimizer: StudentOptimizer
-    ema: Ema | None
     algorithm: Algorithm
     batches: Batches
+    optimizer: StudentOptimizer
+    ema: Ema | None
+    backbone: Backbone
+    adapters: Adapters
+    text: TextCache
+    test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
+    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
+    scorers: Mapping[str, Mapping[str, LimitedScorer]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
+    digests: Mapping[str, str]  # of prompts and weights
     held: dict[str, Any] | None = None  # the last round's metrics, until its monitored scores are there
-    digests: Mapping[str, str] = field(default_factory=dict)
-    scorers: Mapping[str, Mapping[str, LimitedScorer]] = field(default_factory=dict)  # by task; of evaluations
-
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        return self.accelerator.process_index
 
     @property
     def is_main(self) -> bool:
@@ -94,17 +86,6 @@ class Run:
         else:
             with self.ema.in_use():
                 yield
-
-    def wants_scores(self, number: int) -> bool:
-        """Whether the images of round ``number`` (from 1) are scored: the first's, every so many rounds, the last's."""
-        return not self.plan.algorithm.has_rewards and self._is_watched(number, self.plan.watch.monitor_freq)
-
-    def wants_grid(self, number: int) -> bool:
-        """Whether the images of round ``number`` (from 1) become a grid."""
-        return self._is_watched(number, self.plan.watch.sample_freq)
-
-    def _is_watched(self, number: int, every: int) -> bool:
-        return every > 0 and (number in (1, self.plan.shape.num_rounds) or number % every == 0)
 
     def close(self) -> None:
         """End threads and trackers, and write what is left."""
@@ -182,6 +163,21 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
 
+    batches = Batches(
+        plan.shape,
+        plan.tasks,
+        noise,
+        prompts=train,
+        samplers=samplers,
+        text=text,
+        latent_shape=backbone.latent_shape(base.resolution),
+        steps=lambda index, task: plan.algorithm.steps(plan, (noise.seed, index, task)),
+        wants_images=lambda index: plan.wants_scores(index + 1) or plan.wants_grid(index + 1),
+        device=device,
+        dtype=dtype,
+        rank=rank,
+    )
+
     # Metrics and monitoring
     run_dir = plan.run.run_dir
     with writing(run_dir, "run folder", _RUN_FOLDER):
@@ -202,25 +198,24 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         watch.reward_options,
         watch.reward_timeout,
     )
-    run = Run(
-        plan, resume, accelerator, device, dtype, train, test, rewards, text, backbone, adapters, optimizer, ema,
-        algorithm, None, metrics, monitor, None, digests | weights, _build_scorers(plan, str(device)),
-    )  # fmt: skip
-    run.batches = Batches(
-        plan.shape,
-        plan.tasks,
-        noise,
-        prompts=train,
-        samplers=samplers,
+    return Run(
+        plan=plan,
+        resume=resume,
+        accelerator=accelerator,
+        algorithm=algorithm,
+        batches=batches,
+        optimizer=optimizer,
+        ema=ema,
+        backbone=backbone,
+        adapters=adapters,
         text=text,
-        latent_shape=backbone.latent_shape(base.resolution),
-        steps=lambda index, task: plan.algorithm.steps(plan, (noise.seed, index, task)),
-        wants_images=lambda index: run.wants_scores(index + 1) or run.wants_grid(index + 1),
-        device=device,
-        dtype=dtype,
-        rank=rank,
+        test=test,
+        rewards=rewards,
+        scorers=_build_scorers(plan, str(device)),
+        metrics=metrics,
+        monitor=monitor,
+        digests=digests | weights,
     )
-    return run
 
 
 def check_devices(plan: Plan, device: torch.device) -> None:
@@ -293,8 +288,8 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
     folder = resume.folder / "state"
     tensors, scalars = load_state(folder)
     try:
-        student = [tensors.get(f"student.{i}") for i in range(len(optimizer.parameters))]
-        if [getattr(p, "shape", None) for p in student] != [p.shape for p in optimizer.parameters]:
+        student = [tensors[f"student.{i}"] for i in range(sum(name.startswith("student.") for name in tensors))]
+        if [p.shape for p in student] != [p.shape for p in optimizer.parameters]:
             raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
         with torch.no_grad():
             for parameter, saved in zip(optimizer.parameters, student, strict=True):
