@@ -155,7 +155,7 @@ def test_a_chosen_kernel_sees_masks_and_rotary_embeddings():
     shared = layers[0].processor
     layers[1].set_processor(shared)
     x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
-    options = {"mask": torch.tensor([True, True, False]), "image_rotary_emb": torch.tensor([2.0, 1, 1, 1])}
+    options = {"mask": torch.tensor([[True, True, False]]), "image_rotary_emb": torch.tensor([2.0, 1, 1, 1])}
     plain, bare = layers[0](x, **options), layers[0](x)
     assert not torch.allclose(plain, bare, atol=1e-3)
     choose_attention(layers, "math", dtype=torch.float32, device=CPU)
