@@ -24,7 +24,8 @@ from diffusionopd.data.batches import Batch
 from diffusionopd.data.noise import noise
 from diffusionopd.models.backbone import Backbone, TextEncoder, load_backbone, load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
-from diffusionopd.models.lora import Adapters, LoraWeights
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.transitions import schedule
 

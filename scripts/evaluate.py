@@ -24,7 +24,7 @@ from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark
 from diffusionopd.failures import ending_together
 from diffusionopd.models.backbone import DTYPES
-from diffusionopd.models.lora import load_lora
+from diffusionopd.models.lora_files import load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from diffusionopd.algorithms.opd import STUDENT
 from diffusionopd.config_schema import ConfigError, check, load_config
 from diffusionopd.models.backbone import load_backbone
-from diffusionopd.models.lora import Adapters, load_lora
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import load_lora
 from diffusionopd.training import train
 from tools.costs.architecture import PUBLISHED, read_pipeline
 

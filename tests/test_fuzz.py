@@ -45,7 +45,8 @@ from diffusionopd.evaluation.results import (
     summarise,
 )
 from diffusionopd.evaluation.testsets import BenchmarkError
-from diffusionopd.models.lora import AdapterError, Adapters, load_lora
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.chat_server import ChatServer, api_root

@@ -216,7 +216,7 @@ def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch,
 
         def broken(x, sigma, *rest):
             factor = float("nan") if adapters.active == "teacher_b" and sigma < 0.8 else 1.0
-            return original(x, sigma, *rest) * factor
+            return tuple(v * factor for v in original(x, sigma, *rest))
 
         monkeypatch.setattr(backbone, "velocity", broken)
         step = next(i for i, tr in enumerate(distiller.recipe.transitions) if tr.sigma < 0.8)
@@ -357,7 +357,9 @@ def test_a_non_finite_loss_of_a_drawn_step_names_the_step(backbone, adapters, te
     distiller = make_distiller(backbone, adapters, text)
     original = backbone.velocity
     monkeypatch.setattr(
-        backbone, "velocity", lambda *a: original(*a) * (float("nan") if adapters.active == "teacher_b" else 1.0)
+        backbone,
+        "velocity",
+        lambda *a: tuple(v * (float("nan") if adapters.active == "teacher_b" else 1.0) for v in original(*a)),
     )
     sigma = distiller.recipe.transitions[2].sigma
     with pytest.raises(NonFiniteError, match=rf"task 'b' at step 2 \(sigma {sigma:.4f}\)"):

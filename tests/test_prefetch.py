@@ -64,16 +64,16 @@ def test_a_failure_names_its_round_and_comes_no_sooner(ahead):
 def test_a_cache_file_lost_during_a_run_stops_it_with_the_round_saved(tiny_config, tmp_path, monkeypatch):
     from diffusionopd.models.text_cache import TextCache
 
-    load = TextCache._load
+    get = TextCache.get
 
-    def gone(self, prompt):
-        if threading.current_thread().name.startswith("batches") and "first" in prompt:
-            self.path(prompt).unlink()
-            self._memory.clear()
-        return load(self, prompt)
+    def gone(self, prompts, *args, **options):
+        if threading.current_thread().name.startswith("batches") and "first" in prompts[0]:
+            self.path(prompts[0]).unlink()
+            self._load.cache_clear()
+        return get(self, prompts, *args, **options)
 
-    monkeypatch.setattr(TextCache, "_load", gone)
-    with pytest.raises(BatchError, match="round 2: its batches cannot be made: no embedding of prompt 'a photo of"):
+    monkeypatch.setattr(TextCache, "get", gone)
+    with pytest.raises(BatchError, match="round 2: its batches cannot be made: prompt 'a photo of"):
         train(tiny_config(save_freq=1))
     assert (tmp_path / "logs" / "run" / "checkpoints" / "checkpoint-1").is_dir()
 

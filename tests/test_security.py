@@ -19,7 +19,7 @@ import torch
 from diffusionopd.config_schema import ConfigError, check, find_secrets, redacted
 from diffusionopd.evaluation.results import Record, Summary, averages_json, summarise
 from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder
-from diffusionopd.models.lora import AdapterError, load_lora
+from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
 from diffusionopd.rewards.chat_server import ChatServer

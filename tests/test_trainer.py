@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms.opd import STUDENT
 from diffusionopd.algorithms.optim import NonFiniteError
-from diffusionopd.models.lora import AdapterError
+from diffusionopd.models.lora_files import AdapterError
 from diffusionopd.training import RunError, Trainer, checkpoint, train
 
 from .conftest import ROOT
@@ -253,7 +253,7 @@ def test_non_finite_teacher_stops_the_run_and_keeps_the_checkpoint(tiny_config, 
 
     first = train(tiny_config(num_epochs=1))
     original = Backbone.velocity
-    monkeypatch.setattr(Backbone, "velocity", lambda *a, **k: original(*a, **k) * float("nan"))
+    monkeypatch.setattr(Backbone, "velocity", lambda *a, **k: tuple(v * float("nan") for v in original(*a, **k)))
     with pytest.raises(NonFiniteError, match=r"round 2: the loss is nan for task 'first' at step 0 \(sigma 1.0000\)"):
         train(tiny_config(num_epochs=2, resume_from="auto"))
     checkpoint.verify(first)

@@ -42,7 +42,8 @@ from diffusionopd.models.backbone import (
     text_key,
 )
 from diffusionopd.models.conditions import NEGATIVE, Conditions
-from diffusionopd.models.lora import Adapters, LoraWeights
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, Scorer, build_scorer, score_all, to_uint8
