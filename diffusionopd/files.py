@@ -1,16 +1,61 @@
-"""Folders that are to be written: found out by writing, before anything expensive."""
+"""Atomic writes, digests and early checks of folders: the one place for what the project does to files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class FolderError(ValueError):
-    """A folder that cannot be written; the message names it, the reason and the remedy."""
+    """Raised where a folder or file that is to be written cannot be; names it, the reason and the remedy."""
+
+
+def write_atomically(path: str | Path, content: bytes | str, *, fsync: bool = False) -> Path:
+    """Write all of ``content`` (text as UTF-8) to ``path`` or nothing, making missing folders; returns the path.
+
+    A reader sees the old file or the new one. With ``fsync`` the new one also survives a loss of power from here on.
+    An OSError leaves what was there before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if fsync:
+            force_to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    if fsync:
+        force_to_disk(path.parent)
+    return path
+
+
+def write_json(path: str | Path, value: Any, *, fsync: bool = False) -> Path:
+    """`write_atomically` of ``value`` as indented JSON. TypeError or ValueError for what JSON cannot hold."""
+    return write_atomically(path, json.dumps(value, indent=2) + "\n", fsync=fsync)
+
+
+def sha256(path: str | Path) -> str:
+    """The digest of a file's content in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def force_to_disk(path: str | Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -23,19 +68,14 @@ def writing(where: str | Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def ensure_writable(folder: str | Path, what: str, remedy: str) -> None:
-    """Make ``folder`` and write, force to the disk and remove a small file in it. Arguments and error as of `writing`.
+    """Make ``folder`` and write and remove a small file in it. Arguments and error as of `writing`.
 
     Permissions alone do not tell: a read-only or full disk and a network drive's own rules are found by writing only.
     """
-    folder = Path(folder)
-    probe = folder / f".writable-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        with writing(folder, what, remedy):
-            folder.mkdir(parents=True, exist_ok=True)
-            with probe.open("wb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+    probe = Path(folder) / f".writable-{uuid.uuid4().hex[:8]}"
+    with writing(folder, what, remedy):
+        try:
+            write_atomically(probe, bytes(4096), fsync=True)
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
