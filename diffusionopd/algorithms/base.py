@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusionopd.algorithms.finite import Evaluation, VelocityChecks
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.data.batches import Batch
-from diffusionopd.distributed import by_rank, gather_over_processes, mean_over_processes, meet
+from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import TextEmbeddings
 from diffusionopd.models.lora import Adapters
@@ -101,7 +101,7 @@ class Learner:
         self, batches: Sequence[Batch], losses: Tensor, name: str, step: bool = True
     ) -> tuple[Tensor, float | None]:
         """One optimizer step, if any; the losses' means over processes, on the CPU, and the gradient's norm."""
-        losses = mean_over_processes(losses, "averaging the losses").cpu()
+        losses = mean_over_processes(losses).cpu()
         if not losses.isfinite().all():
             i, column = (int(n) for n in (~losses.isfinite()).nonzero()[0])
             broken = self._steps(batches[i])[column]
@@ -118,7 +118,7 @@ class Learner:
 
     def _check_velocities(self, name: str) -> None:
         """Raise NonFiniteError on every process if a velocity noted so far is not finite on any of them."""
-        if any(meet("checking the velocities", int(bool(self.velocities.first_broken())))):
+        if any_process(int(bool(self.velocities.first_broken()))):
             self._stop(name)
 
     def _stop(self, what: str) -> NoReturn:
@@ -126,7 +126,7 @@ class Learner:
         self.optimizer.discard()
         cause = self._described(self.velocities.first_broken())
         self.velocities.clear()
-        remedy = by_rank(gather_over_processes([cause], "what is not finite")) or _REMEDIES[STUDENT]
+        remedy = by_rank(gather_over_processes([cause])) or _REMEDIES[STUDENT]
         raise NonFiniteError(f"{what}. {_UNCHANGED} {remedy}")
 
     def _described(self, broken: Sequence[Evaluation]) -> str:

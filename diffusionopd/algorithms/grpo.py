@@ -57,5 +57,5 @@ class Grpo(Reinforced):
         self._seen = torch.zeros(3, dtype=torch.float64)  # ratios: how many, how many clipped, their sum
 
     def _statistics(self) -> dict[str, float]:
-        count, clipped, total = mean_over_processes(self._seen, "averaging the ratios").tolist()
+        count, clipped, total = mean_over_processes(self._seen).tolist()
         return {"clip_fraction": clipped / count, "ratio": total / count}

@@ -111,7 +111,7 @@ class Reinforced(SampledLearner):
                 scores.append(future.result())
         except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
             failure = f"the samples of task {batches[len(scores)].task!r} cannot be scored: {error}"
-        if failures := by_rank(gather_over_processes([failure], "scoring the samples")):
+        if failures := by_rank(gather_over_processes([failure])):
             raise RewardError(
                 f"{failures}. The student has not been changed by this round; go on from the last checkpoint with "
                 "--config.resume_from=auto."
@@ -128,4 +128,4 @@ class Reinforced(SampledLearner):
         table = torch.zeros(len(names), self.recipe.images_per_task, dtype=torch.float64)
         for batch, found in zip(batches, scores, strict=True):
             table[:, list(batch.samples)] = torch.stack([torch.as_tensor(found[name]).double() for name in names])
-        return dict(zip(names, sum_over_processes(table, "gathering the rewards"), strict=True))
+        return dict(zip(names, sum_over_processes(table), strict=True))

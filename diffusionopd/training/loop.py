@@ -27,7 +27,7 @@ from diffusionopd.config_schema.values import is_number
 from diffusionopd.data.batches import Batch, BatchMaker
 from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
 from diffusionopd.failures import ending_together, memory_advice
-from diffusionopd.files import ensure_writable, writing
+from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.models.backbone import DTYPES
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import REGISTRY, RewardError, Scores, check_options
@@ -36,7 +36,7 @@ from diffusionopd.training import checkpoint
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.learners import build_learner, build_optimizer
 from diffusionopd.training.metrics import MetricsWriter
-from diffusionopd.training.monitor import Monitor, Picture
+from diffusionopd.training.monitor import Monitor, MonitoredBatch
 from diffusionopd.training.prefetch import Rounds
 from diffusionopd.training.resume import open_resume, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.setup import (
@@ -54,9 +54,8 @@ from diffusionopd.training.state import (
     flat,
     load_state,
     save_state,
-    write_json,
 )
-from diffusionopd.training.stop import Stop, read_pending, write_pending
+from diffusionopd.training.stop import Stop, Stopped, read_pending, write_pending
 
 ROUND_MEMORY = (
     "Lower train.batch_size (and raise train.gradient_accumulation_steps to match: the student that is trained is the "
@@ -86,7 +85,8 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
     ``allow_config_change`` resumes although the configuration describes another experiment than the checkpoint's.
     Raises ConfigError, EngineError, ResumeError, PromptError, FolderError, AdapterError, BackboneError or RunError
     before anything expensive, NonFiniteError, RewardError, OutOfMemoryError and CheckpointError during training;
-    nothing saved before is touched by a failure. What fails in one process ends all of them.
+    nothing saved before is touched by a failure. What fails in one process ends all of them. Stopped when a signal ends
+    the run early.
     """
     find_sharding(config)  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
@@ -105,10 +105,13 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                 accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
                 return None
             trainer = Trainer(start.config, plan, accelerator, start=start, allow_config_change=allow_config_change)
-            return trainer.run()
+            saved = trainer.run()
     finally:
         if trainer is not None:
             trainer.close()
+    if trainer.stopped:
+        raise Stopped(saved)
+    return saved
 
 
 class Trainer:
@@ -139,6 +142,7 @@ class Trainer:
         self.completed = self.resume.completed if self.resume else 0
         self._pending = read_pending(self.resumed_from)
         self._saved_after = 0  # rounds
+        self.stopped = False
         self.prompts = read_prompts(config, plan)
         agree(data_facts(self.resumed_from, train=self.prompts.train, test=self.prompts.test))
         self.digests = self._same_as_before(prompt_digests(self.prompts.train))
@@ -146,7 +150,7 @@ class Trainer:
         self.text = self._encode_prompts()
         self.backbone, self.adapters = load_models(config, plan, dtype=self.dtype, device=self.device)
         weights = weight_digests(plan, self.backbone, self.adapters)
-        agree({"weights": weights | {"the student": tensor_digest(self.adapters.parameters(STUDENT))}})
+        agree(weights | {"the student": tensor_digest(self.adapters.parameters(STUDENT))})
         self.digests |= self._same_as_before(weights)
         self.backbone.shard()
         self._build_batches()
@@ -253,6 +257,7 @@ class Trainer:
                     if self._saved_after != self.completed:  # it may have been time for it anyway
                         saved = self._save()
                     break
+        self.stopped = stop.signal > 0
         self.accelerator.print(stop.note(self.completed, saved) if stop.signal else f"done: {saved}")
         return saved
 
@@ -313,8 +318,8 @@ class Trainer:
                 with stage("moving average"):
                     self.ema.update(updates)
         if result.pictures:
-            name = Path(f"round-{number:06d}.png") if grid and self.is_main else None
-            pictures = [Picture(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
+            name = f"round-{number:06d}.png" if grid and self.is_main else ""
+            pictures = [MonitoredBatch(batch.task, latents, batch.prompts) for batch, latents in result.pictures]
             with stage("monitoring"):
                 self.monitor.watch(pictures, score=score, grid=name, title=f"pictures of round {number}")
         return self._row(number, batches, result, time.perf_counter() - started)
@@ -352,7 +357,7 @@ class Trainer:
         row, self._held_row = self._held_row, None
         scores = self.monitor.collect()
         if row is not None:
-            self.metrics.write(row.pop("round"), **row, **scores)
+            self.metrics.write(row | scores)
 
     def _evaluate(self, stop: Stop) -> dict[str, float] | None:
         """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold; None when stopped."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +14,7 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from diffusionopd.config_schema import check
+from diffusionopd.files import write_atomically, write_json
 from diffusionopd.rewards import REGISTRY
 from diffusionopd.stages import timed_stages
 from diffusionopd.training.loop import Trainer, make_accelerator
@@ -23,7 +22,7 @@ from diffusionopd.training.loop import Trainer, make_accelerator
 OTHER = "everything else"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Profile:
     """Seconds of a median round; of this process."""
 
@@ -32,37 +31,31 @@ class Profile:
     peak_bytes: int | None  # of GPU memory, None without a GPU
     rounds: int
     machine: str
-    operators: str = ""  # torch's table of the dearest operators
+    operators: str = ""  # torch's table of the most expensive operators
     kernel_seconds: float | None = None  # that the GPU computes in a round; the rest of the round it waits for launches
-    kernels: int | None = None  # that it is given in a round
-
-    @property
-    def staged_seconds(self) -> float:
-        """The round in which the device was waited for between stages."""
-        return sum(self.stage_seconds.values())
+    kernels: int | None = None  # CUDA kernels launched in a round
 
     def text(self) -> str:
         """The summary for people."""
-        head = (
-            f"a round takes {self.round_seconds:.4g} s undisturbed, {self.staged_seconds:.4g} s with its stages one "
-            f"after the other (medians of {self.rounds}); {self.machine}"
-        )
-        width = max(map(len, self.stage_seconds))
+        staged, width = sum(self.stage_seconds.values()), max(map(len, self.stage_seconds))
         lines = [
-            f"{name:<{width}}  {seconds:10.4f} s  {seconds / self.staged_seconds:6.1%}"
-            for name, seconds in self.stage_seconds.items()
+            f"a round takes {self.round_seconds:.4g} s undisturbed, {staged:.4g} s with its stages one after the other "
+            f"(medians of {self.rounds}); {self.machine}\n",
+            *(f"{name:<{width}}  {s:10.4f} s  {s / staged:6.1%}" for name, s in self.stage_seconds.items()),
+            "",
         ]
-        gpu = [] if self.peak_bytes is None else [f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB"]
+        if self.peak_bytes is not None:
+            lines.append(f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB")
         if self.kernel_seconds is not None:
-            gpu.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round, in {self.kernels} kernels")
-        traced = ["dearest operators of one round:", self.operators] if self.operators else []
-        return "\n".join([head, "", *lines, "", *gpu, *traced])
+            lines.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round, in {self.kernels} kernels")
+        if self.operators:
+            lines += ["most expensive operators of one round:", self.operators]
+        return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
         """``summary.txt`` and ``summary.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.txt").write_text(self.text() + "\n", encoding="utf-8")
-        (folder / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / "summary.txt", self.text() + "\n")
+        write_json(folder / "summary.json", asdict(self))
 
 
 def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None:
@@ -88,65 +81,50 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None
 
 
 def _measure(trainer: Trainer, folder: Path, rounds: int) -> Profile | None:
+    device, gpu = trainer.device, trainer.device.type == "cuda"
     numbers = iter(tqdm(range(2 * rounds + 2), desc="profiling", unit="round", disable=not trainer.is_main))
-    trainer.round(next(numbers))  # warm-up
-    if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(trainer.device)
+
+    def seconds() -> float:
+        """Of the next round."""
+        started = time.perf_counter()
+        trainer.round(next(numbers))
+        if gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    seconds()  # warm-up
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     undisturbed, staged = [], []
-    for _ in range(rounds):  # in turn, so that whatever else the machine does meets both alike
-        undisturbed.append(_seconds(trainer, next(numbers)))
-        staged.append(_stages(trainer, next(numbers)))
+    for _ in range(rounds):  # in turn, so that whatever else the machine does affects both alike
+        undisturbed.append(seconds())
+        with timed_stages(device) as stages:
+            total = seconds()
+        staged.append(stages | {OTHER: total - sum(stages.values())})
+    names = {name for stages in staged for name in stages}
+    medians = {name: median(stages.get(name, 0.0) for stages in staged) for name in names}
     found = Profile(
         round_seconds=median(undisturbed),
-        stage_seconds=_median_of_each(staged),
-        peak_bytes=torch.cuda.max_memory_allocated(trainer.device) if trainer.device.type == "cuda" else None,
+        stage_seconds=dict(sorted(medians.items(), key=lambda item: -item[1])),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if gpu else None,
         rounds=rounds,
-        machine=f"{trainer.device}, torch {torch.__version__}, {trainer.world} process(es)",
+        machine=f"{device}, torch {torch.__version__}, {trainer.world} process(es)",
     )
     if trainer.is_main:
         found.write(folder)  # a trace of a large model's round takes minutes, and may be cut short
-    found = _trace(trainer, next(numbers), found, folder)
-    next(numbers, None)  # closes the bar
-    return found if trainer.is_main else None
-
-
-def _trace(trainer: Trainer, index: int, found: Profile, folder: Path) -> Profile:
-    """One round under torch's profiler; the trace goes into ``folder``, its table into the profile."""
-    gpu = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=activities) as traced:
-        trainer.round(index)
+        trainer.round(next(numbers))
+    next(numbers, None)  # closes the bar
     if not trainer.is_main:
-        return found
+        return None
     events = traced.key_averages()
     own = "self_device_time_total" if gpu else "self_cpu_time_total"
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    found = replace(
-        found,
-        operators=events.table(sort_by=own, row_limit=12, max_name_column_width=40),
-        kernel_seconds=sum(event.self_device_time_total for event in kernels) / 1e6 if gpu else None,
-        kernels=sum(event.count for event in kernels) if gpu else None,
-    )
+    found.operators = events.table(sort_by=own, row_limit=12, max_name_column_width=40)
+    if gpu:
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        found.kernel_seconds = sum(event.self_device_time_total for event in kernels) / 1e6
+        found.kernels = sum(event.count for event in kernels)
     found.write(folder)
     traced.export_chrome_trace(str(folder / "trace.json.gz"))
     return found
-
-
-def _seconds(trainer: Trainer, index: int) -> float:
-    started = time.perf_counter()
-    trainer.round(index)
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-    return time.perf_counter() - started
-
-
-def _stages(trainer: Trainer, index: int) -> dict[str, float]:
-    with timed_stages(trainer.device) as seconds:
-        whole = _seconds(trainer, index)
-    return dict(seconds) | {OTHER: whole - sum(seconds.values())}
-
-
-def _median_of_each(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rounds for name in row)
-    medians = {name: median(row.get(name, 0.0) for row in rounds) for name in names}
-    return dict(sorted(medians.items(), key=lambda item: -item[1]))

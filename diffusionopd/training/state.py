@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -79,14 +77,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             plain = isinstance(value, int | float | str | bool) or value is None
             result[f"{prefix}{key}"] = value if plain else str(value)
     return result
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write indented JSON, all of it or nothing; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _numbered(tensors: dict[str, Tensor], part: str) -> dict[int, Tensor]:
