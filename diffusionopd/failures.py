@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -68,7 +69,10 @@ def ending_together() -> Iterator[None]:
             if store.compare_set("failed", "", note).decode() == note:
                 # At once: a launcher that sees another process end first may end this one before its error is shown.
                 print(f"rank {rank} failed, all processes end: {message}", file=sys.stderr, flush=True)
-            threading.Event().wait(3 * POLL)  # the others read it: with this process their store may go
+            store.add("ended", 1)
+            deadline = time.monotonic() + GRACE + 4 * POLL
+            while store.add("ended", 0) < world_size() and time.monotonic() < deadline:
+                time.sleep(POLL / 5)  # the others read the note: with this process their store may go
         raise
     finally:
         over.set()
@@ -85,5 +89,6 @@ def _watch(store: dist.Store, rank: int, over: threading.Event) -> None:
             return
         if failed != rank and not over.wait(GRACE):
             print(f"rank {rank} ends because rank {failed} failed: {message}", file=sys.stderr, flush=True)
+            store.add("ended", 1)
             os._exit(1)  # the main thread may be in a collective, from where no exception would return
         return
