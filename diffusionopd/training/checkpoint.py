@@ -33,6 +33,7 @@ LATEST = "latest"
 _TENSORS, _SCALARS = "tensors.safetensors", "scalars.json"
 _REPLACED = "-replaced"  # ends the name of a checkpoint whose successor of the same number is being put in place
 _NAME = re.compile(rf"checkpoint-(\d+)(?:{_REPLACED})?")
+_LEFTOVER = re.compile(r"\.partial-(.+)-(\d+)-[0-9a-f]{8}")  # host and process
 _STALE = 86400.0  # seconds after which what another machine left unfinished is removed
 
 
@@ -213,12 +214,11 @@ def _hidden(root: Path) -> Path:
 
 def _clean(root: Path) -> None:
     """Remove what interrupted saves left behind, except the work of another process that still lives."""
-    for path in root.glob(f".{LATEST}.*"):
-        _discard(path)
-    for path in root.glob(".partial-*-*-*"):
-        host, pid = path.name.removeprefix(".partial-").rsplit("-", 2)[:2]
-        dead = host == socket.gethostname() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
-        if dead or time.time() - path.stat().st_mtime > _STALE:
+    for path in root.glob(".*"):
+        owner = _LEFTOVER.fullmatch(path.name)
+        host, pid = (owner[1], int(owner[2])) if owner else ("", 0)
+        dead = host == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(pid))
+        if dead or path.name.startswith(f".{LATEST}.") or (owner and time.time() - path.stat().st_mtime > _STALE):
             _discard(path)
 
 
