@@ -67,16 +67,17 @@ def save(
         known = [int(place) for place in map(_sequence, folders(root)) if place < float("inf")]
         _finalize(partial, 1 + max(known, default=0))
         _publish(partial, root / name)
+        write_atomically(root / LATEST, name + "\n", fsync=True)
     except BaseException as error:
         _discard(partial)
         # Libraries written in Rust put the system's error into a text of their own.
         if isinstance(error, OSError) or "os error" in str(error) or "No space left" in str(error):
-            raise CheckpointError(_write_failure(root / name, error)) from error
+            there = next(folder for folder in (root / name).absolute().parents if folder.exists())
+            raise CheckpointError(
+                f"cannot write {root / name}: {error}; {shutil.disk_usage(there).free:,} bytes are free there. Earlier "
+                "checkpoints are untouched; free some space, or keep fewer with --config.num_checkpoint_limit."
+            ) from error
         raise
-    try:
-        write_atomically(root / LATEST, name + "\n", fsync=True)
-    except OSError as error:  # the checkpoint itself is in place, and find_latest does not read this file
-        warnings.warn(f"cannot update {root / LATEST}: {error}", stacklevel=2)
     _prune(root, limit or 0, {(root / name).resolve(), *(path.resolve() for path in protect)})
     return root / name
 
@@ -116,8 +117,9 @@ def find_latest(root: str | Path) -> Path | None:
 def folders(root: str | Path) -> list[Path]:
     """Every checkpoint of a run, valid or damaged, the one saved last first; unreadable manifests precede it."""
     root = Path(root)
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda folder: (_sequence(folder), _number(folder)), reverse=True)
+    names = [_NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    found = [(_sequence(root / name[0]), int(name[1]), root / name[0]) for name in names if name]
+    return [folder for *_, folder in sorted(found, reverse=True)]
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -225,18 +227,7 @@ def _clean(root: Path) -> None:
 def _discard(path: Path) -> None:
     """Delete a hidden file or folder; what cannot be deleted now is tried again at the next save."""
     with suppress(OSError):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _write_failure(target: Path, error: BaseException) -> str:
-    space = next(shutil.disk_usage(folder).free for folder in target.absolute().parents if folder.exists())
-    return (
-        f"cannot write {target}: {error}; {space:,} bytes are free there. Earlier checkpoints are untouched; free some "
-        "space, or keep fewer checkpoints with --config.num_checkpoint_limit."
-    )
+        path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -270,10 +261,6 @@ def _sequence(folder: Path) -> float:
         return int(_read_manifest(folder)["sequence"])
     except (CheckpointError, OSError):
         return float("inf")
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.removesuffix(_REPLACED).rpartition("-")[2])
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class MetricsWriter:
         self._accelerator: Any = accelerator if log_with else None
         self._tracking = bool(log_with)  # until a tracker fails
         self._unwritten: list[str] = []
-        self._delayed = False
+        self._failing = False  # and so said
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -42,38 +42,20 @@ class MetricsWriter:
         """Write a round's row, which has its number as `round`; a value that is not finite becomes null."""
         strict = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self._unwritten.append(json.dumps(strict, allow_nan=False))
-        try:
-            self._write_lines()
-        except OSError as error:
-            if not self._delayed:
-                warnings.warn(
-                    f"cannot write to {self._path}, training goes on and its metrics are kept in memory until this is "
-                    f"possible again: {error}",
-                    stacklevel=2,
-                )
-            self._delayed = True
+        self._flush()
         if self._tracking:
             numbers = {name: float(v) for name, v in row.items() if name != "round" and isinstance(v, int | float)}
             self._try(lambda: self._accelerator.log(numbers, step=row["round"]))
 
     def sync(self) -> None:
         """Force the file to the disk; called at a checkpoint, so that a checkpoint never outlives its metrics."""
-        try:
-            self._write_lines()
-            if self._path is not None and self._path.exists():
-                force_to_disk(self._path)
-        except OSError as error:
-            warnings.warn(f"cannot force {self._path} to the disk, training goes on: {error}", stacklevel=2)
+        self._flush(fsync=True)
 
     def close(self) -> None:
         """Write what is left and end the trackers; nothing of this can fail the run."""
-        try:
-            self._write_lines()
-        except OSError as error:
-            lost = len(self._unwritten)
-            warnings.warn(
-                f"cannot write to {self._path}: the metrics of {lost} rounds are lost ({error})", stacklevel=2
-            )
+        self._flush()
+        if self._unwritten:
+            warnings.warn(f"the metrics of {len(self._unwritten)} rounds are missing in {self._path}", stacklevel=2)
         if self._accelerator is not None:
             trackers, self._accelerator.trackers = self._accelerator.trackers, []  # `end_training` would end them again
             for tracker in trackers:
@@ -85,27 +67,26 @@ class MetricsWriter:
             lines = self._path.read_text("utf-8", "replace").split("\n")
             write_atomically(self._path, "".join(f"{x}\n" for x in lines if _round_of(x) <= round_index), fsync=True)
 
-    def _write_lines(self) -> None:
-        """Write the lines that are due; OSError leaves the file as it was."""
-        if self._path is None or not self._unwritten:
+    def _flush(self, fsync: bool = False) -> None:
+        """Write the lines that are due, or keep them; said once until it is possible again."""
+        if self._path is None:
             self._unwritten.clear()
             return
-        with self._path.open("ab+", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            content = "".join(f"{line}\n" for line in self._unwritten).encode()
-            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a crash cut the last line short
-                content = b"\n" + content
-            try:
-                if (written := file.write(content)) != len(content):
-                    raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes written")
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(end)
-                raise
-        self._unwritten.clear()
-        if self._delayed:
+        try:
+            if self._unwritten:
+                _append("".join(f"{line}\n" for line in self._unwritten).encode(), self._path)
+                self._unwritten.clear()
+            if fsync and self._path.exists():
+                force_to_disk(self._path)
+        except OSError as error:
+            if not self._failing:
+                kept = "its metrics are kept in memory until this is possible again"
+                warnings.warn(f"cannot write to {self._path}, training goes on and {kept}: {error}", stacklevel=3)
+            self._failing = True
+            return
+        if self._failing:
             warnings.warn(f"{self._path} is written again, no round is missing", stacklevel=3)
-        self._delayed = False
+        self._failing = False
 
     def _try(self, call: Callable[[], object]) -> None:
         try:
@@ -117,6 +98,21 @@ class MetricsWriter:
                     stacklevel=3,
                 )
             self._tracking = False
+
+
+def _append(content: bytes, path: Path) -> None:
+    """Add lines to a file; OSError leaves it as it was."""
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a crash cut the last line short
+            content = b"\n" + content
+        try:
+            if (written := file.write(content)) != len(content):
+                raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes written")
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def _round_of(line: str) -> float:
