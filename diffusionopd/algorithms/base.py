@@ -18,7 +18,7 @@ from diffusionopd.config_schema import FREE, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
-from diffusionopd.distributed import gather_over_processes, mean_over_processes
+from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
 from diffusionopd.models.backbone import ModelInfo
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.rewards import RewardWorker
@@ -349,16 +349,15 @@ class Algorithm:
 
     def check_samples(self) -> None:
         """Raise NonFiniteError on every process if a velocity noted so far is not finite on any of them."""
-        if any(gather_over_processes([bool(self.velocities.first_broken())])):
+        if any_process(int(bool(self.velocities.first_broken()))):
             self._stop("sampling")
 
     def _stop(self, what: str) -> NoReturn:
         """Name the velocities that were the first not to be finite, and the ranks that had them; collective."""
         self.optimizer.discard()
-        causes = gather_over_processes([self.velocities.describe(self.transitions)])
+        causes = by_rank(gather_over_processes([self.velocities.describe(self.transitions)]))
         self.velocities.clear()
-        found = "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
-        raise NonFiniteError(f"{what}. {_UNCHANGED} {found or _REMEDIES[STUDENT]}")
+        raise NonFiniteError(f"{what}. {_UNCHANGED} {causes or _REMEDIES[STUDENT]}")
 
 
 _UNCHANGED = "The student has not been changed by it."

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt
-from diffusionopd.distributed import by_rank, gather_over_processes, meet, together
+from diffusionopd.distributed import barrier, by_rank, gather_over_processes, together
 from diffusionopd.evaluation.results import (
     AVERAGES,
     EvaluationError,
@@ -245,7 +245,7 @@ def evaluate_task(
             records += next(batches, ([], None))[0]  # the last process may have one batch less
         except RewardError as error:  # the batches end with it
             failure = str(error)
-    if failures := by_rank(gather_over_processes([failure], "the evaluation's rewards")):
+    if failures := by_rank(gather_over_processes([failure])):
         raise RewardError(failures)
     return {name: summary.mean for name, summary in summarise(gather(records), _combined(scorers)).items()}
 
@@ -377,7 +377,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, Summary]]:
             rank=rank,
             world=world,
             in_step=sharding is not None,
-            barrier=lambda: meet("the other processes' share of a data set", timeout=PATIENCE),
+            barrier=lambda: barrier("the end of a data set", PATIENCE),
         )
         for benchmark in job.benchmarks
     }

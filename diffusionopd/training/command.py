@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusionopd.config_schema import redacted, split_arguments
+from diffusionopd.signals import STOPPED
 from diffusionopd.training.plan import load_config
+from diffusionopd.training.stop import Stopped
 
 FLAGS = ("--dry_run", "--allow_config_change")
 
@@ -34,11 +36,16 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A mistake of the user's ends the program with status 2 and one message of the first process, no traceback."""
+    """A mistake of the user's ends the program with one message of the first process, no traceback, and status 1.
+
+    A run that a signal ended early ends with status STOPPED.
+    """
     try:
         yield
+    except Stopped:
+        raise SystemExit(STOPPED) from None
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             message = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(redacted(f"error: {message}"), file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1) from None

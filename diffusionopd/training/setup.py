@@ -6,20 +6,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
+from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
+from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_prompts
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.distributed import together
-from diffusionopd.files import ensure_writable, sha256, write_json, writing
+from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
+from diffusionopd.failures import ending_together
+from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import (
     DTYPES,
@@ -39,15 +43,13 @@ from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySetti
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
-from diffusionopd.training.agreement import agree
-from diffusionopd.training.checkpoint import MANIFEST, load_state
+from diffusionopd.training.agreement import agree, data_facts, setup_facts
+from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan
-from diffusionopd.training.resume import Resume, RunError, prompt_digests, tensor_digest, weight_digests
+from diffusionopd.training.plan import Plan, check
+from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 
-ENCODING_TIMEOUT = 3 * 3600.0
-"""Seconds that a process may wait for the slowest while a large prompt set is encoded for the first time."""
 _RUN_FOLDER = "Choose another with --config.save_dir, or free space."
 
 
@@ -97,6 +99,50 @@ class Run:
             for scorer in scorers.values():
                 scorer.close()
         self.metrics.close()
+        self.accelerator.end_training()
+
+
+@contextmanager
+def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: bool = False) -> Iterator[Run | None]:
+    """Check ``config``, say what it will do, and build the run; None with ``dry_run``.
+
+    Errors and arguments as of :func:`diffusionopd.training.train`. What fails in one process inside the block ends all
+    of them; after it, threads and trackers have ended.
+    """
+    requested_sharding()  # before accelerate, which would name no remedy
+    accelerator = make_accelerator(config)
+    with ending_together():
+        agree(setup_facts(config.to_dict()))
+        resume = find_start(config, accelerator.num_processes, allow_config_change)
+        plan = check(resume.config, accelerator.num_processes)
+        check_devices(plan, accelerator.device)
+        accelerator.print(plan.describe())
+        if dry_run:
+            accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+            yield None
+            return
+        accelerator.project_configuration.project_dir = str(plan.run.run_dir)
+        accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
+        run = build(plan, resume, accelerator)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def make_accelerator(config: ConfigDict) -> Accelerator:
+    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
+    seconds, log_with = config.get("collective_timeout"), config.get("log_with")
+    if not is_number(seconds) or seconds <= 0:
+        seconds = TIMEOUT  # until check() refuses the configured one
+    set_timeout(seconds)
+    trackers = [name for name in str(log_with or "").split(",") if name and name != "none"]
+    return Accelerator(
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by started()
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+    )
 
 
 def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
@@ -120,13 +166,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
         for index, task in enumerate(plan.tasks)
     }
-    agree(
-        {
-            "the checkpoint": {"resumed from": sha256(resume.folder / MANIFEST) if resume.folder else "none"},
-            "training": prompt_digests(train),
-            "test": prompt_digests(test),
-        }
-    )
+    agree(data_facts(resume, train, test))
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device)) if plan.algorithm.has_rewards else {}
@@ -140,7 +180,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     backbone, adapters = load_models(plan, device, dtype)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     weights = weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters)
-    agree({"the weights": weights | {"the student": tensor_digest(adapters.parameters(STUDENT))}})
+    agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
     backbone.shard()
 
@@ -347,7 +387,7 @@ def _fill_text_cache(
     place, precision = encoder_place(memory.text_encoder_device, device, dtype)
     load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(memory.cache_dir, text_key(model, revision), length, dtype)
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", ENCODING_TIMEOUT)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
     return cache
 
 
