@@ -49,7 +49,7 @@ from diffusionopd.models.lora import AdapterError, Adapters, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.chat_server import ChatServer, api_root
-from diffusionopd.rewards.geneval.request import parse_request
+from diffusionopd.rewards.geneval.rules import parse_request
 from diffusionopd.rewards.unifiedreward import final_score
 from diffusionopd.training import checkpoint
 from diffusionopd.training.metrics import MetricsWriter

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.geneval import mask2former
-from diffusionopd.rewards.geneval.classes import CLASSES
-from diffusionopd.rewards.geneval.detector import build_detector
-from diffusionopd.rewards.geneval.labels import check_labels
-from diffusionopd.rewards.geneval.resize import resize_bilinear
-from tests.geneval_tiny import COCO, save_checkpoint, tiny_model
+from diffusionopd.rewards.geneval.classes import CLASSES, COCO
+from diffusionopd.rewards.geneval.detector import build_detector, check_labels
+from diffusionopd.rewards.geneval.mask2former import resize_bilinear
+from tests.geneval_tiny import save_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from diffusionopd.rewards import RewardError
-from diffusionopd.rewards.geneval.request import parse_request
-from diffusionopd.rewards.geneval.rules import Detection, Verdict, judge, relative_position, select_objects
+from diffusionopd.rewards.geneval.rules import (
+    Detection,
+    Verdict,
+    judge,
+    parse_request,
+    relative_position,
+    select_objects,
+)
 
 # A line of each kind from GenEval's test_metadata.jsonl.
 SINGLE, TWO, COUNTING, COLORS, POSITION, COLOR_ATTR = (

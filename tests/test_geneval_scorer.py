@@ -7,18 +7,23 @@ from PIL import Image
 
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError
 from diffusionopd.rewards.clip import load_clip
-from diffusionopd.rewards.geneval import GenEval, mask2former
+from diffusionopd.rewards.geneval import mask2former
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
-from diffusionopd.rewards.geneval.colours import ColourClassifier, crop
 from diffusionopd.rewards.geneval.rules import Detection
+from diffusionopd.rewards.geneval.scorer import ColourClassifier, GenEval, crop
 from tests.geneval_tiny import tiny_model
-from tests.test_rewards_clip import folder  # noqa: F401  (the fixture with a tiny CLIP)
+from tests.helpers_rewards import save_clip
 
 HEIGHT, WIDTH = 40, 56
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture
-def clip(folder):  # noqa: F811
+def clip(folder):
     return load_clip(folder, folder, "cpu", "float32")
 
 
@@ -54,16 +59,16 @@ def official_crop(pixels: np.ndarray, item: Detection) -> Image.Image:
 def test_crops_are_geneval_s():
     item = detection(3, 5, 40, 33)
     ours, wanted = crop(picture(0), item), official_crop(picture(0), item)
-    assert ours.size == (37, 28)
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted))
-    assert ours.getpixel((0, 0)) == (153, 153, 153)
+    assert ours.shape == (28, 37, 3)
+    np.testing.assert_array_equal(ours, np.asarray(wanted))
+    assert ours[0, 0].tolist() == [153, 153, 153]
 
 
 def test_the_colour_is_the_best_of_ten_by_the_mean_of_three_sentences(clip):
     items = [detection(0, 0, 30, 20), detection(20, 4, 56, 40), detection(2, 2, 12, 38)]
     scores = []
     for item in items:
-        image = clip.image_embeddings([official_crop(picture(1), item)])[0]
+        image = clip.image_embeddings([np.asarray(official_crop(picture(1), item))])[0]
         row = []
         for colour in COLOURS:
             sentences = [f"a photo of a {colour} dog", f"a photo of a {colour}-colored dog"]
@@ -107,7 +112,7 @@ BATCH = [
 
 
 @pytest.fixture
-def scorer(folder, detector_folder):  # noqa: F811
+def scorer(folder, detector_folder):
     with pytest.warns(UserWarning, match="not comparable"):
         return GenEval(detector=detector_folder, clip=folder, batch_size=2)
 
@@ -162,10 +167,10 @@ def test_from_pixels_to_scores(scorer):
     assert wrong["accuracy"].tolist() == [0, 0]
 
 
-def test_mistakes_are_named(scorer, folder, tmp_path):  # noqa: F811
+def test_mistakes_are_named(scorer, folder, tmp_path):
     with pytest.raises(RewardError, match="cannot judge the prompt 'a sign': 'tag' is None"):
         scorer.score(np.stack([picture(0)] * 2), ["a photo of a dog", "a sign"], [BATCH[0][0], {}])
-    with pytest.raises(RewardError, match="download.py rewards geneval"):
+    with pytest.raises(RewardError, match="tools.download rewards geneval"):
         GenEval(clip=folder, checkpoint=str(tmp_path / "none.pth"))
     with pytest.raises(RewardError, match="batch_size must be at least 1, not 0"):
         GenEval(clip=folder, batch_size=0)

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -227,7 +227,7 @@ def test_no_more_requests_than_the_bound_are_under_way(build, server):
 
 
 def test_without_the_official_question_it_asks_its_own_and_says_so(build, server, tmp_path):
-    with pytest.warns(UserWarning, match="cannot be compared.*tools/download.py rewards unifiedreward"):
+    with pytest.warns(UserWarning, match="cannot be compared.*tools.download rewards unifiedreward"):
         scorer = build(question=str(tmp_path / "none.txt"))
     scorer.score(grey(0), ["a dog"], [{}])
     assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
@@ -236,7 +236,7 @@ def test_without_the_official_question_it_asks_its_own_and_says_so(build, server
 
 def test_a_question_without_a_place_for_the_caption_is_refused(build, tmp_path):
     (tmp_path / "other.txt").write_text("404: Not Found")
-    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools/download.py"):
+    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools.download"):
         build(question=str(tmp_path / "other.txt"))
 
 
@@ -439,7 +439,7 @@ def test_training_waits_for_a_server_that_comes_back(build, question, monkeypatc
         scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
     port = old.server_address[1]
     with (
-        RewardWorker(scorer, name="unifiedreward", timeout=60, patient=True) as worker,
+        closing(RewardWorker(scorer, name="unifiedreward", timeout=60, retry_unavailable=True)) as worker,
         pytest.warns(UserWarning, match="does not answer POST.*asked again for up to 60 seconds"),
         pytest.warns(UserWarning, match="'unifiedreward' is back after"),
     ):
@@ -455,7 +455,7 @@ def test_training_does_not_wait_for_ever(build, monkeypatch):
     old = ChatServer()
     with serving(old):
         scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
-    with RewardWorker(scorer, name="unifiedreward", timeout=0.5, patient=True) as worker:
+    with closing(RewardWorker(scorer, name="unifiedreward", timeout=0.5, retry_unavailable=True)) as worker:
         with (
             pytest.warns(UserWarning, match="asked again"),
             pytest.raises(RewardError, match="does not answer.*sglang"),

@@ -12,39 +12,20 @@ from typing import Any
 
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scorer, Scores
-from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all, weighted_average
-from diffusionopd.rewards.images import Images, to_pil, to_uint8
-from diffusionopd.rewards.worker import LimitedScorer, RewardWorker, failed
+from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
+from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE",
-    "NOT_APPLICABLE",
-    "REGISTRY",
-    "Composite",
-    "Images",
-    "LimitedScorer",
-    "RewardError",
-    "RewardUnavailableError",
-    "RewardWorker",
-    "Scorer",
-    "Scores",
-    "build_composite",
-    "build_scorer",
-    "check_name",
-    "check_options",
-    "check_weights",
-    "failed",
-    "register",
-    "score_all",
-    "to_pil",
-    "to_uint8",
-    "weighted_average",
-]
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Composite", "Images", "RewardError", "RewardUnavailableError",
+    "RewardWorker", "Scorer", "Scores", "build_composite", "build_scorer", "check_name", "check_options", "failed",
+    "register", "score_all", "to_uint8",
+]  # fmt: skip
 
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",
-    "geneval": "diffusionopd.rewards.geneval:GenEval",
+    "geneval": "diffusionopd.rewards.geneval.scorer:GenEval",
     "hpsv2": "diffusionopd.rewards.hpsv2:Hpsv2",
     "imagereward": "diffusionopd.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
@@ -59,12 +40,8 @@ REGISTRY: dict[str, str] = {
 """Reward name -> "module:attribute" of its class."""
 
 EXTRAS: dict[str, str] = {
-    "geneval": "geneval",
-    "hpsv2": "hpsv2",
-    "ocr": "ocr",
-    "tiny_compose": "tiny",
-    "tiny_ocr": "tiny",
-    "tiny_scene": "tiny",
+    **{name: name for name in ("geneval", "hpsv2", "ocr")},
+    **dict.fromkeys(("tiny_compose", "tiny_ocr", "tiny_scene"), "tiny"),
 }
 """Reward name -> the extra of this package that installs what the scorer imports."""
 

@@ -45,15 +45,12 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True))
     except _UNREADABLE as error:
-        problem = f"no entry {error}" if isinstance(error, KeyError) else cause(error)
+        problem = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run the code in it
+            problem = "it holds more than weights, which is not run"
         raise RewardError(
             f"{path} is not the checkpoint of reward '{reward}': {problem}. Remove it and fetch it again: {fetch}"
         ) from error
-
-
-def cause(error: Exception) -> str:
-    """What went wrong; torch's own words for a pickle with code in it advise to run it."""
-    return "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else str(error)
 
 
 def filled(factory: Callable[[], Module], state: StateDict) -> Module:
@@ -95,7 +92,7 @@ def count_blocks(state: StateDict, prefix: str) -> int:
 
 
 def patch_grid(positions: int, patch: int) -> int:
-    """Side in pixels of the square picture that a vision transformer of this many positions (one is CLS) sees."""
+    """Side in pixels of the square image that a vision transformer of this many positions (one is CLS) sees."""
     return round((positions - 1) ** 0.5) * patch
 
 

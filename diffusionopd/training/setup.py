@@ -30,7 +30,7 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 
 ENCODING_PATIENCE = 3 * 3600.0
 """Seconds that a process may wait for the slowest while a large prompt set is encoded for the first time."""
@@ -82,18 +82,18 @@ def build_rewards(plan: RunPlan, device: str, timeout: float) -> dict[str, Rewar
     workers = {}
     for task in plan.teachers if plan.from_rewards else ():
         scorer, name = build_composite(task.proxy_reward, device, plan.reward_options), ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(scorer, name=name, timeout=timeout, patient=True)
+        workers[task.name] = RewardWorker(scorer, name=name, timeout=timeout, retry_unavailable=True)
     return workers
 
 
-def build_evaluation_scorers(plan: RunPlan, device: str, timeout: float) -> dict[str, dict[str, LimitedScorer]]:
+def build_evaluation_scorers(plan: RunPlan, device: str, timeout: float) -> dict[str, dict[str, RewardWorker]]:
     """Per task its proxy rewards; one that is not available is said and left out, as for monitoring."""
-    scorers: dict[str, dict[str, LimitedScorer]] = {teacher.name: {} for teacher in plan.teachers}
+    scorers: dict[str, dict[str, RewardWorker]] = {teacher.name: {} for teacher in plan.teachers}
     for teacher in plan.teachers:
         for name in teacher.proxy_reward:
             try:
                 scorer = build_scorer(name, device, plan.reward_options.get(name))
-                scorers[teacher.name][name] = LimitedScorer(scorer, name, timeout)
+                scorers[teacher.name][name] = RewardWorker(scorer, 1, name=name, timeout=timeout)
             except RewardError as error:
                 warnings.warn(f"task {teacher.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
     return {task: found for task, found in scorers.items() if found}
