@@ -34,7 +34,7 @@ from diffusionopd.config_schema import (
 from diffusionopd.config_schema.load import _with_defaults
 from diffusionopd.config_schema.values import flatten
 from diffusionopd.data.prompts import PromptError, read_prompts
-from diffusionopd.evaluation.evaluate import find_checkpoint
+from diffusionopd.evaluation.job import find_checkpoint
 from diffusionopd.evaluation.results import (
     EvaluationError,
     Record,

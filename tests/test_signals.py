@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd.evaluation.evaluate import ImageGenerator
+from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.signals import SIGNALS, SignalWatch
 from diffusionopd.training import Trainer, checkpoint, train
 from diffusionopd.training.stop import read_pending

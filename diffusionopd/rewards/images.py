@@ -50,7 +50,7 @@ def to_uint8(images: Images) -> np.ndarray:
 def each_uint8(images: Images) -> Sequence[np.ndarray]:
     """Images as uint8 `[H, W, 3]` arrays, for scorers that look at one at a time: PIL images may differ in size."""
     if isinstance(images, Tensor | np.ndarray):
-        return to_uint8(images)
+        return list(to_uint8(images))
     return [np.asarray(image.convert("RGB")) for image in images]
 
 

@@ -25,7 +25,8 @@ from diffusionopd.algorithms.optim import Ema
 from diffusionopd.config_schema import RunPlan, Start, check, resumed
 from diffusionopd.config_schema.values import is_number
 from diffusionopd.data.batches import Batch, BatchMaker
-from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
+from diffusionopd.evaluation.evaluate import evaluate_task
+from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.failures import ending_together, memory_advice
 from diffusionopd.files import ensure_writable, writing
 from diffusionopd.models.backbone import DTYPES
