@@ -75,6 +75,11 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
     """The configuration named by flag, else the one saved with the checkpoint, else an empty one, as nested dicts.
 
@@ -111,7 +116,7 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
 
 
 def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[tuple[str, str | None, float | None]]:
-    """Name, source of the LoRA and own guidance of each model to evaluate. Raises `EvaluationError` if one is missing."""
+    """Name, source of the LoRA and own guidance of each model. Raises `EvaluationError` if one is missing."""
     found: list[tuple[str, str | None, float | None]] = [("base", None, None)] if flags.base else []
     teachers = {teacher["name"]: teacher for teacher in config.get("train", {}).get("teachers", [])}
     for name in flags.teacher or []:
@@ -120,7 +125,8 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[tuple
             raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
         if not teachers[name].get("lora_path"):
             raise EvaluationError(f"teacher '{name}' of the configuration has no lora_path")
-        own = teachers[name].get("guidance_scale", config.get("sample", {}).get("teacher_guidance_scale"))
+        scales = [config.get("sample", {}).get(f"{whose}_guidance_scale") for whose in ("teacher", "eval")]
+        own = first(teachers[name].get("guidance_scale"), *scales, 4.5)
         found.append((f"teacher-{name}", teachers[name]["lora_path"], own if flags.guidance_scale is None else None))
     if flags.checkpoint_path:
         found.append(("student", str(find_checkpoint(flags.checkpoint_path)), None))
@@ -138,15 +144,14 @@ def make_job(flags: argparse.Namespace) -> Job:
     given = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
     given = {name: value for name, value in given.items() if value is not None}
     tasks = config.get("train", {}).get("teachers", [])
-    common = sample.get("eval_num_steps", 40), sample.get("eval_guidance_scale", 4.5)
+    common = first(sample.get("eval_num_steps"), 40), first(sample.get("eval_guidance_scale"), 4.5)
     benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks, *common) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
 
     def chosen(name: str, default: Any) -> Any:
         """A flag, else the key of the same name."""
-        flag = getattr(flags, name)
-        return (config.get(name) or default) if flag is None else flag
+        return first(getattr(flags, name), config.get(name), default)
 
     return Job(
         base=flags.model or pretrained.get("model") or DEFAULT_MODEL,

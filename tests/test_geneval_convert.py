@@ -36,7 +36,7 @@ def model():
     ],
 )
 def test_names_of_the_pixel_level(key, wanted):
-    assert convert.renamed(key) == f"model.pixel_level_module.{wanted}"
+    assert convert.transformers_name(key) == f"model.pixel_level_module.{wanted}"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_names_of_the_pixel_level(key, wanted):
     ],
 )
 def test_names_of_the_transformer(key, wanted):
-    assert convert.renamed(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
+    assert convert.transformers_name(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
 
 
 def test_patch_merging_gives_the_same_after_conversion(model):

@@ -257,7 +257,7 @@ def test_missing_files_are_named_with_the_command(folder, tmp_path):
         (
             None,
             {"blip.visual_encoder.head.weight": torch.zeros(1)},
-            "unexpected entry 'blip.visual_encoder.head.weight'",
+            "Unexpected.*head.weight",
         ),
         (None, {"blip.text_encoder.pooler.dense.bias": torch.zeros(1)}, "pooler.dense.bias"),
         (None, {"mlp.layers.0.bias": torch.zeros(3)}, "size mismatch"),

@@ -1,6 +1,7 @@
 """Checkpoints of the reward models, as their authors publish them: read, and loaded with every tensor accounted for."""
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,13 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
     except (OSError, ValueError) as error:
         problem = str(error)
     raise RewardError(f"the tokenizer '{name}' cannot be loaded: {problem}. To fetch it: hf download {name}")
+
+
+def renamed(key: str, rules: Mapping[str, Any]) -> str:
+    """The name of a tensor after replacements, `{pattern: replacement}` as of `re.sub`, one after the other."""
+    for pattern, replacement in rules.items():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def count_blocks(state: StateDict, prefix: str) -> int:

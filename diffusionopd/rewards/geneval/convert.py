@@ -18,7 +18,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from diffusionopd.rewards.base import RewardError
 from diffusionopd.rewards.geneval.classes import COCO
-from diffusionopd.rewards.weights import load_official
+from diffusionopd.rewards.weights import load_official, renamed
 
 CHECKPOINT = "reward_ckpts/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 CONVERTED = "mask2former_swin-s-coco"
@@ -104,14 +104,11 @@ _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def renamed(key: str) -> str:
+def transformers_name(key: str) -> str:
     """transformers' name of an mmdetection entry; one that belongs to no part keeps its own."""
     for part, (prefix, rules) in _PARTS.items():
         if match := re.match(part, key):
-            rest = key[match.end() :]
-            for pattern, replacement in rules.items():
-                rest = re.sub(pattern, replacement, rest)
-            return prefix + rest
+            return prefix + renamed(key[match.end() :], rules)
     return key
 
 
@@ -145,7 +142,7 @@ def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if re.search(r"downsample\.(reduction|norm)\.", key):
             value = _merge_order(value)
-        result |= {renamed(name): part.contiguous() for name, part in _split(key, value)}
+        result |= {transformers_name(name): part.contiguous() for name, part in _split(key, value)}
     return result
 
 
