@@ -1,11 +1,13 @@
 """What tests of several scorers share: a tiny CLIP, images, and their forms."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from diffusionopd.rewards import RewardError
 from diffusionopd.tiny.models import clip_tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's constants
@@ -46,3 +48,19 @@ def assert_every_form_scores_the_same(scorer, name: str, images: list[Image.Imag
     wanted = scorer.score(images, prompts, [{}] * len(images))[name]
     for form in (arrays, pixels, pixels.float() / 255):
         np.testing.assert_array_equal(scorer.score(form, prompts, [{}] * len(images))[name], wanted)
+
+
+def assert_one_score_a_pair(build, name: str, prompts: list[str], half_within: float) -> None:
+    """Neither the form of the images nor the batch changes scores, and half precision does a little.
+
+    `build(**options)` makes the scorer.
+    """
+    images, scorer = smooth_images(75, 48), build()
+    assert_every_form_scores_the_same(scorer, name, images, prompts)
+    together = scorer.score(images, prompts, [{}] * 3)[name]
+    alone = [scorer.score([image], [prompt], [{}])[name][0] for image, prompt in zip(images, prompts, strict=True)]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    half = build(dtype="bfloat16").score(images, prompts, [{}] * 3)[name]
+    assert 0 < np.abs(half - together).max() < half_within
+    with pytest.raises(RewardError, match="int8"):
+        build(dtype="int8")

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip
 from diffusionopd.rewards.open_clip_keys import read_config
-from tests.helpers_rewards import MEAN, STD, assert_every_form_scores_the_same, smooth_images
+from tests.helpers_rewards import MEAN, STD, assert_one_score_a_pair, smooth_images
 
 SIDE, PATCH, CONTEXT = 32, 8, 24
 VISION, TEXT, COMMON, LAYERS, HEADS = 160, 128, 48, 2, 2  # head widths 80 and 64, as in ViT-H-14
@@ -198,25 +198,8 @@ def test_prompts_become_the_official_tokens(folder):
     assert clean_prompt(PROMPTS[1]) == "<two> & three café signs, don't!"
 
 
-def test_scores_do_not_depend_on_the_batch(folder):
-    images, hps = smooth_images(75, 48), scorer(folder)
-    together = hps.score(images, PROMPTS, [{}] * 3)["hpsv2"]
-    alone = [hps.score([image], [prompt], [{}])["hpsv2"][0] for image, prompt in zip(images, PROMPTS, strict=True)]
-    np.testing.assert_allclose(together, alone, atol=1e-6)
-
-
-def test_every_form_of_an_image_scores_the_same(folder):
-    assert_every_form_scores_the_same(scorer(folder), "hpsv2", smooth_images(75, 48), PROMPTS)
-
-
-def test_half_precision_is_near(folder):
-    images = smooth_images(75, 48)
-    half = scorer(folder, dtype="bfloat16")
-    assert {parameter.dtype for parameter in half.clip.model.parameters()} == {torch.bfloat16}
-    exact = scorer(folder).score(images, PROMPTS, [{}] * 3)["hpsv2"]
-    np.testing.assert_allclose(half.score(images, PROMPTS, [{}] * 3)["hpsv2"], exact, atol=0.02)
-    with pytest.raises(RewardError, match="no dtype"):
-        scorer(folder, dtype="int8")
+def test_one_score_a_pair_whatever_batch_form_and_precision(folder):
+    assert_one_score_a_pair(lambda **options: scorer(folder, **options), "hpsv2", PROMPTS, half_within=0.02)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from transformers import BertTokenizer
 
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.imagereward import ImageReward, load_imagereward
-from tests.helpers_rewards import MEAN, STD, assert_every_form_scores_the_same, smooth_images
+from tests.helpers_rewards import MEAN, STD, assert_one_score_a_pair, smooth_images
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # constants of the official class
 SIDE, PATCH, VISION, TEXT, LAYERS, HEADS = 32, 8, 128, 128, 2, 2  # heads of 64, as in the official model
@@ -196,13 +196,6 @@ def test_prompts_become_the_official_tokens(folder):
         assert [ids, mask] == [part.tolist() for part in official_tokens(prompt)]
 
 
-def test_one_score_a_pair_whatever_the_batch(folder):
-    images, reward = smooth_images(75, 48), scorer(folder)
-    together = reward.score(images, PROMPTS, [{}] * 3)["imagereward"]
-    alone = [reward.score([i], [p], [{}])["imagereward"][0] for i, p in zip(images, PROMPTS, strict=True)]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-
-
 def test_image_and_prompt_both_matter(folder):
     images, reward = smooth_images(64, 64), scorer(folder)
     same_prompt = reward.score(images, PROMPTS[:1] * 3, [{}] * 3)["imagereward"]
@@ -210,17 +203,8 @@ def test_image_and_prompt_both_matter(folder):
     assert np.ptp(same_prompt) > 1e-3 and np.ptp(same_image) > 1e-3
 
 
-def test_every_form_of_an_image_scores_the_same(folder):
-    assert_every_form_scores_the_same(scorer(folder), "imagereward", smooth_images(75, 48), PROMPTS)
-
-
-def test_half_precision_is_near(folder):
-    images, half = smooth_images(75, 48), scorer(folder, dtype="bfloat16")
-    assert half.model.vision.dtype == half.model.text.dtype == torch.bfloat16
-    exact = scorer(folder).score(images, PROMPTS, [{}] * 3)["imagereward"]
-    np.testing.assert_allclose(half.score(images, PROMPTS, [{}] * 3)["imagereward"], exact, atol=0.05)
-    with pytest.raises(RewardError, match="no dtype"):
-        scorer(folder, dtype="int8")
+def test_one_score_a_pair_whatever_batch_form_and_precision(folder):
+    assert_one_score_a_pair(lambda **options: scorer(folder, **options), "imagereward", PROMPTS, half_within=0.05)
 
 
 @pytest.mark.gpu
