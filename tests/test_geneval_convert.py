@@ -18,40 +18,34 @@ def model():
     return tiny_model()
 
 
-@pytest.mark.parametrize(
-    ("key", "wanted"),
-    [
-        ("backbone.patch_embed.projection.bias", "encoder.swin.embeddings.patch_embeddings.projection.bias"),
-        ("backbone.stages.2.blocks.17.ffn.layers.0.0.weight", "encoder.swin.encoder.layers.2.blocks.17.mlp.fc1.weight"),
-        ("backbone.stages.0.downsample.norm.bias", "encoder.swin.encoder.layers.0.downsample.norm.bias"),
-        ("backbone.norm3.weight", "encoder.hidden_states_norms.stage4.weight"),
-        ("panoptic_head.pixel_decoder.lateral_convs.0.gn.bias", "decoder.adapter_1.1.bias"),
-        ("panoptic_head.pixel_decoder.input_convs.2.conv.bias", "decoder.input_projections.2.0.bias"),
-        ("panoptic_head.pixel_decoder.level_encoding.weight", "decoder.level_embed"),
-        (
-            "panoptic_head.pixel_decoder.encoder.layers.5.attentions.0.sampling_offsets.bias",
-            "decoder.encoder.layers.5.self_attn.sampling_offsets.bias",
-        ),
-        ("panoptic_head.pixel_decoder.encoder.layers.5.norms.1.bias", "decoder.encoder.layers.5.final_layer_norm.bias"),
-    ],
-)
-def test_names_of_the_pixel_level(key, wanted):
-    assert convert.transformers_name(key) == f"model.pixel_level_module.{wanted}"
+PIXEL_LEVEL = {
+    "backbone.patch_embed.projection.bias": "encoder.swin.embeddings.patch_embeddings.projection.bias",
+    "backbone.stages.2.blocks.17.ffn.layers.0.0.weight": "encoder.swin.encoder.layers.2.blocks.17.mlp.fc1.weight",
+    "backbone.stages.0.downsample.norm.bias": "encoder.swin.encoder.layers.0.downsample.norm.bias",
+    "backbone.norm3.weight": "encoder.hidden_states_norms.stage4.weight",
+    "panoptic_head.pixel_decoder.lateral_convs.0.gn.bias": "decoder.adapter_1.1.bias",
+    "panoptic_head.pixel_decoder.input_convs.2.conv.bias": "decoder.input_projections.2.0.bias",
+    "panoptic_head.pixel_decoder.level_encoding.weight": "decoder.level_embed",
+    "panoptic_head.pixel_decoder.encoder.layers.5.attentions.0.sampling_offsets.bias": (
+        "decoder.encoder.layers.5.self_attn.sampling_offsets.bias"
+    ),
+    "panoptic_head.pixel_decoder.encoder.layers.5.norms.1.bias": "decoder.encoder.layers.5.final_layer_norm.bias",
+}
+TRANSFORMER = {
+    "transformer_decoder.layers.8.attentions.0.attn.in_proj_weight": "decoder.layers.8.cross_attn.in_proj_weight",
+    "transformer_decoder.layers.8.norms.1.weight": "decoder.layers.8.self_attn_layer_norm.weight",
+    "transformer_decoder.post_norm.bias": "decoder.layernorm.bias",
+    "mask_embed.4.bias": "decoder.mask_predictor.mask_embedder.2.0.bias",
+    "query_embed.weight": "queries_embedder.weight",
+    "level_embed.weight": "level_embed.weight",
+}
 
 
-@pytest.mark.parametrize(
-    ("key", "wanted"),
-    [
-        ("transformer_decoder.layers.8.attentions.0.attn.in_proj_weight", "decoder.layers.8.cross_attn.in_proj_weight"),
-        ("transformer_decoder.layers.8.norms.1.weight", "decoder.layers.8.self_attn_layer_norm.weight"),
-        ("transformer_decoder.post_norm.bias", "decoder.layernorm.bias"),
-        ("mask_embed.4.bias", "decoder.mask_predictor.mask_embedder.2.0.bias"),
-        ("query_embed.weight", "queries_embedder.weight"),
-        ("level_embed.weight", "level_embed.weight"),
-    ],
-)
-def test_names_of_the_transformer(key, wanted):
-    assert convert.transformers_name(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
+def test_names_of_both_levels():
+    for key, wanted in PIXEL_LEVEL.items():
+        assert convert.transformers_name(key) == f"model.pixel_level_module.{wanted}"
+    for key, wanted in TRANSFORMER.items():
+        assert convert.transformers_name(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
 
 
 def test_patch_merging_gives_the_same_after_conversion(model):
