@@ -74,16 +74,16 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises `EvaluationError` for values that no image can be made with."""
-        names = ("resolution", "batch_size", "images_per_prompt", "max_sequence_length")
-        counts = [(name, getattr(self, name)) for name in names]
-        for name, value in [*counts, *(("num_steps", benchmark.num_steps) for benchmark in self.benchmarks)]:
-            if value < 1:
-                raise EvaluationError(f"{name} must be at least 1, not {value}")
+        for name in ("batch_size", "images_per_prompt", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (steps := min((benchmark.num_steps for benchmark in self.benchmarks), default=1)) < 1:
+            raise EvaluationError(f"num_steps must be at least 1, not {steps}")
         for scale in (model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks):
             if not math.isfinite(scale) or scale < 0:
                 raise EvaluationError(f"guidance_scale must be a number of at least 0, not {scale}")
-        if self.resolution % 16:
-            raise EvaluationError(f"resolution must be a multiple of 16, not {self.resolution}")
+        if self.resolution % 16 or self.resolution < 1:
+            raise EvaluationError(f"resolution must be a positive multiple of 16, not {self.resolution}")
         if not 0 <= self.seed < 2**63:
             raise EvaluationError(f"seed must be at least 0 and below 2**63, not {self.seed}")
         for what, items in (("dataset", self.benchmarks), ("model", self.models)):
