@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """Smooth random pictures, uint8 [2, 40, 56, 3]."""
+    """Smooth random images, uint8 [2, 40, 56, 3]."""
     noise = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(3))
     smooth = F.interpolate(noise, (40, 56), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -31,7 +31,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def small_input(monkeypatch):
-    """Pictures enlarged to 96 pixels instead of 800: the same code, a hundredth of the time."""
+    """Images enlarged to 96 pixels instead of 800: the same code, a hundredth of the time."""
     monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
 

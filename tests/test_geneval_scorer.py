@@ -29,7 +29,7 @@ def clip(folder):
 
 @pytest.fixture
 def detector_folder(tmp_path, monkeypatch):
-    """A detector of random weights that sees pictures at 96 pixels."""
+    """A detector of random weights that sees images at 96 pixels."""
     monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
     tiny_model().save_pretrained(tmp_path / "detector")
@@ -85,14 +85,14 @@ def test_the_colour_is_the_best_of_ten_by_the_mean_of_three_sentences(clip):
 
 
 class HandMade:
-    """A detector that finds what it is told, and notes how many pictures it was given at once."""
+    """A detector that finds what it is told, and notes how many images it was given at once."""
 
-    def __init__(self, pictures: list[dict[str, list[Detection]]]):
-        self.pictures, self.batches = list(pictures), []
+    def __init__(self, images: list[dict[str, list[Detection]]]):
+        self.images, self.batches = list(images), []
 
     def detect(self, pixels):
         self.batches.append(len(pixels))
-        return [self.pictures.pop(0) for _ in pixels]
+        return [self.images.pop(0) for _ in pixels]
 
 
 def line(tag: str, *include: dict, **more) -> dict:
@@ -138,7 +138,7 @@ def test_colours_are_those_of_the_picture_itself(scorer):
     pixels = np.zeros((2, HEIGHT, WIDTH, 3), dtype=np.uint8)
     pixels[1] = 255
     asked = [DOG | {"color": "black"}, DOG | {"color": "white"}]
-    scorer.colours = lambda picture, name, items: ["white" if picture.mean() > 127 else "black"] * len(items)
+    scorer.colours = lambda image, name, items: ["white" if image.mean() > 127 else "black"] * len(items)
     for order, wanted in (([0, 1], [1, 1]), ([1, 0], [0, 0]), ([0, 0], [1, 0])):
         scorer.detector = HandMade([{"dog": [detection(4, 4, 40, 36)]}] * 2)
         scores = scorer.score(pixels[order], ["p"] * 2, [line("colors", clause) for clause in asked])
@@ -147,7 +147,7 @@ def test_colours_are_those_of_the_picture_itself(scorer):
 
 def test_the_overall_score_is_made_of_the_six_tags(scorer):
     assert GenEval.combined == {"geneval_overall": tuple(f"{tag}_accuracy" for tag in TAGS)}
-    scores = scorer.score([], [], [])  # no pictures are no mistake
+    scores = scorer.score([], [], [])  # no images are no mistake
     assert scores.keys() >= set(GenEval.combined["geneval_overall"]) and len(scores) == 15
     assert all(values.shape == (0,) and values.dtype == np.float64 for values in scores.values())
 

@@ -49,7 +49,7 @@ def test_a_score_that_never_applies_has_no_average():
     assert summarise([record(0, -10.0)]) == {}
 
 
-def test_standard_error_counts_prompts_not_pictures():
+def test_standard_error_counts_prompts_not_images():
     """Images of one text count once, whether made for one line of the test set or for several."""
     records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
     two = summarise(records)["a"]

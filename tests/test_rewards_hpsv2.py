@@ -28,7 +28,7 @@ PROMPTS = [
     "a red circle",
     # Escaped twice (ftfy leaves entities alone beside a "<"), a broken character, white space, capitals.
     "  <Two> &amp;amp; three\n\tcafÃ© SIGNS, don't!  ",
-    "a picture with more words than the context of this model has room for " * 3,
+    "an image with more words than the context of this model has room for " * 3,
 ]
 
 

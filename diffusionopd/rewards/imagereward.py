@@ -82,11 +82,7 @@ class ImageReward:
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        dtype: str = "float32",
-        checkpoint: str = CHECKPOINT,
-        tokenizer: str = TOKENIZER,
+        self, device: str = "cpu", dtype: str = "float32", checkpoint: str = CHECKPOINT, tokenizer: str = TOKENIZER
     ):
         """Args: `checkpoint`, the official file; `tokenizer`, hub id or folder. Raises as `load_imagereward`."""
         self.model, self.tokenizer = load_imagereward(checkpoint, tokenizer, device, dtype)

@@ -1,7 +1,7 @@
 """Which detector finds the objects: the interface, the choice by name, and mmdetection itself as one of them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +10,9 @@ import torch
 from transformers import Mask2FormerForUniversalSegmentation
 
 from diffusionopd.rewards.base import RewardError
-from diffusionopd.rewards.geneval.classes import CLASSES, COCO
+from diffusionopd.rewards.geneval.classes import COCO
 from diffusionopd.rewards.geneval.convert import check_entries, converted_folder, read_checkpoint
-from diffusionopd.rewards.geneval.mask2former import Mask2Former
+from diffusionopd.rewards.geneval.mask2former import Mask2Former, by_class
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
 
 
@@ -84,30 +84,22 @@ class MmdetModel:
 
     def detect(self, pixels: np.ndarray) -> list[dict[str, list[Detection]]]:
         """As `Detector.detect`. mmdetection takes arrays as BGR, as it reads files."""
-        return [_objects(self._infer(self.model, np.ascontiguousarray(image[:, :, ::-1]))) for image in pixels]
+        return [by_class(_instances(self._infer(self.model, image[:, :, ::-1].copy()))) for image in pixels]
 
 
-def _objects(result: Any) -> dict[str, list[Detection]]:
-    objects: dict[str, list[Detection]] = {}
-    for label, box, score, mask in _instances(result):
-        if score > THRESHOLD:
-            left, top, right, bottom = map(float, box)
-            detection = Detection((left, top, right, bottom), float(score), np.asarray(mask, dtype=bool))
-            objects.setdefault(CLASSES[int(label)], []).append(detection)
-    return objects
-
-
-def _instances(result: Any) -> list[tuple[int, Any, float, Any]]:
-    """`(class index, box, score, mask)` of each instance, from the result of either version."""
+def _instances(result: Any) -> Iterator[tuple[int, Detection]]:
+    """`(class index, detection)` of each instance above the threshold, from the result of either version."""
+    rows: Iterable[tuple[int, Any, float, Any]]
     if hasattr(result, "pred_instances"):
         found = result.pred_instances.cpu().numpy()
-        return list(zip(found.labels, found.bboxes, found.scores, found.masks, strict=True))
-    boxes, masks = result  # mmdetection 2: a list over the classes of [n, 5], and one of n masks
-    return [
-        (label, row[:4], row[4], mask)
-        for label in range(len(boxes))
-        for row, mask in zip(boxes[label], masks[label], strict=True)
-    ]
+        rows = zip(found.labels, found.bboxes, found.scores, found.masks, strict=True)
+    else:  # mmdetection 2: a list over the classes of [n, 5], and one of n masks
+        both = enumerate(zip(*result, strict=True))
+        rows = ((i, row[:4], row[4], mask) for i, pair in both for row, mask in zip(*pair, strict=True))
+    for label, box, score, mask in rows:
+        if score > THRESHOLD:
+            left, top, right, bottom = map(float, box)
+            yield int(label), Detection((left, top, right, bottom), float(score), np.asarray(mask, dtype=bool))
 
 
 def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype) -> Detector:

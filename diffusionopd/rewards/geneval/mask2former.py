@@ -5,6 +5,8 @@ know of padding. Letters: B images, Q queries, C classes, K instances, H and W t
 h and w of what the model sees.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,14 @@ def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
+def by_class(found: Iterable[tuple[int, Detection]]) -> dict[str, list[Detection]]:
+    """`(class index, detection)` of one image as GenEval's class name -> detections."""
+    objects: dict[str, list[Detection]] = {}
+    for label, detection in found:
+        objects.setdefault(CLASSES[label], []).append(detection)
+    return objects
+
+
 class Mask2Former:
     """The detector on a frozen transformers model."""
 
@@ -120,10 +130,5 @@ class Mask2Former:
         images, resized = preprocess(torch.from_numpy(pixels).to(self.model.device))
         padded, original = (images.shape[2], images.shape[3]), (pixels.shape[1], pixels.shape[2])
         outputs = self.model(pixel_values=images.to(self.model.dtype))
-        result = []
-        for logits in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
-            objects: dict[str, list[Detection]] = {}
-            for label, detection in instances(*logits, padded, resized, original, THRESHOLD):
-                objects.setdefault(CLASSES[label], []).append(detection)
-            result.append(objects)
-        return result
+        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        return [by_class(instances(*pair, padded, resized, original, THRESHOLD)) for pair in logits]
