@@ -2,7 +2,8 @@
 
 from diffusionopd.training.command import run_command
 from diffusionopd.training.loop import Trainer, make_accelerator, train
-from diffusionopd.training.profiling import Profile, profile
+from diffusionopd.training.profiling import profile
 from diffusionopd.training.state import RunError
+from diffusionopd.training.stop import Stopped
 
-__all__ = ["Profile", "RunError", "Trainer", "make_accelerator", "profile", "run_command", "train"]
+__all__ = ["RunError", "Stopped", "Trainer", "make_accelerator", "profile", "run_command", "train"]

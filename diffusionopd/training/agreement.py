@@ -13,9 +13,9 @@ from diffusionopd.distributed import by_rank, gather_over_processes
 from diffusionopd.files import sha256
 from diffusionopd.training import checkpoint
 from diffusionopd.training.resume import prompt_digests
-from diffusionopd.training.state import RunError, versions
+from diffusionopd.training.state import RunError, flat, versions
 
-_LONGEST = 60  # characters of a value in a message
+_LONGEST = 200  # characters of a value in a message
 
 Facts = Mapping[str, Any]
 """Name -> value, such as ``{"version of torch": "2.13.0"}``; the names are the same on every process or not."""
@@ -37,13 +37,13 @@ def agree(facts: Facts) -> None:
         )
 
 
-def setup_facts(config: Mapping[str, Any]) -> Facts:
+def setup_facts(config: dict[str, Any]) -> Facts:
     """What must agree before anything is done with it: the configuration, and the code that reads it."""
     source = hashlib.sha256()
     for file in sorted(Path(diffusionopd.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
     code = versions() | {"diffusionopd": source.hexdigest()[:12]}
-    return _flat(config) | {f"version of {name}": version for name, version in code.items()}
+    return flat(config) | {f"version of {name}": version for name, version in code.items()}
 
 
 def data_facts(
@@ -53,12 +53,3 @@ def data_facts(
     resumed = f"{resumed_from.name} {sha256(resumed_from / checkpoint.MANIFEST)[:12]}" if resumed_from else "none"
     tests = {name.replace("prompts", "test prompts"): digest for name, digest in prompt_digests(test).items()}
     return {"the checkpoint to resume from": resumed} | prompt_digests(train) | tests
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings and lists as ``{"train.teachers.0.name": value}``."""
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
