@@ -1,0 +1,143 @@
+"""Base models without weights: the published ones, whose configurations are here, and those on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+# <part>/config.json of the published repositories, where they differ from one another.
+_SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64},
+    **{"num_attention_heads": 24, "num_layers": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536},
+    **{"pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": None, "dual_attention_layers": ()},
+}
+_SD35_LARGE = {
+    **_SD3,
+    **{"num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
+}
+_SD35_MEDIUM = {**_SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
+    "stabilityai/stable-diffusion-3.5-medium": _SD35_MEDIUM,
+    "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
+    "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
+}
+"""Hub id -> its transformer's configuration. What follows is shared: the autoencoder, two CLIPs, T5 v1.1 XXL."""
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    **{"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+    **{"use_quant_conv": False, "use_post_quant_conv": False},
+}
+_CLIP_L = {
+    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "projection_dim": 768,
+}
+_CLIP_G = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    "projection_dim": 1280,
+}
+_T5_XXL = {
+    **{"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128},
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+class ArchitectureError(ValueError):
+    """Raised for a base model whose configuration is neither on this machine nor published here."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The parts of a base model, all on the meta device but the transformer, of which this is the configuration."""
+
+    transformer: Mapping[str, Any]
+    vae: Any
+    encoders: Sequence[Any]
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """``(C, h, w)`` of the latent of a square image."""
+        side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, side, side
+
+
+def read_pipeline(model: str) -> Pipeline:
+    """The parts of a pipeline folder, a published model or one in the hub cache. Raises ArchitectureError."""
+    if model in PUBLISHED and not Path(model).is_dir():
+        configs = [
+            *(transformers.CLIPTextConfig(**clip) for clip in (_CLIP_L, _CLIP_G)),
+            transformers.T5Config(**_T5_XXL),
+        ]
+        kinds = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
+        encoders = [_encoder(kind, config) for kind, config in zip(kinds, configs, strict=True)]
+        return Pipeline(PUBLISHED[model], build(_VAE), encoders)
+    root = Path(model) if Path(model).is_dir() else _cached(model)
+    try:
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        transformer, vae = (_read(root / part) for part in ("transformer", "vae"))
+    except (OSError, ValueError) as error:
+        raise ArchitectureError(f"{model} is not a diffusers pipeline folder: {error}") from error
+    names = [name for name in index if name.startswith("text_encoder") and (root / name).is_dir()]
+    encoders = [_encoder(index[name][1], transformers.AutoConfig.from_pretrained(root / name)) for name in names]
+    return Pipeline(transformer, build(vae), encoders)
+
+
+def _encoder(kind: str, config: Any) -> Any:
+    with torch.device("meta"):
+        return getattr(transformers, kind)(config)
+
+
+def _cached(model: str) -> Path:
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        raise ArchitectureError(
+            f"the architecture of {model!r} is not known: it is no folder, not in the hub cache and none of "
+            f"{', '.join(PUBLISHED)}. Download the model, or give its folder"
+        ) from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The model of a diffusers configuration on the meta device; its class is the configuration's ``_class_name``."""
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+
+
+# ---- What a family's models are called with; the values do not matter ------------------------------------------------
+
+
+def transformer_inputs(
+    config: Mapping[str, Any], latent: Sequence[int], text_tokens: int, rows: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Keyword arguments of SD3's forward pass over ``rows`` latents of shape ``latent``, as the backbone gives them."""
+    return {
+        "hidden_states": torch.zeros(rows, *latent, dtype=dtype),
+        "timestep": torch.zeros(rows),
+        "encoder_hidden_states": torch.zeros(rows, text_tokens, config["joint_attention_dim"], dtype=dtype),
+        "pooled_projections": torch.zeros(rows, config["pooled_projection_dim"], dtype=dtype),
+    }
+
+
+def prompt_tokens(encoder: Any, max_sequence_length: int) -> int:
+    """Tokens of a prompt for one text encoder: CLIP's context or T5's length."""
+    return getattr(encoder.config, "max_position_embeddings", max_sequence_length)
+
+
+def text_tokens(pipeline: Pipeline, max_sequence_length: int) -> int:
+    """Tokens that the transformer sees of a prompt: CLIP's context, then T5's, which are zeros where there is no T5."""
+    return prompt_tokens(pipeline.encoders[0], max_sequence_length) + max_sequence_length
