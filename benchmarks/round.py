@@ -40,7 +40,7 @@ from diffusionopd.algorithms.opd import Distiller
 from diffusionopd.data.batches import Batch, choose_steps
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
 from diffusionopd.models.merged import MergedTeachers
-from tools.costs import Lora, TransformerShape, measure
+from tools.costs.count import measure
 
 Round = Callable[[], object]
 
@@ -272,12 +272,11 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
 
 def needed_flops(world: World) -> int:
     """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards."""
-    args, shape = world.args, TransformerShape.from_config(world.transformer_config)
-    _, height, width = world.latent_shape
-    image, text = height * width // shape.patch**2, world.texts[0].tokens.shape[1]
-    cost = measure(shape, image, text, Lora(RANK, TARGETS), half=world.half != torch.float32)
+    args, text, half = world.args, world.texts[0].tokens.shape[1], world.half != torch.float32
+    config = {"_class_name": "SD3Transformer2DModel", **world.transformer_config}
+    cost = measure(config, world.latent_shape, text, rank=RANK, targets=TARGETS, half=half)
     visits = args.batch_size * (len(world.texts) - 1) * int(args.steps * args.timestep_fraction)
-    return visits * (1 if args.guidance_scale == 1.0 else 2) * (cost.forward + cost.trained)
+    return visits * (1 if args.guidance_scale == 1.0 else 2) * (2 * cost.forward + cost.lora_forward + cost.backward)
 
 
 def summarise(

@@ -1,4 +1,4 @@
-"""What can be downloaded: sources, destinations, digests, licences. Data only; `files.py` and `hub.py` do the work.
+"""What can be downloaded: sources, destinations, digests, licences. Data only.
 
 Digests and sizes are as of 2026-11, of the files of Flow-GRPO's evaluations and of the weights that scorers were
 checked with. Hub files need none here: the hub states the SHA-256 of a large file when it sends it.
@@ -21,7 +21,7 @@ class File:
     urls: tuple[str, ...]  # the first that has it is taken
     sha256: str = ""  # of the file at `path`; only its first digits where no more are published
     size: int = 0  # bytes of the file at `path`, where known
-    extract: str = ""  # what is kept of the source: a key of `extracts.EXTRACTS`
+    extract: bool = False  # only UnifiedReward's question is kept of the source, see `files.question`
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ REWARDS = {
                 _QUESTION_SOURCES,
                 "1741e3ed294bd38333a1ac67005c8ac7919769f417f3fdc8940d5eb3ca099f54",
                 636,
-                "question",
+                extract=True,
             ),
         ),
         "the question of Wang et al., arXiv 2503.05236; its model runs in a server of its own",
