@@ -24,16 +24,16 @@ REQUIREMENTS = [
     "pillow>=11,<14",
     "requests>=2.32,<3",
     "matplotlib>=3.9,<4",
+    "jinja2>=3.1,<4",  # report pages
+    "pooch>=1.8,<2",  # downloads
     "tqdm>=4.66,<5",
 ]
 
 OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20,<2", "rapidfuzz>=3.9,<4"]
 SCIPY = ["scipy>=1.13,<2"]
 TENSORBOARD = ["tensorboard>=2.18,<3"]
-TOOLS = ["jinja2>=3.1,<4", "pooch>=1.8,<2"]
 EXTRAS = {
-    "tiny": OCR + SCIPY + TOOLS,  # the embedded tiny world: its reading scorer uses a real OCR engine
-    "tools": TOOLS,  # report pages and downloads
+    "tiny": OCR + SCIPY,  # the embedded tiny world: its reading scorer uses a real OCR engine
     "ocr": OCR,
     "geneval": SCIPY,
     "hpsv2": ["ftfy>=6.3,<7"],

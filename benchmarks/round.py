@@ -273,8 +273,7 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
 def needed_flops(world: World) -> int:
     """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards."""
     args, text, half = world.args, world.texts[0].tokens.shape[1], world.half != torch.float32
-    config = {"_class_name": "SD3Transformer2DModel", **world.transformer_config}
-    cost = measure(config, world.latent_shape, text, rank=RANK, targets=TARGETS, half=half)
+    cost = measure(world.transformer_config, world.latent_shape, text, rank=RANK, targets=TARGETS, half=half)
     visits = args.batch_size * (len(world.texts) - 1) * int(args.steps * args.timestep_fraction)
     return visits * (1 if args.guidance_scale == 1.0 else 2) * (2 * cost.forward + cost.lora_forward + cost.backward)
 

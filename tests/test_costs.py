@@ -38,7 +38,6 @@ SHAPES = {
 
 def small(**changes) -> dict:
     return {
-        "_class_name": "SD3Transformer2DModel",
         "sample_size": SIDE,
         "patch_size": 2,
         "in_channels": 8,
@@ -59,7 +58,7 @@ def counted(config: dict, targets=TARGETS, **options) -> Cost:
 
 def real(config: dict, targets: list[str] | None = None, half: bool = False) -> SD3Transformer2DModel:
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
+    transformer = SD3Transformer2DModel(**config)
     transformer = transformer.requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
     fuse_norms(transformer)
     if targets is not None:

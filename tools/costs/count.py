@@ -110,8 +110,8 @@ def _without_values(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace tensors on the meta device by fake ones; frozen ones in ``dtype``, trained ones with a gradient."""
     replaced: dict[Tensor, Tensor] = {}  # a tied one once
     for part in module.modules():
-        tensors: dict[str, Any]
-        for tensors in (part._parameters, part._buffers):
+        named: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in named:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

@@ -17,7 +17,6 @@ from torch import Tensor
 
 # <part>/config.json of the published repositories, where they differ from one another.
 _SD3 = {
-    "_class_name": "SD3Transformer2DModel",
     **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64},
     **{"num_attention_heads": 24, "num_layers": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536},
     **{"pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": None, "dual_attention_layers": ()},
@@ -113,9 +112,9 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """The model of a diffusers configuration on the meta device; its class is the configuration's ``_class_name``."""
+    """The model of a diffusers configuration on the meta device, by its ``_class_name``, else SD3's."""
     with torch.device("meta"):
-        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+        return getattr(diffusers, config.get("_class_name", "SD3Transformer2DModel")).from_config(dict(config))
 
 
 # ---- What a family's models are called with; the values do not matter ------------------------------------------------

@@ -66,8 +66,8 @@ def read_models(runs: Sequence[str]) -> list[Model]:
     """The models of command-line arguments `[NAME=]PATH`, in their order.
 
     A PATH is the folder of one evaluation, a folder with one such folder per data set, or a run folder with either in
-    its `evaluation/`. An evaluation that stands alone belongs to the data set that its settings name, else to that of other
-    models with the same prompts, else to one with its folder's name.
+    its `evaluation/`. An evaluation that stands alone belongs to the data set that its settings name, else to that of
+    other models with the same prompts, else to one with its folder's name.
 
     Raises:
         ComparisonError: nothing there, two models of one name, a file that cannot be read.
