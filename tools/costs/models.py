@@ -14,43 +14,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+from transformers import AutoConfig
 
-# <part>/config.json of the published repositories, where they differ from one another.
-_SD3 = {
-    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64},
-    **{"num_attention_heads": 24, "num_layers": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536},
-    **{"pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": None, "dual_attention_layers": ()},
-}
-_SD35_LARGE = {
-    **_SD3,
-    **{"num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
-}
-_SD35_MEDIUM = {**_SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
-    "stabilityai/stable-diffusion-3.5-medium": _SD35_MEDIUM,
-    "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
-    "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
-}
-"""Hub id -> its transformer's configuration. What follows is shared: the autoencoder, two CLIPs, T5 v1.1 XXL."""
-_VAE = {
-    "_class_name": "AutoencoderKL",
-    **{"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
-    **{"use_quant_conv": False, "use_post_quant_conv": False},
-}
-_CLIP_L = {
-    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "projection_dim": 768,
-}
-_CLIP_G = {
-    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-    "projection_dim": 1280,
-}
-_T5_XXL = {
-    **{"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128},
-    "feed_forward_proj": "gated-gelu",
-}
+_PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+PUBLISHED: dict[str, dict[str, Any]] = _PUBLISHED["transformers"]
+"""Hub id -> its transformer's configuration. The models share the autoencoder, two CLIPs and T5 v1.1 XXL."""
 
 
 class ArchitectureError(ValueError):
@@ -74,13 +42,8 @@ class Pipeline:
 def read_pipeline(model: str) -> Pipeline:
     """The parts of a pipeline folder, a published model or one in the hub cache. Raises ArchitectureError."""
     if model in PUBLISHED and not Path(model).is_dir():
-        configs = [
-            *(transformers.CLIPTextConfig(**clip) for clip in (_CLIP_L, _CLIP_G)),
-            transformers.T5Config(**_T5_XXL),
-        ]
-        kinds = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
-        encoders = [_encoder(kind, config) for kind, config in zip(kinds, configs, strict=True)]
-        return Pipeline(PUBLISHED[model], build(_VAE), encoders)
+        encoders = [_encoder(kind, AutoConfig.for_model(**config)) for kind, config in _PUBLISHED["text_encoders"]]
+        return Pipeline(PUBLISHED[model], build(_PUBLISHED["vae"]), encoders)
     root = Path(model) if Path(model).is_dir() else _cached(model)
     try:
         index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
@@ -88,7 +51,7 @@ def read_pipeline(model: str) -> Pipeline:
     except (OSError, ValueError) as error:
         raise ArchitectureError(f"{model} is not a diffusers pipeline folder: {error}") from error
     names = [name for name in index if name.startswith("text_encoder") and (root / name).is_dir()]
-    encoders = [_encoder(index[name][1], transformers.AutoConfig.from_pretrained(root / name)) for name in names]
+    encoders = [_encoder(index[name][1], AutoConfig.from_pretrained(root / name)) for name in names]
     return Pipeline(transformer, build(vae), encoders)
 
 
