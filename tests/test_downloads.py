@@ -101,25 +101,25 @@ def test_first_digits_of_a_digest_are_enough_where_no_more_are_published(server,
 
 
 def test_hub_files_are_loaded_by_its_client_and_checked_by_what_it_states(tmp_path, monkeypatch):
-    calls = []
+    calls, digest = [], [SHA256]
 
-    def load(repository, name, *, local_dir, force_download):
-        calls.append((repository, name, force_download))
+    def load(repository, name, *, local_dir):
+        calls.append((repository, name))
         if repository == "old/name":
             raise EntryNotFoundError("gone")
-        (Path(local_dir) / "sub").mkdir()
+        (Path(local_dir) / "sub").mkdir(parents=True)
         (Path(local_dir) / name).write_bytes(CONTENT)
         return str(Path(local_dir) / name)
 
     def facts(url):
-        assert url == "https://huggingface.co/old/name/resolve/main/sub/file.bin"
-        return SimpleNamespace(size=len(CONTENT), etag=SHA256)
+        assert url.endswith("/name/resolve/main/sub/file.bin")
+        return SimpleNamespace(size=len(CONTENT), etag=digest[0])
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", load)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", facts)
     file = File("folder/file.bin", ("hub:old/name/sub/file.bin", "hub:owner/name/sub/file.bin"))
     assert fetch(file, tmp_path)
-    assert calls == [("old/name", "sub/file.bin", False), ("owner/name", "sub/file.bin", False)]
+    assert calls == [("old/name", "sub/file.bin"), ("owner/name", "sub/file.bin")]
     path = tmp_path / "folder" / "file.bin"
     assert path.read_bytes() == CONTENT and recorded(path) == SHA256
     (tmp_path / "folder" / SUMS).unlink()
@@ -129,6 +129,10 @@ def test_hub_files_are_loaded_by_its_client_and_checked_by_what_it_states(tmp_pa
     with pytest.raises(DownloadError, match="--force"):
         fetch(file, tmp_path)
     assert path.read_bytes() == b"my own" and len(calls) == 2
+    digest[0] = "0" * 64
+    with pytest.raises(DownloadError, match="not the published file"):
+        fetch(file, tmp_path, force=True)
+    assert path.read_bytes() == b"my own" and left(tmp_path) == ["folder/file.bin"]
 
 
 def test_missing_file_falls_back_to_the_next_source(server, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 from pathlib import Path
 
 from pooch import file_hash
@@ -68,25 +69,28 @@ def verify(file: File, path: Path) -> None:
 
 def _load(url: str, file: File, path: Path, pause: float) -> None:
     """Load, verify and put into place. What does not verify is removed."""
+    place = path.with_name(f"{path.name}.part")  # a file, or the hub client's folder
     if url.startswith(HUB):
-        receive_from_hub(url, path)
-        return
-    partial = path.with_name(f"{path.name}.part")
-    receive(resolve(url), partial, pause, file.size if file.size and not file.extract else LARGEST)
+        partial, expected = receive_from_hub(url, place), stated(url)[1]
+    else:
+        partial, expected = place, file.sha256
+        receive(resolve(url), partial, pause, file.size if file.size and not file.extract else LARGEST)
     if file.extract:
         source = partial.read_bytes()
         partial.unlink()
         partial.write_bytes(question(source))
     actual = file_hash(str(partial))
-    if not actual.startswith(file.sha256):
-        partial.unlink()
+    if actual.startswith(expected):
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    shutil.rmtree(place, ignore_errors=True)
+    if not actual.startswith(expected):
+        partial.unlink(missing_ok=True)
         raise DownloadError(
-            f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of "
-            f"{file.sha256[:12]}…). Nothing of it is kept; try again, or without mirrors and proxies"
+            f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of {expected[:12]}…). "
+            "Nothing of it is kept; try again, or without mirrors and proxies"
         )
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, path)
 
 
 # ---- Digests ---------------------------------------------------------------------------------------------------------

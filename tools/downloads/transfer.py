@@ -79,14 +79,11 @@ def snapshot(repository: Repository) -> None:
         huggingface_hub.snapshot_download(repository.name, **patterns)
 
 
-def receive_from_hub(url: str, path: Path) -> None:
-    """Load `hub:owner/name/path` to `path`, in place of what is there. The client resumes and verifies."""
+def receive_from_hub(url: str, folder: Path) -> Path:
+    """Load `hub:owner/name/path` into a folder, going on with what is there; returns the file. Raises as `receive`."""
     owner, name, file = url.removeprefix(HUB).split("/", 2)
-    force = path.exists()  # else the client goes on where it was cut
     with _hub_errors(f"{owner}/{name}"):
-        cached = huggingface_hub.hf_hub_download(f"{owner}/{name}", file, local_dir=path.parent, force_download=force)
-        if Path(cached) != path:
-            os.replace(cached, path)
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file, local_dir=folder))
 
 
 def stated(url: str) -> tuple[int, str]:
