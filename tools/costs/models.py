@@ -42,7 +42,7 @@ class Pipeline:
 def read_pipeline(model: str) -> Pipeline:
     """The parts of a pipeline folder, a published model or one in the hub cache. Raises ArchitectureError."""
     if model in PUBLISHED and not Path(model).is_dir():
-        encoders = [_encoder(kind, AutoConfig.for_model(**config)) for kind, config in _PUBLISHED["text_encoders"]]
+        encoders = [_encoder(kind, config) for kind, config in _PUBLISHED["text_encoders"]]
         return Pipeline(PUBLISHED[model], build(_PUBLISHED["vae"]), encoders)
     root = Path(model) if Path(model).is_dir() else _cached(model)
     try:
@@ -51,13 +51,13 @@ def read_pipeline(model: str) -> Pipeline:
     except (OSError, ValueError) as error:
         raise ArchitectureError(f"{model} is not a diffusers pipeline folder: {error}") from error
     names = [name for name in index if name.startswith("text_encoder") and (root / name).is_dir()]
-    encoders = [_encoder(index[name][1], AutoConfig.from_pretrained(root / name)) for name in names]
+    encoders = [_encoder(index[name][1], _read(root / name)) for name in names]
     return Pipeline(transformer, build(vae), encoders)
 
 
-def _encoder(kind: str, config: Any) -> Any:
+def _encoder(kind: str, config: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
-        return getattr(transformers, kind)(config)
+        return getattr(transformers, kind)(AutoConfig.for_model(**config))
 
 
 def _cached(model: str) -> Path:
