@@ -1,4 +1,4 @@
-"""Put several evaluated models into one table, the paper's, with their pictures side by side.
+"""Put several evaluated models into one table, the paper's, with their images side by side.
 
     python -m tools.compare logs/base/evaluation student=logs/mopd --published
     python -m tools.compare logs/quickstart/evaluation/*
@@ -30,7 +30,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a model's evaluations; NAME for the table")
     parser.add_argument("--output", type=Path, default=Path("logs/comparison"), help="folder (default logs/comparison)")
     parser.add_argument("--published", action="store_true", help="add the rows of the paper's Table 1")
-    parser.add_argument("--pictures", type=int, default=12, help="prompts to show of each data set, the first ones")
+    parser.add_argument(
+        "--pictures", type=int, default=12, metavar="PROMPTS", help="prompts to show of each data set, the first ones"
+    )
     parser.add_argument("--title", default="DiffusionOPD: models compared")
     flags = parser.parse_args(arguments)
     if flags.pictures < 0:

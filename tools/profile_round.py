@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from diffusionopd.config_schema import load_config, split_arguments
 from diffusionopd.training import profile
-from tools.report import shares
+from tools.report.plots import shares
 
 
 def main() -> str | None:

@@ -28,7 +28,7 @@ def main() -> None:
     try:
         report = collect(flags.run, flags.eval, flags.title, flags.seconds)
         page = render(report)
-    except (ValueError, OSError) as error:  # OSError: a picture that is none
+    except (ValueError, OSError) as error:  # OSError: an image that is none
         sys.exit(f"error: {error}")
     flags.output.mkdir(parents=True, exist_ok=True)
     write_atomically(flags.output / "report.html", page)
