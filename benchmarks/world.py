@@ -19,7 +19,6 @@ from torch import nn
 from diffusionopd.algorithms.base import STUDENT, Parts
 from diffusionopd.algorithms.opd import Distiller, Recipe
 from diffusionopd.algorithms.optim import StudentOptimizer
-from diffusionopd.config_schema import base_config
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.noise import noise
 from diffusionopd.models.backbone import Backbone, TextEncoder, load_backbone, load_text_encoder
@@ -27,6 +26,7 @@ from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.training import base_config
 from diffusionopd.transitions import schedule
 
 ROOT = Path(__file__).resolve().parent.parent

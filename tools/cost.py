@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from ml_collections import ConfigDict
 
-from diffusionopd.config_schema import RunPlan, check, load_config, redacted, split_arguments
+from diffusionopd.config_schema import RunPlan, redacted, split_arguments
+from diffusionopd.training import check, load_config
 from tools.costs.count import Cost
 from tools.costs.models import read_pipeline
 from tools.costs.round import MACHINE, RoundCost, count_round, encoder_bytes, measure_step, memory

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.config_schema import load_config, split_arguments
-from diffusionopd.training import profile
+from diffusionopd.config_schema import split_arguments
+from diffusionopd.training import load_config
+from diffusionopd.training.profiling import profile
 from tools.report.plots import shares
 
 

@@ -36,9 +36,10 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from tqdm import tqdm
 
-from diffusionopd.config_schema import RunPlan, check, load_config, redacted
+from diffusionopd.config_schema import RunPlan, redacted
 from diffusionopd.evaluation.results import read_averages, read_records
 from diffusionopd.files import write_atomically
+from diffusionopd.training import check, load_config
 from experiments.claims.curves import ClaimsError
 from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from experiments.claims.report import write

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pooch import file_hash
 
-from diffusionopd.evaluation.results import write_text_atomically
+from diffusionopd.files import write_atomically
 from tools.downloads.catalogue import HUB, File
 from tools.downloads.transfer import LARGEST, DownloadError, Refused, receive, receive_from_hub, resolve, stated
 
@@ -104,7 +104,7 @@ def recorded(path: Path) -> str:
 def record(path: Path, sha256: str) -> None:
     """Enter a file's digest, in place of an earlier one."""
     entries = sorted((_sums(path) | {path.name: sha256}).items())
-    write_text_atomically(path.with_name(SUMS), "".join(f"{digest}  {name}\n" for name, digest in entries))
+    write_atomically(path.with_name(SUMS), "".join(f"{digest}  {name}\n" for name, digest in entries))
 
 
 def _sums(path: Path) -> dict[str, str]:

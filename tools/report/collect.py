@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import ConfigError, is_number, read_run_config
+from diffusionopd.config_schema import ConfigError, is_number
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
+from diffusionopd.training.resume import read_run_config
 from tools.report import plots
 from tools.report.pages import aligned, data_uri, image_of, render_page
 from tools.report.plots import Points
