@@ -107,7 +107,7 @@ def sd35_large_mopd() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:sd35_large_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
-    Hardware:  8 GPUs, 50 GB each (21 GB with --config.activation_checkpointing=True); 72 images per round, 24 per task
+    Hardware:  8 GPUs, 45 GB each (22 GB with --config.activation_checkpointing=True); 72 images per round, 24 per task
     Cost:      28 PFLOP per round, 22 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
