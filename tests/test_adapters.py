@@ -126,7 +126,7 @@ def test_saved_student_loads_in_stock_peft_and_diffusers(pipeline_folder, backbo
 
 def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters, tmp_path):
     """The diffusers file, loaded by the stock pipeline, draws what our backbone draws."""
-    from diffusionopd.evaluation.evaluate import sample_images
+    from diffusionopd.evaluation.sampling import sample_images
     from diffusionopd.models.backbone import load_text_encoder
 
     with torch.no_grad():

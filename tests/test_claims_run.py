@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diffusionopd.config_schema import check, load_config  # noqa: E402
-from diffusionopd.evaluation.results import write_text_atomically  # noqa: E402
+from diffusionopd.files import write_atomically  # noqa: E402
 from diffusionopd.rewards import REGISTRY  # noqa: E402
 from experiments.claims.curves import ClaimsError  # noqa: E402
 from experiments.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
@@ -50,8 +50,8 @@ def finish(workshop: Workshop, run: Run) -> None:
     checkpoints = workshop.folder(run) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     workshop.results.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(checkpoints / "latest", "checkpoint-3")
-    write_text_atomically(workshop.result_file(run), '{"rounds": 3}')
+    write_atomically(checkpoints / "latest", "checkpoint-3")
+    write_atomically(workshop.result_file(run), '{"rounds": 3}')
 
 
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):

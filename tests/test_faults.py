@@ -172,7 +172,7 @@ def said(records, text: str) -> int:
 
 
 def test_a_reward_that_hangs_in_monitoring_and_evaluation_is_left_out(tiny_config, tmp_path, hanging, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.worker.PATIENCE", 0.1)
+    monkeypatch.setattr("diffusionopd.rewards.worker.SHUTDOWN_GRACE", 0.1)
     with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         train(tiny_config(num_epochs=3, monitor_freq=1, eval_freq=3, eval_num_prompts=2, reward_timeout=0.2))
@@ -214,7 +214,7 @@ def rewarded(tiny_config, **changes):
 
 
 def test_a_reward_that_is_trained_on_and_hangs_ends_the_run(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.worker.PATIENCE", 0.1)
+    monkeypatch.setattr("diffusionopd.rewards.worker.SHUTDOWN_GRACE", 0.1)
     score, calls = JpegCompressibility.score, []
 
     def hangs_in_round_2(self, *arguments):

@@ -34,7 +34,7 @@ from diffusionopd.config_schema import (
 from diffusionopd.config_schema.load import _with_defaults
 from diffusionopd.config_schema.values import flatten
 from diffusionopd.data.prompts import PromptError, read_prompts
-from diffusionopd.evaluation.evaluate import find_checkpoint
+from diffusionopd.evaluation.job import find_checkpoint
 from diffusionopd.evaluation.results import (
     EvaluationError,
     Record,
@@ -50,7 +50,7 @@ from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.chat_server import ChatServer, api_root
-from diffusionopd.rewards.geneval.request import parse_request
+from diffusionopd.rewards.geneval.rules import parse_request
 from diffusionopd.rewards.unifiedreward import final_score
 from diffusionopd.training import checkpoint
 from diffusionopd.training.metrics import MetricsWriter

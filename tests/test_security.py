@@ -181,7 +181,7 @@ def test_mmdetection_does_not_see_a_pickle(canary, tmp_path, monkeypatch):
     seen = []
     apis = types.SimpleNamespace(inference_detector=None, init_detector=lambda *args, **options: seen.append(args))
     monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=apis))
-    with pytest.raises(RewardError, match="is no mmdetection checkpoint"):
+    with pytest.raises(RewardError, match="is not the checkpoint of reward 'geneval'"):
         build_scorer("geneval", options={"detector": f"mmdet:{path}", "checkpoint": path})
     assert seen == []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd.evaluation.evaluate import ImageGenerator
+from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.signals import SAME, SIGNALS, STOPPED, SignalWatch, end_at_signals
 from diffusionopd.training import Trainer, checkpoint, train
 from diffusionopd.training.stop import Stopped, read_pending

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.evaluation.results import write_text_atomically
+from diffusionopd.files import write_atomically
 from tools.report import (
     compare,
     csv_table,
@@ -50,7 +50,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     text = text_comparison(comparison)
     for name, content in (("html", page), ("csv", csv_table(comparison)), ("txt", text + "\n")):
-        write_text_atomically(flags.output / f"comparison.{name}", content)
+        write_atomically(flags.output / f"comparison.{name}", content)
     print(f"\n{text}\n\nwritten to {flags.output}: comparison.html, comparison.csv, comparison.txt")
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from diffusionopd.training import base_config
 from diffusionopd.tiny import flow, parallel
 from diffusionopd.tiny.grammar import TASKS
 from diffusionopd.tiny.train_base import POOL, POOL_SEED
+from diffusionopd.training import base_config
 
 RANK, ALPHA = 16, 32
 _LEARNING_RATE = 2e-3

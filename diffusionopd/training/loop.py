@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from diffusionopd.algorithms.base import Result
 from diffusionopd.distributed import together
-from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
+from diffusionopd.evaluation.evaluate import evaluate_task
+from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.failures import memory_advice
 from diffusionopd.files import write_json
 from diffusionopd.models.policies import STUDENT

@@ -42,7 +42,7 @@ from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.metrics import MetricsWriter
@@ -69,7 +69,7 @@ class Run:
     text: TextCache
     test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
     rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
-    scorers: Mapping[str, Mapping[str, LimitedScorer]]  # by task; of evaluations
+    scorers: Mapping[str, Mapping[str, RewardWorker]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
     digests: Mapping[str, str]  # of prompts and weights
@@ -97,7 +97,7 @@ class Run:
             worker.close(cancel=True)
         for scorers in self.scorers.values():
             for scorer in scorers.values():
-                scorer.close()
+                scorer.close(cancel=True)
         self.metrics.close()
         self.accelerator.end_training()
 
@@ -360,18 +360,20 @@ def _build_rewards(plan: Plan, device: str) -> dict[str, RewardWorker]:
     for task in plan.tasks:
         scorer = build_composite(task.proxy_reward, device, plan.watch.reward_options)
         name = ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, patient=True)
+        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, retry_unavailable=True)
     return workers
 
 
-def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, LimitedScorer]]:
+def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, RewardWorker]]:
     """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
-    scorers: dict[str, dict[str, LimitedScorer]] = {}
+    scorers: dict[str, dict[str, RewardWorker]] = {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         for name in task.proxy_reward:
             try:
                 scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
-                scorers.setdefault(task.name, {})[name] = LimitedScorer(scorer, name, plan.watch.reward_timeout)
+                scorers.setdefault(task.name, {})[name] = RewardWorker(
+                    scorer, 1, name=name, timeout=plan.watch.reward_timeout
+                )
             except RewardError as error:
                 warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
     return scorers

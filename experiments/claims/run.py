@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 from tqdm import tqdm
 
 from diffusionopd.config_schema import RunPlan, check, load_config, redacted
-from diffusionopd.evaluation.results import read_averages, read_records, write_text_atomically
+from diffusionopd.evaluation.results import read_averages, read_records
+from diffusionopd.files import write_atomically
 from experiments.claims.curves import ClaimsError
 from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from experiments.claims.report import write
@@ -123,7 +124,7 @@ class Workshop:
         scores = self._evaluate(run)
         result = self._describe(run, scores, time.perf_counter() - started)
         self.results.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
+        write_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
 
     def _train(self, run: Run) -> None:
         settings = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
