@@ -45,6 +45,12 @@ def draw(path: Path) -> None:
     figure.savefig(path)
 
 
+def velocities(visit: Visit) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's."""
+    assert visit.v_teacher is not None
+    return visit.v_student, visit.v_teacher
+
+
 # --- one task in the plane --------------------------------------------------------------------------------------------
 
 
@@ -70,16 +76,17 @@ def draw_plane(figure: Any) -> None:
     """The visited states, the two Gaussians at each, and where the student goes after one optimizer step."""
     student, teacher = torch.tensor([[2.9, -1.5]], requires_grad=True), torch.tensor([[2.7, 2.1]])
     visits = walk_plane(student, teacher)
-    sum(distillation_loss(v.transition, v.v_student, v.v_teacher) for v in visits).sum().backward()
+    torch.cat([distillation_loss(visit.transition, *velocities(visit)) for visit in visits]).sum().backward()
+    assert student.grad is not None
     updated = (student - 0.5 * student.grad / student.grad.norm() * (student - teacher).norm()).detach()
     axes = figure.add_axes((0.03, 0.24, 0.94, 0.62))
     for walked, style in ((visits, "-"), (walk_plane(updated, teacher), ":")):
         states = torch.cat([walked[0].x, *(visit.x_next for visit in walked)]).detach()
         axes.plot(*states.T, style, marker="o", color=GREY, ms=5, lw=1.6, alpha=0.6 if style == ":" else 1, zorder=3)
     for visit in visits:
-        means = [visit.transition.mean(visit.x, v).detach()[0].tolist() for v in (visit.v_student, visit.v_teacher)]
+        means = [tuple(visit.transition.mean(visit.x, v).detach()[0].tolist()) for v in velocities(visit)]
         for mean, colour in zip(means, (STUDENT, TEACHER), strict=True):
-            axes.add_patch(Circle(mean, visit.transition.std, color=colour, alpha=0.3, lw=0))
+            axes.add_patch(Circle((mean[0], mean[1]), visit.transition.std, color=colour, alpha=0.3, lw=0))
         axes.annotate("", means[1], means[0], arrowprops={"arrowstyle": "-|>", "lw": 1.8, "color": TEACHER}, zorder=4)
     axes.annotate("noise", visits[0].x[0], (-6, 14), textcoords="offset points", ha="center", color=GREY)
     axes.annotate("image", visits[-1].x_next[0].detach(), (0, -26), textcoords="offset points", ha="center", color=GREY)
@@ -110,11 +117,9 @@ def visit_round(folder: str) -> tuple[list[float], list[tuple[str, str, Tensor]]
         for batch in run.batches.round(0):
             policies, noise = (run.algorithm.student(batch), run.algorithm.teacher(batch)), batch.step_noise
             visits = list(rollout(batch.noise, transitions, *policies, trained=batch.steps, draw_noise=noise))
-            velocities = [visits[n].v_student for n in STEPS] + [visits[n].v_teacher for n in STEPS]
             row = SAMPLES[batch.rows[0].task]
-            predicted = [
-                (visits[n].x - transitions[n].sigma * v)[row] for n, v in zip(STEPS * 2, velocities, strict=True)
-            ]
+            pairs = [[visits[n].x - transitions[n].sigma * v for v in velocities(visits[n])] for n in STEPS]
+            predicted = [x0[row] for who in zip(*pairs, strict=True) for x0 in who]
             images = run.backbone.decode(torch.stack(predicted)).unflatten(0, (2, len(STEPS)))
             found.append((batch.rows[row].task, batch.rows[row].prompt.text, images))
     return [transitions[n].sigma for n in STEPS], found
