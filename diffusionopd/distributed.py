@@ -105,15 +105,15 @@ def barrier(what: str, timeout: float | None = None) -> None:
         raise OtherProcessError(f"not every process came to {what!r} within {seconds:g} s: {said}") from error
 
 
-def together(work: Callable[[], object], what: str, timeout: float | None = None) -> None:
-    """Do this process's part of ``what``; when it fails on any process, raise on every one.
+def together(work: Callable[[], T], what: str, timeout: float | None = None) -> T:
+    """Do this process's part of ``what`` and return its result; when it fails on any process, raise on every one.
 
     The process that failed raises its own error, the others OtherProcessError with its rank and message; ``timeout``
     and a missing process as in :func:`barrier`.
     """
     failure: Exception | None = None
     try:
-        work()
+        result = work()
     except Exception as error:
         failure = error
     barrier(what, timeout)
@@ -122,6 +122,7 @@ def together(work: Callable[[], object], what: str, timeout: float | None = None
         raise failure
     if any(texts):
         raise OtherProcessError(f"{what} failed on {by_rank(texts)}")
+    return result
 
 
 def by_rank(texts: Sequence[str]) -> str:

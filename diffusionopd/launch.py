@@ -78,9 +78,11 @@ def supervise(command: Sequence[str], environments: Sequence[Mapping[str, str]])
             if os.getppid() != launcher:
                 os._exit(128 + signal.SIGKILL)
 
-    # A session of its own for each: what a terminal sends to the launcher's group reaches them once, from here.
+    # Of several, a session of its own for each: what a terminal sends to the launcher's group reaches them from here. A
+    # single one keeps the terminal, for debuggers.
+    several = len(environments) > 1
     workers = [
-        subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=die_with_launcher)
+        subprocess.Popen(command, env=dict(environment), start_new_session=several, preexec_fn=die_with_launcher)
         for environment in environments
     ]
     failure, passed_on, first_at, deadline = 0, 0, 0.0, float("inf")

@@ -13,6 +13,7 @@ from diffusionopd.failures import OutOfMemoryError, ending_together, memory_advi
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import agreement, checkpoint, command, loop
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
+from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.state import RunError
 
 from .forked import Ended, fork
@@ -121,6 +122,17 @@ def test_a_reward_that_fails_in_one_process_ends_the_run_on_each_with_its_name(r
         assert "Traceback" not in end.errors
         for fact in ("error: rank 1", "'first'", "'jpeg_compressibility'", "the scorer's disk is gone"):
             assert fact in end.errors
+
+
+def test_a_process_that_hangs_is_named_and_ended(run_case):
+    def fault(rank, _):
+        if rank == 1:
+            MetricsWriter.sync = lambda self: time.sleep(60)  # before a save
+
+    ends = run_case(fault, collective_timeout=3.0)
+    assert "Traceback" not in ends[0].errors
+    assert "error: " in ends[0].errors and "'saving' within 3 s" in ends[0].errors and "Ranks 1 " in ends[0].errors
+    assert "because rank 0 failed" in ends[1].errors
 
 
 def test_processes_with_other_configurations_do_not_begin(run_case, tmp_path):

@@ -170,7 +170,7 @@ def test_metrics_of_a_run(tmp_path_factory, content):
         assert [row["round"] for row in rows] == sorted({row["round"] for row in rows})
     MetricsWriter(path).truncate_after(2)
     kept = path.read_bytes()
-    MetricsWriter(path).write(3, loss=0.5)
+    MetricsWriter(path).write({"round": 3, "loss": 0.5})
     assert path.read_bytes().startswith(kept)
     assert json.loads(path.read_text().splitlines()[-1]) == {"round": 3, "loss": 0.5}
 
@@ -387,12 +387,12 @@ def test_checkpoints_of_another_content(saved, data):
         path.write_bytes(data.draw(altered(json.loads(contents[path])).map(encode) | deep.map(str.encode)))
     if kind != "manifest":
         (folder / "manifest.json").unlink()
-        checkpoint._seal(folder, 1)
+        checkpoint._finalize(folder, 1)
     with only(checkpoint.CheckpointError, checkpoint.NewerFormatError, ResumeError, RunError, naming=folder):
         resume(folder)
     with only(checkpoint.NewerFormatError, naming=folder):
         checkpoint.find_latest(folder.parent)
-    checkpoint._next_sequence(folder.parent)
+    checkpoint.folders(folder.parent)
 
 
 @fuzz(60)

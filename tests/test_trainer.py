@@ -132,7 +132,7 @@ def test_resume_from_a_path_or_a_damaged_checkpoint(tiny_config, tmp_path):
     assert metrics(tmp_path / "logs" / "other")[0]["round"] == 2
     tensors = root / "checkpoint-2" / "state" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
-    with pytest.raises(checkpoint.CheckpointError, match="truncated"):
+    with pytest.raises(checkpoint.CheckpointError, match="bytes instead of"):
         train(tiny_config(num_epochs=3, resume_from=str(root / "checkpoint-2"), run_name="third"))
     with pytest.warns(UserWarning, match="checkpoint-2 is damaged"):
         resumed = train(tiny_config(num_epochs=3, resume_from="auto"))
@@ -292,7 +292,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(tiny_config, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_state", full)
-    with pytest.raises(checkpoint.CheckpointError, match="No space left.*earlier checkpoints are untouched"):
+    with pytest.raises(checkpoint.CheckpointError, match="No space left.*checkpoints are untouched"):
         train(tiny_config(num_epochs=2, resume_from="auto"))
     monkeypatch.undo()
     checkpoint.verify(first)

@@ -36,8 +36,9 @@ def main() -> str | None:
     except ValueError as error:
         return f"error: {error}"
     if found is not None:
-        (folder / "stages.svg").write_text(shares(found.stage_seconds, "seconds of a round"), encoding="utf-8")
-        print(f"\n{found.text()}\nwritten to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
+        (folder / "stages.svg").write_text(shares(found["stage_seconds"], "seconds of a round"), encoding="utf-8")
+        print(f"\n{(folder / 'summary.txt').read_text()}")
+        print(f"written to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
     return None
 
 

@@ -87,13 +87,13 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
     `hashes` False compares presence and sizes only. Files that the manifest does not know are ignored.
     """
-    for name, entry in _read_manifest(Path(folder))["files"].items():
+    for name, (size, digest) in _read_manifest(Path(folder))[1].items():
         path = Path(folder) / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise CheckpointError(f"{path} has {size:,} bytes instead of {entry['bytes']:,}")
-        if hashes and sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
+        if hashes and sha256(path) != digest:
             raise CheckpointError(f"{path} does not match its sha256: its content has changed since it was saved")
 
 
@@ -233,32 +233,31 @@ def _discard(path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """Its sequence number, and size and sha256 of each file."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        intact = manifest.pop("digest") == _digest(manifest)
-        newer = manifest["format"] > FORMAT
+        if manifest.pop("digest") != _digest(manifest):
+            raise ValueError("it does not match its own digest")
+        newer, sequence = manifest["format"] > FORMAT, int(manifest["sequence"])
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the checkpoint is incomplete, or was not written by this program"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing: {folder} is incomplete, or not of this program") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: it does not match its own digest")
     if newer:
         raise NewerFormatError(
             f"{folder} has format {manifest['format']}, this program reads {FORMAT}: update the program, or move that "
             "folder away to go on from an earlier checkpoint"
         )
-    return manifest
+    return sequence, files
 
 
 def _sequence(folder: Path) -> float:
     """The folder's place in the order of saves; infinity, so that it is looked at first, if that cannot be read."""
     try:
-        return int(_read_manifest(folder)["sequence"])
+        return _read_manifest(folder)[0]
     except (CheckpointError, OSError):
         return float("inf")
 

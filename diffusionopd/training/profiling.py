@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from ml_collections import ConfigDict
@@ -20,47 +20,17 @@ from diffusionopd.training.setup import Run, started
 OTHER = "everything else"
 
 
-@dataclass
-class Profile:
-    """Seconds of a median round; of this process."""
-
-    round_seconds: float  # undisturbed
-    stage_seconds: dict[str, float]  # stages one after the other, longest first, and the rest of the round
-    peak_bytes: int | None  # of GPU memory, None without a GPU
-    rounds: int
-    machine: str
-    operators: str = ""  # torch's table of the most expensive operators
-    kernel_seconds: float | None = None  # that the GPU computes in a round; the rest of the round it waits for launches
-    kernels: int | None = None  # CUDA kernels launched in a round
-
-    def text(self) -> str:
-        """The summary for people."""
-        staged, width = sum(self.stage_seconds.values()), max(map(len, self.stage_seconds))
-        lines = [
-            f"a round takes {self.round_seconds:.4g} s undisturbed, {staged:.4g} s with its stages one after the other "
-            f"(medians of {self.rounds}); {self.machine}\n",
-            *(f"{name:<{width}}  {s:10.4f} s  {s / staged:6.1%}" for name, s in self.stage_seconds.items()),
-            "",
-        ]
-        if self.peak_bytes is not None:
-            lines.append(f"peak GPU memory {self.peak_bytes / 2**30:.2f} GiB")
-        if self.kernel_seconds is not None:
-            lines.append(f"the GPU computes for {self.kernel_seconds:.4g} s of a round, in {self.kernels} kernels")
-        if self.operators:
-            lines += ["most expensive operators of one round:", self.operators]
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> None:
-        """``summary.txt`` and ``summary.json``."""
-        write_atomically(folder / "summary.txt", self.text() + "\n")
-        write_json(folder / "summary.json", asdict(self))
-
-
-def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None:
+def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> dict[str, Any] | None:
     """Profile rounds of ``config`` and write ``summary.txt``, ``summary.json`` and ``trace.json.gz`` into ``folder``.
 
     The run itself lives in ``folder/run``: no run of the user's is touched, nothing is evaluated or saved. Every
-    process of a distributed run takes part; the first one writes and returns the profile, the others return None.
+    process of a distributed run takes part; the first one returns what ``summary.json`` has, the others None:
+
+    - ``round_seconds``: a median round, undisturbed
+    - ``stage_seconds``: its stages one after the other, longest first, and the rest of the round
+    - ``kernel_seconds``, ``kernels``: how long the GPU computes in a round, and in how many CUDA kernels (None without)
+    - ``peak_bytes`` of GPU memory; ``rounds``; ``machine``; ``operators``: torch's table of the most expensive ones
+
     Raises what :func:`diffusionopd.training.train` raises before its first round.
     """
     config = config.copy_and_resolve_references()
@@ -75,7 +45,7 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> Profile | None
         return _measure(run, folder, rounds)
 
 
-def _measure(run: Run, folder: Path, rounds: int) -> Profile | None:
+def _measure(run: Run, folder: Path, rounds: int) -> dict[str, Any] | None:
     device = run.accelerator.device
     gpu = device.type == "cuda"
     numbers = iter(tqdm(range(2 * rounds + 2), desc="profiling", unit="round", disable=not run.is_main))
@@ -99,15 +69,18 @@ def _measure(run: Run, folder: Path, rounds: int) -> Profile | None:
         staged.append(stages | {OTHER: total - sum(stages.values())})
     names = {name for stages in staged for name in stages}
     medians = {name: median(stages.get(name, 0.0) for stages in staged) for name in names}
-    found = Profile(
-        round_seconds=median(undisturbed),
-        stage_seconds=dict(sorted(medians.items(), key=lambda item: -item[1])),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if gpu else None,
-        rounds=rounds,
-        machine=f"{device}, torch {torch.__version__}, {run.plan.shape.num_processes} process(es)",
-    )
+    summary: dict[str, Any] = {
+        "round_seconds": median(undisturbed),
+        "stage_seconds": dict(sorted(medians.items(), key=lambda item: -item[1])),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "rounds": rounds,
+        "machine": f"{device}, torch {torch.__version__}, {run.plan.shape.num_processes} process(es)",
+        "operators": "",
+        "kernel_seconds": None,
+        "kernels": None,
+    }
     if run.is_main:
-        found.write(folder)  # a trace of a large model's round takes minutes, and may be cut short
+        _write(summary, folder)  # a trace of a large model's round takes minutes, and may be cut short
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=activities) as traced:
         _train(run, next(numbers))
@@ -116,14 +89,32 @@ def _measure(run: Run, folder: Path, rounds: int) -> Profile | None:
         return None
     events = traced.key_averages()
     own = "self_device_time_total" if gpu else "self_cpu_time_total"
-    found.operators = events.table(sort_by=own, row_limit=12, max_name_column_width=40)
+    summary["operators"] = events.table(sort_by=own, row_limit=12, max_name_column_width=40)
     if gpu:
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        found.kernel_seconds = sum(event.self_device_time_total for event in kernels) / 1e6
-        found.kernels = sum(event.count for event in kernels)
-    found.write(folder)
+        summary["kernel_seconds"] = sum(event.self_device_time_total for event in kernels) / 1e6
+        summary["kernels"] = sum(event.count for event in kernels)
+    _write(summary, folder)
     traced.export_chrome_trace(str(folder / "trace.json.gz"))
-    return found
+    return summary
+
+
+def _write(summary: dict[str, Any], folder: Path) -> None:
+    """``summary.json``, and the same for people."""
+    write_json(folder / "summary.json", summary)
+    stages = summary["stage_seconds"]
+    staged, width = sum(stages.values()), max(map(len, stages))
+    lines = [
+        f"a round takes {summary['round_seconds']:.4g} s undisturbed, {staged:.4g} s with its stages one after the "
+        f"other (medians of {summary['rounds']}); {summary['machine']}\n",
+        *(f"{name:<{width}}  {seconds:10.4f} s  {seconds / staged:6.1%}" for name, seconds in stages.items()),
+    ]
+    if summary["peak_bytes"] is not None:
+        lines.append(f"\npeak GPU memory {summary['peak_bytes'] / 2**30:.2f} GiB")
+    if summary["kernels"] is not None:
+        lines.append(f"the GPU computes for {summary['kernel_seconds']:.4g} s, in {summary['kernels']} kernels")
+    lines.append(f"\nmost expensive operators of one round:\n{summary['operators']}" if summary["operators"] else "")
+    write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
 
 
 def _train(run: Run, index: int) -> None:

@@ -111,23 +111,29 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     """
     requested_sharding()  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
+    agree(setup_facts(config.to_dict()))
+    resume, plan = together(partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
+    accelerator.print(plan.describe())
+    if dry_run:
+        accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+        yield None
+        return
+    accelerator.project_configuration.project_dir = str(plan.run.run_dir)
+    accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
     with ending_together():
-        agree(setup_facts(config.to_dict()))
-        resume = find_start(config, accelerator.num_processes, allow_config_change)
-        plan = check(resume.config, accelerator.num_processes)
-        check_devices(plan, accelerator.device)
-        accelerator.print(plan.describe())
-        if dry_run:
-            accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
-            yield None
-            return
-        accelerator.project_configuration.project_dir = str(plan.run.run_dir)
-        accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
         run = build(plan, resume, accelerator)
         try:
             yield run
         finally:
             run.close()
+
+
+def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
+    """Where the run starts, and what it will do: what is wrong is said here, before weights load."""
+    resume = find_start(config, accelerator.num_processes, allow_config_change)
+    plan = check(resume.config, accelerator.num_processes)
+    check_devices(plan, accelerator.device)
+    return resume, plan
 
 
 def make_accelerator(config: ConfigDict) -> Accelerator:
