@@ -6,29 +6,31 @@ It is the oracle of the tests and the reference schedule of ``benchmarks/round.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.opd import STUDENT, Distiller
+from diffusionopd.algorithms.base import STUDENT
 from diffusionopd.data.batches import Batch
 
 
-def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
+def three_pass(learner: Any, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
     """Accumulate the round's gradient in three separate passes; losses ``[batches, steps]`` and the final latents.
 
     Pass 1 samples the whole trajectory without gradients, pass 2 computes the teacher's mean at every state of it,
     pass 3 runs the student again, with gradients, at the trained steps and compares the means of the transitions.
+    ``learner`` has the backbone, adapters, optimizer, negative and recipe of a distillation.
     """
-    backbone, adapters, recipe = distiller.backbone, distiller.adapters, distiller.recipe
-    losses = torch.zeros(len(batches), recipe.trained_steps, device=backbone.device)
+    recipe = learner.recipe
+    losses = torch.zeros(len(batches), recipe.trained_steps, device=learner.backbone.device)
     finals = []
     for i, batch in enumerate(batches):
 
         def mean(adapter: str, x: Tensor, step: int, guidance: float, batch: Batch = batch) -> Tensor:
-            adapters.use(adapter)
+            learner.adapters.use(adapter)
             transition = recipe.transitions[step]
-            v = backbone.velocity(x, transition.sigma, batch.text, guidance, distiller.negative)
+            v = learner.backbone.velocity(x, transition.sigma, batch.text, guidance, learner.negative)
             return transition.mean(x, v)
 
         states = [batch.x]
@@ -43,7 +45,7 @@ def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, 
             difference = mean(STUDENT, x, step, recipe.student_guidance) - teacher_means[step]
             variance = recipe.transitions[step].std ** 2 or 1.0
             loss = (difference.square().flatten(1).mean(1) / (2 * variance)).mean()
-            distiller.optimizer.backward(loss / losses.numel())
+            learner.optimizer.backward(loss / losses.numel())
             losses[i, step] = loss.detach()
         finals.append(states[-1])
     return losses, finals
