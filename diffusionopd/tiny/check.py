@@ -133,10 +133,10 @@ def draw(assets: Path) -> Image.Image:
 def _block(task: str, prompts: Sequence[Caption], assets: Path, base: StableDiffusion3Pipeline) -> Image.Image:
     cell, rng, texts = RESOLUTION * _ZOOM, random.Random(0), [p.text for p in prompts]
     teacher, guidance = load(assets, task), TEACHER_GUIDANCE[task]
-    rows = {  # uint8 [columns, 64, 64, 3] each
+    rows: dict[str, list[np.ndarray]] = {  # uint8 [64, 64, 3] each
         "clean": [render(task, p, rng) for p in prompts],
-        "base": to_uint8(flow.generate(base, texts, 1.0, STEPS, SEED)),
-        "teacher": to_uint8(flow.generate(teacher, texts, guidance, STEPS, SEED)),
+        "base": list(to_uint8(flow.generate(base, texts, 1.0, STEPS, SEED))),
+        "teacher": list(to_uint8(flow.generate(teacher, texts, guidance, STEPS, SEED))),
     }
     block = Image.new("RGB", (_MARGIN + len(prompts) * cell, _HEADING + len(rows) * cell), "white")
     pen, font = ImageDraw.Draw(block), ImageFont.load_default(size=11)
@@ -145,7 +145,7 @@ def _block(task: str, prompts: Sequence[Caption], assets: Path, base: StableDiff
     for row, (name, images) in enumerate(rows.items()):
         y = _HEADING + row * cell
         pen.text((4, y + cell // 2 - 14), f"{task}\n{name}", fill="black", font=font)
-        strip = Image.fromarray(np.concatenate(list(images), axis=1))
+        strip = Image.fromarray(np.concatenate(images, axis=1))
         block.paste(strip.resize((len(prompts) * cell, cell), Image.Resampling.NEAREST), (_MARGIN, y))
     return block
 
