@@ -287,13 +287,10 @@ class World:
         args, own = self.args, torch.Generator().manual_seed(1)
         if args.random:
             widths = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048} | RANDOM[args.random]
-            shapes = {
-                "tokens": (TEXT_TOKENS, widths["joint_attention_dim"]),
-                "pooled": (widths["pooled_projection_dim"],),
-            }
+            shapes = {"tokens": (TEXT_TOKENS, widths["joint_attention_dim"])}
+            shapes["pooled"] = (widths["pooled_projection_dim"],)
             rows = [
-                {name: torch.randn(shape, generator=own) for name, shape in shapes.items()}
-                for _ in range(args.tasks + 1)
+                {n: torch.randn(shape, generator=own) for n, shape in shapes.items()} for _ in range(args.tasks + 1)
             ]
         else:
             rows = self.text_encoder()([*task_prompts(len(args.teachers)), NEGATIVE])

@@ -25,7 +25,8 @@ from .conftest import ROOT
     [
         (
             "benchmarks/round.py",
-            "--steps 2 --timestep_fraction 1 --repeats 1 --batch_size 1 --ways upstream default separate merged floor".split(),
+            "--steps 2 --timestep_fraction 1 --repeats 1 --batch_size 1 "
+            "--ways upstream default separate merged floor".split(),
             {"needed_flops", "matrix_flops_per_second"},
         ),
         (

@@ -211,7 +211,7 @@ def estimates(
     setup: Setup, batch: Batch, level: float, args: argparse.Namespace
 ) -> Iterator[tuple[int, Transition, Estimate]]:
     """The chosen steps of one flow-SDE trajectory of the student at this noise level."""
-    x, student, images = first_noise(setup, args, 0), setup.student(batch), range(args.pictures)
+    x, student, images = first_noise(setup, args, 0), setup.algorithm.student(batch), range(args.pictures)
     shape = x.shape[1:]
     for step, transition in enumerate(schedule("flow_sde", setup.backbone.sigmas(10, 64), level)):
 
@@ -219,9 +219,9 @@ def estimates(
             return noise(shape, [(Stream.FORWARD, args.seed, i, step, purpose, k) for i in images])
 
         if step in args.steps:
-            v_teacher = setup.teacher(batch)(x, transition.sigma)
+            v_teacher = setup.algorithm.teacher(batch)(x, transition.sigma)
             v_student = student(x, transition.sigma)
-            parameters = setup.optimizer.parameters
+            parameters = setup.algorithm.optimizer.parameters
             yield (
                 step,
                 transition,
