@@ -1,106 +1,238 @@
-"""Training runs in forked processes that say, in shared memory, what they are doing."""
+"""Functions in forked processes: several ranks, or one that may end or be killed, without new interpreters.
+
+Importing torch, diffusers and the library takes seconds; a fork has it all at once, and what a test has patched too.
+This needs a parent that is safe to fork:
+
+- no live pool of threads: torch computes with one thread, tqdm has no monitor, tokenizers do not work in parallel (all
+  set when this file is imported), thread pools are shut down. Trainings in the parent are fine, also before the fork;
+- no process group and no CUDA context in the parent: both live in threads or a driver that the child would not have;
+- nothing shared that a killed child could hold for ever: tqdm's lock between processes is replaced by one of threads.
+
+A child ends by `os._exit`: no `atexit`, no finalizers. What is about the end of an interpreter needs a new one.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import mmap
 import os
 import signal
 import socket
 import sys
+import tempfile
+import threading
+import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from diffusionopd.training import Trainer, checkpoint, train
-from diffusionopd.training import run as trainer_run
+import torch
+import torch.distributed
+from accelerate.state import AcceleratorState, GradientState
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("start", "round", "evaluation", "writing a checkpoint", "renaming and pruning", "between")
-START, ROUND, EVALUATION, WRITING, PUBLISHING, BETWEEN = range(len(PHASES))
-_MARKED = (
-    (Trainer, "round", ROUND),
-    (trainer_run, "evaluate_task", EVALUATION),
-    (checkpoint, "save", WRITING),
-    (checkpoint, "_publish", PUBLISHING),
-    (checkpoint, "_point_latest", PUBLISHING),
-    (checkpoint, "_prune", PUBLISHING),
-)
+TIMEOUT = 120.0
+"""Seconds after which processes that still run are killed and the test fails."""
+_POLL = 0.01
 
-
-@dataclass
-class Run:
-    """The processes of one start of a run, and where the first of them says what it is doing."""
-
-    pids: list[int]
-    phase: mmap.mmap
-
-    def ended(self) -> bool:
-        """Whether all processes have ended; raises RuntimeError for one that failed by itself, and ends the others."""
-        for pid in list(self.pids):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self.pids.remove(pid)
-                if status:
-                    self.kill()
-                    raise RuntimeError(f"a process ended with {os.waitstatus_to_exitcode(status)} by itself")
-        return not self.pids
-
-    def kill(self) -> int:
-        """SIGKILL to all; the phase in which the first one was."""
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
-        while self.pids:
-            os.waitpid(self.pids.pop(), 0)
-        return self.phase[0]
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 
-def start(config: Any, processes: int, log: Path) -> Run:
-    """Fork the processes of a run; their output goes to the end of ``log``."""
-    phase = mmap.mmap(-1, 1)  # shared with the children
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status, negative for a signal as in `subprocess`, and what it wrote."""
+
+    status: int
+    out: str
+    errors: str
+
+
+def fork(
+    function: Callable[[int], Any],
+    world: int = 1,
+    *,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = TIMEOUT,
+    check: bool = True,
+) -> list[Ended]:
+    """Run ``function(rank)`` in ``world`` processes to their ends; how each ended, by rank.
+
+    Args:
+        function: runs in the child. Its return value is dropped; an exception is printed and gives status 1, and
+            `SystemExit` its own status.
+        world: number of processes. More than one find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+            MASTER_PORT; for one nothing is set, as by the launcher.
+        log: folder for the output, ``rank-0.out``, ``rank-0.err`` and so on, appended to; a temporary one without.
+        environment: more variables. What a library reads at its import comes too late.
+        timeout: seconds for all processes together.
+        check: whether a status other than 0 is an error.
+
+    Raises:
+        TimeoutError: with the output of the processes that still ran; they are killed.
+        AssertionError: with ``check``, if a process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start(function, world, log=log or Path(folder), environment=environment)
+        ends = processes.wait(timeout)
+    failed = [f"rank {rank}: status {end.status}\n{end.errors}" for rank, end in enumerate(ends) if end.status]
+    if check and failed:
+        raise AssertionError("\n".join(failed))
+    return ends
+
+
+class Forked:
+    """Processes that were started by :func:`start`; as a context manager it kills at the end those that still run."""
+
+    def __init__(self, pids: list[int], log: Path, offsets: list[tuple[int, int]]) -> None:
+        self.pids = pids
+        self.statuses: list[int | None] = [None] * len(pids)
+        self._log, self._offsets = log, offsets
+
+    def running(self) -> list[int]:
+        """The ranks that still run."""
+        for rank, pid in enumerate(self.pids):
+            if self.statuses[rank] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
+        return [rank for rank, status in enumerate(self.statuses) if status is None]
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a signal to a process that runs."""
+        if self.statuses[rank] is None:
+            os.kill(self.pids[rank], number)
+
+    def kill(self) -> None:
+        """SIGKILL to all that still run, and to what they have started."""
+        for rank in self.running():
+            with suppress(ProcessLookupError):
+                os.killpg(self.pids[rank], signal.SIGKILL)
+            self.statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(self.pids[rank], 0)[1])
+
+    def wait(self, timeout: float = TIMEOUT) -> list[Ended]:
+        """Wait until all have ended; see :func:`fork`."""
+        deadline = time.monotonic() + timeout
+        try:
+            while running := self.running():
+                if time.monotonic() > deadline:
+                    outputs = "".join(f"\nrank {rank}:\n{self.out(rank)}{self.errors(rank)}" for rank in running)
+                    raise TimeoutError(f"ranks {running} still run after {timeout:g} s{outputs}")
+                time.sleep(_POLL)
+        finally:
+            self.kill()
+        statuses = [status or 0 for status in self.statuses]
+        return [Ended(status, self.out(rank), self.errors(rank)) for rank, status in enumerate(statuses)]
+
+    def out(self, rank: int) -> str:
+        """What a process has written to its standard output so far."""
+        return _written(self._log / f"rank-{rank}.out", self._offsets[rank][0])
+
+    def errors(self, rank: int) -> str:
+        """What a process has written to its standard error so far."""
+        return _written(self._log / f"rank-{rank}.err", self._offsets[rank][1])
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def start(
+    function: Callable[[int], Any], world: int = 1, *, log: Path, environment: Mapping[str, str] | None = None
+) -> Forked:
+    """Start the processes of :func:`fork` and return at once."""
+    if torch.distributed.is_initialized() or torch.cuda.is_initialized():
+        raise RuntimeError("a process group or a CUDA context of the parent does not survive a fork")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pids = []
-    for rank in range(processes):
-        pid = os.fork()
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    log.mkdir(parents=True, exist_ok=True)
+    pids, offsets = list[int](), list[tuple[int, int]]()
+    for rank in range(world):
+        paths = log / f"rank-{rank}.out", log / f"rank-{rank}.err"
+        for path in paths:
+            path.touch()
+        offsets.append((paths[0].stat().st_size, paths[1].stat().st_size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's own on forks of a process with threads
+            pid = os.fork()
         if pid == 0:
-            _child(config, rank, processes, port, log, phase if rank == 0 else mmap.mmap(-1, 1))
+            ranks = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            _child(function, rank, paths, {**ranks, **(environment or {})})
+        with suppress(OSError):  # a group of its own, made by whoever comes first
+            os.setpgid(pid, pid)
         pids.append(pid)
-    return Run(pids, phase)
+    return Forked(pids, log, offsets)
 
 
-def _child(config: Any, rank: int, world: int, port: int, log: Path, phase: mmap.mmap) -> None:
-    """Train and end this process; never returns."""
+def _child(
+    function: Callable[[int], Any], rank: int, paths: tuple[Path, Path], environment: Mapping[str, str]
+) -> NoReturn:
     status = 1
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.chdir(ROOT)
-        if world > 1:
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
-        for owner, name, mark in _MARKED:
-            setattr(owner, name, _marking(getattr(owner, name), mark, phase))
-        train(config)
+        with suppress(OSError):
+            os.setpgid(0, 0)
+        _become_plain(paths)
+        os.environ.update(environment)
+        AcceleratorState._reset_state(reset_partial_state=True)  # that of a training in the parent
+        GradientState._reset_state()
+        function(rank)
         status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 
-def _marking(function: Callable, mark: int, phase: mmap.mmap) -> Callable:
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        before = phase[0] or BETWEEN  # after the first round it is never the start again
-        phase[0] = mark
-        try:
-            return function(*args, **kwargs)
-        finally:
-            phase[0] = before
+def _become_plain(paths: tuple[Path, Path]) -> None:
+    """Undo what a parent such as pytest has put in the place of streams, signals, warnings and logging."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    files = [null, *(os.open(path, os.O_WRONLY | os.O_APPEND) for path in paths)]
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(i, "r" if i == 0 else "w", buffering=1) for i in range(3))
+    faulthandler.enable(sys.stderr)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    logging.getLogger().handlers.clear()
+    warnings.showwarning = lambda *args, **_: sys.stderr.write(warnings.formatwarning(*args[:4]))
 
-    return marked
+
+def _written(path: Path, offset: int) -> str:
+    return path.read_bytes()[offset:].decode("utf-8", "replace")
+
+
+class Mark:
+    """A small number that children write and the parent reads, at any moment and after their deaths."""
+
+    def __init__(self, value: int = 0) -> None:
+        self._memory = mmap.mmap(-1, 1)  # anonymous and shared
+        self.value = value
+
+    @property
+    def value(self) -> int:
+        return self._memory[0]
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._memory[0] = value
