@@ -153,6 +153,12 @@ COMMON = (
 )
 SCHEMA = Schema(*COMMON, *(group for cls in ALGORITHMS.values() for group in cls.groups), UpstreamSettings)
 _COMMON_KEYS = frozenset(Schema(*COMMON).keys)
+# What a task has that does not say so itself.
+_TASK_DEFAULTS = {
+    "guidance_scale": "sample.teacher_guidance_scale",
+    "eval_guidance_scale": "sample.eval_guidance_scale",
+    "eval_num_steps": "sample.eval_num_steps",
+}
 
 
 def base_config() -> ConfigDict:
@@ -278,11 +284,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         problems,
         from_rewards=algorithm.has_rewards,
         reward_names=REGISTRY,
-        defaults={
-            "guidance_scale": values.get("sample.teacher_guidance_scale"),
-            "eval_guidance_scale": values.get("sample.eval_guidance_scale"),
-            "eval_num_steps": values.get("sample.eval_num_steps"),
-        },
+        defaults={field: values[name] for field, name in _TASK_DEFAULTS.items() if problems.good(name)},
         with_test=values.get("eval_freq") != 0,
     )
     model = _local_model(values, problems)
