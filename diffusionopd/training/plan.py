@@ -34,7 +34,7 @@ from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, RoundShap
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
 from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
-from diffusionopd.rewards import REGISTRY, check_options
+from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
 T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
@@ -291,8 +291,11 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     if model and problems.good("resolution") and (what := model.resolution_problem(values["resolution"])):
         problems.add("resolution", f"is {values['resolution']}", what)
     check_batches(values, num_processes, algorithm.one_step, problems)
-    if problems.good("reward_options", *keys_of(WatchSettings)):
-        check_options(values["reward_options"])
+    if problems.good("reward_options"):
+        try:
+            check_options(values["reward_options"])
+        except RewardError as error:
+            problems.add("reward_options", f"cannot be used: {error}", "")
     if sampler := _read_good(SamplerSettings, values, problems):
         sampler.check(problems)
     if algorithm is not Algorithm and sampler and (settings := _read_good(algorithm.groups[0], values, problems)):
