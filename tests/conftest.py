@@ -180,6 +180,6 @@ def finished(finished_runs: Callable, tiny_config: Callable[..., ConfigDict], tm
         for n in range(rounds + 1, 4):
             shutil.rmtree(folder / "checkpoints" / f"checkpoint-{n}")
         options = {"train__algorithm": algorithm, "save_freq": 1, "train__ema": True, "train__ema_interval": 2}
-        return folder, tiny_config(resume_from="auto", **options, **changes)
+        return folder, tiny_config(**{"resume_from": "auto", **options, **changes})
 
     return copied
