@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from diffusionopd import config_schema
-from diffusionopd.config_schema import FREE, REFUSE, ConfigError, Key, Problems, Schema, flatten, key, keys_of, read
+from diffusionopd.config_schema import ConfigError, Key, flatten, keys_of
 from diffusionopd.training import base_config, check, load_config
-from diffusionopd.training.plan import COMMON, SCHEMA
+from diffusionopd.training.plan import SCHEMA
 
 from .conftest import ROOT
 
@@ -55,35 +53,6 @@ def problem_of(config, *facts, num_processes=8) -> None:
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Added:
-    """A new group."""
-
-    strength: float = key("train.added_strength", 0.5, "(0, 2]", resume=FREE)
-    """How strongly."""
-    kind: str = key("added_kind", "soft", choices=("soft", "hard"))
-    """Which one."""
-
-
-def test_adding_a_key_takes_its_declaration_alone(tmp_path):
-    """It is checked, set on the command line, explained, has a resume rule, and is read back."""
-    schema = Schema(*COMMON, Added)
-    file = _write(tmp_path / "mine.py", "def mine():\n    return {'added_kind': 'hard'}\n")
-    config = config_schema.load_config(schema, f"{file}:mine", [("train.added_strength", "1.5")])
-    values = flatten(config)
-    assert read(Added, values) == Added(1.5, "hard")
-    assert (config.train.learning_rate, flatten(schema.config())["train.added_strength"]) == (3e-4, 0.5)
-    problems = Problems()
-    schema.check(values | {"train.added_strength": 2.5, "added_kind": "sof"}, lambda name: True, problems)
-    first, second = sorted(problems.found)
-    assert all(fact in first for fact in ("added_kind", "'sof'", "'soft', 'hard'"))
-    assert all(fact in second for fact in ("train.added_strength", "2.5", "(0, 2]"))
-    declared = schema.keys["train.added_strength"]
-    assert (declared.resume, schema.keys["added_kind"].resume, declared.group) == (FREE, REFUSE, Added)
-    with pytest.raises(ConfigError, match="train.added_strength"):
-        config_schema.load_config(schema, f"{file}:mine", [("train.added_strenth.x", "1")])
 
 
 def test_every_number_has_a_range_and_every_default_passes_its_own_check():
