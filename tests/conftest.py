@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # what is bitwise on a CPU need not be on a GPU; see the mark "gpu"
 
+import copy
+import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,17 @@ import torch
 from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 
-from diffusionopd.config_schema import base_config, load_config
 from diffusionopd.models.backbone import Backbone, load_backbone
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.tiny import models
+from diffusionopd.training import load_config, train
+
+from . import forked  # noqa: F401 (makes this process one that can be forked, before anything starts threads)
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = list(base_config().train.lora_target_modules)
+TARGETS = list(StableDiffusion3.LORA_TARGETS)
 torch.set_num_threads(1)
 
 
@@ -95,16 +101,17 @@ def adapters(backbone: Backbone, make_lora: Callable[..., Path]) -> Adapters:
     return adapters
 
 
-@pytest.fixture
-def tiny_config(pipeline_folder: Path, make_lora: Callable[..., Path], tmp_path: Path) -> Callable[..., ConfigDict]:
-    """`tiny_config(key=value, ...)`: a run of two tasks on the untrained model; dots in keys as `train__loss`."""
-    teachers = []
+@pytest.fixture(scope="session")
+def shared(make_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
+    """Two tasks with prompts and teachers, and a text cache: tests read them and change none."""
+    root = tmp_path_factory.mktemp("shared")
+    tasks = []
     for i, name in enumerate(("first", "second")):
-        folder = tmp_path / "dataset" / name
+        folder = root / "dataset" / name
         folder.mkdir(parents=True)
         (folder / "train.txt").write_text("".join(f"a photo of {n} {name} circles\n" for n in range(7)))
         (folder / "test.txt").write_text("a red circle\na blue square\na green triangle\n")
-        teachers.append(
+        tasks.append(
             {
                 "name": name,
                 "dataset": str(folder),
@@ -114,30 +121,65 @@ def tiny_config(pipeline_folder: Path, make_lora: Callable[..., Path], tmp_path:
                 "guidance_scale": 1.0 + i,
             }
         )
+    return tasks, root / "cache"
 
-    def make(**changes: Any) -> ConfigDict:
+
+@pytest.fixture(scope="session")
+def make_config(pipeline_folder: Path, shared: tuple[list[dict], Path]) -> Callable[..., ConfigDict]:
+    """`make_config(logdir, key=value, ...)`: a run of two tasks on the untrained model; keys as `train__loss`."""
+    tasks, cache = shared
+    base = {
+        "pretrained__model": str(pipeline_folder), "run_name": "run", "cache_dir": str(cache), "num_epochs": 3,
+        "save_freq": 0, "monitor_freq": 0, "sample_freq": 0, "sample__num_steps": 4, "sample__num_batches_per_epoch": 2,
+        "sample__train_batch_size": 2, "sample__eval_num_steps": 2, "train__batch_size": 2,
+        "train__gradient_accumulation_steps": 2, "train__lora_rank": 4, "train__lora_alpha": 8,
+    }  # fmt: skip
+    from_rewards = {"sample__num_image_per_prompt": 2, "sample__num_batches_per_epoch": 4}
+    noisy = from_rewards | {"sample__noise_level": 0.7}
+    more = {"sft": from_rewards, "nft": from_rewards, "grpo": noisy, "grpo_guard": noisy}
+
+    def make(logdir: Path, **changes: Any) -> ConfigDict:
         config = load_config(str(ROOT / "config" / "tiny.py") + ":mopd")
-        config.update(
-            {
-                "pretrained": {"model": str(pipeline_folder)},
-                "logdir": str(tmp_path / "logs"),
-                "run_name": "run",
-                "cache_dir": str(tmp_path / "cache"),
-                "num_epochs": 3,
-                "save_freq": 0,
-                "monitor_freq": 0,
-                "sample_freq": 0,
-            }
-        )
-        config.sample.update({"num_steps": 4, "num_batches_per_epoch": 2, "train_batch_size": 2, "eval_num_steps": 2})
-        config.train.update({"batch_size": 2, "gradient_accumulation_steps": 2, "lora_rank": 4, "lora_alpha": 8})
-        config.train.teachers = teachers
-        for key, value in changes.items():
-            *sections, last = key.split("__")
-            target = config
-            for section in sections:
-                target = target[section]
-            target[last] = value
+        values = {**base, **more.get(changes.get("train__algorithm", ""), {}), "logdir": str(logdir), **changes}
+        for key, value in {"train__teachers": copy.deepcopy(tasks), **values}.items():
+            section, _, leaf = key.rpartition("__")
+            (config[section] if section else config)[leaf] = value
         return config
 
     return make
+
+
+@pytest.fixture
+def tiny_config(make_config: Callable[..., ConfigDict], tmp_path: Path) -> Callable[..., ConfigDict]:
+    """`tiny_config(key=value, ...)`: :func:`make_config` with the logs in this test's folder."""
+    return lambda **changes: make_config(tmp_path / "logs", **changes)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(make_config: Callable[..., ConfigDict], tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """`finished_runs(algorithm)`: the folder of a run of three rounds, a checkpoint after each; nobody changes it."""
+
+    @functools.cache
+    def run(algorithm: str) -> Path:
+        options = {"train__algorithm": algorithm, "save_freq": 1, "train__ema": True, "train__ema_interval": 2}
+        config = make_config(tmp_path_factory.mktemp(algorithm), **options)
+        train(config)
+        return Path(config.logdir, "run")
+
+    return run
+
+
+@pytest.fixture
+def finished(finished_runs: Callable, tiny_config: Callable[..., ConfigDict], tmp_path: Path) -> Callable:
+    """`finished(algorithm, key=value, ...)`: a copy of the finished run in this test's folder (to resume, read or
+    damage), as its folder and the configuration to go on with."""
+
+    def copied(algorithm: str = "opd", rounds: int = 3, **changes: Any) -> tuple[Path, ConfigDict]:
+        folder = tmp_path / "logs" / "run"
+        shutil.copytree(finished_runs(algorithm), folder)
+        for n in range(rounds + 1, 4):
+            shutil.rmtree(folder / "checkpoints" / f"checkpoint-{n}")
+        options = {"train__algorithm": algorithm, "save_freq": 1, "train__ema": True, "train__ema_interval": 2}
+        return folder, tiny_config(**{"resume_from": "auto", **options, **changes})
+
+    return copied

@@ -1,4 +1,4 @@
-"""The architecture, read from the source: imports run downward, optional worlds stay apart, every key is used."""
+"""The architecture, read from the source: imports run downward, optional worlds stay apart, every key is read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from diffusionopd.config_schema import base_config
-from diffusionopd.config_schema.values import NO_EFFECT, SECTIONS, flatten
+from diffusionopd.config_schema import keys_of
+from diffusionopd.training.plan import SCHEMA
 
-ROOT = Path(__file__).resolve().parent.parent
+from .conftest import ROOT
+
 PACKAGE = "diffusionopd"
 
 # A file imports from its own layer and those above it; inside a layer there are no circles (CONTRIBUTING.md).
@@ -24,30 +25,23 @@ LAYERS = {
 }
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS.values()) for module in modules}
 
-# Keys that are only checked: there is nothing else to do with them.
-CHECKED_ONLY = {"use_lora"}
-
 
 def _files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def _imports(path: Path) -> set[str]:
+def _imports(path: Path) -> frozenset[str]:
     """Dotted names that a file imports, at its top or inside functions; ``from a import b`` counts as ``a.b``."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             found |= {".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def _own_modules(path: Path) -> set[str]:
@@ -61,19 +55,23 @@ def _module(path: Path) -> str:
 
 
 LIBRARY = [path for path in _files(PACKAGE) if _module(path) not in ("__init__", "tiny")]
+OUTSIDE = ("tools", "experiments", "benchmarks", "scripts", "config", "tests")
 
 
-def test_imports_run_downward():
-    for path in LIBRARY:
-        own = LAYER_OF[_module(path)]  # a new module needs a layer, here and in CONTRIBUTING.md
-        assert [name for name in _own_modules(path) if LAYER_OF.get(name, len(LAYERS)) > own] == [], path
-
-
-def test_modules_have_no_circles():
-    imports = {module: set() for module in LAYER_OF}
-    for path in LIBRARY:
-        imports[_module(path)] |= _own_modules(path) - {_module(path)}
-    list(TopologicalSorter(imports).static_order())  # CycleError
+def test_imports_run_downward_without_circles_and_leave_the_outside_alone():
+    """Between modules (first level) and between files; a new module needs a layer, here and in CONTRIBUTING.md."""
+    modules: dict[str, set[str]] = {module: set() for module in LAYER_OF}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY}
+    files: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        own, imported = _module(path), _own_modules(path)
+        assert [other for other in imported if LAYER_OF.get(other, len(LAYERS)) > LAYER_OF[own]] == [], path
+        assert [other for other in _imports(path) if other.split(".")[0] in OUTSIDE] == [], path
+        modules[own] |= imported - {own}
+        # A module, or a name in one; a package's __init__ may import its own files, and they each other.
+        files[name] |= {o if o in names else o.rpartition(".")[0] for o in _imports(path)} & names.keys() - {name}
+    list(TopologicalSorter(modules).static_order())  # CycleError
+    list(TopologicalSorter(files).static_order())
 
 
 def test_the_layers_are_those_of_the_guide():
@@ -83,37 +81,23 @@ def test_the_layers_are_those_of_the_guide():
     assert told == LAYERS
 
 
-def test_the_tiny_world_is_imported_by_nothing_else():
-    outside = [path for path in LIBRARY if "tiny" in _own_modules(path)]
-    assert outside == []
-
-
-def test_torchvision_is_imported_nowhere():
-    everywhere = _files(PACKAGE, "config", "scripts", "tests", "benchmarks", "tools", "experiments")
+def test_optional_worlds_stay_apart():
+    everywhere = _files(PACKAGE, *OUTSIDE)
     assert [path for path in everywhere if any(name.split(".")[0] == "torchvision" for name in _imports(path))] == []
-
-
-def test_configurations_hold_values_only():
+    allowed = {"ml_collections", "pathlib", "runpy"}
     for path in _files("config"):
-        assert {name.split(".")[0] for name in _imports(path)} <= {"ml_collections", "pathlib", "runpy"}
-
-
-def _attributes(path: Path) -> set[str]:
-    """Last two parts of every attribute access: ``config.train.cfg`` gives ``train.cfg`` and ``config.train``."""
-    found = set()
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-            found.add(f"{owner}.{node.attr}")
-    return found
+        other = {name for name in _imports(path) if name.split(".")[0] not in allowed}
+        assert {name.rpartition(".")[0] for name in other} <= {"diffusionopd.training"}, path
 
 
 def test_every_key_is_read_somewhere():
-    """As ``config.key``, ``config.section.key``, or ``section.key`` after ``section = config.section``."""
-    read = set().union(*(_attributes(path) for path in [*LIBRARY, *_files("scripts")]))
-    keys = set(flatten(base_config())) - NO_EFFECT - CHECKED_ONLY
-    wanted = {key: key if key.split(".")[0] in SECTIONS else f"config.{key}" for key in keys}
-    # Teachers, and what they do not say themselves, reach the code through RunPlan.teachers, which the checks build.
-    shared = {f"sample.{name}" for name in ("teacher_guidance_scale", "eval_guidance_scale", "eval_num_steps")}
-    shared |= {"train.teachers", "dataset", "prompt_fn", "reward_fn"}  # the last three are a single task's
-    assert sorted(key for key in keys - shared if wanted[key] not in read) == []
+    """As a field of its group, which some file asks for as ``settings.field``, or by its full name."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*LIBRARY, *_files("scripts")])
+    fields = {key.name: field for key in SCHEMA.keys.values() for field in keys_of(key.group) if
+              keys_of(key.group)[field].name == key.name}  # fmt: skip
+    unread = [
+        name
+        for name, key in SCHEMA.keys.items()
+        if key.used and not re.search(rf"\.{fields[name]}\b", text) and text.count(f'"{name}"') < 2
+    ]
+    assert unread == ["use_lora"], "which is only checked"

@@ -11,207 +11,246 @@ import weakref
 import pytest
 import torch
 
-from benchmarks.three_pass import three_pass
-from diffusionopd.algorithms.base import STUDENT, Parts
-from diffusionopd.algorithms.opd import Distiller, Recipe
-from diffusionopd.algorithms.optim import Ema, NonFiniteError, StudentOptimizer
-from diffusionopd.data.batches import Batch, choose_steps
-from diffusionopd.data.noise import noise
-from diffusionopd.transitions import schedule
+from diffusionopd.algorithms import opd
+from diffusionopd.algorithms.base import Losses
+from diffusionopd.algorithms.optim import Ema, NonFiniteError, OptimizerSettings, StudentOptimizer
+from diffusionopd.data.batches import choose_steps
+from diffusionopd.models.policies import STUDENT
 
-STEPS = 5
+from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb
 
-
-def perturb(adapters, std=0.02):
-    """A student that has already learnt something, so that its losses are of ordinary size."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for p in adapters.parameters(STUDENT):
-            p.add_(torch.randn(p.shape, generator=generator) * std)
+STEPS, TRAINED = 5, 4
 
 
-def make_batches(backbone, text, guidances=(1.0, 1.0), size=2, watched=False):
-    shape = backbone.latent_shape(64)
+def three_pass(learner, batches):
+    """The slow, obvious way of a round: roll out, ask the teacher at every state, then train; losses and final latents.
 
-    def batch(i, guidance):
-        return Batch(
-            task="ab"[i],
-            teacher=f"teacher_{'ab'[i]}",
-            teacher_guidance=guidance,
-            x=noise(shape, [(i, s) for s in range(size)]),
-            text=text(size, i),
-            draw_noise=lambda step: noise(shape, [(i, s, step) for s in range(size)]),
-            wants_picture=watched,
-        )
+    The gradient is left on the student.
+    """
+    backbone, adapters = learner.policies.backbone, learner.policies.adapters
+    own, losses, finals = learner.sampler.guidance, torch.zeros(len(batches), TRAINED), []
+    for i, batch in enumerate(batches):
 
-    return [batch(i, guidance) for i, guidance in enumerate(guidances)]
+        def mean(adapter, x, step, guidance, batch=batch):
+            adapters.use(adapter)
+            transition = learner.transitions[step]
+            return transition.mean(x, backbone.velocity(x, transition.sigma, batch.text, guidance)[0])
 
-
-def make_distiller(backbone, adapters, text, kernel="ode", noise_level=0.0, trained=STEPS - 1, **recipe):
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), lr=1e-3, loss_scale=recipe.pop("loss_scale", 1.0))
-    transitions = schedule(kernel, backbone.sigmas(STEPS, 64), noise_level)
-    return Distiller(Parts(backbone, adapters, optimizer, text(1, 99)), Recipe(transitions, trained, **recipe))
-
-
-def gradients(adapters):
-    return [p.grad.clone() for p in adapters.parameters(STUDENT) if p.grad is not None]
-
-
-def freeze_step(distiller, monkeypatch):
-    """Keep the gradients: the round ends without its optimizer step."""
-    monkeypatch.setattr(distiller.optimizer, "step", lambda: 0.0)
+        states, teacher = [batch.noise], batch.rows[0]
+        with torch.no_grad():
+            for step, transition in enumerate(learner.transitions):
+                noise = transition.std * batch.step_noise(step) if transition.std > 0 else 0.0
+                states.append(mean(STUDENT, states[-1], step, own) + noise)
+            means = [mean(teacher.teacher, states[step], step, teacher.guidance) for step in range(TRAINED)]
+        for step in range(TRAINED):
+            difference = mean(STUDENT, states[step], step, own) - means[step]
+            variance = learner.transitions[step].std ** 2 or 1.0
+            loss = (difference.square().flatten(1).mean(1) / (2 * variance)).mean()
+            learner.optimizer.backward(loss / losses.numel())
+            losses[i, step] = loss.detach()
+        finals.append(states[-1])
+    return losses, finals
 
 
 @pytest.mark.parametrize(
-    ("kernel", "level", "student_guidance", "teacher_guidance"),
+    ("solver", "level", "student_guidance", "teacher_guidance"),
     [
-        ("ode", 0.0, 1.0, (1.0, 1.0)),
-        ("ode", 0.0, 2.0, (1.0, 3.0)),
-        ("flow_sde", 0.7, 1.0, (1.0, 2.0)),
-        ("flow_sde", 0.3, 2.0, (2.0, 1.0)),
+        ("dpm1", 0.0, 1.0, (1.0, 1.0)),
+        ("dpm1", 0.0, 2.0, (1.0, 3.0)),
+        ("flow", 0.7, 1.0, (1.0, 2.0)),
+        ("flow", 0.3, 2.0, (2.0, 1.0)),
         ("cps", 0.5, 1.5, (4.5, 1.0)),
         ("ddim", 0.8, 1.0, (1.0, 1.0)),
-        ("dance_sde", 0.3, 1.0, (1.0, 1.0)),
+        ("dance", 0.3, 1.0, (1.0, 1.0)),
     ],
 )
 def test_fused_round_equals_three_passes(
-    backbone, adapters, text, monkeypatch, kernel, level, student_guidance, teacher_guidance
+    backbone, adapters, text, monkeypatch, solver, level, student_guidance, teacher_guidance
 ):
     perturb(adapters)
-    distiller = make_distiller(backbone, adapters, text, kernel, level, student_guidance=student_guidance)
+    learner = make_opd(backbone, adapters, text, solver, level, student_guidance)
     batches = make_batches(backbone, text, teacher_guidance, watched=True)
-    losses, finals = three_pass(distiller, batches)
+    losses, finals = three_pass(learner, batches)
     expected = gradients(adapters)
-    distiller.optimizer.discard()
-    freeze_step(distiller, monkeypatch)
-    result = distiller.round(batches)
-    torch.testing.assert_close(result.losses, losses, rtol=1e-5, atol=0)
-    for (_, latents), final in zip(result.pictures, finals, strict=True):
+    learner.optimizer.discard()
+    result, found = kept_gradients(learner, batches, monkeypatch)
+    torch.testing.assert_close(loss_table(result), losses, rtol=1e-5, atol=0)
+    assert result.losses.means() == pytest.approx(dict(zip("ab", losses.mean(1).tolist(), strict=True)), rel=1e-5)
+    for (_, latents), final in zip(result.images, finals, strict=True):
         torch.testing.assert_close(latents, final, rtol=1e-5, atol=1e-5)
-    for mine, other in zip(gradients(adapters), expected, strict=True):
-        assert (mine - other).norm() <= 1e-5 * other.norm()
+    assert_near(found, expected, rel=1e-5)
 
 
-def test_teacher_equal_to_student_gives_zero_loss_and_gradient(backbone, adapters, text, make_lora, monkeypatch):
+def test_teacher_equal_to_student_gives_zero_loss_and_gradient(backbone, adapters, text, monkeypatch):
     perturb(adapters)
+    adapters.add_student("teacher_c", rank=8, alpha=16, target_modules=adapters.configs[STUDENT].target_modules)
     with torch.no_grad():
-        state = [p.clone() for p in adapters.parameters(STUDENT)]
-    adapters.add_student("twin", rank=8, alpha=16, target_modules=adapters.configs[STUDENT].target_modules)
-    with torch.no_grad():
-        for p, value in zip(adapters.parameters("twin"), state, strict=True):
+        for p, value in zip(adapters.parameters("teacher_c"), adapters.parameters(STUDENT), strict=True):
             p.copy_(value)
-    distiller = make_distiller(backbone, adapters, text)
-    freeze_step(distiller, monkeypatch)
-    (batch, _) = make_batches(backbone, text)
-    result = distiller.round([dataclasses.replace(batch, teacher="twin")])
-    assert torch.equal(result.losses, torch.zeros_like(result.losses))
-    assert all(not g.any() for g in gradients(adapters))
+    learner = make_opd(backbone, adapters, text)
+    result, found = kept_gradients(learner, make_batches(backbone, text, tasks="c"), monkeypatch)
+    assert not result.losses.sums.any()
+    assert found and all(not g.any() for g in found)
 
 
-@pytest.mark.parametrize(("watched", "expected"), [(False, 4), (True, 5)])
-def test_no_forward_is_spent_in_vain(backbone, adapters, text, monkeypatch, watched, expected):
-    """4 of 5 steps are trained: 4 student and 4 teacher forwards, and a fifth student's only for a picture."""
-    distiller = make_distiller(backbone, adapters, text)
-    calls: list[str | None] = []
+def count_forwards(learner, monkeypatch, batches):
+    """How often each adapter was asked for a velocity, with and without gradient."""
+    backbone, calls = learner.policies.backbone, collections.Counter()
     original = backbone.velocity
-    monkeypatch.setattr(backbone, "velocity", lambda *a: (calls.append(adapters.active), original(*a))[1])
-    distiller.round(make_batches(backbone, text, watched=watched)[:1])
-    assert calls.count(STUDENT) == expected
-    assert calls.count("teacher_a") == 4
+
+    def counted(*arguments):
+        calls[learner.policies.adapters.active, torch.is_grad_enabled()] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(backbone, "velocity", counted)
+    learner.round(batches)
+    return calls
+
+
+def test_no_forward_is_spent_in_vain(backbone, adapters, text, monkeypatch):
+    """Student and teacher at each supervised step; the student alone at others before the last, and for an image."""
+    learner = make_opd(backbone, adapters, text)
+    for watched, steps, without in (
+        (False, (0, 1, 2, 3), 0),
+        (True, (0, 1, 2, 3), 1),
+        (False, (0, 2), 1),
+        (True, (0, 2), 3),
+    ):
+        with monkeypatch.context() as patch:
+            batches = make_batches(backbone, text, watched=watched, tasks="a", steps=steps)
+            calls = count_forwards(learner, patch, batches)
+        expected = {("teacher_a", False): len(steps), (STUDENT, True): len(steps), (STUDENT, False): without}
+        assert calls == collections.Counter(expected), (watched, steps)
 
 
 def test_memory_is_that_of_one_step(backbone, adapters, text, monkeypatch):
     """When a visit's loss goes backward, no earlier visit's graph or state is alive."""
     alive: list[weakref.ref] = []
-    distiller = make_distiller(backbone, adapters, text)
-    original = distiller._loss
+    original = opd.distillation_loss
 
-    def spy(batch, visit, v_student):
+    def spy(transition, v_student, *others):
         gc.collect()
         assert sum(ref() is not None for ref in alive) <= 1, "an earlier visit's velocity is still in memory"
-        alive.append(weakref.ref(visit.v_student))
-        return original(batch, visit, v_student)
+        alive.append(weakref.ref(v_student))
+        return original(transition, v_student, *others)
 
-    monkeypatch.setattr(distiller, "_loss", spy)
-    distiller.round(make_batches(backbone, text)[:1])
-    assert len(alive) == STEPS - 1
+    monkeypatch.setattr(opd, "distillation_loss", spy)
+    make_opd(backbone, adapters, text).round(make_batches(backbone, text, tasks="a"))
+    assert len(alive) == TRAINED
 
 
 def test_training_changes_the_student_alone_and_lowers_the_loss(backbone, adapters, text):
     before = {n: p.detach().clone() for n, p in backbone.transformer.named_parameters()}
-    distiller = make_distiller(backbone, adapters, text, loss_scale=1e4)
+    learner = make_opd(backbone, adapters, text, scale=1e4)
     batches = make_batches(backbone, text)
-    losses = [distiller.round(batches).losses.mean().item() for _ in range(8)]
+    losses = [learner.round(batches).losses.mean for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in backbone.transformer.named_parameters():
         trained = ".student." in name and "transformer_blocks.3.attn.add_q_proj" not in name  # unused by the last block
         assert torch.equal(parameter, before[name]) != trained, name
 
 
-def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text):
+@pytest.mark.parametrize("steps", [(0, 1, 2, 3), (1, 3)])
+def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, monkeypatch, steps):
     """Two inner epochs: the second one's gradient is that of the same states with the new weights."""
-    distiller = make_distiller(backbone, adapters, text, inner_epochs=2, loss_scale=1e4)
-    batches = make_batches(backbone, text)
-    steps = []
-    original = distiller.optimizer.step
-    distiller.optimizer.step = lambda: steps.append(gradients(adapters)) or original()
-    states = []
-    original_visits = distiller._visits
-    distiller._visits = lambda batch: (states.append((batch, v)) or v for v in original_visits(batch))
-    weights_after_first: list[torch.Tensor] = []
-    train_again = distiller._train_again
+    learner = make_opd(backbone, adapters, text, inner=2, scale=1e4)
+    taken, kept, weights = [], [], []
+    step, again = learner.optimizer.step, learner._again
+    monkeypatch.setattr(learner.optimizer, "step", lambda: taken.append(gradients(adapters)) or step())
 
-    def spy(*args):
-        weights_after_first.extend(p.detach().clone() for p in adapters.parameters(STUDENT))
-        train_again(*args)
+    def spy(visits):
+        kept.extend(visits)
+        weights.extend(p.detach().clone() for p in adapters.parameters(STUDENT))
+        return again(visits)
 
-    distiller._train_again = spy
-    distiller.round(batches)
-    assert len(steps) == 2
+    monkeypatch.setattr(learner, "_again", spy)
+    learner.round(make_batches(backbone, text, steps=steps))
+    assert len(taken) == 2 and [visit.step for _, visit in kept] == [*steps, *steps]
     with torch.no_grad():
-        for p, value in zip(adapters.parameters(STUDENT), weights_after_first, strict=True):
+        for p, value in zip(adapters.parameters(STUDENT), weights, strict=True):
             p.copy_(value)
-    distiller.optimizer.discard()
-    for batch, visit in states:
-        v = distiller._student(batch)(visit.x, visit.transition.sigma)
+    adapters.use(STUDENT)
+    for batch, visit in kept:
+        v = backbone.velocity(visit.x, visit.transition.sigma, batch.text)[0]
         loss = 0.5 * (visit.transition.b * (v - visit.v_teacher)).square().flatten(1).mean(1).mean()
-        distiller.optimizer.backward(loss / len(states))
-    for mine, other in zip(steps[1], gradients(adapters), strict=True):
-        assert (mine - other).norm() <= 1e-5 * other.norm()
+        learner.optimizer.backward(loss / len(kept))
+    assert_near(taken[1], gradients(adapters), rel=1e-5)
 
 
 def test_policy_gradient_round_starts_at_ratio_one(backbone, adapters, text, monkeypatch):
-    distiller = make_distiller(backbone, adapters, text, "flow_sde", 0.7, loss="policy_gradient", clip_range=1e-4)
-    freeze_step(distiller, monkeypatch)
-    result = distiller.round(make_batches(backbone, text))
-    assert result.losses.isfinite().all()
-    assert any(g.any() for g in gradients(adapters))
+    """There the surrogate is minus the advantage, and its gradient minus the advantage times that of log p."""
+    perturb(adapters)
+    learner = make_opd(backbone, adapters, text, "flow", 0.7, loss="policy_gradient", clip_range=1e-4)
+    (batch,) = make_batches(backbone, text, tasks="a")
+    result, found = kept_gradients(learner, [batch], monkeypatch)
+    x, total = batch.noise, []
+    for step, tr in enumerate(learner.transitions[:TRAINED]):
+        adapters.use("teacher_a")
+        with torch.no_grad():
+            teacher = tr.mean(x, backbone.velocity(x, tr.sigma, batch.text)[0])
+        adapters.use(STUDENT)
+        mean = tr.mean(x, backbone.velocity(x, tr.sigma, batch.text)[0])
+        x_next = mean.detach() + tr.std * batch.step_noise(step)
+        own, other = (torch.distributions.Normal(m, tr.std).log_prob(x_next) for m in (mean, teacher))
+        advantage = (other - own).detach().flatten(1).sum(1)
+        (-advantage * own.flatten(1).mean(1)).sum().div(2 * TRAINED).backward()
+        total.append(-advantage)
+        x = x_next
+    assert result.losses.mean == pytest.approx(torch.stack(total).mean().item(), rel=1e-3)
+    assert_near(found, gradients(adapters), rel=1e-2)
 
 
 def test_beta_pulls_towards_the_base(backbone, adapters, text, monkeypatch):
     perturb(adapters)
     batches = make_batches(backbone, text)
-    losses = []
-    for beta in (0.0, 2.0):
-        distiller = make_distiller(backbone, adapters, text, beta=beta)
-        freeze_step(distiller, monkeypatch)
-        losses.append(distiller.round(batches).losses)
-        distiller.optimizer.discard()
-    adapters.use(STUDENT)
-    x, tr = batches[0].x, distiller.recipe.transitions[0]
-    with torch.no_grad():
-        v = backbone.velocity(x, 1.0, batches[0].text)[0]
-        adapters.use(None)
-        base = backbone.velocity(x, 1.0, batches[0].text)[0]
-    expected = (tr.b * (v - base)).square().mean()  # 2 * 1/2 * ...
-    torch.testing.assert_close(losses[1][0, 0] - losses[0][0, 0], expected, rtol=1e-4, atol=1e-9)
+    learners = [make_opd(backbone, adapters, text, beta=beta) for beta in (0.0, 2.0)]
+    without, pulled = (loss_table(kept_gradients(learner, batches, monkeypatch)[0]) for learner in learners)
+    x, tr, velocities = batches[0].noise, learners[0].transitions[0], []
+    for adapter in (STUDENT, None):
+        adapters.use(adapter)
+        with torch.no_grad():
+            velocities.append(backbone.velocity(x, 1.0, batches[0].text)[0])
+    expected = (tr.b * (velocities[0] - velocities[1])).square().mean()  # 2 * 1/2 * ...
+    torch.testing.assert_close(pulled[0, 0] - without[0, 0], expected, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_rows_weight_scales_its_pull_and_not_its_reported_loss(backbone, adapters, text, monkeypatch):
+    perturb(adapters)
+    learner = make_opd(backbone, adapters, text)
+    (batch,) = make_batches(backbone, text, tasks="a")
+
+    def weighted(*weights):
+        rows = tuple(dataclasses.replace(row, weight=w) for row, w in zip(batch.rows, weights, strict=True))
+        return kept_gradients(learner, [dataclasses.replace(batch, rows=rows)], monkeypatch)
+
+    (plain, _), (result, found), (_, first), (_, second) = (
+        weighted(*weights) for weights in ((1, 1), (3.0, 0.5), (1.0, 0.0), (0.0, 1.0))
+    )
+    assert torch.equal(result.losses.sums, plain.losses.sums)
+    assert_near(found, [3 * a + 0.5 * b for a, b in zip(first, second, strict=True)], rel=1e-5)
+
+
+def test_losses_are_kept_by_task_and_step(backbone, text):
+    """Also where a batch holds rows of several tasks, and steps differ between batches."""
+    (mixed, other) = make_batches(backbone, text, steps=(0, 2))
+    rows = tuple(dataclasses.replace(row, task=task) for row, task in zip(mixed.rows, "xy", strict=True))
+    mixed, other = dataclasses.replace(mixed, rows=rows), dataclasses.replace(other, steps=(2,))
+    losses = Losses([mixed, other], STEPS, torch.device("cpu"))
+    shares = [losses.add(mixed, step, torch.tensor([1.0, 10.0]) * (step + 1)) for step in (0, 2)]
+    shares.append(losses.add(other, 2, torch.tensor([5.0, 7.0])))
+    losses.reduce()
+    assert losses.means() == {"x": 2.0, "y": 20.0, "b": 6.0}
+    assert losses.mean == pytest.approx((1 + 10 + 3 + 30 + 5 + 7) / 6)
+    assert sum(shares).item() == pytest.approx(losses.mean)
+    losses += losses
+    assert losses.means() == {"x": 2.0, "y": 20.0, "b": 6.0}
+
+
+@pytest.mark.parametrize("where", ["teacher", "gradient"])
 def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch, where):
-    distiller = make_distiller(backbone, adapters, text)
-    batches = make_batches(backbone, text)
-    if where == "loss":
+    learner = make_opd(backbone, adapters, text)
+    batches, facts = make_batches(backbone, text, steps=(0, 2, 3)), ["gradient"]
+    if where == "teacher":
         original = backbone.velocity
 
         def broken(x, sigma, *rest):
@@ -219,17 +258,54 @@ def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch,
             return tuple(v * factor for v in original(x, sigma, *rest))
 
         monkeypatch.setattr(backbone, "velocity", broken)
-        step = next(i for i, tr in enumerate(distiller.recipe.transitions) if tr.sigma < 0.8)
-        sigma = distiller.recipe.transitions[step].sigma
-        message = rf"round 7: the loss is nan for task 'b' at step {step} \(sigma {sigma:.4f}\)"
+        step = next(i for i in (0, 2, 3) if learner.transitions[i].sigma < 0.8)
+        facts = ["'b'", f"step {step}", f"{learner.transitions[step].sigma:.4f}", "teacher"]
     else:
         adapters.parameters(STUDENT)[0].register_hook(lambda g: g * float("inf"))
-        message = "round 7: the gradient's norm is (nan|inf)"
     before = [p.detach().clone() for p in adapters.parameters(STUDENT)]
-    with pytest.raises(NonFiniteError, match=message):
-        distiller.round(batches, "round 7")
+    with pytest.raises(NonFiniteError) as caught:
+        learner.round(batches)
+    assert [fact for fact in facts if fact not in str(caught.value)] == []
     assert all(torch.equal(p, b) for p, b in zip(adapters.parameters(STUDENT), before, strict=True))
     assert all(p.grad is None for p in adapters.parameters(STUDENT))
+
+
+# --- drawn steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch, count):
+    """Unbiased, exactly: every subset of the trained steps, each as likely as the others."""
+    perturb(adapters)
+    learner = make_opd(backbone, adapters, text, "flow", 0.7)
+    full, expected = kept_gradients(learner, make_batches(backbone, text), monkeypatch)
+    subsets = list(itertools.combinations(range(TRAINED), count))
+    total, losses = [torch.zeros_like(g) for g in expected], []
+    for subset in subsets:
+        result, found = kept_gradients(learner, make_batches(backbone, text, steps=subset), monkeypatch)
+        torch.testing.assert_close(loss_table(result), loss_table(full)[:, list(subset)], rtol=1e-5, atol=0)
+        losses.append(result.losses.mean)
+        for sum_, gradient in zip(total, found, strict=True):
+            sum_ += gradient / len(subsets)
+    assert sum(losses) / len(losses) == pytest.approx(full.losses.mean, rel=1e-5)
+    assert_near(total, expected, rel=1e-5)
+
+
+def test_draws_depend_on_the_key_alone_and_favour_no_step():
+    assert choose_steps(9, 3, 42, 7, 1) == choose_steps(9, 3, 42, 7, 1)
+    draws = [choose_steps(4, 2, 42, round_, 0) for round_ in range(600)]
+    assert all(a < b for a, b in draws)
+    counts = collections.Counter(draws)
+    assert set(counts) == set(itertools.combinations(range(4), 2))
+    assert all(70 < count < 130 for count in counts.values()), "six subsets, 100 times each on average"
+    assert choose_steps(4, 2, 42, 0, 0) != choose_steps(4, 2, 42, 0, 1) or draws[1] != choose_steps(4, 2, 42, 1, 1)
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def optimize(weight, dynamic_scale=False, **settings):
+    return StudentOptimizer([weight], OptimizerSettings(learning_rate=0.1, **settings), dynamic_scale)
 
 
 def test_loss_scale_changes_neither_norm_nor_clipping_only_epsilon():
@@ -237,7 +313,7 @@ def test_loss_scale_changes_neither_norm_nor_clipping_only_epsilon():
     steps = {}
     for scale in (1.0, 1e4):
         weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        optimizer = StudentOptimizer([weight], lr=0.1, loss_scale=scale, epsilon=1e-8, max_grad_norm=1e-9)
+        optimizer = optimize(weight, loss_scale=scale, max_grad_norm=1e-9, adam_weight_decay=0.0)
         optimizer.backward((weight * torch.tensor([3e-9, 4e-9])).sum())
         assert optimizer.step() == pytest.approx(5e-9, rel=1e-5)
         steps[scale] = (torch.tensor([1.0, 2.0]) - weight.detach()).tolist()
@@ -264,7 +340,7 @@ def test_ema_follows_the_formula():
 
 def test_an_overflow_under_dynamic_scaling_skips_the_step_and_halves_the_scale():
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = StudentOptimizer([weight], lr=0.1, dynamic_scale=True, loss_scale=1e4, max_grad_norm=10.0)
+    optimizer = optimize(weight, dynamic_scale=True, loss_scale=1e4, max_grad_norm=10.0)
     scale = optimizer.state_scalars()["scale"]
     optimizer.backward(weight.sum() * float("inf"))
     assert optimizer.step() is None
@@ -280,97 +356,17 @@ def test_an_overflow_under_dynamic_scaling_skips_the_step_and_halves_the_scale()
 
 
 def test_optimizer_state_round_trips_bit_for_bit():
-    def fresh():
-        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
-        return weight, StudentOptimizer([weight], lr=0.1, dynamic_scale=True)
-
-    def advance(weight, optimizer, steps):
-        for i in range(steps):
+    def advance(weight, optimizer):
+        for i in range(3):
             optimizer.backward((weight * (i + 1)).square().sum())
             optimizer.step()
 
-    weight, optimizer = fresh()
-    advance(weight, optimizer, 3)
-    tensors = {k: v.clone() for k, v in optimizer.state_tensors().items()}
-    other, resumed = fresh()
+    weight, other = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    optimizer, resumed = optimize(weight, dynamic_scale=True), optimize(other, dynamic_scale=True)
+    advance(weight, optimizer)
     other.data.copy_(weight.data)
-    resumed.load_state(tensors, optimizer.state_scalars())
-    advance(weight, optimizer, 3)
-    advance(other, resumed, 3)
+    resumed.load_state({k: v.clone() for k, v in optimizer.state_tensors().items()}, optimizer.state_scalars())
+    advance(weight, optimizer)
+    advance(other, resumed)
     assert torch.equal(weight, other)
     assert resumed.state_scalars() == optimizer.state_scalars()
-
-
-def drawn(batches, steps):
-    return [dataclasses.replace(batch, steps=steps) for batch in batches]
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch, count):
-    """Unbiased, exactly: every subset of the trained steps, each as likely as the others."""
-    perturb(adapters)
-    distiller = make_distiller(backbone, adapters, text, "flow_sde", 0.7)
-    freeze_step(distiller, monkeypatch)
-    batches = make_batches(backbone, text)
-    full = distiller.round(batches)
-    expected = gradients(adapters)
-    distiller.optimizer.discard()
-    subsets = list(itertools.combinations(range(STEPS - 1), count))
-    losses = []
-    for subset in subsets:
-        result = distiller.round(drawn(batches, subset))
-        assert result.losses.shape == (2, count)
-        torch.testing.assert_close(result.losses, full.losses[:, list(subset)], rtol=1e-5, atol=0)
-        losses.append(result.losses.mean())
-    torch.testing.assert_close(torch.stack(losses).mean(), full.losses.mean(), rtol=1e-5, atol=0)
-    for mine, other in zip(gradients(adapters), expected, strict=True):
-        assert (mine / len(subsets) - other).norm() <= 1e-5 * other.norm()
-
-
-@pytest.mark.parametrize(("watched", "student"), [(False, 3), (True, 5)])
-def test_undrawn_steps_cost_a_students_forward_and_those_after_the_last_nothing(
-    backbone, adapters, text, monkeypatch, watched, student
-):
-    distiller = make_distiller(backbone, adapters, text)
-    calls: list[tuple[str | None, bool]] = []
-    original = backbone.velocity
-    monkeypatch.setattr(
-        backbone, "velocity", lambda *a: (calls.append((adapters.active, torch.is_grad_enabled())), original(*a))[1]
-    )
-    distiller.round(drawn(make_batches(backbone, text, watched=watched)[:1], (0, 2)))
-    assert calls.count(("teacher_a", False)) == 2
-    assert calls.count((STUDENT, True)) == 2
-    assert calls.count((STUDENT, False)) == student - 2
-
-
-def test_inner_epochs_train_on_the_drawn_steps_alone(backbone, adapters, text):
-    distiller = make_distiller(backbone, adapters, text, inner_epochs=2, loss_scale=1e4)
-    visits = []
-    original = distiller._loss
-    distiller._loss = lambda batch, visit, v: visits.append(visit.step) or original(batch, visit, v)
-    result = distiller.round(drawn(make_batches(backbone, text), (1, 3)))
-    assert visits == [1, 3] * 4
-    assert result.losses.shape == (2, 2)
-
-
-def test_a_non_finite_loss_of_a_drawn_step_names_the_step(backbone, adapters, text, monkeypatch):
-    distiller = make_distiller(backbone, adapters, text)
-    original = backbone.velocity
-    monkeypatch.setattr(
-        backbone,
-        "velocity",
-        lambda *a: tuple(v * (float("nan") if adapters.active == "teacher_b" else 1.0) for v in original(*a)),
-    )
-    sigma = distiller.recipe.transitions[2].sigma
-    with pytest.raises(NonFiniteError, match=rf"task 'b' at step 2 \(sigma {sigma:.4f}\)"):
-        distiller.round(drawn(make_batches(backbone, text), (2, 3)))
-
-
-def test_draws_depend_on_the_key_alone_and_favour_no_step():
-    assert choose_steps(9, 3, 42, 7, 1) == choose_steps(9, 3, 42, 7, 1)
-    draws = [choose_steps(4, 2, 42, round_, 0) for round_ in range(600)]
-    assert all(a < b for a, b in draws)
-    counts = collections.Counter(draws)
-    assert set(counts) == set(itertools.combinations(range(4), 2))
-    assert all(70 < count < 130 for count in counts.values()), "six subsets, 100 times each on average"
-    assert choose_steps(4, 2, 42, 0, 0) != choose_steps(4, 2, 42, 0, 1) or draws[1] != choose_steps(4, 2, 42, 1, 1)

@@ -34,7 +34,7 @@ from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, check_bat
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
 from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
-from diffusionopd.rewards import REGISTRY, check_options
+from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
 T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
@@ -153,6 +153,12 @@ COMMON = (
 )
 SCHEMA = Schema(*COMMON, *(group for cls in ALGORITHMS.values() for group in cls.groups), UpstreamSettings)
 _COMMON_KEYS = frozenset(Schema(*COMMON).keys)
+# What a task has that does not say so itself.
+_TASK_DEFAULTS = {
+    "guidance_scale": "sample.teacher_guidance_scale",
+    "eval_guidance_scale": "sample.eval_guidance_scale",
+    "eval_num_steps": "sample.eval_num_steps",
+}
 
 
 def base_config() -> ConfigDict:
@@ -280,19 +286,18 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         problems,
         from_rewards=algorithm.has_rewards,
         reward_names=REGISTRY,
-        defaults={
-            "guidance_scale": values.get("sample.teacher_guidance_scale"),
-            "eval_guidance_scale": values.get("sample.eval_guidance_scale"),
-            "eval_num_steps": values.get("sample.eval_num_steps"),
-        },
+        defaults={field: values[name] for field, name in _TASK_DEFAULTS.items() if problems.good(name)},
         with_test=values.get("eval_freq") != 0,
     )
     model = _local_model(values, problems)
     if model and problems.good("resolution") and (what := model.resolution_problem(values["resolution"])):
         problems.add("resolution", f"is {values['resolution']}", what)
     check_batches(values, num_processes, algorithm.one_step, problems)
-    if problems.good("reward_options", *keys_of(WatchSettings)):
-        check_options(values["reward_options"])
+    if problems.good("reward_options"):
+        try:
+            check_options(values["reward_options"])
+        except RewardError as error:
+            problems.add("reward_options", f"cannot be used: {error}", "")
     if sampler := _read_good(SamplerSettings, values, problems):
         sampler.check(problems)
     if algorithm is not Algorithm and sampler and (settings := _read_good(algorithm.groups[0], values, problems)):

@@ -129,9 +129,10 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
         return fresh
     saved, scalars = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
     tables = [scalars.get(name, {}) for name in ("digests", "versions")]
-    if not isinstance(scalars.get("round"), int) or not all(isinstance(table, dict) for table in tables):
+    written_for = scalars.get("written_for", scalars.get("num_processes"))
+    counts = all(isinstance(count, int) and count >= 0 for count in (scalars.get("round"), written_for))
+    if not counts or not written_for or not all(isinstance(table, dict) for table in tables):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
-    written_for = int(scalars.get("written_for", scalars["num_processes"]))
     start = Resume(config, config, num_processes, folder, scalars, allow_change)
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)

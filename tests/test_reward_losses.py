@@ -1,4 +1,4 @@
-"""Stage-1 objectives against sample-by-sample loops, torch.distributions, hand-written gradients and Monte Carlo."""
+"""Losses of training from rewards against slow loops, torch.distributions, hand-written gradients and Monte Carlo."""
 
 import math
 

@@ -1,0 +1,290 @@
+"""Training from rewards, and on teachers' samples: rounds against slow loops, whole runs against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusionopd.algorithms import ALGORITHMS
+from diffusionopd.algorithms.nft import OLD
+from diffusionopd.config_schema import ConfigError
+from diffusionopd.models.policies import STUDENT
+from diffusionopd.rewards import RewardError
+from diffusionopd.rewards.jpeg import JpegCompressibility
+from diffusionopd.training import check, checkpoint, train
+from diffusionopd.transitions import per_sample_mean
+
+from .helpers import (
+    Darkness,
+    assert_bitwise,
+    assert_equal_rounds,
+    assert_near,
+    gradients,
+    kept_gradients,
+    loss_table,
+    make_batches,
+    make_learner,
+    metrics,
+    perturb,
+    state,
+    train_forked,
+)
+
+TRAINED, SIZE, GROUP = 3, 4, 2
+SAMPLE_FIRST = [name for name in ALGORITHMS if name != "opd"]
+
+
+def batches_of(backbone, text, tasks="a", **options):
+    return make_batches(backbone, text, size=SIZE, tasks=tasks, steps=range(TRAINED), **options)
+
+
+# --- one round --------------------------------------------------------------------------------------------------------
+
+
+def advantages_by_hand(rewards):
+    out = []
+    for i, reward in enumerate(rewards):
+        group = [rewards[j] for j in range(len(rewards)) if j // GROUP == i // GROUP]
+        out.append((reward - np.mean(group)) / (np.std(group) + 1e-4))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["grpo", "grpo_guard"])
+def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, text, monkeypatch):
+    """On policy the ratio is exactly 1, and the gradient is that of -A log p, sample by sample, step by step."""
+    perturb(adapters)
+    learner = make_learner(kind, backbone, adapters, text, beta=0.3)
+    (batch,) = batches_of(backbone, text)
+    result, found = kept_gradients(learner, [batch], monkeypatch)
+    assert result.metrics["ratio"] == 1.0 and result.metrics["clip_fraction"] == 0.0
+
+    def velocity(adapter, x, sigma):
+        with adapters.using(adapter), torch.set_grad_enabled(adapter == STUDENT):
+            return backbone.velocity(x, sigma, batch.text)[0]
+
+    states, x = [], batch.noise
+    for step, tr in enumerate(learner.transitions):
+        x_next = tr.sample(x, velocity(STUDENT, x, tr.sigma).detach(), batch.step_noise(step))
+        states.append((x, x_next))
+        x = x_next
+    rewards = (-x[:, 0].mean(dim=(1, 2)).double()).tolist()
+    assert result.metrics["reward/a"] == pytest.approx(np.mean(rewards))
+    advantages, total = advantages_by_hand(rewards), 0.0
+    for step in range(TRAINED):
+        tr, (x, x_next) = learner.transitions[step], states[step]
+        normal, base = (
+            torch.distributions.Normal(tr.a * x + tr.b * velocity(adapter, x, tr.sigma), tr.std)
+            for adapter in (STUDENT, None)
+        )
+        log_prob = normal.log_prob(x_next)
+        kl = torch.distributions.kl_divergence(normal, base)
+        for i in range(SIZE):
+            scale = tr.std / (tr.sigma - tr.sigma_next) if kind == "grpo_guard" else 1.0
+            total = total + (-advantages[i] * scale * log_prob[i].mean() + 0.3 * kl[i].mean()) / (SIZE * TRAINED)
+    learner.optimizer.backward(total)
+    assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
+
+
+def test_an_nft_round_equals_the_slow_loop(backbone, adapters, text, monkeypatch):
+    perturb(adapters)
+    learner = make_learner("nft", backbone, adapters, text, beta=0.1)
+    perturb(adapters, seed=12)  # the student has moved on from the old policy
+    (batch,) = batches_of(backbone, text)
+    result, found = kept_gradients(learner, [batch], monkeypatch)
+
+    def velocity(adapter, x, sigma):
+        with adapters.using(adapter), torch.set_grad_enabled(adapter == STUDENT):
+            return backbone.velocity(x, sigma, batch.text)[0]
+
+    x = batch.noise
+    for tr in learner.transitions:
+        x = x + tr.b * velocity(OLD, x, tr.sigma)
+    advantages = advantages_by_hand((-x[:, 0].mean(dim=(1, 2)).double()).tolist())
+    total = 0.0
+    for step in range(TRAINED):
+        t = learner.transitions[step].sigma
+        x_t = (1 - t) * x + t * batch.forward_noise(step)
+        v, old, base = (velocity(name, x_t, t) for name in (STUDENT, OLD, None))
+        for i in range(SIZE):
+            r = min(max(min(max(advantages[i], -5), 5) / 10 + 0.5, 0), 1)
+
+            def error(u, i=i, x_t=x_t, t=t):
+                difference = x_t[i] - t * u - x[i]
+                return difference.square().mean() / max(difference.detach().abs().mean().item(), 1e-5)
+
+            plus, minus = 0.5 * v[i] + 0.5 * old[i], 1.5 * old[i] - 0.5 * v[i]
+            loss = 5 * (r * error(plus) + (1 - r) * error(minus)) / 0.5 + 0.1 * (v[i] - base[i]).square().mean()
+            total = total + loss / (SIZE * TRAINED)
+    learner.optimizer.backward(total)
+    assert result.losses.mean == pytest.approx(total.item(), rel=1e-4)
+    assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
+
+
+def test_the_old_policy_follows_by_its_schedule(backbone, adapters, text):
+    perturb(adapters)
+    learner = make_learner("nft", backbone, adapters, text)
+    before = [p.clone() for p in adapters.parameters(OLD)]
+    perturb(adapters, seed=12)
+    learner.finish(3)  # d = min(0.1 * 3, 0.5)
+    for old, mine, new in zip(before, adapters.parameters(OLD), adapters.parameters(STUDENT), strict=True):
+        torch.testing.assert_close(mine, 0.3 * old + 0.7 * new)
+
+
+def test_supervised_on_teacher_samples_equals_the_formula(backbone, adapters, text, monkeypatch):
+    learner = make_learner("sft", backbone, adapters, text)
+    (batch,) = batches_of(backbone, text, watched=True)
+    result, _ = kept_gradients(learner, [batch], monkeypatch)
+    x = batch.noise
+    with torch.no_grad():
+        adapters.use("teacher_a")
+        for tr in learner.transitions:
+            x = x + tr.b * backbone.velocity(x, tr.sigma, batch.text)[0]
+        adapters.use(STUDENT)
+        for step in range(TRAINED):
+            t, eps = learner.transitions[step].sigma, batch.forward_noise(step)
+            v = backbone.velocity((1 - t) * x + t * eps, t, batch.text)[0]
+            wanted = 0.5 * per_sample_mean((v - (eps - x)).square()).mean()
+            assert loss_table(result)[0, step].item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(result.images[0][1], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nft", "grpo_guard"])
+def test_rewards_rise(kind, backbone, adapters, text):
+    """From rewards alone, on the same noise: the reward of the last rounds is above that of the first."""
+    learner = make_learner(kind, backbone, adapters, text, lr=2e-3)
+    batches = batches_of(backbone, text)
+    rewards = []
+    for completed in range(1, 11):
+        rewards.append(learner.round(batches).metrics["reward/a"])
+        learner.finish(completed)
+    assert rewards[-1] > rewards[0] + 0.01, rewards
+
+
+def test_several_optimizer_steps_per_round(backbone, adapters, text):
+    """Four batches, two per step, two passes: four steps; the first pass's losses are reported."""
+    learner = make_learner("grpo", backbone, adapters, text, inner=2, accumulation=2, batches=2, clip_range=1e-8)
+    steps = []
+    original = learner.optimizer.step
+    learner.optimizer.step = lambda: steps.append(original()) or steps[-1]
+    result = learner.round(batches_of(backbone, text, tasks="abab"))
+    assert len(steps) == 4
+    assert result.grad_norm == steps[0]
+    assert result.losses.counts[:, :TRAINED].tolist() == [[2 * SIZE] * TRAINED] * 2
+    assert 0 < result.metrics["clip_fraction"] <= 1  # later steps are off policy
+    assert {"reward/a", "reward/b", "zero_variance/a", "monitor/b/dark"} <= result.metrics.keys()
+
+
+def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):
+    flat = Darkness(lambda latents: np.ones(len(latents)))
+    learner = make_learner("grpo", backbone, adapters, text, flat)
+    result, found = kept_gradients(learner, batches_of(backbone, text), monkeypatch)
+    assert result.metrics["zero_variance/a"] == 1.0
+    assert all(not g.any() for g in found)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", SAMPLE_FIRST)
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, algorithm):
+    options = {"train__algorithm": algorithm, "num_epochs": 2}
+    complete = train(tiny_config(run_name="complete", **options))
+    train(tiny_config(run_name="cut", **options | {"num_epochs": 1}))
+    resumed = train(tiny_config(run_name="cut", resume_from="auto", **options))
+    assert any(name.startswith("old.") for name in state(complete)) == (algorithm == "nft")
+    assert_bitwise(state(complete), state(resumed))
+
+
+@pytest.mark.parametrize("algorithm", ["nft", pytest.param("grpo_guard", marks=pytest.mark.slow)])
+def test_one_process_equals_two(tiny_config, tmp_path, algorithm):
+    """Groups are spread over the processes, and their advantages are those of all images."""
+    common = {"train__algorithm": algorithm, "num_epochs": 2, "train__gradient_accumulation_steps": 4}
+    common |= {"sample__num_image_per_prompt": 4}
+    one = tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common)
+    two = tiny_config(run_name="two", **common)
+    for task in (*one.train.teachers, *two.train.teachers):
+        task["proxy_reward"] = {"tiny_scene": 1.0}  # smooth in the pixels, as a file's size is not
+    train(one)
+    train_forked(two)
+    rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
+    keep = ("round", "evaluations", "loss/first", "loss/second", "grad_norm", "reward/first", "zero_variance/second")
+    assert_equal_rounds(*([{key: row[key] for key in keep} for row in part] for part in rows), rel=2e-3)
+    assert rows[0][0].keys() == rows[1][0].keys() and rows[0][0]["evaluations"] > 0
+
+
+def test_what_comes_out_is_a_teacher(finished_runs, tiny_config):
+    config = tiny_config(num_epochs=1)
+    lora = finished_runs("nft") / "checkpoints" / "checkpoint-3" / "lora"
+    config.train.teachers = [{**config.train.teachers[0], "lora_path": str(lora)}]
+    assert train(config) is not None
+
+
+@pytest.mark.parametrize(("order", "visited"), [("alternate", "first second first"), ("cascade", "first first second")])
+def test_tasks_in_turn_and_one_after_another(tiny_config, tmp_path, order, visited):
+    train(tiny_config(train__algorithm="nft", train__task_order=order, num_epochs=3))
+    rows = metrics(tmp_path / "logs" / "run")
+    assert [key.removeprefix("reward/") for row in rows for key in row if key.startswith("reward/")] == visited.split()
+
+
+def test_the_counts_of_the_plan_are_what_runs(tiny_config, tmp_path):
+    """Forward passes announced before the run are those that the transformer then does."""
+    for algorithm in ALGORITHMS:
+        config = tiny_config(run_name=algorithm, num_epochs=1, train__algorithm=algorithm, train__beta=0.1)
+        nfe = check(config, 1).nfe_per_round
+        train(config)
+        announced = nfe.student + nfe.teacher + nfe.sampling + nfe.base
+        assert metrics(tmp_path / "logs" / algorithm)[0]["evaluations"] == announced, algorithm
+
+
+def test_a_failing_reward_stops_the_training(finished, monkeypatch):
+    folder, config = finished("nft", num_epochs=4)
+
+    def fail(*arguments):
+        raise RewardError("no more")
+
+    monkeypatch.setattr(JpegCompressibility, "score", fail)
+    with pytest.raises(RewardError) as caught:
+        train(config)
+    assert [fact for fact in ("'first'", "no more") if fact not in str(caught.value)] == []
+    assert checkpoint.find_latest(folder / "checkpoints").name == "checkpoint-3"
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_the_upstream_keys_of_a_single_task(tiny_config):
+    config = tiny_config(train__algorithm="nft")
+    config.dataset, config.prompt_fn = config.train.teachers[0]["dataset"], "general_ocr"
+    config.reward_fn = {"jpeg_compressibility": 1.0}
+    config.train.teachers = []
+    (task,) = check(config, 1).tasks
+    assert (task.name, task.proxy_reward, task.lora_path) == ("first", {"jpeg_compressibility": 1.0}, "")
+
+
+def test_what_cannot_be_trained_is_said_before_weights_load(tiny_config):
+    for algorithm, key, value, facts in (
+        ("grpo", "sample__noise_level", 0.0, ("train.algorithm", "'grpo'", "noise")),
+        ("nft", "sample__num_image_per_prompt", 1, ("sample.num_image_per_prompt", "1")),
+        ("nft", "train__gradient_accumulation_steps", 3, ("train.gradient_accumulation_steps", "3", "4")),
+        ("nft", "train__nft_beta", 0.0, ("train.nft_beta", "0.0")),
+        ("nft", "train__old_policy_decay", (1, 2), ("train.old_policy_decay", "(1, 2)")),
+        ("nft", "train__task_order", "random", ("train.task_order", "'random'", "cascade")),
+        ("nft", "train__teachers", [], ("train.teachers",)),
+        ("ppo", "num_epochs", 1, ("train.algorithm", "'ppo'", "nft")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check(tiny_config(**{"train__algorithm": algorithm, key: value}), 1)
+        (problem,) = caught.value.problems
+        assert [fact for fact in facts if fact not in problem] == [], problem
+
+
+def test_rounds_of_a_task_are_those_that_visit_it(tiny_config):
+    for order in ("together", "alternate", "cascade"):
+        for rounds in (1, 5, 6):
+            shape = check(tiny_config(train__algorithm="nft", train__task_order=order, num_epochs=rounds), 1).shape
+            for task in (0, 1):
+                for start in range(rounds + 1):
+                    slow = [r for r in range(start, rounds) if task in shape.tasks_of(r)]
+                    assert list(shape.rounds_of(task, start)) == slow, (order, rounds, task, start)
