@@ -292,4 +292,4 @@ def test_the_command_line_of_the_scripts(capsys, monkeypatch):
             error = ValueError("wrong")
             error.add_note("in round 2")
             raise error
-        assert (ended.value.code, capsys.readouterr().err) == (2, said)
+        assert (ended.value.code, capsys.readouterr().err) == (1, said)
