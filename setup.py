@@ -24,6 +24,8 @@ REQUIREMENTS = [
     "pillow>=11,<14",
     "requests>=2.32,<3",
     "matplotlib>=3.9,<4",
+    "jinja2>=3.1,<4",  # report pages
+    "pooch>=1.8,<2",  # downloads
     "tqdm>=4.66,<5",
 ]
 

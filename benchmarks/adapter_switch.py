@@ -21,25 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.world import TARGETS
+from benchmarks.world import SD35_MEDIUM, TARGETS
 from diffusionopd.models.lora import Adapters
 
 NAMES = ("student", "teacher_a", "teacher_b", "teacher_c")
 
 
 def build() -> tuple[SD3Transformer2DModel, Adapters]:
-    """A narrow 24-block transformer with the dual-attention layout of SD3.5-Medium and four adapters."""
+    """A narrow transformer with the blocks of SD3.5-Medium, and four adapters."""
     transformer = SD3Transformer2DModel(
-        sample_size=16,
-        num_layers=24,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=16,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
+        **SD35_MEDIUM
+        | {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16, "pos_embed_max_size": 16}
+        | {"sample_size": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16}
     )
     transformer._hf_peft_config_loaded = True  # diffusers sets it when it injects adapters itself
     adapters = Adapters(transformer)

@@ -9,7 +9,7 @@ so that the project's own scripts run at full size before anything has been down
     CONFIG=benchmarks/full_size_config.py:mopd bash scripts/single_node/mopd.sh --config.num_epochs=20
 
 Time and memory do not depend on the values of weights. Transformer, autoencoder and LoRAs have the published shapes;
-the text encoders have the published widths and one layer, since they run once a prompt and are dropped.
+the text encoders have the published widths and one layer, since they run once per prompt and are dropped.
 """
 
 # ruff: noqa: E402
@@ -19,26 +19,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size_config import FOLDER, PROMPTS, TASKS
-from benchmarks.world import RANDOM, build_autoencoder, random_lora
+from benchmarks.world import RANDOM, random_lora, random_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 
 CLIP_TOKENS, T5_TOKENS = 77, 128
 # Widths of the two CLIP encoders; their sum is the pooled embedding's.
 CLIP_WIDTHS = {"sd35": (768, 1280), "small": (16, 16)}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main() -> None:
@@ -49,7 +46,7 @@ def main() -> None:
     folder = FOLDER / args.shape
     with torch.device(args.device):
         torch.manual_seed(0)
-        pipeline = build_pipeline(args.shape).to(DTYPES[args.dtype])
+        pipeline = build_pipeline(args.shape).to(getattr(torch, args.dtype))
     pipeline.save_pretrained(folder / "model")
     write_teachers(pipeline.transformer, folder / "teachers")
     for task in TASKS:
@@ -64,64 +61,33 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(RANDOM), default="sd35")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the files")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the files")
     parser.add_argument("--device", default="cpu", help="where the random numbers are drawn")
     return parser.parse_args()
 
 
 def build_pipeline(shape: str) -> StableDiffusion3Pipeline:
     """All parts with random weights; ``shape`` one of :data:`benchmarks.world.RANDOM`."""
-    transformer = RANDOM[shape]
-    first, second = (models.clip_tokenizer(pad, CLIP_TOKENS) for pad in ("<|endoftext|>", "!"))
-    third = models.t5_tokenizer(T5_TOKENS)
+    transformer, vae = random_model(shape, vae=shape)
+    tokenizers = [*(models.clip_tokenizer(pad, CLIP_TOKENS) for pad in ("<|endoftext|>", "!"))]
+    tokenizers.append(models.t5_tokenizer(T5_TOKENS))
+    clips = [
+        models.clip_encoder(tokenizer, seed=0, width=width, num_hidden_layers=1, num_attention_heads=2)
+        for tokenizer, width in zip(tokenizers, CLIP_WIDTHS[shape], strict=False)
+    ]
+    t5 = models.t5_encoder(
+        tokenizers[2], seed=0, width=transformer.config.joint_attention_dim, num_layers=1, d_kv=16, num_heads=2, d_ff=64
+    )
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=build_autoencoder(shape),
-        text_encoder=thin_clip(CLIP_WIDTHS[shape][0], first),
-        tokenizer=first,
-        text_encoder_2=thin_clip(CLIP_WIDTHS[shape][1], second),
-        tokenizer_2=second,
-        text_encoder_3=thin_t5(transformer["joint_attention_dim"], third),
-        tokenizer_3=third,
-    )
-
-
-def thin_clip(width: int, tokenizer: Any) -> nn.Module:
-    """A CLIP text encoder of one layer."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=width,
-            projection_dim=width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=CLIP_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def thin_t5(width: int, tokenizer: Any) -> nn.Module:
-    """A T5 encoder of one layer."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=16,
-            num_heads=2,
-            d_ff=64,
-            num_layers=1,
-            feed_forward_proj="gated-gelu",
-        )
+        vae=vae,
+        **models.text_parts(tokenizers, [*clips, t5]),
     )
 
 
 def write_teachers(transformer: nn.Module, folder: Path) -> None:
-    """A random LoRA a task, in PEFT's form."""
+    """A random LoRA per task, in PEFT's form."""
     loras = [random_lora(transformer, seed, gap=0.1) for seed in range(len(TASKS))]
     adapters = Adapters(transformer)
     for task, lora in zip(TASKS, loras, strict=True):

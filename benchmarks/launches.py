@@ -3,7 +3,7 @@
     python benchmarks/launches.py                                     SD3.5-Medium's shape
     python benchmarks/launches.py --random small
 
-A round at a few pictures is bound by launches, so that their number is what optimising it means. The forward runs on
+A round of a few images is bound by launches, so that their number is what optimising it means. The forward runs on
 tensors without data (torch's FakeTensorMode) that say to be on a GPU, through the dispatch that a GPU's tensors take,
 autocast included; what arrives at its end, views left out, is a launch or two. Attention counts as one, by flash's
 kernel. Needs a CUDA build of torch. The backward cannot be counted so; on a GPU `tools/profile_round.py` counts all.
@@ -31,8 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.upstream import restore_layers
-from benchmarks.world import RANDOM, RANK, TARGETS, TEXT_TOKENS
+from benchmarks.world import RANDOM, RANK, TARGETS, TEXT_TOKENS, restore_layers
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora import Adapters
 
@@ -67,16 +66,22 @@ def main() -> None:
 def count(config: Mapping[str, Any], layers: str) -> tuple[Counter[str], Counter[str]]:
     """Launches by operator of a forward with a LoRA in use and of one with none; ``layers`` is fused or stock."""
     with pretended_gpu():
-        transformer = build(config)
+        torch.set_default_dtype(HALF)
+        try:
+            transformer = SD3Transformer2DModel(**config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        fuse_norms(transformer)
         adapters = Adapters(transformer)
         adapters.add_student("lora", rank=RANK, alpha=2 * RANK, target_modules=TARGETS)
         if layers == "stock":
             restore_layers(transformer)
+        sizes = transformer.config
         inputs = {
-            "hidden_states": torch.randn(6, config["in_channels"], 64, 64, dtype=HALF),
+            "hidden_states": torch.randn(6, sizes.in_channels, 64, 64, dtype=HALF),
             "timestep": torch.randn(6),
-            "encoder_hidden_states": torch.randn(6, TEXT_TOKENS, config["joint_attention_dim"], dtype=HALF),
-            "pooled_projections": torch.randn(6, config["pooled_projection_dim"], dtype=HALF),
+            "encoder_hidden_states": torch.randn(6, TEXT_TOKENS, sizes.joint_attention_dim, dtype=HALF),
+            "pooled_projections": torch.randn(6, sizes.pooled_projection_dim, dtype=HALF),
         }
         found = []
         for name in ("lora", None):
@@ -85,17 +90,6 @@ def count(config: Mapping[str, Any], layers: str) -> tuple[Counter[str], Counter
                 transformer(**inputs)
             found.append(launches.by_operator)
     return found[0], found[1]
-
-
-def build(config: Mapping[str, Any]) -> nn.Module:
-    """The transformer in half precision, its norms fused."""
-    torch.set_default_dtype(HALF)
-    try:
-        transformer = SD3Transformer2DModel(**config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    fuse_norms(transformer)
-    return transformer
 
 
 class Launches(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""One round many ways, side by side in one run: the upstream schedule, the default, each optimisation, the bare floor.
+"""One round in many ways, side by side in one run: the upstream schedule, the default, each optimisation, the floor.
 
     python benchmarks/round.py --json round.json                                    the tiny world, on a CPU
     python benchmarks/round.py --random sd35 --resolution 512 --device cuda --json round.json    SD3.5-M's shape
@@ -6,9 +6,8 @@
 
 Figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all alike. Every
 way has a model of its own. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one
-student forward and backward a trained step, with no loss, no sampling and no bookkeeping around them. Utilisation is
-the FLOPs of the floor (counted from the architecture) over time and over what a plain matrix product reaches in the
-same run.
+student forward and backward per task and trained step, with no loss, no sampling and no bookkeeping around them.
+Utilisation is the FLOPs of the floor over time and over what a plain matrix product reaches in the same run.
 """
 
 # ruff: noqa: E402
@@ -17,30 +16,30 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
-from benchmarks.upstream import restore_layers, upstream_round
-from benchmarks.world import RANK, TARGETS, World, add_flags, recorded
-from diffusionopd.algorithms.base import STUDENT
-from diffusionopd.algorithms.opd import Distiller
-from diffusionopd.data.batches import Batch, choose_steps
-from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
+from benchmarks.upstream import upstream_round
+from benchmarks.world import World, add_flags, recorded, trained_steps
+from diffusionopd.data.batches import choose_steps
+from diffusionopd.models.acceleration import AccelerationError
 from diffusionopd.models.merged import MergedTeachers
-from tools.costs import Lora, TransformerShape, measure
 
 Round = Callable[[], object]
 
@@ -61,12 +60,14 @@ def main() -> None:
     world = World(args)
     rounds, resident = build_all(world, {name: WAYS[name] for name in args.ways})
     seconds, peaks = time_all(rounds, resident, args.repeats, args.device)
+    rounds.clear()  # their models make room for the one that is counted
     result = summarise(world, seconds, resident, peaks)
     print(table(result, args))
     if args.json:
-        machine = {"machine": machine_name(args), "python": platform.python_version(), "torch": torch.__version__}
-        dated = {"date": time.strftime("%Y-%m-%d"), **machine, "settings": recorded(args), "all_s": seconds}
-        Path(args.json).write_text(json.dumps(result | dated, indent=2) + "\n", encoding="utf-8")
+        machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+        result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
+        result |= {"torch": torch.__version__, "settings": recorded(args), "all_s": seconds}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
 
 
@@ -85,97 +86,50 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def distilled(**switches: object) -> Callable[[World], Round]:
-    """The project's own round with the switches of :meth:`World.distiller`."""
-
-    def build(world: World) -> Round:
-        distiller, batches = world.distiller(**switches)
-        return lambda: distiller.round(batches)
-
-    return build
-
-
-def stock_layers(world: World) -> Round:
-    """With the layers of diffusers and PEFT as they come."""
-    distiller, batches = world.distiller()
-    restore_layers(distiller.backbone.transformer)
-    return lambda: distiller.round(batches)
-
-
-class Unavailable(RuntimeError):
-    """What a way needs is not here."""
-
-
-def compiled(**switches: object) -> Callable[[World], Round]:
-    """With every block compiled."""
-
-    def build(world: World) -> Round:
-        try:
-            check_compiler(torch.device(world.args.device))
-        except AccelerationError as error:
-            raise Unavailable(str(error)) from error
-        distiller, batches = world.distiller(**switches)
-        compile_blocks(distiller.backbone.blocks())
-        return lambda: distiller.round(batches)
-
-    return build
+def distilled(**switches: Any) -> Callable[[World], Round]:
+    """The project's own round with the switches of :meth:`World.setup`."""
+    return lambda world: world.setup(**switches).round
 
 
 def few_steps(count: int) -> Callable[[World], Round]:
     """Of the trained steps this many, drawn anew every time; the median is over the draws too."""
 
     def build(world: World) -> Round:
-        distiller, batches = world.distiller()
-        draws = iter(range(10**9))
-
-        def round_() -> object:
-            steps = choose_steps(distiller.trained_steps, count, next(draws))
-            return distiller.round([replace(batch, steps=steps) for batch in batches])
-
-        return round_
+        setup, draws = world.setup(), itertools.count()
+        return lambda: setup.round(steps=choose_steps(len(setup.trained), count, next(draws)))
 
     return build
 
 
-def floor(world: World) -> Round:
-    """Only the forwards and backwards that the default cannot do without."""
-    distiller, batches = world.distiller()
-    return lambda: floor_round(distiller, batches)
-
-
-def merged_floor(world: World) -> Round:
-    """The same with merged teachers."""
-    distiller, batches = world.distiller(adapters=MergedTeachers)
-    return lambda: floor_round(distiller, batches)
-
-
-def floor_round(distiller: Distiller, batches: list[Batch]) -> None:
-    """One teacher forward, one student forward and backward a trained step."""
-    recipe = distiller.recipe
-    for batch in batches:
-        v_out = torch.ones_like(batch.x)
-        for transition in recipe.transitions[: recipe.trained_steps]:
-            with torch.no_grad():
-                distiller.adapters.use(batch.teacher)
-                _velocity(distiller, batch, transition.sigma, batch.teacher_guidance)
-            distiller.adapters.use(STUDENT)
-            _velocity(distiller, batch, transition.sigma, recipe.student_guidance).backward(v_out)
-    distiller.optimizer.discard()
-
-
-def _velocity(distiller: Distiller, batch: Batch, sigma: float, guidance: float) -> torch.Tensor:
-    return distiller.backbone.velocity(batch.x, sigma, batch.text, guidance)[0]
-
-
 def three_passes(world: World) -> Round:
     """Rollout, teachers on every state, training, each a pass of its own."""
-    distiller, batches = world.distiller()
+    setup = world.setup()
 
     def round_() -> None:
-        three_pass(distiller, batches)
-        distiller.optimizer.step()
+        three_pass(setup.algorithm, setup.batches)
+        setup.algorithm.optimizer.step()
 
     return round_
+
+
+def floor(**switches: Any) -> Callable[[World], Round]:
+    """One teacher forward, one student forward and backward per task and trained step, and nothing around them."""
+
+    def build(world: World) -> Round:
+        setup = world.setup(**switches)
+        algorithm = setup.algorithm
+
+        def round_() -> None:
+            for batch in setup.batches:
+                for transition in setup.trained:
+                    algorithm.teacher(batch)(batch.noise, transition.sigma)
+                    v = algorithm.student(batch)(batch.noise, transition.sigma)
+                    v.backward(torch.ones_like(v))
+            algorithm.optimizer.discard()
+
+        return round_
+
+    return build
 
 
 WAYS = {
@@ -186,16 +140,17 @@ WAYS = {
     ),
     "three passes": Way("rollout, teacher, training one after the other; else the default", three_passes),
     "default": Way("one fused pass, base in half precision on a GPU", distilled()),
+    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", distilled()),
     "merged": Way("teachers merged into copies of the adapted matrices", distilled(adapters=MergedTeachers)),
-    "compiled": Way("blocks through torch.compile", compiled()),
-    "merged, compiled": Way("both", compiled(adapters=MergedTeachers)),
-    "stock layers": Way("diffusers' norms and PEFT's LoRA layers instead of the fused ones", stock_layers),
+    "compiled": Way("blocks through torch.compile", distilled(compiled=True)),
+    "merged, compiled": Way("both", distilled(compiled=True, adapters=MergedTeachers)),
+    "stock layers": Way("diffusers' norms and PEFT's LoRA layers instead of the fused ones", distilled(stock=True)),
     "plain AdamW": Way("the optimizer one tensor after the other", distilled(fused_optimizer=False)),
     "checkpointing": Way("activations computed again in the backward pass", distilled(checkpointing=True)),
     "3 steps": Way("train.steps_per_rollout = 3", few_steps(3), exact="in expectation"),
     "1 step": Way("train.steps_per_rollout = 1", few_steps(1), exact="in expectation"),
-    "floor": Way("bare forwards and backwards", floor, exact="-"),
-    "merged floor": Way("the same, with merged teachers", merged_floor, exact="-"),
+    "floor": Way("bare forwards and backwards", floor(), exact="-"),
+    "merged floor": Way("the same, with merged teachers", floor(adapters=MergedTeachers), exact="-"),
 }
 
 
@@ -203,19 +158,18 @@ WAYS = {
 
 
 def build_all(world: World, ways: Mapping[str, Way]) -> tuple[dict[str, Round], dict[str, int]]:
-    """Every way, warmed up, and the GPU memory that its model takes; what cannot be had is said and left out."""
+    """Every way, warmed up, and the GPU memory that its model takes; what cannot be built is reported and left out."""
     rounds, resident = {}, {}
     for name, way in tqdm(ways.items(), desc="building", unit="way"):
         before = _allocated(world.args.device)
         try:
-            rounds[name] = way.build(world)
-            rounds[name]()
-        except Unavailable as error:
-            rounds.pop(name, None)
+            round_ = way.build(world)
+            round_()
+        except AccelerationError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         gc.collect()
-        resident[name] = _allocated(world.args.device) - before
+        rounds[name], resident[name] = round_, _allocated(world.args.device) - before
     return rounds, resident
 
 
@@ -271,33 +225,32 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def needed_flops(world: World) -> int:
-    """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards."""
-    args, shape = world.args, TransformerShape.from_config(world.transformer_config)
-    _, height, width = world.latent_shape
-    image, text = height * width // shape.patch**2, world.texts[0].padded_length
-    cost = measure(shape, image, text, Lora(RANK, TARGETS), half=world.half != torch.float32)
-    visits = args.batch_size * (len(world.texts) - 1) * int(args.steps * args.timestep_fraction)
-    return visits * (1 if args.guidance_scale == 1.0 else 2) * (cost.forward + cost.trained)
+    """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards.
+
+    Counted on one visit of one image.
+    """
+    setup = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
+    batch, sigma = setup.batches[0], setup.trained[0].sigma
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+        setup.algorithm.base(batch)(batch.noise, sigma)
+        setup.algorithm.student(batch)(batch.noise, sigma).sum().backward()
+    return counter.get_total_flops() * world.args.batch_size * len(setup.batches) * trained_steps(world.args)
 
 
 def summarise(
     world: World, seconds: Mapping[str, list[float]], resident: Mapping[str, int], peaks: Mapping[str, int]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Medians, ratios, utilisation and memory by way."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     flops, fastest = needed_flops(world), matrix_peak(world.args.device, world.half)
-    exact = {name for name, way in WAYS.items() if way.exact == "yes"}
-    ways = {
-        name: {
-            "seconds": median,
-            **{
-                f"to_{other}": median / medians[other] for other in ("upstream", "default", "floor") if other in medians
-            },
-            **({"utilisation": flops / median / fastest} if name in exact else {}),
-            **({"peak_bytes": peaks[name], "resident_bytes": resident[name]} if name in peaks else {}),
-        }
-        for name, median in medians.items()
-    }
+    references = [name for name in ("upstream", "default", "floor") if name in medians]
+    ways: dict[str, dict[str, float]] = {}
+    for name, median in medians.items():
+        ways[name] = {"seconds": median, **{f"to_{other}": median / medians[other] for other in references}}
+        if WAYS[name].exact == "yes":
+            ways[name]["utilisation"] = flops / median / fastest
+        if name in peaks:
+            ways[name] |= {"peak_bytes": peaks[name], "resident_bytes": resident[name]}
     return {"ways": ways, "needed_flops": flops, "matrix_flops_per_second": fastest}
 
 
@@ -306,8 +259,8 @@ def table(result: Mapping[str, Any], args: argparse.Namespace) -> str:
     tasks = args.tasks if args.random else len(args.teachers)
     model = args.random or Path(args.model).parent.name
     lines = [
-        f"{model}: {tasks} tasks x {args.batch_size} pictures x {int(args.steps * args.timestep_fraction)} trained "
-        f"steps at {args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
+        f"{model}: {tasks} tasks x {args.batch_size} images x {trained_steps(args)} trained steps at "
+        f"{args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
         f"needed: {result['needed_flops'] / 1e12:.4g} TFLOP a round; a matrix product reaches "
         f"{result['matrix_flops_per_second'] / 1e12:.4g} TFLOP/s here",
         f"{'way':<18}{'seconds':>9}{'/upstream':>11}{'/default':>10}{'/floor':>8}{'of peak':>9}{'peak GiB':>10}  exact",
@@ -321,11 +274,6 @@ def table(result: Mapping[str, Any], args: argparse.Namespace) -> str:
             f"{f'{share:.1%}' if share else '':>9}{f'{peak / 2**30:.2f}' if peak else '':>10}  {WAYS[name].exact}"
         )
     return "\n".join(lines)
-
-
-def machine_name(args: argparse.Namespace) -> str:
-    """Processor or GPU."""
-    return platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
 
 
 if __name__ == "__main__":

@@ -10,40 +10,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.opd import STUDENT, Distiller
+from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch
 
 
-def three_pass(distiller: Distiller, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
+def three_pass(algorithm: Opd, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor]]:
     """Accumulate the round's gradient in three separate passes; losses ``[batches, steps]`` and the final latents.
 
     Pass 1 samples the whole trajectory without gradients, pass 2 computes the teacher's mean at every state of it,
     pass 3 runs the student again, with gradients, at the trained steps and compares the means of the transitions.
     """
-    backbone, adapters, recipe = distiller.backbone, distiller.adapters, distiller.recipe
-    losses = torch.zeros(len(batches), recipe.trained_steps, device=backbone.device)
+    losses = torch.zeros(len(batches), len(batches[0].steps), device=algorithm.policies.backbone.device)
     finals = []
     for i, batch in enumerate(batches):
-
-        def mean(adapter: str, x: Tensor, step: int, guidance: float, batch: Batch = batch) -> Tensor:
-            adapters.use(adapter)
-            transition = recipe.transitions[step]
-            v, _ = backbone.velocity(x, transition.sigma, batch.text, guidance)
-            return transition.mean(x, v)
-
-        states = [batch.x]
+        student, teacher, states = algorithm.student(batch), algorithm.teacher(batch), [batch.noise]
         with torch.no_grad():
-            for step, transition in enumerate(recipe.transitions):
-                x_next = mean(STUDENT, states[-1], step, recipe.student_guidance)
-                noise = transition.std * batch.draw_noise(step) if transition.std > 0 else 0.0
-                states.append(x_next + noise)
-            visited = list(enumerate(states[:-1]))
-            teacher_means = [mean(batch.teacher, x, step, batch.teacher_guidance) for step, x in visited]
-        for step, x in visited[: recipe.trained_steps]:
-            difference = mean(STUDENT, x, step, recipe.student_guidance) - teacher_means[step]
-            variance = recipe.transitions[step].std ** 2 or 1.0
-            loss = (difference.square().flatten(1).mean(1) / (2 * variance)).mean()
-            distiller.optimizer.backward(loss / losses.numel())
-            losses[i, step] = loss.detach()
+            for step, tr in enumerate(algorithm.transitions):
+                noise = tr.std * batch.step_noise(step) if tr.std > 0 else 0.0
+                states.append(tr.mean(states[-1], student(states[-1], tr.sigma)) + noise)
+        means = [tr.mean(x, teacher(x, tr.sigma)) for x, tr in zip(states, algorithm.transitions, strict=False)]
+        for column, step in enumerate(batch.steps):
+            tr, x = algorithm.transitions[step], states[step]
+            difference = tr.mean(x, student(x, tr.sigma)) - means[step]
+            loss = (difference.square().flatten(1).mean(1) / (2 * (tr.std**2 or 1.0))).mean()
+            algorithm.optimizer.backward(loss / losses.numel())
+            losses[i, column] = loss.detach()
         finals.append(states[-1])
     return losses, finals

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from diffusers.models.normalization import RMSNorm
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.three_pass import three_pass
-from benchmarks.world import PROMPTS, World
-from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm
+from benchmarks.world import World, restore_layers, task_prompts
+from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
+
+__all__ = ["restore_layers", "upstream_round"]
 
 # The published sizes of SD3's text encoders: CLIP ViT-L/14, CLIP ViT-bigG/14, T5 v1.1 XXL.
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -39,48 +40,36 @@ class PeftSwitching(Adapters):
                     layer.set_adapter(name)
 
 
-def restore_layers(transformer: nn.Module) -> None:
-    """The stock layers of diffusers and PEFT in the place of the fused ones, with the same parameters."""
-    for parent in list(transformer.modules()):
-        if isinstance(parent, FusedLoraLinear):
-            parent.__class__ = Linear
-        for name, norm in parent.named_children():
-            if isinstance(norm, FusedRMSNorm):
-                stock = RMSNorm(norm.normalized_shape, eps=norm.eps)
-                stock.weight = norm.weight
-                setattr(parent, name, stock)
-
-
 def upstream_round(world: World) -> Callable[[], None]:
     """Build it on a model of its own."""
-    distiller, batches = world.distiller(dtype=torch.float32, adapters=PeftSwitching, fused_optimizer=False)
-    restore_layers(distiller.backbone.transformer)
-    device = distiller.backbone.device
+    setup = world.setup(dtype=torch.float32, adapters=PeftSwitching, fused_optimizer=False, stock=True)
+    device = setup.backbone.device
     if device.type == "cuda":  # the backbone itself uses autocast for a base in half precision only
-        distiller.backbone._autocast = partial(torch.autocast, device.type, world.half)  # type: ignore[method-assign]
+        setup.backbone._autocast = partial(torch.autocast, device.type, world.half)  # type: ignore[method-assign]
     encode = _encode(world)
 
     def round_() -> None:
-        for task, batch in enumerate(batches):
-            encode(task, len(batch.x))
-        three_pass(distiller, batches)
-        distiller.optimizer.step()
+        for task, batch in enumerate(setup.batches):
+            encode(task, len(batch.rows))
+        three_pass(setup.algorithm, setup.batches)
+        setup.algorithm.optimizer.step()
 
     return round_
 
 
 def _encode(world: World) -> Callable[[int, int], object]:
     """Encodes a batch of a task's prompt and the empty prompt; nothing with random weights unless asked for."""
-    if not world.args.random:
-        encoder = world.text_encoder()
-        return lambda task, size: (encoder([PROMPTS[task % len(PROMPTS)]] * size), encoder([""]))
-    if not world.args.text_encoders:
+    args = world.args
+    if not args.random:
+        encoder, prompts = world.text_encoder(), task_prompts(len(args.teachers))
+        return lambda task, size: (encoder([prompts[task]] * size), encoder([NEGATIVE]))
+    if not args.text_encoders:
         return lambda task, size: None
-    encoders = random_text_encoders(world.args.device, world.half)
+    encoders = random_text_encoders(args.device, world.half)
 
     @torch.no_grad()
     def run(task: int, size: int) -> list[Tensor]:
-        ids = torch.ones(size + 1, 128, dtype=torch.long, device=world.args.device)
+        ids = torch.ones(size + 1, 128, dtype=torch.long, device=args.device)
         return [encoder(ids[:, :length])[0] for encoder, length in encoders]
 
     return run

@@ -47,7 +47,7 @@ def mopd() -> ConfigDict:
     """Three teachers, one student.
 
     Command:   bash scripts/single_node/mopd.sh
-    Hardware:  8 GPUs; 72 pictures a round, 24 a task
+    Hardware:  8 GPUs; 72 images per round, 24 per task
     Cost:      11.26 hours (published), after the teachers' 85.75, 33.17 and 46.92 hours
     Expected:  GenEval 0.96, OCR 0.94, PickScore 23.99, ClipScore 0.297, HPSv2.1 0.342, Aesthetic 6.15,
                ImageReward 1.50, UnifiedReward 3.50 (published, Table 1 of arXiv 2605.15055; base model with guidance:
@@ -60,7 +60,7 @@ def sopd_pickscore() -> ConfigDict:
     """The aesthetics teacher alone.
 
     Command:   CONFIG=config/opd.py:sopd_pickscore bash scripts/single_node/sopd.sh
-    Hardware:  8 GPUs; 72 pictures a round
+    Hardware:  8 GPUs; 72 images per round
     Cost:      not published for a single teacher
     Expected:  towards the teacher: PickScore 24.02, ClipScore 0.295, HPSv2.1 0.346, Aesthetic 6.22,
                ImageReward 1.498, UnifiedReward 3.48 (the teacher's own scores, published)
@@ -72,7 +72,7 @@ def sopd_ocr() -> ConfigDict:
     """The text rendering teacher alone.
 
     Command:   CONFIG=config/opd.py:sopd_ocr bash scripts/single_node/sopd.sh
-    Hardware:  8 GPUs; 72 pictures a round
+    Hardware:  8 GPUs; 72 images per round
     Cost:      not published for a single teacher
     Expected:  towards the teacher: OCR 0.93 (the teacher's own score, published)
     """
@@ -83,7 +83,7 @@ def sopd_geneval() -> ConfigDict:
     """The composition teacher alone.
 
     Command:   CONFIG=config/opd.py:sopd_geneval bash scripts/single_node/sopd.sh
-    Hardware:  8 GPUs; 72 pictures a round
+    Hardware:  8 GPUs; 72 images per round
     Cost:      not published for a single teacher
     Expected:  towards the teacher: GenEval 0.96 (the teacher's own score, published)
     """
@@ -95,8 +95,8 @@ def sd3_medium_mopd() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:sd3_medium_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
-    Hardware:  8 GPUs, 15 GB each; 72 pictures a round, 24 a task
-    Cost:      7.4 PFLOP a round, 6 s on 8 H200 at 20% of their peak (computed, tools/cost.py)
+    Hardware:  8 GPUs, 15 GB each; 72 images per round, 24 per task
+    Cost:      7.4 PFLOP per round, 6 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _sibling("sd3_medium_mopd", "stabilityai/stable-diffusion-3-medium-diffusers")
@@ -107,8 +107,8 @@ def sd35_large_mopd() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:sd35_large_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
-    Hardware:  8 GPUs, 50 GB each, or 21 GB with --config.activation_checkpointing=True; 72 pictures a round, 24 a task
-    Cost:      28 PFLOP a round, 22 s on 8 H200 at 20% of their peak (computed, tools/cost.py)
+    Hardware:  8 GPUs, 45 GB each (22 GB with --config.activation_checkpointing=True); 72 images per round, 24 per task
+    Cost:      28 PFLOP per round, 22 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     config = _sibling("sd35_large_mopd", "stabilityai/stable-diffusion-3.5-large")

@@ -22,7 +22,7 @@ def nft_geneval() -> ConfigDict:
     """The composition teacher: DiffusionNFT without classifier-free guidance.
 
     Command:   CONFIG=config/teacher.py:nft_geneval bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 pictures a round, 24 of each of 48 prompts, one optimizer step
+    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, one optimizer step
     Cost:      46.92 hours (published for the teacher of arXiv 2605.15055)
     Expected:  GenEval 0.96 (published, as above)
     Settings:  GenEval's of DiffusionNFT (arXiv 2509.16117 and its repository, config/nft.py)
@@ -48,7 +48,7 @@ def guard_ocr() -> ConfigDict:
     """The text rendering teacher: GRPO-Guard under guidance.
 
     Command:   CONFIG=config/teacher.py:guard_ocr bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 pictures a round, 24 of each of 48 prompts, two optimizer steps
+    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, two optimizer steps
     Cost:      33.17 hours (published for the teacher of arXiv 2605.15055)
     Expected:  OCR 0.93 (published, as above)
     Settings:  GRPO-Guard's for OCR (Flow-GRPO's repository, config/grpo_guard.py: there on 16 GPUs)
@@ -60,12 +60,12 @@ def guard_aesthetic() -> ConfigDict:
     """The aesthetics teacher: GRPO-Guard under guidance, on three rewards in equal parts.
 
     Command:   CONFIG=config/teacher.py:guard_aesthetic bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 pictures a round, 24 of each of 48 prompts, two optimizer steps
+    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, two optimizer steps
     Cost:      85.75 hours (published for the teacher of arXiv 2605.15055)
     Expected:  PickScore 24.02, ClipScore 0.295, HPSv2.1 0.346 (published, as above)
     Settings:  GRPO-Guard's for PickScore (Flow-GRPO's repository, config/grpo_guard.py: there on 16 GPUs)
     """
-    # 1:1:1 of PickScore as reinforcement learning counts it, divided by 26 and so near 1.
+    # 1:1:1 of PickScore as published RL code counts it: divided by 26, so near 1.
     rewards = {"pickscore": 1 / 26, "clipscore": 1.0, "hpsv2": 1.0}
     return _guard("guard_aesthetic", "dataset/pickscore", rewards, clip_range=4e-6)
 
@@ -109,19 +109,19 @@ def _sd35(run_name: str, dataset: str, prompt_fn: str, rewards: dict[str, float]
 
 
 def tiny_compose() -> ConfigDict:
-    """Placing coloured shapes, from a reward of 0 or 1 a picture.
+    """Placing coloured shapes, from a reward of 0 or 1 per image.
 
     Command:   CONFIG=config/teacher.py:tiny_compose bash scripts/single_node/teacher.sh
-    Hardware:  1 CPU core; 16 pictures a round, 8 of each of 2 prompts, two optimizer steps
+    Hardware:  1 CPU core; 16 images per round, 8 of each of 2 prompts, two optimizer steps
     Cost:      2 to 4 minutes (measured on an AMD EPYC that did other work too, 2026-11-23)
-    Expected:  tiny_compose .94, .94 and .91 (measured, seeds 42, 7 and 1, 384 held-out prompts; base model .35, shipped
+    Expected:  tiny_compose .94, .94 and .91 (measured, seeds 42, 7 and 1, 384 held-out lines; base model .35, shipped
                teacher .99)
     """
     return _tiny("compose", "geneval")
 
 
 def tiny_ocr() -> ConfigDict:
-    """Writing numbers, from a reward of 0 or 1 a picture. Command, hardware and cost as for ``tiny_compose``.
+    """Writing numbers, from a reward of 0 or 1 per image. Command, hardware and cost as for ``tiny_compose``.
 
     Expected:  tiny_ocr .90, .96 and .91 (measured, as above; base model .29, shipped teacher 1.00)
     """
@@ -164,8 +164,8 @@ def _tiny(task: str, prompt_fn: str) -> ConfigDict:
     config.train.algorithm = "nft"
     config.train.cfg = False
     config.train.batch_size = 8
-    config.train.gradient_accumulation_steps = 1  # two optimizer steps a round
-    # The first 3 of 6 steps, at sigma 1, 0.92 and 0.82, where a picture's layout and colours are decided.
+    config.train.gradient_accumulation_steps = 1  # two optimizer steps per round
+    # The first 3 of 6 steps, at sigma 1, 0.92 and 0.82, where an image's layout and colours are decided.
     config.train.timestep_fraction = 0.5
     config.train.learning_rate = 2e-3
     config.train.lora_rank = 16

@@ -33,10 +33,11 @@ def mopd() -> ConfigDict:
     """Three teachers, one student: placing coloured shapes, writing numbers, painting colourful landscapes.
 
     Command:   CONFIG=config/tiny.py:mopd NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
-    Hardware:  2 CPU cores; 24 pictures a round, 8 a task
+    Hardware:  2 CPU cores; 24 images per round, 8 per task
     Cost:      6 minutes (measured on an AMD EPYC, 2026-11-23)
     Expected:  tiny_compose .98 to .99, tiny_ocr 1.00, tiny_scene .88: 98.5% to 100% of the way from the base (.35, .29,
-               .30) to each teacher (measured, three seeds, 384 held-out prompts a task)
+               .30) to each teacher (measured, three seeds, 384 held-out lines per task)
+    Loss:      target "velocity", self-normalized, not the paper's; chosen on test prompts (docs/method.md)
     """
     return _distillation("tiny-mopd", [COMPOSE, OCR, SCENE])
 
@@ -84,8 +85,8 @@ def _distillation(run_name: str, teachers: list[dict]) -> ConfigDict:
     config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
     config.train.learning_rate = 1e-3
     config.train.cfg = False
-    # Steps and samples pull with equal force. The paper's loss (target "mean") weighs a step by its length squared,
-    # which leaves the early steps, where shapes find their places, 25 times lighter than the late ones.
+    # Not the paper's loss: steps and samples weigh equally. With target "mean" a step counts by its length squared, and
+    # the first, where shapes find their places, 45 times less than the ninth (docs/method.md).
     config.train.target = "velocity"
     config.train.self_normalize = True
     config.train.ema = True

@@ -1,13 +1,12 @@
-"""The few collectives a round needs.
+"""The few collectives that a run needs; each does nothing in a single process.
 
-Before each collective all processes meet (:func:`meet`): one that is missing is an error that names it, not a silence.
+Small values on the CPU travel over gloo, also beside NCCL. :func:`barrier` and :func:`together` name a process that is
+missing; the others end by the time limit of the default process group.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import ref
@@ -20,12 +19,16 @@ T = TypeVar("T")
 
 TIMEOUT = 1800.0
 """Seconds that a process waits for the others unless :func:`set_timeout` says otherwise."""
-_CARD = 96  # bytes of what processes tell each other when they meet
-_NEVER = timedelta(days=7)  # of the group of meetings itself, which have time limits of their own
+LONGEST_TIMEOUT = 3 * 3600.0
+"""Seconds that processes may wait for the slowest to encode a large prompt set, or to evaluate its share."""
 _timeout = TIMEOUT
-# The default group, and the gloo group of meetings that belongs to it. Held weakly: torch holds them until they are
-# destroyed, and who else did so would keep their threads, one of which may abort a process that ends.
-_meetings: tuple[ref[Any], ref[Any]] | None = None
+# The default group, and the gloo group that belongs to it. Held weakly: torch holds them until they are destroyed, and
+# who else did so would keep gloo's threads, one of which may abort an interpreter that ends.
+_groups: tuple[ref[Any], ref[Any]] | None = None
+
+
+class OtherProcessError(ValueError):
+    """Raised where another process failed at, or did not come to, what all of them do; its own messages say why."""
 
 
 def world_size() -> int:
@@ -34,120 +37,40 @@ def world_size() -> int:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a process waits for the others where it is not said otherwise."""
+    """How long a process waits for the others; called before the first collective."""
     global _timeout
     _timeout = seconds
 
 
-class OtherProcessError(ValueError):
-    """Another process failed at what all of them were doing; its own message says why."""
-
-
-def meet(what: str, word: int = 0, timeout: float | None = None) -> list[int]:
-    """Wait until every process has come to this point, and exchange a word; returns the words by rank.
-
-    Every process sends a card to each of the others through gloo, beside NCCL too, so that each finds out by itself who
-    is missing; a collective would wait in silence, and torch's monitored barrier tells rank 0 alone.
-
-    Args:
-        what: what is about to be done, for messages; the same on every process.
-        timeout: seconds to wait for the others; the time of :func:`set_timeout` without.
-
-    Raises:
-        OtherProcessError: naming the ranks that are gone, did not come in time, or came to something else.
-    """
+def any_process(flag: int) -> int:
+    """The largest ``flag`` of all processes, on every process: not 0 when it is not 0 on any."""
     if world_size() == 1:
-        return [word]
-    rank, limit = dist.get_rank(), _timeout if timeout is None else timeout
-    cards, gone = _exchange(f"{word} {what}".encode()[:_CARD], limit)
-    missing = [r for r, card in enumerate(cards) if not card]
-    if missing:
-        left = [r for r in missing if r in gone]
-        late = [r for r in missing if r not in gone]
-        problems = [f"{_ranks(left)} ended before {what!r}"] if left else []
-        problems += [f"{_ranks(late)} did not arrive at {what!r} within {limit:g} s"] if late else []
-        raise OtherProcessError(f"{' and '.join(problems)}; its own messages say why (this is rank {rank})")
-    words, names = zip(*(card.split(" ", 1) for card in cards), strict=True)
-    if odd := [r for r in range(len(cards)) if names[r] != names[rank]]:
-        raise OtherProcessError(
-            f"{_ranks(odd)} came to {names[odd[0]]!r} while rank {rank} came to {names[rank]!r}: "
-            "the processes do not run the same code, configuration or data"
-        )
-    return [int(value) for value in words]
+        return flag
+    largest = torch.tensor(flag)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_gloo_group())
+    return int(largest)
 
 
-def _exchange(card: bytes, limit: float) -> tuple[list[str], set[int]]:
-    """The cards of all ranks, empty where none came within ``limit`` seconds, and the ranks whose connection broke."""
-    rank, world, group = dist.get_rank(), world_size(), _meeting_group()
-    inbox = torch.zeros(world, _CARD, dtype=torch.uint8)
-    inbox[rank, : len(card)] = torch.frombuffer(bytearray(card), dtype=torch.uint8)
-    others, gone, deadline = [r for r in range(world) if r != rank], set(), time.monotonic() + limit
-    waiting: dict[int, Any] = {}
-    for other in others:
-        try:
-            waiting[other] = dist.irecv(inbox[other], other, group=group)
-        except RuntimeError:
-            gone.add(other)
-    sent = []  # kept until all is done
-    for other in others:
-        with suppress(RuntimeError):  # whoever is gone is found when its own card is missing
-            sent.append(dist.isend(inbox[rank], other, group=group))
-    for other, work in waiting.items():
-        try:
-            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-        except RuntimeError:
-            # A wait that ran out breaks the group's other connections too: only before that is a break an ending.
-            if time.monotonic() < deadline:
-                gone.add(other)
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in inbox], gone
-
-
-def _meeting_group() -> Any:
-    """A gloo group of all processes, made at the first meeting; it is there beside NCCL."""
-    global _meetings
-    group = _meetings[1]() if _meetings and _meetings[0]() is dist.group.WORLD else None
-    if group is None:
-        try:
-            group = dist.new_group(backend="gloo", timeout=_NEVER)
-        except RuntimeError as error:
-            raise OtherProcessError(
-                f"the processes cannot reach each other over TCP ({error}). On several machines set GLOO_SOCKET_IFNAME "
-                "to the network interface that connects them, such as eth0."
-            ) from error
-        _meetings = ref(dist.group.WORLD), ref(group)
-    return group
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def sum_over_processes(value: Tensor, what: str = "a sum over processes") -> Tensor:
-    """The sum of ``value`` over all processes, on every process. NCCL sums on the GPU alone: it goes there and back.
-
-    Raises OtherProcessError, naming ``what`` was to be summed, when a process does not come.
-    """
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of ``value`` over all processes, on every process and on the same device."""
     if world_size() == 1:
         return value
-    meet(what)
-    on_gpu = dist.get_backend() == "nccl" and not value.is_cuda
-    total = value.cuda() if on_gpu else value.clone()
-    dist.all_reduce(total)
-    return total.to(value.device)
+    total = value.clone()
+    dist.all_reduce(total, group=_gloo_group() if dist.get_backend() == "nccl" and not value.is_cuda else None)
+    return total
 
 
-def mean_over_processes(value: Tensor, what: str = "a mean over processes") -> Tensor:
+def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of ``value`` over all processes, on every process. A NaN anywhere becomes a NaN everywhere."""
-    return sum_over_processes(value, what) / world_size()
+    return sum_over_processes(value) / world_size()
 
 
-def gather_over_processes(items: Sequence[T], what: str = "gathering results") -> list[T]:
+def gather_over_processes(items: Sequence[T]) -> list[T]:
     """The items of all processes, by rank, on every process; they are pickled."""
     if world_size() == 1:
         return list(items)
-    meet(what)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(items), group=_meeting_group())
+    dist.all_gather_object(parts, list(items), group=_gloo_group())
     return [item for part in parts for item in part]
 
 
@@ -161,34 +84,67 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = mean_over_processes(torch.cat([g.reshape(-1) for g in gradients]), "averaging the gradient")
+    flat = mean_over_processes(torch.cat([g.reshape(-1) for g in gradients]))
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
-def together(work: Callable[[], object], what: str, timeout: float | None = None) -> None:
-    """Do this process's part; when it fails on any process, raise on every one, so that none waits for another.
+def barrier(what: str, timeout: float | None = None) -> None:
+    """Wait until every process has come to ``what``, for ``timeout`` seconds, else those of :func:`set_timeout`.
 
-    The process that failed raises its own error, the others OtherProcessError with its rank and message; ``timeout`` as
-    in :func:`meet`.
+    Raises OtherProcessError on every process that waited. Rank 0's names all that are missing; the others wait for its
+    answer, for LONGEST_TIMEOUT if need be.
+    """
+    if world_size() == 1:
+        return
+    seconds = _timeout if timeout is None else timeout
+    try:
+        dist.monitored_barrier(_gloo_group(), timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise OtherProcessError(f"not every process came to {what!r} within {seconds:g} s: {said}") from error
+
+
+def together(work: Callable[[], T], what: str, timeout: float | None = None) -> T:
+    """Do this process's part of ``what`` and return its result; when it fails on any process, raise on every one.
+
+    The process that failed raises its own error, the others OtherProcessError with its rank and message; ``timeout``
+    and a missing process as in :func:`barrier`.
     """
     failure: Exception | None = None
     try:
-        work()
+        result = work()
     except Exception as error:
         failure = error
-    if not any(meet(what, int(failure is not None), timeout)):
-        return
-    texts = gather_over_processes(["" if failure is None else str(failure) or repr(failure)], f"what failed: {what}")
+    barrier(what, timeout)
+    texts = gather_over_processes(["" if failure is None else str(failure) or repr(failure)])
     if failure is not None:
         raise failure
-    raise OtherProcessError(f"{what} failed on {by_rank(texts)}")
+    if any(texts):
+        raise OtherProcessError(f"{what} failed on {by_rank(texts)}")
+    return result
 
 
 def by_rank(texts: Sequence[str]) -> str:
-    """``rank 1: text; ranks 2, 3: other text`` of one text a rank, those without one left out."""
-    ranks: dict[str, list[int]] = {}
+    """``rank 1: text; ranks 2, 3: other text`` of one text per rank, those without one left out."""
+    ranks: dict[str, list[str]] = {}
     for rank, text in enumerate(texts):
         if text:
-            ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"{_ranks(own)}: {text}" for text, own in ranks.items())
+            ranks.setdefault(text, []).append(str(rank))
+    return "; ".join(f"rank{'s' * (len(own) > 1)} {', '.join(own)}: {text}" for text, own in ranks.items())
+
+
+def _gloo_group() -> Any:
+    """A gloo group of all processes, made when first needed."""
+    global _groups
+    group = _groups[1]() if _groups and _groups[0]() is dist.group.WORLD else None
+    if group is None:
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(_timeout, LONGEST_TIMEOUT)))
+        except RuntimeError as error:
+            raise OtherProcessError(
+                f"the processes cannot reach each other over TCP ({error}). On several machines set GLOO_SOCKET_IFNAME "
+                "to the network interface that connects them, such as eth0."
+            ) from error
+        _groups = ref(dist.group.WORLD), ref(group)
+    return group

@@ -1,4 +1,4 @@
-"""Ending at a signal: the first one is a wish, the second an order.
+"""Ending at a signal: the first one requests a graceful stop, the second ends the process at once.
 
 What Slurm, a terminal or a cluster sends before it kills: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,21 +14,22 @@ from contextlib import suppress
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 75
+"""Exit status of a run that a signal stopped: what it did is saved, and there is more to do (EX_TEMPFAIL)."""
 SAME = 1.0
-"""Seconds within which signals count as one: a launcher passes on what its process group may get as well."""
+"""Seconds within which signals count as one: a launcher passes on what a process may also get directly."""
 
 
 class SignalWatch:
     """Within a ``with`` block the first signal calls ``first(number)``, and a later one ends the process at once.
 
-    Signals are read from a pipe by a thread, so that they are seen while the main thread waits in a collective or in a
-    GPU kernel, where Python's own handlers would wait as well. Ending at once is ``os._exit(128 + number)``. The
-    handlers that were there before come back after the block. Does nothing outside the main thread, where the system
-    delivers no signals.
+    Ending at once is ``os._exit(128 + number)``. Handlers run when the main thread is back in Python; a process that is
+    stuck elsewhere is killed by its launcher. The handlers that were there before come back after the block. Does
+    nothing outside the main thread, where the system delivers no signals.
     """
 
     def __init__(self, first: Callable[[int], None]) -> None:
-        """``first`` is called in the watching thread."""
+        """``first`` is called in the main thread, between two of its instructions."""
         self._first = first
         self.received = 0
         """The number of the first signal; 0 before it."""
@@ -38,37 +38,20 @@ class SignalWatch:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
-            self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, _noted) for number in SIGNALS}
-            self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
-            self._thread.start()
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            signal.set_wakeup_fd(self._wakeup)
-            os.write(self._writer, b"\0")
-            self._thread.join()
-            os.close(self._reader)
-            os.close(self._writer)
-            self._before = {}
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _watch(self) -> None:
-        while number := os.read(self._reader, 1)[0]:
-            if number not in SIGNALS:
-                continue
-            if not self.received:
-                self.received, self._since = number, time.monotonic()
-                with suppress(OSError, ValueError):  # nobody reads the terminal any more
-                    self._first(number)
-            elif time.monotonic() - self._since > SAME:
-                with suppress(OSError, ValueError):
-                    print(f"\na second signal ({name(number)}): ending at once", file=sys.stderr, flush=True)
-                os._exit(128 + number)
+    def _handle(self, number: int, _: object) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+            self._first(number)
+        elif time.monotonic() - self._since > SAME:
+            say(f"a second signal ({name(number)}): ending at once")
+            os._exit(128 + number)
 
 
 def name(number: int) -> str:
@@ -76,16 +59,17 @@ def name(number: int) -> str:
     return signal.Signals(number).name
 
 
+def say(message: str) -> None:
+    """Write a line of its own to standard error, also where a signal interrupted a print or nobody reads any more."""
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
+
+
 def end_at_signals(message: str) -> SignalWatch:
     """A watch under which the first signal prints ``message`` and ends the process with status 128 + its number."""
 
     def end(number: int) -> None:
-        with suppress(OSError, ValueError):
-            print(f"\n{name(number)}: {message}", file=sys.stderr, flush=True)
+        say(f"{name(number)}: {message}")
         os._exit(128 + number)
 
     return SignalWatch(end)
-
-
-def _noted(number: int, frame: object) -> None:
-    """Python's part of a handler; the work is done in the watching thread."""

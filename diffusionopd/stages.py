@@ -1,27 +1,28 @@
 """Where the time of a round goes: named stages, marked in traces always and timed on request.
 
 ``with stage("backward"):`` costs microseconds. Inside ``with timed_stages(device) as seconds:`` every stage of the same
-thread adds its own time, that of the stages inside it left out, to ``seconds[name]``.
+thread adds its own time, that of the stages inside it left out, to ``seconds[name]``. torch's profiler could not tell:
+it does not count the kernels that autograd's own thread launches to the stage that waits for it.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import record_function
 
 
+@dataclass
 class _Timer:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.thread = threading.get_ident()
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.inside: list[float] = []  # for each open stage: seconds of the stages inside it
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    inner: list[float] = field(default_factory=lambda: [0.0])  # for each open stage: seconds of the stages inside it
 
     def now(self) -> float:
         """The clock, when the device has finished what was launched so far: else a stage would get others' time."""
@@ -30,26 +31,25 @@ class _Timer:
         return time.perf_counter()
 
 
-_timer: _Timer | None = None
+_timer: ContextVar[_Timer | None] = ContextVar("timer", default=None)  # other threads begin without one
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """What happens inside the block is called ``name`` in traces and in the timing."""
-    timer = _timer
+    timer = _timer.get()
     with record_function(name):
-        if timer is None or timer.thread != threading.get_ident():
+        if timer is None:
             yield
             return
         started = timer.now()
-        timer.inside.append(0.0)
+        timer.inner.append(0.0)
         try:
             yield
         finally:
-            whole, inner = timer.now() - started, timer.inside.pop()
-            timer.seconds[name] += whole - inner
-            if timer.inside:
-                timer.inside[-1] += whole
+            total, inner = timer.now() - started, timer.inner.pop()
+            timer.seconds[name] += total - inner
+            timer.inner[-1] += total
 
 
 @contextmanager
@@ -59,11 +59,9 @@ def timed_stages(device: torch.device | str) -> Iterator[dict[str, float]]:
     A GPU is waited for at every boundary, so that each stage gets the time of its own kernels; what would otherwise
     overlap is then one after the other, and the sum may be more than an undisturbed round takes.
     """
-    global _timer
-    if _timer is not None:
-        raise RuntimeError("stages are being timed already")
-    _timer = _Timer(torch.device(device))
+    timer = _Timer(torch.device(device))
+    token = _timer.set(timer)
     try:
-        yield _timer.seconds
+        yield timer.seconds
     finally:
-        _timer = None
+        _timer.reset(token)

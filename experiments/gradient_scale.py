@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from benchmarks.world import World, add_flags, recorded
+from diffusionopd.losses import distillation_loss
 
 EPSILON = 1e-8
 
@@ -33,14 +34,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     # One step of middling length stands for the round of a large model: all steps of a CPU run would take half an hour.
-    distiller, batches = World(args).distiller(only=(args.steps - 1) // 2 if args.random else None)
-    optimizer, gaps = distiller.optimizer, []
+    setup = World(args).setup(only=(args.steps - 1) // 2 if args.random else None)
+    algorithm, gaps = setup.algorithm, []
+    optimizer = algorithm.optimizer
     started = time.perf_counter()
-    for batch in batches:
-        for visit in distiller._visits(batch):
-            loss = distiller._loss(batch, visit, visit.v_student).mean()
-            optimizer.backward(loss / (len(batches) * distiller.recipe.trained_steps))
-            gaps.append(((visit.v_student - visit.v_teacher).norm() / visit.v_teacher.norm()).item())
+    for batch in setup.batches:
+        x = batch.noise
+        for transition in setup.trained:
+            v_teacher = algorithm.teacher(batch)(x, transition.sigma)
+            v_student = algorithm.student(batch)(x, transition.sigma)
+            loss = distillation_loss(transition, v_student, v_teacher).mean()
+            optimizer.backward(loss / (len(setup.batches) * len(setup.trained)))
+            gaps.append(((v_student - v_teacher).norm() / v_teacher.norm()).item())
+            x = transition.sample(x, v_student.detach(), None)
     # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.
     gradients = [p.grad for p in optimizer.parameters if p.grad is not None and p.grad.any()]
     total = sum(g.numel() for g in gradients)

@@ -1,10 +1,13 @@
-"""Generate the pictures of test sets with one model and score them.
+"""Generate the images of test sets with one model or several and score them.
 
     python scripts/evaluate.py --checkpoint_path logs/mopd --dataset geneval ocr --output_dir logs/mopd/evaluation
     python scripts/evaluate.py --base --config config/tiny.py:mopd --dataset compose ocr scene --output_dir logs/base
+    python scripts/evaluate.py --base --teacher ocr --checkpoint_path logs/mopd --dataset ocr --output_dir logs/all
 
-Start it with `accelerate launch` (scripts/single_node/eval.sh) to share the pictures among processes. A run's own
-settings (base model, resolution, steps, guidance) are found beside its checkpoint; flags go before them.
+Several models are evaluated one after the other, each into a folder of its name in --output_dir: base, teacher-<name>,
+student (--checkpoint_path), or that of the LoRA's folder. Start it with `accelerate launch`
+(scripts/single_node/eval.sh) to share the images among processes. A run's own settings (base model, resolution, steps,
+guidance) are found beside its checkpoint; flags go before them.
 """
 
 import argparse
@@ -18,15 +21,17 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from diffusionopd.config_schema import load_config, read_run_config, redacted
-from diffusionopd.evaluation.evaluate import PATIENCE, Job, find_checkpoint, run
+from diffusionopd.config_schema import redacted
+from diffusionopd.evaluation.job import TIMEOUT, Job, Model, find_checkpoint, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark
 from diffusionopd.failures import ending_together
 from diffusionopd.models.backbone import DTYPES
-from diffusionopd.models.lora import load_lora
+from diffusionopd.models.lora_files import load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
+from diffusionopd.training import load_config
+from diffusionopd.training.resume import read_run_config
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -34,14 +39,16 @@ DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags left out are None, to be told from flags given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
+    which = parser.add_argument_group("models", "at least one")
     which.add_argument("--checkpoint_path", help="run folder, checkpoint-<n>, its lora/, or <run>/checkpoints/latest")
-    which.add_argument("--lora_hf_path", help="LoRA on the hub: organisation/name[/sub/folder]")
-    which.add_argument("--lora", help="LoRA as a PEFT folder or a diffusers .safetensors file")
-    which.add_argument("--teacher", help="this teacher of the config, at its own guidance")
+    which.add_argument("--lora_hf_path", action="append", help="LoRA on the hub: organisation/name[/sub/folder]")
+    which.add_argument("--lora", action="append", help="LoRA as a PEFT folder or a diffusers .safetensors file")
+    which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
-    parser.add_argument("--output_dir", required=True, help="gets the files; a folder each for several datasets")
+    parser.add_argument(
+        "--output_dir", required=True, help="gets the files; a folder each for several models and datasets"
+    )
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
     parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
     parser.add_argument("--model", help=f"base model, hub id or folder (default {DEFAULT_MODEL})")
@@ -54,7 +61,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="of the initial noise")
     parser.add_argument("--limit", type=int, help="score the first prompts only")
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures a process makes at a time")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a process makes at a time")
     parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
     parser.add_argument(
         "--reward_options", nargs="+", default=[], metavar="REWARD.OPTION=VALUE", help="docs/rewards.md has them"
@@ -64,39 +71,30 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if not (flags.base or flags.teacher or flags.checkpoint_path or flags.lora or flags.lora_hf_path):
+        parser.error("no model to evaluate: --base, --teacher, --checkpoint_path, --lora or --lora_hf_path")
+    return flags
 
 
-def read_config(source: str) -> dict[str, Any]:
-    """A configuration as nested dicts: `config/<file>.py:<name>`, or the `config.json` of a run.
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def find_config(flags: argparse.Namespace) -> dict[str, Any]:
+    """The configuration named by flag, else the one saved with the checkpoint, else an empty one, as nested dicts.
 
     Raises:
         ConfigError: there is no such file or name, or a JSON file that is no configuration.
     """
-    if not source.endswith(".json"):
-        return load_config(source).to_dict()
-    return read_run_config(Path(source))
-
-
-def find_config(flags: argparse.Namespace) -> dict[str, Any]:
-    """The configuration named by flag, else the one saved with the checkpoint, else an empty one."""
-    if flags.config:
-        return read_config(flags.config)
-    if flags.checkpoint_path:
+    source = flags.config
+    if not source and flags.checkpoint_path:
         saved = find_checkpoint(flags.checkpoint_path) / "config.json"
-        if saved.is_file():
-            return read_config(str(saved))
-    return {}
-
-
-def find_teacher(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The teacher of that name in the configuration. Raises `EvaluationError` if there is none."""
-    teachers = config.get("train", {}).get("teachers", [])
-    for teacher in teachers:
-        if teacher["name"] == name:
-            return teacher
-    named = ", ".join(teacher["name"] for teacher in teachers) or "none; name a configuration with --config"
-    raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
+        source = str(saved) if saved.is_file() else None
+    if not source:
+        return {}
+    return read_run_config(Path(source)) if source.endswith(".json") else load_config(source).to_dict()
 
 
 def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,42 +117,52 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
     return options
 
 
+def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[tuple[str, str | None, float | None]]:
+    """Name, source of the LoRA and own guidance of each model. Raises `EvaluationError` if one is missing."""
+    found: list[tuple[str, str | None, float | None]] = [("base", None, None)] if flags.base else []
+    teachers = {teacher["name"]: teacher for teacher in config.get("train", {}).get("teachers", [])}
+    for name in flags.teacher or []:
+        if name not in teachers:
+            named = ", ".join(teachers) or "none; name a configuration with --config"
+            raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
+        if not teachers[name].get("lora_path"):
+            raise EvaluationError(f"teacher '{name}' of the configuration has no lora_path")
+        scales = [config.get("sample", {}).get(f"{whose}_guidance_scale") for whose in ("teacher", "eval")]
+        own = first(teachers[name].get("guidance_scale"), *scales, 4.5)
+        found.append((f"teacher-{name}", teachers[name]["lora_path"], own if flags.guidance_scale is None else None))
+    if flags.checkpoint_path:
+        found.append(("student", str(find_checkpoint(flags.checkpoint_path)), None))
+    for source in [*(flags.lora or []), *(flags.lora_hf_path or [])]:
+        path = Path(source).absolute()
+        found.append((path.parent.name if path.suffix == ".safetensors" else path.name, source, None))
+    return found
+
+
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
-    sample, pretrained = config.get("sample", {}), config.get("pretrained", {})
-    guidance_scale, source = sample.get("eval_guidance_scale", 4.5), flags.lora_hf_path or flags.lora
-    if flags.teacher:
-        teacher = find_teacher(flags.teacher, config)
-        source = teacher.get("lora_path")
-        if not source:
-            raise EvaluationError(f"teacher '{flags.teacher}' of the configuration has no lora_path")
-        guidance_scale = teacher.get("guidance_scale", sample.get("teacher_guidance_scale", guidance_scale))
-    if flags.checkpoint_path:
-        source = str(find_checkpoint(flags.checkpoint_path))
-    tasks = config.get("train", {}).get("teachers", [])
-
-    def chosen(flag: Any, default: Any) -> Any:
-        return default if flag is None else flag
-
-    benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks) for dataset in flags.dataset]
+    sample, pretrained, models = config.get("sample", {}), config.get("pretrained", {}), find_models(flags, config)
     # A flag goes before the task's own settings, and these before the configuration's common ones.
-    common = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
-    if flags.teacher:
-        common["guidance_scale"] = chosen(flags.guidance_scale, guidance_scale)
-    given = {name: value for name, value in common.items() if value is not None}
+    given = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    tasks = config.get("train", {}).get("teachers", [])
+    common = first(sample.get("eval_num_steps"), 40), first(sample.get("eval_guidance_scale"), 4.5)
+    benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks, *common) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
+
+    def chosen(name: str, default: Any) -> Any:
+        """A flag, else the key of the same name."""
+        return first(getattr(flags, name), config.get(name), default)
+
     return Job(
-        model=flags.model or pretrained.get("model") or DEFAULT_MODEL,
+        base=flags.model or pretrained.get("model") or DEFAULT_MODEL,
         revision=flags.revision or pretrained.get("revision") or None,
+        models=[Model(name, load_lora(source) if source else None, guidance) for name, source, guidance in models],
         benchmarks=[replace(benchmark, **given) for benchmark in benchmarks],
-        lora=load_lora(source) if source else None,
         output=Path(flags.output_dir),
-        num_steps=chosen(flags.num_inference_steps, sample.get("eval_num_steps", 40)),
-        guidance_scale=chosen(flags.guidance_scale, guidance_scale),
-        resolution=chosen(flags.resolution, config.get("resolution", 512)),
-        max_sequence_length=chosen(flags.max_sequence_length, config.get("max_sequence_length", 128)),
+        resolution=chosen("resolution", 512),
+        max_sequence_length=chosen("max_sequence_length", 128),
         dtype=DTYPES[flags.mixed_precision] if flags.mixed_precision else None,
         seed=flags.seed,
         batch_size=flags.batch_size,
@@ -162,23 +170,25 @@ def make_job(flags: argparse.Namespace) -> Job:
         save_images=flags.save_images,
         resume=flags.resume,
         cache_dir=flags.cache_dir,
-        text_encoder_device=chosen(flags.text_encoder_device, config.get("text_encoder_device") or ""),
-        vae_device=chosen(flags.vae_device, config.get("vae_device") or ""),
+        text_encoder_device=chosen("text_encoder_device", ""),
+        vae_device=chosen("vae_device", ""),
         reward_options=options,
     )
 
 
 def main() -> None:
-    """Flags to job to table; a mistake of the user's ends in one line, not in a traceback."""
+    """Flags to job to tables; a mistake of the user's ends in one line, not in a traceback."""
     try:
         job = make_job(parse_flags())
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
-            state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=PATIENCE))
+            state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=TIMEOUT))
             with ending_together():
-                scores = run(job, state)
+                results = run(job, state)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
-    state.print(f"\n{format_table(scores)}\n\nwritten to {job.output}")
+    for name, scores in results.items():
+        state.print(f"\n{name}\n{format_table(scores)}" if len(results) > 1 else f"\n{format_table(scores)}")
+    state.print(f"\nwritten to {job.output}")
     state.destroy_process_group()
 
 

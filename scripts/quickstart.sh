@@ -5,12 +5,12 @@
 #   bash scripts/quickstart.sh --short             the same in a few rounds and on a few prompts, in logs/quickstart-short
 #   bash scripts/quickstart.sh --config.seed=7     arguments beginning with --config. go to the training
 #
-# Writes logs/quickstart/: report.html, summary.json, run/ (the training), evaluation/ (pictures and scores).
+# Writes logs/quickstart/: report.html, summary.json, run/ (the training), evaluation/ (images and scores).
 # The same command continues where it was stopped, and only draws the page again when all is done. With other arguments,
 # other code or --fresh it starts anew; what was there before moves to logs/quickstart.1, .2, ...
 #
 # NUM_PROCESSES             processes to distil and evaluate with (default 2)
-# ACCELERATE_USE_CPU=false  use GPUs, one a process
+# ACCELERATE_USE_CPU=false  use GPUs, one per process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,12 +43,10 @@ main() {
 
     prepare "$folder" "$fresh" ${overrides[@]+"${overrides[@]}"}
     distil "$folder" ${overrides[@]+"${overrides[@]}"}
-    evaluate "$folder" base --base ${limit[@]+"${limit[@]}"}
-    local teacher
-    for teacher in compose ocr scene; do
-        evaluate "$folder" "teacher-$teacher" --teacher "$teacher" ${limit[@]+"${limit[@]}"}
-    done
-    evaluate "$folder" student --checkpoint_path "$folder/run" ${limit[@]+"${limit[@]}"}
+    echo "== Scoring the base, the teachers and the student"
+    bash scripts/single_node/eval.sh --config "$folder/run/config.json" --base --teacher compose --teacher ocr \
+        --teacher scene --checkpoint_path "$folder/run" --dataset compose ocr scene \
+        --output_dir "$folder/evaluation" --save_images --resume ${limit[@]+"${limit[@]}"}
     python -m tools.quickstart_report --run "$folder/run" --eval "$folder/evaluation" --output "$folder" \
         --seconds "$(cat "$folder/seconds")"
 }
@@ -68,33 +66,15 @@ prepare() {
 }
 
 distil() {
-    local folder=$1 start=$SECONDS
+    local folder=$1 start=$SECONDS status=0
     shift
     if [ -f "$folder/seconds" ]; then return; fi # finished before
     echo "== Distilling three teachers into one student"
     CONFIG=config/tiny.py:mopd bash scripts/single_node/mopd.sh --config.save_dir="$folder/run" \
-        --config.run_name=quickstart --config.resume_from=auto "$@"
-    if ! finished "$folder/run"; then
-        echo "The distillation was stopped; the same command goes on with it." >&2
-        return 130
-    fi
+        --config.run_name=quickstart --config.resume_from=auto "$@" || status=$?
+    if [ "$status" -eq 75 ]; then echo "The distillation was stopped; the same command continues it." >&2; fi
+    if [ "$status" -ne 0 ]; then return "$status"; fi
     echo $((SECONDS - start)) >"$folder/seconds"
-}
-
-# A run that a signal stopped ends with status 0 too.
-finished() {
-    local rounds
-    rounds=$(sed -n 's/^  "num_epochs": \([0-9]*\),*$/\1/p' "$1/config.json")
-    [ "$(cat "$1/checkpoints/latest")" = "checkpoint-$rounds" ]
-}
-
-# Score one model on the three tasks; every model gets the same prompts and the same initial noise.
-evaluate() {
-    local folder=$1 name=$2
-    shift 2
-    echo "== Scoring $name"
-    bash scripts/single_node/eval.sh --config "$folder/run/config.json" --dataset compose ocr scene \
-        --output_dir "$folder/evaluation/$name" --save_images --resume "$@"
 }
 
 main "$@"

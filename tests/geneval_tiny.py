@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from diffusionopd.rewards.geneval.classes import CLASSES, RENAMED
+from diffusionopd.rewards.geneval.classes import COCO
 from diffusionopd.rewards.geneval.convert import UNUSED
-
-COCO = [RENAMED.get(name, name) for name in CLASSES]
 
 
 def tiny_config() -> Mask2FormerConfig:

@@ -1,19 +1,17 @@
 """Kill a run at random moments, restart it each time, and compare the result with the undisturbed run's, bit for bit.
 
-    python tests/kill.py --kills 100 --json kill.json
+    python -m tests.kill --kills 100 --json kill.json
 
 A small distillation in the tiny world (CPU) saves every round and evaluates every second. It is killed with SIGKILL,
 restarted with ``resume_from=auto``, killed again, and when it reaches its end begun anew, until all kills are dealt. A
 moment is drawn either from the run's whole time or inside one phase, so that the short ones get their share: start,
 round, evaluation, writing a checkpoint, and the renaming and pruning after it. Every result must be the undisturbed
-run's: student, optimizer, moving average, both LoRA files, metrics apart from ``seconds``, and sample pictures.
+run's: student, optimizer, moving average, both LoRA files, metrics apart from ``seconds``, and sample images.
 
 Importing the libraries takes longer than the rest of such a run. So this process imports them once and forks: a
 restart is a new process, but the time of its imports, when nothing of a run is touched, is not among the moments of a
 kill. Runs of several processes are forked alike, rendezvous by gloo, and are killed together.
 """
-
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -25,35 +23,41 @@ import platform
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
 from diffusionopd.config_schema import load_config
-from diffusionopd.training import checkpoint
-from tests.forked import EVALUATION, PHASES, PUBLISHING, ROUND, START, WRITING, Run, start
+from diffusionopd.training import Trainer, checkpoint, loop, train
 
+from .forked import Forked, Mark, start
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("start", "round", "evaluation", "writing a checkpoint", "renaming and pruning", "between")
+START, ROUND, EVALUATION, WRITING, PUBLISHING, BETWEEN = range(len(PHASES))
+_MARKED = (  # the functions during which a run is in a phase; what is called within them may be in another
+    (Trainer, "round", ROUND),
+    (loop, "evaluate_task", EVALUATION),
+    (checkpoint, "save", WRITING),
+    (checkpoint, "_publish", PUBLISHING),
+    (checkpoint, "_point_latest", PUBLISHING),
+    (checkpoint, "_prune", PUBLISHING),
+)
 _POLL = 2e-4  # seconds
-_PATIENCE = 600.0  # seconds after which a run that neither ends nor is killed counts as hanging
+_TIMEOUT = 600.0  # seconds after which a run that neither ends nor is killed counts as hanging
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Deal the kills, print a table, write ``--json``; 1 if any result differs."""
-    args = parse()
+    args = parse(arguments)
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    tqdm.monitor_interval = 0  # no thread in the process that is forked,
-    tqdm.set_lock(threading.RLock())  # nor a lock that a killed child could hold for ever
-    torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = Campaign(args, Path(args.work or folder).resolve()).run()
@@ -68,7 +72,7 @@ def main() -> int:
     return 1 if result["differences"] or result["damaged"] else 0
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
@@ -77,14 +81,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", help="folder for the runs, kept afterwards (default: a temporary one)")
     parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.work and Path(args.work).exists():
         parser.error(f"--work {args.work} exists already; name a new folder")
     return args
 
 
 def make_config(work: Path, name: str, rounds: int) -> Any:
-    """The run ``name``: three tasks of one picture a process, with everything on that writes or keeps state."""
+    """The run ``name``: three tasks of one image per process, with everything on that writes or keeps state."""
     config = load_config(f"{ROOT / 'config' / 'tiny.py'}:mopd")
     config.update({"logdir": str(work / "runs"), "run_name": name, "cache_dir": str(work / "cache")})
     config.update({"num_epochs": rounds, "save_freq": 1, "num_checkpoint_limit": 2, "resume_from": "auto"})
@@ -122,7 +126,7 @@ class Campaign:
                         dealt[phase] += 1
                         bar.update()
                 found += [f"{name}: {what}" for what in differences(self._folder("undisturbed"), self._folder(name))]
-        logs = [path.read_text("utf-8", "replace") for path in self.work.glob("*.log")]
+        logs = [path.read_text("utf-8", "replace") for path in self.work.glob("output/*/*")]
         return {
             "kills": dealt.total(),
             "by_phase": {name: dealt[i] for i, name in enumerate(PHASES)},
@@ -136,10 +140,17 @@ class Campaign:
     def _folder(self, name: str) -> Path:
         return self.work / "runs" / name
 
-    def _start(self, name: str) -> Run:
-        self.work.mkdir(parents=True, exist_ok=True)
-        config = make_config(self.work, name, self.args.rounds)
-        return start(config, self.args.processes, self.work / f"{name}.log")
+    def _start(self, name: str) -> tuple[Forked, Mark]:
+        """The processes of a start of the run ``name``, and the phase that the first of them is in."""
+        config, phase = make_config(self.work, name, self.args.rounds), Mark(START)
+
+        def run(rank: int) -> None:
+            os.chdir(ROOT)
+            for owner, function, mark in _MARKED:
+                setattr(owner, function, _marking(getattr(owner, function), mark, phase if rank == 0 else Mark()))
+            train(config)
+
+        return start(run, self.args.processes, log=self.work / "output" / name), phase
 
     def _draw(self, rng: random.Random) -> tuple[int | None, int, float]:
         """(phase or None for any time, which of its visits, seconds after its beginning), at random."""
@@ -151,35 +162,47 @@ class Campaign:
         visit = 0 if phase == START else rng.randrange(3)
         return phase, visit, rng.random() * sum(times) / len(times)
 
-    def _watch(self, run: Run, kill: tuple[int | None, int, float] | None = None) -> int | None:
+    def _watch(self, run: tuple[Forked, Mark], kill: tuple[int | None, int, float] | None = None) -> int | None:
         """Follow a run to its end and return None, or to the moment of its kill and return the phase it was in.
 
-        Without a kill it is the undisturbed run, or the last stretch of a killed one, whose phases are timed.
+        Without a kill it is the undisturbed run, or the last start of a killed one, whose phases are timed.
         """
-        try:
-            return self._follow(run, *(kill or (None, 0, math.inf)))
-        except BaseException:
-            run.kill()
-            raise
-
-    def _follow(self, run: Run, wanted: int | None, visit: int, delay: float) -> int | None:
+        (processes, mark), (wanted, visit, delay) = run, kill or (None, 0, math.inf)
         phase, began, visits = START, time.perf_counter(), Counter({START: 1})
         entered, reached = began, began if wanted in (None, START) else math.inf
-        while not run.ended():
-            now, current = time.perf_counter(), run.phase[0]
-            if now - began > _PATIENCE:
-                raise RuntimeError(f"the run hangs, in phase {PHASES[current]!r}; its log is in {self.work}")
-            if current != phase:
-                if delay == math.inf:
-                    self.lasted.setdefault(phase, []).append(now - entered)
-                phase, entered = current, now
-                visits[current] += 1
-                if current == wanted and visits[current] == visit + 1:
-                    reached = now
-            if now - reached >= delay:
-                return run.kill()
-            time.sleep(_POLL)
+        with processes:
+            while processes.running() or any(processes.statuses):
+                if failed := [rank for rank, status in enumerate(processes.statuses) if status]:
+                    raise RuntimeError(f"rank {failed[0]} failed by itself: {processes.errors(failed[0])[-2000:]}")
+                now, current = time.perf_counter(), mark.value
+                if now - began > _TIMEOUT:
+                    raise RuntimeError(f"the run hangs, in phase {PHASES[current]!r}; its output is in {self.work}")
+                if current != phase:
+                    if delay == math.inf:
+                        self.lasted.setdefault(phase, []).append(now - entered)
+                    phase, entered = current, now
+                    visits[current] += 1
+                    if current == wanted and visits[current] == visit + 1:
+                        reached = now
+                if now - reached >= delay:
+                    processes.kill()
+                    return mark.value
+                time.sleep(_POLL)
         return None
+
+
+def _marking(function: Callable, value: int, phase: Mark) -> Callable:
+    """``function``, which says in ``phase`` that it is at work."""
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        before = phase.value or BETWEEN  # after the first round it is never the start again
+        phase.value = value
+        try:
+            return function(*args, **kwargs)
+        finally:
+            phase.value = before
+
+    return marked
 
 
 def differences(expected: Path, found: Path) -> list[str]:

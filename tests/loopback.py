@@ -61,7 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             server.cuts -= 1
             body = body[: server.cut]
             self.close_connection = True
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         pass

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch._dynamo.utils import counters
 
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import load_backbone
-from diffusionopd.models.lora import Adapters, load_lora
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.merged import MergedTeachers
 
 CPU = torch.device("cpu")
@@ -133,3 +135,30 @@ def test_a_kernel_that_cannot_run_here_is_refused(pipeline_folder, make_lora):
     backbone, _ = build(pipeline_folder, make_lora)
     with pytest.raises(AccelerationError, match=r"attention_backend 'cudnn' cannot run here \(cpu, torch.float32\)"):
         choose_attention(backbone.transformer, "cudnn", dtype=torch.float32, device=CPU)
+
+
+class Masking:
+    """A processor as many families have one: masks and rotary embeddings are arguments of its own."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, mask=None, image_rotary_emb=None
+    ):
+        heads = hidden_states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        query = heads if image_rotary_emb is None else heads * image_rotary_emb
+        out = torch.nn.functional.scaled_dot_product_attention(query, heads, heads, mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_a_chosen_kernel_sees_masks_and_rotary_embeddings():
+    """diffusers' attention drops, with a log line at most, what the signature of its processor does not name."""
+    layers = torch.nn.ModuleList(Attention(8, heads=2, dim_head=4, processor=Masking()) for _ in range(2))
+    shared = layers[0].processor
+    layers[1].set_processor(shared)
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    options = {"mask": torch.tensor([[True, True, False]]), "image_rotary_emb": torch.tensor([2.0, 1, 1, 1])}
+    plain, bare = layers[0](x, **options), layers[0](x)
+    assert not torch.allclose(plain, bare, atol=1e-3)
+    choose_attention(layers, "math", dtype=torch.float32, device=CPU)
+    assert isinstance(layers[0].processor, Masking)
+    for layer in layers:
+        torch.testing.assert_close(layer(x, **options), plain)

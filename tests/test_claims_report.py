@@ -15,8 +15,8 @@ from experiments.claims import variance
 from experiments.claims.curves import (
     ClaimsError,
     Point,
+    area,
     at_evaluations,
-    mean_height,
     read_results,
     rounds_to,
 )
@@ -211,7 +211,7 @@ def test_runs_of_unequal_length_are_compared_where_the_shorter_ends(results):
 
 
 def area_of(experiment: str) -> float:
-    """Mean height of the made-up curve: 0.2 at round 0, halfway at 10, its level at 40."""
+    """Area under the made-up curve: 0.2 at round 0, halfway at 10, its level at 40."""
     level = LEVEL[experiment]
     middle = (0.2 + level) / 2
     return ((0.2 + middle) / 2 * 10 + (middle + level) / 2 * 30) / 40
@@ -315,7 +315,7 @@ def test_interpolation_on_curves():
     assert rounds_to(curve, "ocr", 0.3) == pytest.approx(5.0)
     assert rounds_to(curve, "ocr", 0.2) == 0.0
     assert rounds_to(curve, "ocr", 0.41) is None
-    assert mean_height([(0, 0.0), (10, 1.0), (20, 1.0)], 15) == pytest.approx((5 + 5) / 15)
+    assert area([(0, 0.0), (10, 1.0), (20, 1.0)], 15) == pytest.approx((5 + 5) / 15)
 
 
 @pytest.mark.parametrize("text", ["{", '{"experiment": "opd"}', "[]"])

@@ -3,20 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from diffusionopd.config_schema import check, load_config
+from diffusionopd.evaluation.results import write_text_atomically
+from diffusionopd.rewards import REGISTRY
+from experiments.claims.curves import ClaimsError
+from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
+from experiments.claims.run import Run, Runner, plan, run_all
 
-from diffusionopd.config_schema import check, load_config  # noqa: E402
-from diffusionopd.evaluation.results import write_text_atomically  # noqa: E402
-from diffusionopd.rewards import REGISTRY  # noqa: E402
-from experiments.claims.curves import ClaimsError  # noqa: E402
-from experiments.claims.experiments import LABELS, RATES, TASKS  # noqa: E402
-from experiments.claims.run import Run, Workshop, plan, run_all  # noqa: E402
-from experiments.claims.verdicts import RIVALS  # noqa: E402
+from .conftest import ROOT
 
 
 def test_teachers_come_before_their_students_and_once():
@@ -37,21 +34,21 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         return each * one.num_rounds
 
     teachers = sum(forwards(f"teacher_{task}") for task in TASKS)
-    for rival in RIVALS:
-        assert forwards(rival) == pytest.approx(teachers + forwards("opd"), rel=0.02)
+    for baseline in BASELINES:
+        assert forwards(baseline) == pytest.approx(teachers + forwards("opd"), rel=0.02)
     for rates in RATES.values():
         configs = {rate: load_config(f"experiments/claims/config.py:{name}") for rate, name in rates.items()}
         assert [config.train.learning_rate for config in configs.values()] == [float(rate) for rate in rates]
         assert len({config.num_epochs for config in configs.values()}) == 1
 
 
-def finish(workshop: Workshop, run: Run) -> None:
+def finish(runner: Runner, run: Run) -> None:
     """Leave what a finished run leaves, in the driver's order and as atomically: it is read while others still run."""
-    checkpoints = workshop.folder(run) / "checkpoints"
+    checkpoints = runner.folder(run) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    workshop.results.mkdir(parents=True, exist_ok=True)
+    runner.results.mkdir(parents=True, exist_ok=True)
     write_text_atomically(checkpoints / "latest", "checkpoint-3")
-    write_text_atomically(workshop.result_file(run), '{"rounds": 3}')
+    write_text_atomically(runner.result_file(run), '{"rounds": 3}')
 
 
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
@@ -63,54 +60,55 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         done.append(run.experiment)
         finish(self, run)
 
-    monkeypatch.setattr(Workshop, "do", do)
-    workshop = Workshop(tmp_path, tmp_path / "results", short=True)
-    failures = run_all(plan(["opd", "guard_scene"], [1]), workshop, jobs=2)
+    monkeypatch.setattr(Runner, "do", do)
+    runner = Runner(tmp_path, tmp_path / "results", short=True)
+    failures = run_all(plan(["opd", "guard_scene"], [1]), runner, jobs=2)
     assert sorted(done) == ["guard_scene", "teacher_compose", "teacher_scene"]
     assert failures == ["teacher_ocr-seed1: out of luck", "opd-seed1: its teachers are missing"]
 
 
 def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
-    workshop, done = Workshop(tmp_path, tmp_path, short=True), []
+    runner, done = Runner(tmp_path, tmp_path, short=True), []
 
     def do(self, run):
         done.append(run.experiment)
         finish(self, run)
 
-    monkeypatch.setattr(Workshop, "do", do)
+    monkeypatch.setattr(Runner, "do", do)
     runs = plan(["opd"], [1])
-    assert run_all(runs, workshop, jobs=1) == []
+    assert run_all(runs, runner, jobs=1) == []
     assert done == ["teacher_compose", "teacher_ocr", "teacher_scene", "opd"]
-    (workshop.folder(runs[1]) / "checkpoints" / "latest").write_text("checkpoint-0")  # cut short
-    assert run_all(runs, workshop, jobs=1) == [] and len(done) == 4  # nobody needs it
-    workshop.result_file(runs[3]).unlink()
-    assert run_all(runs, workshop, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
+    (runner.folder(runs[1]) / "checkpoints" / "latest").write_text("checkpoint-0")  # cut short
+    assert run_all(runs, runner, jobs=1) == [] and len(done) == 4  # nobody needs it
+    runner.result_file(runs[3]).unlink()
+    assert run_all(runs, runner, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
 
 
 def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(Workshop, "_train", lambda self, run: calls.append(f"train {run.name}"))
-    monkeypatch.setattr(Workshop, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
-    monkeypatch.setattr(Workshop, "_describe", lambda self, run, scores, seconds: {"rounds": 60, "calls": len(calls)})
-    workshop, run = Workshop(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
-    workshop.do(run)
+    monkeypatch.setattr(Runner, "_train", lambda self, run: calls.append(f"train {run.name}"))
+    monkeypatch.setattr(Runner, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
+    monkeypatch.setattr(Runner, "_describe", lambda self, run, seconds: {"rounds": 60, "calls": len(calls)})
+    runner, run = Runner(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
+    runner.do(run)
     assert calls == ["train teacher_ocr-seed1", "evaluate teacher_ocr-seed1"]
-    workshop.do(run)
+    runner.do(run)
     assert calls[2:] == ["train teacher_ocr-seed1"]
-    assert json.loads(workshop.result_file(run).read_text())["calls"] == 2
+    assert json.loads(runner.result_file(run).read_text())["calls"] == 2
 
 
 def test_a_result_of_another_length_is_none(tmp_path):
-    workshop, run = Workshop(tmp_path, tmp_path, short=False), Run("opd", 1)
-    workshop.result_file(run).write_text('{"rounds": 40}')
-    assert not workshop.is_done(run)
-    workshop.result_file(run).write_text('{"rounds": 80}')
-    assert workshop.is_done(run)
-    workshop.result_file(run).write_text("{")
+    runner, run = Runner(tmp_path, tmp_path, short=False), Run("opd", 1)
+    runner.result_file(run).write_text('{"rounds": 40}')
+    assert not runner.is_done(run)
+    runner.result_file(run).write_text('{"rounds": 80}')
+    assert runner.is_done(run)
+    runner.result_file(run).write_text("{")
     with pytest.raises(ClaimsError, match=r"opd-seed1\.json is no result of a run"):
-        workshop.is_done(run)
+        runner.is_done(run)
 
 
+@pytest.mark.slow
 def test_the_short_form_from_rewards_to_the_report(tmp_path):
     """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
     script = str(ROOT / "experiments" / "claims" / "run.py")

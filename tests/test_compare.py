@@ -30,7 +30,7 @@ from tools.report import (
     text_comparison,
 )
 from tools.report.comparison import min_max
-from tools.report.comparison_data import unequal_settings
+from tools.report.evaluations import unequal_settings
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "compare.py"
 SETTINGS = {"model": "m", "lora": None, "num_inference_steps": 40, "guidance_scale": 4.5, "resolution": 512, "seed": 42}
@@ -239,7 +239,7 @@ class Elements(HTMLParser):
 def test_page_has_the_same_prompts_of_all_models(runs):
     (runs / "student" / "scene" / "images" / "00001.jpg").unlink()
     comparison = compare(read_models([f"<b>={runs}/base", f"{runs}/student"]))
-    page = render_comparison(comparison, "Two <models>", num_pictures=2)
+    page = render_comparison(comparison, "Two <models>", num_images=2)
     elements = Elements(page)
     alts = [attrs["alt"] for tag, attrs in elements.tags if tag == "img"]
     assert alts == [
@@ -254,7 +254,7 @@ def test_page_has_the_same_prompts_of_all_models(runs):
     for image in (runs / "base" / "compose" / "images").iterdir():
         image.unlink()
     assert "Evaluated without --save_images: <b>." in Elements(render_comparison(comparison, "")).text
-    assert "Pictures" not in Elements(render_comparison(comparison, "", num_pictures=0)).text
+    assert "Images" not in Elements(render_comparison(comparison, "", num_images=0)).text
 
 
 def test_published_rows_have_nothing_in_other_columns():
@@ -333,5 +333,5 @@ def test_averages_of_the_upstream_release_are_enough(tmp_path):
         (tmp_path / name / "ocr" / "average_scores.json").write_text(json.dumps({"ocr": value}))
     comparison = compare(read_models([f"{tmp_path}/a", f"{tmp_path}/b"]))
     text = text_comparison(comparison)
-    assert "0.750*" in text and "±0" not in text
+    assert "0.750*" in text and "± 0" not in text
     assert "settings not recorded" in render_comparison(comparison, "")

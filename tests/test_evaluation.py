@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,16 +17,10 @@ import torch
 
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
-from diffusionopd.evaluation.evaluate import (
-    EvaluationError,
-    ImageGenerator,
-    Job,
-    evaluate,
-    evaluate_task,
-    find_checkpoint,
-    sample_images,
-)
-from diffusionopd.evaluation.results import RESULTS, read_records
+from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
+from diffusionopd.evaluation.job import Job, Model, find_checkpoint
+from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_records
+from diffusionopd.evaluation.sampling import ImageGenerator, sample_images
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE
@@ -35,16 +30,17 @@ from diffusionopd.rewards import RewardError, to_uint8
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]
 
-MINE = Benchmark("mine", PROMPTS, ("ocr",))
+MINE = Benchmark("mine", PROMPTS, ("ocr",), num_steps=40, guidance_scale=4.5)
+BASE = Model("base")
 
 
 def generate(prompts, samples):
-    """Pictures that depend on the sample alone, as the real ones do."""
+    """Images that depend on the sample alone, as the real ones do."""
     return torch.stack([torch.rand(3, 16, 16, generator=generator(Stream.EVALUATION, *sample)) for sample in samples])
 
 
 class Mean:
-    """Mean level, and the prompt's number; counts the pictures that it is shown."""
+    """Mean level, and the prompt's number; counts the images that it is shown."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -176,7 +172,7 @@ def test_sampling_is_the_euler_method_written_out(backbone, text):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_a_picture_does_not_depend_on_its_neighbours(batch_size, backbone, pipeline_folder, tmp_path):
+def test_an_image_does_not_depend_on_its_neighbours(batch_size, backbone, pipeline_folder, tmp_path):
     """At most one of 255 levels apart, in at most 0.1% of the values: products of other shapes round differently."""
     prompts = [f"a photo of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
     cache = TextCache(tmp_path, "key", 14, torch.float32)
@@ -193,7 +189,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(batch_size, backbone, pipel
     )
     difference = np.abs(to_uint8(images[:3]).astype(int) - wanted)
     assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
-    assert np.abs(wanted[0] - wanted[1]).mean() > 1  # and other prompts and noise give other pictures
+    assert np.abs(wanted[0] - wanted[1]).mean() > 1  # and other prompts and noise give other images
 
 
 # ---- what is evaluated -----------------------------------------------------------------------------------------------
@@ -211,8 +207,10 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     assert len(find_benchmark("drawbench", limit=2).prompts) == 2
     assert find_benchmark("ocr", tasks=[task]).rewards == ("tiny_ocr",)
     assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
-    assert find_benchmark("ocr", tasks=[task]).guidance_scale is None
-    own = find_benchmark("ocr", tasks=[task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}])
+    common = find_benchmark("ocr", tasks=[task], num_steps=9, guidance_scale=3.0)
+    assert (common.guidance_scale, common.num_steps) == (3.0, 9)
+    task_with_own = task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}
+    own = find_benchmark("ocr", tasks=[task_with_own], num_steps=9, guidance_scale=3.0)
     assert (own.guidance_scale, own.num_steps) == (1.0, 7)
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", tasks=[task]).rewards == ("ocr",)
@@ -224,7 +222,9 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         find_benchmark("nonesuch")
     with pytest.raises(RewardError, match="did you mean"):
         find_benchmark("mine", ["jpeg_compressability"])
-    with pytest.raises(PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*download.py datasets"):
+    with pytest.raises(
+        PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets"
+    ):
         find_benchmark("geneval")
     with pytest.raises(BenchmarkError, match="limit of 0"):
         find_benchmark("mine", ["ocr"], limit=0)
@@ -247,24 +247,33 @@ def test_checkpoints_are_found_however_they_are_named(tmp_path):
         find_checkpoint(str(tmp_path / "run" / "checkpoints" / "checkpoint-31"))
 
 
-@pytest.mark.parametrize(
-    "values", [{"num_steps": 0}, {"resolution": 70}, {"guidance_scale": float("nan")}, {"seed": -1}, {"batch_size": 0}]
-)
-def test_values_that_no_picture_can_be_made_with(values):
-    with pytest.raises(EvaluationError, match=next(iter(values))):
-        Job("model", None, None, [MINE], Path("out"), **values)
+def test_values_that_no_image_can_be_made_with():
+    for values in ({"num_steps": 0}, {"guidance_scale": float("nan")}, {"guidance_scale": -1.0}):
+        with pytest.raises(EvaluationError, match=next(iter(values))):
+            Job("model", None, [BASE], [replace(MINE, **values)], Path("out"))
+    for values in ({"resolution": 70}, {"resolution": 0}, {"seed": -1}, {"batch_size": 0}):
+        with pytest.raises(EvaluationError, match=next(iter(values))):
+            Job("model", None, [BASE], [MINE], Path("out"), **values)
+    with pytest.raises(EvaluationError, match="guidance_scale"):
+        Job("model", None, [Model("teacher-a", None, float("inf"))], [MINE], Path("out"))
+    for models, benchmarks in (([BASE], [MINE, MINE]), ([BASE, BASE], [MINE]), ([], [MINE]), ([BASE], [])):
+        with pytest.raises(EvaluationError, match="each once"):
+            Job("model", None, models, benchmarks, Path("out"))
 
 
-def test_a_dataset_given_twice_is_refused():
-    with pytest.raises(EvaluationError, match="each once"):
-        Job("model", None, None, [MINE, MINE], Path("out"))
+def test_a_models_own_guidance_goes_before_that_of_the_benchmark():
+    assert (BASE.guidance_on(MINE), Model("teacher-a", None, 1.0).guidance_on(MINE)) == (4.5, 1.0)
 
 
-def test_a_benchmarks_own_settings_go_before_the_jobs():
-    job = Job("model", None, None, [MINE], Path("out"), num_steps=40, guidance_scale=4.5)
-    own = replace(MINE, guidance_scale=1.0, num_steps=10)
-    assert (job.steps_on(MINE), job.guidance_on(MINE)) == (40, 4.5)
-    assert (job.steps_on(own), job.guidance_on(own)) == (10, 1.0)
+def test_several_models_and_datasets_get_a_folder_each():
+    other, teacher = replace(MINE, name="other"), Model("teacher-a")
+    folders = {}
+    for models, benchmarks in (([BASE], [MINE]), ([BASE], [MINE, other]), ([BASE, teacher], [MINE])):
+        job = Job("model", None, models, benchmarks, Path("out"))
+        folders[len(models), len(benchmarks)] = job.folder(models[-1], benchmarks[-1])
+    both = Job("model", None, [BASE, teacher], [MINE, other], Path("out"))
+    assert folders == {(1, 1): Path("out"), (1, 2): Path("out/other"), (2, 1): Path("out/teacher-a")}
+    assert both.folder(teacher, other) == Path("out/teacher-a/other")
 
 
 def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):
@@ -316,6 +325,49 @@ def test_one_process_and_two_write_the_same(pipeline_folder, make_lora, dataset,
         assert first.scores == pytest.approx(second.scores, abs=0.02)
     averages = json.loads(one["average_scores.json"])
     assert averages["counts"] == {"jpeg_compressibility": 5}
+
+
+@pytest.mark.slow
+def test_several_models_in_one_start_equal_starts_of_their_own(pipeline_folder, make_lora, dataset, tmp_path):
+    """One start over all models writes the very files of a start of each."""
+    lora, second = make_lora(0), make_lora(1)
+    run = tmp_path / "run"
+    shutil.copytree(lora, run / "checkpoints" / "checkpoint-3" / "lora")
+    (run / "checkpoints" / "latest").write_text("checkpoint-3")
+    config = tiny_run(pipeline_folder, [{"name": "first", "lora_path": str(second), "guidance_scale": 2.0}])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    common = ["--config", tmp_path / "config.json", "--dataset", dataset, "--rewards", "jpeg_compressibility"]
+    common += ["--num_inference_steps", 2, "--save_images", "--cache_dir", tmp_path / "cache", "--resume"]
+    which = {
+        "base": ["--base"],
+        "teacher-first": ["--teacher", "first"],
+        "student": ["--checkpoint_path", run],
+        "lora": ["--lora", second],
+    }
+    flags = [flag for given in which.values() for flag in given]
+    done = command(*common, *flags, "--output_dir", tmp_path / "all")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("s.e.") == 4
+    averages = {}
+    for name in which:
+        averages[name] = json.loads((tmp_path / "all" / name / AVERAGES).read_text())["jpeg_compressibility"]
+        settings = json.loads((tmp_path / "all" / name / SETTINGS).read_text())
+        assert settings["guidance_scale"] == (2.0 if name == "teacher-first" else 1.5)
+    assert len(set(averages.values())) == 4
+    done = command(*common, "--teacher", "first", "--output_dir", tmp_path / "alone")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "all" / "teacher-first")
+
+
+def tiny_run(model, teachers) -> dict:
+    """A run's configuration, as `config.json` has it."""
+    return {
+        "pretrained": {"model": str(model)},
+        "train": {"teachers": teachers},
+        "sample": {"eval_num_steps": 2, "eval_guidance_scale": 1.5},
+        "resolution": 64,
+        "max_sequence_length": 14,
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from diffusionopd.models.text_cache import TextCacheError
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import checkpoint, train
-from diffusionopd.training import run as trainer_run
+from diffusionopd.training import loop as trainer_run
 
 from .test_trainer import metrics
 
@@ -61,7 +61,7 @@ def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, small_disk):
         file.truncate(filler.stat().st_size - 100_000)
     with pytest.raises(
         checkpoint.CheckpointError,
-        match=r"checkpoint-2: .*No space left.*needs at least [\d,]+ bytes, [\d,]+ are free: free some.*untouched",
+        match=r"checkpoint-2: .*No space left.*[\d,]+ bytes are free.*num_checkpoint_limit",
     ):
         go(2)
     assert sorted(path.name for path in first.parent.iterdir()) == ["checkpoint-1", "latest"]
@@ -172,7 +172,7 @@ def said(records, text: str) -> int:
 
 
 def test_a_reward_that_hangs_in_monitoring_and_evaluation_is_left_out(tiny_config, tmp_path, hanging, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.worker.PATIENCE", 0.1)
+    monkeypatch.setattr("diffusionopd.rewards.worker.SHUTDOWN_GRACE", 0.1)
     with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         train(tiny_config(num_epochs=3, monitor_freq=1, eval_freq=3, eval_num_prompts=2, reward_timeout=0.2))
@@ -214,7 +214,7 @@ def rewarded(tiny_config, **changes):
 
 
 def test_a_reward_that_is_trained_on_and_hangs_ends_the_run(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.worker.PATIENCE", 0.1)
+    monkeypatch.setattr("diffusionopd.rewards.worker.SHUTDOWN_GRACE", 0.1)
     score, calls = JpegCompressibility.score, []
 
     def hangs_in_round_2(self, *arguments):

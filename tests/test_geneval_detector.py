@@ -10,11 +10,10 @@ import torch.nn.functional as F
 
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.geneval import mask2former
-from diffusionopd.rewards.geneval.classes import CLASSES
-from diffusionopd.rewards.geneval.detector import build_detector
-from diffusionopd.rewards.geneval.labels import check_labels
-from diffusionopd.rewards.geneval.resize import resize_bilinear
-from tests.geneval_tiny import COCO, save_checkpoint, tiny_model
+from diffusionopd.rewards.geneval.classes import CLASSES, COCO
+from diffusionopd.rewards.geneval.detector import build_detector, check_labels
+from diffusionopd.rewards.geneval.mask2former import resize_bilinear
+from tests.geneval_tiny import save_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """Smooth random pictures, uint8 [2, 40, 56, 3]."""
+    """Smooth random images, uint8 [2, 40, 56, 3]."""
     noise = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(3))
     smooth = F.interpolate(noise, (40, 56), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -32,7 +31,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def small_input(monkeypatch):
-    """Pictures enlarged to 96 pixels instead of 800: the same code, a hundredth of the time."""
+    """Images enlarged to 96 pixels instead of 800: the same code, a hundredth of the time."""
     monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
 

@@ -7,24 +7,29 @@ from PIL import Image
 
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError
 from diffusionopd.rewards.clip import load_clip
-from diffusionopd.rewards.geneval import GenEval, mask2former
+from diffusionopd.rewards.geneval import mask2former
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
-from diffusionopd.rewards.geneval.colours import ColourClassifier, crop
 from diffusionopd.rewards.geneval.rules import Detection
+from diffusionopd.rewards.geneval.scorer import ColourClassifier, GenEval, crop
 from tests.geneval_tiny import tiny_model
-from tests.test_rewards_clip import folder  # noqa: F401  (the fixture with a tiny CLIP)
+from tests.helpers_rewards import save_clip
 
 HEIGHT, WIDTH = 40, 56
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture
-def clip(folder):  # noqa: F811
+def clip(folder):
     return load_clip(folder, folder, "cpu", "float32")
 
 
 @pytest.fixture
 def detector_folder(tmp_path, monkeypatch):
-    """A detector of random weights that sees pictures at 96 pixels."""
+    """A detector of random weights that sees images at 96 pixels."""
     monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
     tiny_model().save_pretrained(tmp_path / "detector")
@@ -54,16 +59,16 @@ def official_crop(pixels: np.ndarray, item: Detection) -> Image.Image:
 def test_crops_are_geneval_s():
     item = detection(3, 5, 40, 33)
     ours, wanted = crop(picture(0), item), official_crop(picture(0), item)
-    assert ours.size == (37, 28)
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted))
-    assert ours.getpixel((0, 0)) == (153, 153, 153)
+    assert ours.shape == (28, 37, 3)
+    np.testing.assert_array_equal(ours, np.asarray(wanted))
+    assert ours[0, 0].tolist() == [153, 153, 153]
 
 
 def test_the_colour_is_the_best_of_ten_by_the_mean_of_three_sentences(clip):
     items = [detection(0, 0, 30, 20), detection(20, 4, 56, 40), detection(2, 2, 12, 38)]
     scores = []
     for item in items:
-        image = clip.image_embeddings([official_crop(picture(1), item)])[0]
+        image = clip.image_embeddings([np.asarray(official_crop(picture(1), item))])[0]
         row = []
         for colour in COLOURS:
             sentences = [f"a photo of a {colour} dog", f"a photo of a {colour}-colored dog"]
@@ -80,14 +85,14 @@ def test_the_colour_is_the_best_of_ten_by_the_mean_of_three_sentences(clip):
 
 
 class HandMade:
-    """A detector that finds what it is told, and notes how many pictures it was given at once."""
+    """A detector that finds what it is told, and notes how many images it was given at once."""
 
-    def __init__(self, pictures: list[dict[str, list[Detection]]]):
-        self.pictures, self.batches = list(pictures), []
+    def __init__(self, images: list[dict[str, list[Detection]]]):
+        self.images, self.batches = list(images), []
 
     def detect(self, pixels):
         self.batches.append(len(pixels))
-        return [self.pictures.pop(0) for _ in pixels]
+        return [self.images.pop(0) for _ in pixels]
 
 
 def line(tag: str, *include: dict, **more) -> dict:
@@ -107,7 +112,7 @@ BATCH = [
 
 
 @pytest.fixture
-def scorer(folder, detector_folder):  # noqa: F811
+def scorer(folder, detector_folder):
     with pytest.warns(UserWarning, match="not comparable"):
         return GenEval(detector=detector_folder, clip=folder, batch_size=2)
 
@@ -133,7 +138,7 @@ def test_colours_are_those_of_the_picture_itself(scorer):
     pixels = np.zeros((2, HEIGHT, WIDTH, 3), dtype=np.uint8)
     pixels[1] = 255
     asked = [DOG | {"color": "black"}, DOG | {"color": "white"}]
-    scorer.colours = lambda picture, name, items: ["white" if picture.mean() > 127 else "black"] * len(items)
+    scorer.colours = lambda image, name, items: ["white" if image.mean() > 127 else "black"] * len(items)
     for order, wanted in (([0, 1], [1, 1]), ([1, 0], [0, 0]), ([0, 0], [1, 0])):
         scorer.detector = HandMade([{"dog": [detection(4, 4, 40, 36)]}] * 2)
         scores = scorer.score(pixels[order], ["p"] * 2, [line("colors", clause) for clause in asked])
@@ -142,7 +147,7 @@ def test_colours_are_those_of_the_picture_itself(scorer):
 
 def test_the_overall_score_is_made_of_the_six_tags(scorer):
     assert GenEval.combined == {"geneval_overall": tuple(f"{tag}_accuracy" for tag in TAGS)}
-    scores = scorer.score([], [], [])  # no pictures are no mistake
+    scores = scorer.score([], [], [])  # no images are no mistake
     assert scores.keys() >= set(GenEval.combined["geneval_overall"]) and len(scores) == 15
     assert all(values.shape == (0,) and values.dtype == np.float64 for values in scores.values())
 
@@ -162,10 +167,10 @@ def test_from_pixels_to_scores(scorer):
     assert wrong["accuracy"].tolist() == [0, 0]
 
 
-def test_mistakes_are_named(scorer, folder, tmp_path):  # noqa: F811
+def test_mistakes_are_named(scorer, folder, tmp_path):
     with pytest.raises(RewardError, match="cannot judge the prompt 'a sign': 'tag' is None"):
         scorer.score(np.stack([picture(0)] * 2), ["a photo of a dog", "a sign"], [BATCH[0][0], {}])
-    with pytest.raises(RewardError, match="download.py rewards geneval"):
+    with pytest.raises(RewardError, match="tools.download rewards geneval"):
         GenEval(clip=folder, checkpoint=str(tmp_path / "none.pth"))
     with pytest.raises(RewardError, match="batch_size must be at least 1, not 0"):
         GenEval(clip=folder, batch_size=0)

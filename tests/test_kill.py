@@ -1,17 +1,14 @@
-"""`tests/kill.py` in a short form: a run that is killed and restarted ends as the undisturbed one."""
+"""`python -m tests.kill` in a short form: a run that is killed and restarted ends as the undisturbed one."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from diffusionopd.training.checkpoint import load_state, save_state
-from tests.kill import differences
 
-from .conftest import ROOT
+from .kill import differences, main
 
 
 @pytest.mark.slow
@@ -19,9 +16,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path):
     """Four kills; and the comparison sees what it should."""
     work, file = tmp_path / "work", tmp_path / "figures.json"
     options = ["--kills", "4", "--rounds", "2", "--seed", "1", "--work", str(work), "--json", str(file)]
-    command = [sys.executable, str(ROOT / "tests" / "kill.py"), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert main(options) == 0
     figures = json.loads(file.read_text())
     assert figures["kills"] == sum(figures["by_phase"].values()) == 4
     assert figures["differences"] == [] and figures["damaged"] == 0

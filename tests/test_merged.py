@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusionopd.models.backbone import load_backbone
-from diffusionopd.models.lora import AdapterError, Adapters
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import AdapterError
 from diffusionopd.models.merged import MergedTeachers
 
 from .conftest import TARGETS

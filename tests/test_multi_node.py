@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from diffusionopd.signals import STOPPED
 from diffusionopd.training import checkpoint, train
 
 from .conftest import ROOT
-from .test_signals import alive, kill, linux, start, wait_for, wait_for_first_round
+from .helpers_processes import kill, linux, start, wait_for_first_round
 from .test_trainer import assert_equal_rounds, metrics
 
 LAUNCHERS = ROOT / "scripts" / "multi_node"
@@ -42,6 +43,7 @@ def said(folder: Path, rank: int) -> str:
 
 
 @linux
+@pytest.mark.slow
 def test_two_machines_equal_one_process(tiny_config, tmp_path):
     common = {"num_epochs": 2, "sample__noise_level": 0.7, "monitor_freq": 1}
     train(tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common))
@@ -57,28 +59,13 @@ def test_two_machines_equal_one_process(tiny_config, tmp_path):
         assert_equal_rounds(a, b)
 
 
-@linux
-def test_a_machine_that_hangs_is_named_by_the_other(tiny_config, tmp_path):
-    machines = start_machines(tiny_config(num_epochs=10000, collective_timeout=15.0), tmp_path)
-    try:
-        wait_for_first_round(tmp_path / "logs" / "run", *machines)
-        worker = int(Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text())
-        os.kill(worker, signal.SIGSTOP)
-        assert machines[0].wait(60) == 1
-    finally:
-        kill(*machines)
-    assert re.search(r"error: rank 1 did not arrive at '.+' within 15 s", said(tmp_path, 0))
-    assert "Traceback" not in said(tmp_path, 0)
-    wait_for(lambda: not alive(worker), what="the end of what hung, with its launcher")
-
-
 # ---- under Slurm -----------------------------------------------------------------------------------------------------
 
 # Starts its command once a node, and passes SIGUSR1 on; at SIGTERM it kills, as the real one does.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
-assert sys.argv[1] == "--kill-on-bad-exit=1"
-tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | {{"SLURM_NODEID": str(node)}}) for node in range(2)]
+assert sys.argv[1] == "--kill-on-bad-exit=0", "75 is no failure"
+tasks = [subprocess.Popen(sys.argv[3:], env=os.environ | {{"SLURM_NODEID": str(node)}}) for node in range(2)]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
@@ -92,6 +79,7 @@ esac
 
 
 @linux
+@pytest.mark.slow
 def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -108,7 +96,7 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_pat
         wait_for_first_round(run, job)
         job.send_signal(signal.SIGTERM)  # of a preemption: the tasks get their own
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(120) == 0, (tmp_path / "output").read_text()
+        assert job.wait(120) == STOPPED, (tmp_path / "output").read_text()
     finally:
         kill(job)
     latest = checkpoint.find_latest(run / "checkpoints")
@@ -132,23 +120,22 @@ def test_the_job_asks_for_what_it_needs():
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("variables", "problem"),
-    [
-        ({"NNODES": ""}, "NNODES: is the number of machines"),
-        ({"NODE_RANK": "2"}, "NODE_RANK=2, but 2 machines are numbered from 0 to 1."),
-        ({"NODE_RANK": "-1"}, "NODE_RANK=-1 is not a whole number."),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is the address of machine 0"),
-        ({"GPUS_PER_NODE": "3", "FAKE_GPUS": "2"}, "GPUS_PER_NODE=3, but this machine shows 2 GPU(s)"),
-    ],
-)
-def test_mistakes_are_said_at_once(tmp_path, variables, problem):
+def test_mistakes_are_said_at_once(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo "${FAKE_GPUS:-0}"; else exit 9; fi\n')
     python.chmod(0o755)
-    named = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "PYTHON": str(python)} | variables
-    environment = {"PATH": os.environ["PATH"]} | {name: value for name, value in named.items() if value}
-    done = subprocess.run(
-        ["bash", str(LAUNCHERS / "mopd.sh")], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode not in (0, 9) and problem in done.stderr
+    correct = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "PYTHON": str(python)}
+    for wrong, facts in (
+        ({}, []),
+        ({"NNODES": ""}, ["NNODES"]),
+        ({"NODE_RANK": "2"}, ["NODE_RANK=2", "2 machines"]),
+        ({"NODE_RANK": "-1"}, ["NODE_RANK=-1"]),
+        ({"MASTER_ADDR": ""}, ["MASTER_ADDR"]),
+        ({"GPUS_PER_NODE": "3", "FAKE_GPUS": "2"}, ["GPUS_PER_NODE=3", "2 GPU(s)"]),
+    ):
+        environment = {"PATH": os.environ["PATH"]} | {k: v for k, v in (correct | wrong).items() if v}
+        done = subprocess.run(
+            ["bash", str(LAUNCHERS / "mopd.sh")], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode == 9) == (not wrong), done.stderr
+        assert all(fact in done.stderr for fact in facts), done.stderr

@@ -66,26 +66,19 @@ def test_stages_of_other_threads_are_left_out(clock):
     assert seconds == {"here": 1.0}
 
 
-def test_timing_twice_at_once_is_refused():
-    with timed_stages("cpu"), pytest.raises(RuntimeError, match="already"), timed_stages("cpu"):
-        pass
-    with timed_stages("cpu") as seconds:
-        pass
-    assert seconds == {}
-
-
+@pytest.mark.slow
 def test_a_profile_accounts_for_the_whole_round_and_leaves_no_run(tiny_config, tmp_path):
     config = tiny_config(monitor_freq=0)
     found = profile(config, tmp_path / "profile", rounds=2)
     assert found is not None
-    shares = found.stage_seconds
+    shares = found["stage_seconds"]
     assert {"forward, student", "forward, teacher_first", "backward", "optimizer step", OTHER} <= shares.keys()
     assert all(seconds >= 0 for seconds in shares.values())
-    assert found.round_seconds > 0
+    assert found["round_seconds"] > 0
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
     assert shares["forward, student"] > shares["prompts and noise"]
     saved = json.loads((tmp_path / "profile" / "summary.json").read_text())
-    assert saved["stage_seconds"] == shares
+    assert saved == found
     assert "forward, student" in (tmp_path / "profile" / "summary.txt").read_text()
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}

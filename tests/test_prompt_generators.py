@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -12,11 +15,13 @@ from itertools import chain
 import pytest
 
 from diffusionopd.data.prompts import PromptError, load_prompts
-from diffusionopd.prompts import geneval, ocr, ocr_words
-from diffusionopd.prompts.__main__ import main
 from diffusionopd.rewards.geneval.classes import CLASSES, TAGS
 from diffusionopd.rewards.ocr import wanted_text
-from tools.prompts.mixture import allocate, apportion, digits, drawn
+from tools.prompts import geneval, ocr
+from tools.prompts.__main__ import main
+from tools.prompts.mixture import allocate, apportion, drawn
+
+from .conftest import ROOT
 
 # Lines of the published test set, one or two a tag, with its quirks of number and article.
 PUBLISHED = """\
@@ -143,8 +148,7 @@ def ocr_prompts():
 def test_scorer_finds_the_words_meant(ocr_prompts):
     assert all(prompt.count('"') == 2 for prompt in ocr_prompts)
     assert all(wanted_text(prompt) == ocr.essence(prompt) for prompt in ocr_prompts)
-    kind = ocr.KINDS["price"]
-    assert '"Apples $1.00"' in kind.prompt(0) and kind.prompt(0)[0].isupper()
+    assert '"Apples $1.00"' in ocr.make("price", 0) and ocr.make("price", 0)[0].isupper()
 
 
 def test_ocr_prompts_differ_and_kinds_have_equal_shares(ocr_prompts):
@@ -152,22 +156,29 @@ def test_ocr_prompts_differ_and_kinds_have_equal_shares(ocr_prompts):
     assert sum(bool(re.search(r'"Open \d', prompt)) for prompt in ocr_prompts) == pytest.approx(
         4000 / len(ocr.KINDS), abs=1
     )
-    assert all(kind.size >= 100_000 for kind in ocr.KINDS.values())
+    assert all(ocr.size(kind) >= 100_000 for kind in ocr.KINDS)
 
 
-def test_numbers_of_a_kind_are_its_prompts_one_to_one():
-    small = ocr.Writing(("a sign", "a wall"), "{} {}", (("No", "Mind"), ("Dogs", "Cats", "Exit")))
-    assert small.size == 12 * len(ocr.SENTENCES) * len(ocr_words.STYLES) * len(ocr_words.PLACES) * len(
-        ocr_words.LETTERING
-    )
-    some = range(0, small.size, 7)
-    assert len({small.prompt(number) for number in some}) == len(some)
+def test_numbers_of_a_kind_are_its_prompts_one_to_one(monkeypatch):
+    monkeypatch.setitem(ocr.KINDS, "small", ("things", "{} {}", "first second"))
+    for name, words in {
+        "things": ["a sign", "a wall"],
+        "first": ["No", "Mind"],
+        "second": ["Dogs", "Cats", "Exit"],
+    }.items():
+        monkeypatch.setitem(ocr.WORDS, name, words)
+    scenes = [len(ocr.WORDS[name]) for name in ("styles", "places", "lettering")]
+    assert ocr.size("small") == 12 * len(ocr.SENTENCES) * math.prod(scenes)
+    some = range(0, ocr.size("small"), 7)
+    assert len({ocr.make("small", number) for number in some}) == len(some)
+    texts = [ocr.make("small", number).split('"')[1] for number in range(6)]
+    assert texts == ["No Dogs", "No Cats", "No Exit", "Mind Dogs", "Mind Cats", "Mind Exit"]
 
 
 def test_word_lists_have_no_repeats_and_no_quotation_marks():
-    lists = {name: value for name, value in vars(ocr_words).items() if name.isupper()}
-    assert all(len(set(words)) == len(words) for words in lists.values())
-    assert not set("\"“”„‘’'{}") & set("".join(chain.from_iterable(lists.values())))
+    assert all(len(set(words)) == len(words) for words in ocr.WORDS.values())
+    assert not set("\"“”„‘’'{}") & set("".join(chain.from_iterable(ocr.WORDS.values())))
+    assert set().union(*([things, *parts.split()] for things, _, parts in ocr.KINDS.values())) <= set(ocr.WORDS)
 
 
 def test_excluded_words_are_asked_for_in_no_prompt(ocr_prompts):
@@ -185,7 +196,7 @@ def test_apportion_gives_every_prompt_to_a_kind():
 
 def test_allocate_fills_small_kinds_first():
     assert allocate(100, {"a": 1, "b": 1, "c": 2}, {"a": 5, "b": 500, "c": 500}) == {"a": 5, "b": 32, "c": 63}
-    assert allocate(12, {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50}) == {"a": 9, "b": 3, "c": 0}
+    assert allocate(12, {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50}) == {"a": 9, "b": 3}
     with pytest.raises(PromptError, match="1 to 12 "):
         allocate(13, {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50})
 
@@ -197,8 +208,18 @@ def test_drawn_is_a_permutation_and_lazy():
     assert len(drawn(10**15, int, lambda number: True, 3, "key")) == 3
 
 
-def test_digits_are_a_mixed_radix():
-    assert [digits(number, (2, 3)) for number in range(6)] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+# SHA-256 of files that were written when the generators were first released.
+RELEASED = {
+    ("geneval", "--repeat"): "36476f9bc04e91e1e95627c69dc96049e750b4325a003a7287c6b298c8586b4f",
+    ("geneval",): "98d40e7605f5e150536f3eb80b2e531dc5a1dd623a2bcc81aa57ac895d3879c4",
+    ("ocr",): "413dd1a17ef25774052d5901abdf522b3d5de81ccfe7d9b83b249252949aa4ea",
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_a_seed_gives_the_bytes_that_it_always_gave(tmp_path, kind):
+    main([*kind, "--output", str(tmp_path / "file"), "--count", "3000", "--seed", "7"])
+    assert hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest() == RELEASED[kind]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -222,8 +243,10 @@ def test_command_writes_files_that_load_and_does_not_overwrite(tmp_path, capsys)
 
 
 def test_command_runs_as_a_module_and_its_seed_counts(tmp_path):
-    command = [sys.executable, "-m", "diffusionopd.prompts", "ocr", "--output", "train.txt", "--count", "50"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "tools.prompts", "ocr", "--output", "train.txt", "--count", "50"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert len(load_prompts(tmp_path, "general_ocr", "train")) == 50
     main(["ocr", "--output", str(tmp_path / "test.txt"), "--count", "50", "--seed", "1"])

@@ -11,8 +11,7 @@ import pytest
 
 from diffusionopd.evaluation.results import Record, ResultFolder, Summary
 from tools.report import ReportError, Task, collect, render, summary, text_table
-from tools.report.collect import read_metrics
-from tools.report.data import duration
+from tools.report.collect import duration, read_metrics
 from tools.report.plots import loss_curves, running_mean, score_curve
 
 LEVELS = {  # task -> (base, teacher, student)

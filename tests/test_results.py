@@ -22,6 +22,7 @@ from diffusionopd.evaluation.results import (
     read_records,
     summarise,
 )
+from diffusionopd.files import FolderError
 
 TEXTS = [f"prompt {i}" for i in range(6)]
 
@@ -48,7 +49,7 @@ def test_a_score_that_never_applies_has_no_average():
     assert summarise([record(0, -10.0)]) == {}
 
 
-def test_standard_error_counts_prompts_not_pictures():
+def test_standard_error_counts_prompts_not_images():
     """Images of one text count once, whether made for one line of the test set or for several."""
     records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
     two = summarise(records)["a"]
@@ -165,11 +166,11 @@ def test_a_full_disk_is_explained_and_what_was_scored_is_kept(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "evaluation_results.jsonl").stat().st_size + 5, limits[1]))
     try:
-        with pytest.raises(EvaluationError, match="cannot write .*File too large.*has been scored is kept.*--resume"):
+        with pytest.raises(FolderError, match="cannot be written.*File too large.*--resume"):
             files.append([Record(1, "b", {}, {"s": 1.0})])
-        with pytest.raises(EvaluationError, match="cannot write .*00001.jpg.*--resume"):
+        with pytest.raises(FolderError, match="00001.jpg cannot be written.*--resume"):
             files.save_image(1, np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        with pytest.raises(EvaluationError, match="cannot write .*average_scores.json.*--resume"):
+        with pytest.raises(FolderError, match="average_scores.json cannot be written.*--resume"):
             files.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,8 +1,9 @@
-"""The registry, pictures in every form, composites, and the worker thread."""
+"""The registry, images in every form, composites, and the worker thread."""
 
 import threading
 import time
 import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from diffusionopd.rewards import (
     NOT_APPLICABLE,
     REGISTRY,
     Composite,
-    LimitedScorer,
     RewardError,
     RewardUnavailableError,
     RewardWorker,
@@ -23,10 +23,9 @@ from diffusionopd.rewards import (
     build_scorer,
     check_options,
     score_all,
-    to_pil,
     to_uint8,
 )
-from diffusionopd.rewards.threads import in_threads
+from diffusionopd.rewards.images import each_uint8
 
 
 class Fixed:
@@ -39,20 +38,22 @@ class Fixed:
         return self.scores
 
 
-def pictures(count: int = 2, size: int = 16) -> torch.Tensor:
+def images(count: int = 2, size: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_form_of_a_picture_becomes_the_same_uint8():
+def test_every_form_of_an_image_becomes_the_same_uint8():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     wanted = levels.permute(0, 2, 3, 1).numpy()
-    forms = [levels, levels.float() / 255, levels.double() / 255, to_pil(levels), wanted]
-    for form in forms:
+    pil = [Image.fromarray(array) for array in wanted]
+    for form in (levels, levels.float() / 255, levels.double() / 255, pil, wanted):
         np.testing.assert_array_equal(to_uint8(form), wanted)
-    assert all(image.mode == "RGB" for image in to_pil(levels))
+        np.testing.assert_array_equal(np.stack(each_uint8(form)), wanted)
+    assert to_uint8(wanted) is wanted
+    assert to_uint8([Image.new("L", (4, 4), 7)]).tolist() == [[[[7] * 3] * 4] * 4]
 
 
 def test_floats_are_rounded_and_clamped():
@@ -71,14 +72,14 @@ def test_floats_are_rounded_and_clamped():
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "differ in size"),
     ],
 )
-def test_pictures_of_another_form_are_refused(images, problem):
+def test_images_of_another_form_are_refused(images, problem):
     with pytest.raises(ValueError, match=problem):
         to_uint8(images)
 
 
-def test_no_pictures_at_all():
+def test_no_images_at_all():
     assert len(to_uint8([])) == 0
-    assert to_pil(torch.zeros(0, 3, 8, 8)) == []
+    assert len(to_uint8(torch.zeros(0, 3, 8, 8))) == 0
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------
@@ -140,17 +141,16 @@ def test_a_reward_may_have_a_device_of_its_own(monkeypatch):
 
 
 def test_jpeg_size_in_kilobytes_and_its_negative():
-    noisy, flat = pictures(1, 64), torch.full((1, 3, 64, 64), 0.5)
-    images = torch.cat([noisy, flat])
+    batch = torch.cat([images(1, 64), torch.full((1, 3, 64, 64), 0.5)])
     scores = score_all(
         {name: build_scorer(name) for name in ("jpeg_compressibility", "jpeg_incompressibility")},
-        images,
+        batch,
         ["a", "b"],
         [{}, {}],
     )
     sizes = scores["jpeg_incompressibility"]
     assert sizes[0] > 3 * sizes[1] > 0
-    assert 0.3 < sizes[1] < 2  # kB: a flat picture is little more than the file's header
+    assert 0.3 < sizes[1] < 2  # kB: a flat image is little more than the file's header
     np.testing.assert_array_equal(scores["jpeg_compressibility"], -sizes)
 
 
@@ -159,7 +159,7 @@ def test_jpeg_size_in_kilobytes_and_its_negative():
 
 def test_composite_gives_parts_and_weighted_mean():
     composite = Composite({"a": 3.0, "b": 1.0}, {"a": Fixed(a=[1.0, 0.0]), "b": Fixed(b=[5.0, 4.0], extra=[7.0, 8.0])})
-    scores = composite.score(pictures(), ["x", "y"], [{}, {}])
+    scores = composite.score(images(), ["x", "y"], [{}, {}])
     assert list(scores) == ["a", "b", "extra", "avg"]
     np.testing.assert_allclose(scores["avg"], [(3 * 1 + 5) / 4, (0 + 4) / 4])
     assert all(values.dtype == np.float64 for values in scores.values())
@@ -170,14 +170,14 @@ def test_a_part_that_does_not_apply_is_kept_and_left_out_of_the_mean():
         {"a": 1.0, "b": 1.0},
         {"a": Fixed(a=[NOT_APPLICABLE, 2.0, NOT_APPLICABLE]), "b": Fixed(b=[3.0, 4.0, NOT_APPLICABLE])},
     )
-    scores = composite.score(pictures(3), [""] * 3, [{}] * 3)
+    scores = composite.score(images(3), [""] * 3, [{}] * 3)
     assert scores["a"].tolist() == [-10.0, 2.0, -10.0]
     assert scores["avg"].tolist() == [3.0, 3.0, -10.0]
 
 
 def test_a_part_of_weight_zero_is_reported_only():
     composite = Composite({"a": 1.0, "b": 0.0}, {"a": Fixed(a=[1.0, 2.0]), "b": Fixed(b=[9.0, 9.0])})
-    scores = composite.score(pictures(), ["", ""], [{}, {}])
+    scores = composite.score(images(), ["", ""], [{}, {}])
     assert scores["avg"].tolist() == [1.0, 2.0]
     assert scores["b"].tolist() == [9.0, 9.0]
 
@@ -192,21 +192,21 @@ def test_weights_that_are_none_are_refused(weights):
     ("scores", "problem"),
     [
         ({"a": [1.0]}, "shape"),
-        ({"a": [1.0, float("nan")]}, "picture 1 of the batch is nan"),
+        ({"a": [1.0, float("nan")]}, "image 1 of the batch is nan"),
         ({"other": [1.0, 1.0]}, "no score under its own name"),
         ({"a": [1.0, 1.0], "avg": [1.0, 1.0]}, "another reward gives too: avg"),
     ],
 )
 def test_malformed_scores_are_refused(scores, problem):
     with pytest.raises(RewardError, match=problem):
-        score_all({"a": Fixed(**scores)}, pictures(), ["", ""], [{}, {}])
+        score_all({"a": Fixed(**scores)}, images(), ["", ""], [{}, {}])
 
 
 # ---- worker ----------------------------------------------------------------------------------------------------------
 
 
 class Gated:
-    """Waits for a gate, then gives the mean level of each picture; fails for the prompt "bad"."""
+    """Waits for a gate, then gives the mean level of each image; fails for the prompt "bad"."""
 
     def __init__(self) -> None:
         self.gate, self.begun, self.threads = threading.Event(), threading.Event(), set()
@@ -223,16 +223,16 @@ class Gated:
 def test_worker_scores_in_one_other_thread_and_in_order():
     scorer = Gated()
     scorer.gate.set()
-    with RewardWorker(scorer) as worker:
+    with closing(RewardWorker(scorer)) as worker:
         futures = [worker.submit(torch.full((1, 3, 4, 4), i, dtype=torch.uint8), ["p"], [{}]) for i in range(6)]
         means = [future.result(10)["mean"][0] for future in futures]
     assert means == [0, 1, 2, 3, 4, 5]
     assert len(scorer.threads) == 1 and threading.get_ident() not in scorer.threads
 
 
-def test_worker_takes_a_copy_of_the_pictures():
+def test_worker_takes_a_copy_of_the_images():
     scorer = Gated()
-    with RewardWorker(scorer) as worker:
+    with closing(RewardWorker(scorer)) as worker:
         images = torch.full((1, 3, 4, 4), 9, dtype=torch.uint8)
         future = worker.submit(images, ["p"], [{}])
         images.zero_()
@@ -243,9 +243,9 @@ def test_worker_takes_a_copy_of_the_pictures():
 def test_worker_returns_exceptions_and_goes_on():
     scorer = Gated()
     scorer.gate.set()
-    with RewardWorker(scorer) as worker:
-        bad = worker.submit(pictures(1), ["bad"], [{}])
-        good = worker.submit(pictures(1), ["good"], [{}])
+    with closing(RewardWorker(scorer)) as worker:
+        bad = worker.submit(images(1), ["bad"], [{}])
+        good = worker.submit(images(1), ["good"], [{}])
         assert isinstance(bad.exception(10), RuntimeError)
         assert "mean" in good.result(10)
 
@@ -253,10 +253,10 @@ def test_worker_returns_exceptions_and_goes_on():
 def test_worker_bounds_what_waits():
     scorer = Gated()
     worker = RewardWorker(scorer, max_pending=1)
-    worker.submit(pictures(1), ["p"], [{}])
+    worker.submit(images(1), ["p"], [{}])
     assert scorer.begun.wait(10)  # one is being scored, so the next fills the queue and the third must wait
-    worker.submit(pictures(1), ["p"], [{}])
-    third = threading.Thread(target=worker.submit, args=(pictures(1), ["p"], [{}]))
+    worker.submit(images(1), ["p"], [{}])
+    third = threading.Thread(target=worker.submit, args=(images(1), ["p"], [{}]))
     third.start()
     third.join(0.2)
     assert third.is_alive()
@@ -270,19 +270,19 @@ def test_closing_finishes_or_drops_what_waits():
     for cancel in (False, True):
         scorer = Gated()
         worker = RewardWorker(scorer)
-        first = worker.submit(pictures(1), ["p"], [{}])
+        first = worker.submit(images(1), ["p"], [{}])
         assert scorer.begun.wait(10)
-        second = worker.submit(pictures(1), ["p"], [{}])
+        second = worker.submit(images(1), ["p"], [{}])
         threading.Timer(0.1, scorer.gate.set).start()
         worker.close(cancel=cancel)
         assert first.done() and second.cancelled() is cancel
         worker.close()  # again: no effect
         with pytest.raises(RewardError, match="closed"):
-            worker.submit(pictures(1), ["p"], [{}])
+            worker.score(images(1), ["p"], [{}])
 
 
 def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
-    monkeypatch.setattr(rewards.worker, "PATIENCE", 0.05)
+    monkeypatch.setattr(rewards.worker, "SHUTDOWN_GRACE", 0.05)
     hanging, let_go = threading.Event(), threading.Event()
 
     class Hanging:
@@ -292,19 +292,21 @@ def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
             return {}
 
     worker = RewardWorker(Hanging(), max_pending=1)
-    futures = [worker.submit(pictures(1), ["a"], [{}])]
+    futures = [worker.submit(images(1), ["a"], [{}])]
 
     def fill() -> None:
-        with pytest.raises(RewardError, match="closed"):
-            while True:
-                futures.append(worker.submit(pictures(1), ["a"], [{}]))
+        while not (future := worker.submit(images(1), ["a"], [{}])).done():
+            futures.append(future)
+        refused.append(future.exception())
 
+    refused: list = []
     blocked = threading.Thread(target=fill)
     blocked.start()
     assert hanging.wait(10)
     worker.close(cancel=True)
     blocked.join(5)
     assert not blocked.is_alive()  # a full queue is given up, too
+    assert isinstance(refused[0], RewardError)
     assert not futures[0].done() and all(future.cancelled() for future in futures[1:])
     let_go.set()
 
@@ -327,64 +329,50 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(rewards.worker, "FIRST_PAUSE", 0.01)
 
 
-def test_a_patient_worker_asks_again_and_says_so(short_pauses):
+def test_a_worker_that_retries_asks_again_and_says_so(short_pauses):
     scorer = Sometimes(3)
     with (
-        RewardWorker(scorer, name="r", timeout=10, patient=True) as worker,
+        closing(RewardWorker(scorer, name="r", timeout=10, retry_unavailable=True)) as worker,
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
-        assert "mean" in worker.submit(pictures(1), ["p"], [{}]).result()
+        assert "mean" in worker.submit(images(1), ["p"], [{}]).result()
     assert scorer.asked == 4
     first, last = (str(record.message) for record in said)
     assert first == "the server does not answer; asked again for up to 10 seconds"
     assert last == "reward 'r' is back after 0 seconds"
 
 
-@pytest.mark.parametrize(("patient", "least"), [(True, 3), (False, 1)])
-def test_a_worker_gives_up_with_the_scorers_own_error(short_pauses, patient, least):
+@pytest.mark.parametrize(("retry", "least"), [(True, 3), (False, 1)])
+def test_a_worker_gives_up_with_the_scorers_own_error(short_pauses, retry, least):
     scorer = Sometimes(10**6)
-    with warnings.catch_warnings(), RewardWorker(scorer, name="r", timeout=0.3, patient=patient) as worker:
+    worker = RewardWorker(scorer, name="r", timeout=0.3, retry_unavailable=retry)
+    with warnings.catch_warnings(), closing(worker):
         warnings.simplefilter("ignore")
         with pytest.raises(RewardUnavailableError, match="the server does not answer"):
-            worker.submit(pictures(1), ["p"], [{}]).result()
-    assert scorer.asked >= least and (patient or scorer.asked == 1)
+            worker.submit(images(1), ["p"], [{}]).result()
+    assert scorer.asked >= least and (retry or scorer.asked == 1)
 
 
 def test_a_batch_over_its_time_is_given_up_until_it_ends():
     scorer = Gated()
-    limited = LimitedScorer(scorer, "slow", 0.1)
+    limited = RewardWorker(scorer, 1, name="slow", timeout=0.1)
     late = "reward 'slow' has been scoring one batch for more than 0.1 seconds.*reward_timeout"
     with pytest.raises(RewardError, match=late):
-        limited.score(pictures(1), ["p"], [{}])
+        limited.score(images(1), ["p"], [{}])
     with pytest.raises(RewardError, match=late):  # at once: nothing is queued behind it
-        limited.score(pictures(1), ["p"], [{}])
+        limited.score(images(1), ["p"], [{}])
     scorer.gate.set()
     for _ in range(1000):
-        if not limited._worker.overdue:
+        if not limited.overdue:
             break
         time.sleep(0.01)
-    assert "mean" in limited.score(pictures(1), ["p"], [{}])
-    limited.close()
+    assert "mean" in limited.score(images(1), ["p"], [{}])
+    limited.close(cancel=True)
 
 
 def test_a_scorer_that_fails_is_named():
     scorer = Gated()
     scorer.gate.set()
     with pytest.raises(RewardError, match=r"reward 'mean' failed: RuntimeError\('cannot score this'\)"):
-        score_all({"mean": scorer}, pictures(1), ["bad"], [{}])
-
-
-def test_threads_give_results_in_order_and_the_first_error():
-    assert in_threads(lambda i: i * i, list(range(50)), 4) == [i * i for i in range(50)]
-    assert in_threads(str, [], 4) == []
-    begun = []
-
-    def work(i):
-        begun.append(i)
-        if i == 3:
-            raise ConnectionError("gone")
-
-    with pytest.raises(ConnectionError, match="gone"):
-        in_threads(work, list(range(1000)), 1)
-    assert begun == [0, 1, 2, 3]
+        score_all({"mean": scorer}, images(1), ["bad"], [{}])

@@ -6,43 +6,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPModel
 
 from diffusionopd.rewards import RewardError, build_scorer
 from diffusionopd.tiny.models import clip_tokenizer
+from tests.helpers_rewards import MEAN, SIDE, STD, WIDTH, assert_every_form_scores_the_same, save_clip
 
 PROMPTS = ["a photo of a red circle left of a blue square", "a sign", "a photo of two green triangles"]
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's constants
-SIDE, WIDTH = 32, 24
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A CLIP folder in the hub's format."""
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer("<|endoftext|>")
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = CLIPTextConfig(
-        **shape, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(**shape, image_size=SIDE, patch_size=8)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
-    path = tmp_path_factory.mktemp("clip")
-    model = CLIPModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # far from the near-zero initial values
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(path)
-    return str(path)
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """Pictures wider than high, so that resizing and cropping both matter."""
+    """Images wider than high, so that resizing and cropping both matter."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
     # Shrunk to the model's side, 3 columns more than a multiple of 4 are cut off: the case in which half pixels matter.
     width = 3 * SIDE + 3 * 3
@@ -63,7 +44,7 @@ def official_pixels(images: list[Image.Image]) -> torch.Tensor:
 
 
 def official_logits(folder: str, images: list[Image.Image]) -> np.ndarray:
-    """Diagonal of `logits_per_image`, one picture and prompt at a time."""
+    """Diagonal of `logits_per_image`, one image and prompt at a time."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), clip_tokenizer("<|endoftext|>")
     logits = []
     for pixels, prompt in zip(official_pixels(images), PROMPTS, strict=True):
@@ -73,25 +54,28 @@ def official_logits(folder: str, images: list[Image.Image]) -> np.ndarray:
     return np.array(logits)
 
 
-def tensor(images: list[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-
-
 def test_pickscore_and_clipscore_are_the_official_logits(folder, images):
     wanted = official_logits(folder, images)
-    assert np.ptp(wanted) > 0.05  # the pictures are told apart
+    assert np.ptp(wanted) > 0.05  # the images are told apart
     pick = build_scorer("pickscore", options={"model": folder, "processor": folder})
     clip = build_scorer("clipscore", options={"model": folder})
     np.testing.assert_allclose(pick.score(images, PROMPTS, [{}] * 3)["pickscore"], wanted, atol=1e-4)
     np.testing.assert_allclose(clip.score(images, PROMPTS, [{}] * 3)["clipscore"], wanted / 100, atol=1e-6)
 
 
-def test_every_form_of_a_picture_scores_the_same(folder, images):
+def test_every_form_of_an_image_scores_the_same(folder, images):
+    assert_every_form_scores_the_same(
+        build_scorer("clipscore", options={"model": folder}), "clipscore", images, PROMPTS
+    )
+
+
+def test_images_of_one_batch_may_differ_in_size(folder, images):
     scorer = build_scorer("clipscore", options={"model": folder})
-    pixels = tensor(images)
-    scores = [scorer.score(form, PROMPTS, [{}] * 3)["clipscore"] for form in (images, pixels, pixels.float() / 255)]
-    np.testing.assert_array_equal(scores[0], scores[1])
-    np.testing.assert_array_equal(scores[0], scores[2])
+    mixed = [images[0], images[1].crop((0, 0, 40, 60))]
+    alone = [
+        scorer.score([image], [prompt], [{}])["clipscore"][0] for image, prompt in zip(mixed, PROMPTS[:2], strict=True)
+    ]
+    np.testing.assert_allclose(scorer.score(mixed, PROMPTS[:2], [{}] * 2)["clipscore"], alone, atol=1e-6)
 
 
 def test_long_prompts_are_cut_to_the_context(folder, images):

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -116,7 +116,7 @@ def grey(*levels: int) -> torch.Tensor:
     return torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
 
 
-def sent_picture(body: dict) -> Image.Image:
+def sent_image(body: dict) -> Image.Image:
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     kind, _, data = url.partition(",")
     assert kind == "data:image/png;base64"
@@ -130,37 +130,23 @@ def sent_text(body: dict) -> str:
 # ---- reading an answer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("answer", "score"),
-    [
-        ("Final Score: 4.5", 4.5),
-        ("dog (object): 1\nFinal Score: 3", 3.0),
-        ("**Final Score:** 4", 4.0),
-        ("**Final Score: 2.75**", 2.75),
-        ("Final Score: **4/5**", 4.0),
-        ("Final Score: **4**/5.0", 4.0),
-        ("final score = 1", 1.0),
-        ("FINAL  SCORE: 5.", 5.0),
-        ("'Final Score:' 3 out of 5", 3.0),
-        ("Final Score: 4, since 3 dogs are there", 4.0),
-        ("Final Score: 4\n- 3 dogs", 4.0),
-        ("Final Score: 4 - good", 4.0),
-        ("I give a final score after this. Final Score: 2", 2.0),
-        ("Final Score: 1-5\nFinal Score: 2", 2.0),
-    ],
-)
-def test_the_score_is_found(answer, score):
-    assert final_score(answer) == score
+SCORES = {
+    "Final Score: 4.5": 4.5, "dog (object): 1\nFinal Score: 3": 3.0, "**Final Score:** 4": 4.0,
+    "**Final Score: 2.75**": 2.75, "Final Score: **4/5**": 4.0, "Final Score: **4**/5.0": 4.0, "final score = 1": 1.0,
+    "FINAL  SCORE: 5.": 5.0, "'Final Score:' 3 out of 5": 3.0, "Final Score: 4, since 3 dogs are there": 4.0,
+    "Final Score: 4\n- 3 dogs": 4.0, "Final Score: 4 - good": 4.0,
+    "I give a final score after this. Final Score: 2": 2.0, "Final Score: 1-5\nFinal Score: 2": 2.0,
+}  # fmt: skip
+NO_SCORES = [
+    "", "4", "Final Score:", "Final Score: four", "Final Score: 45", "Final Score: 4,5", "Final Score: 0",
+    "Final Score: 5.5", "Final Score: -3", "Final Score: 4/10", "Final Score: 4/50", "Final Score: **4**/10",
+    "Final Score: 4 out of 10", "Final Score: 3%", "Final Score (1-5)", "Score: 3", "Final Score: 2.3.4",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "answer",
-    ["", "4", "Final Score:", "Final Score: four", "Final Score: 45", "Final Score: 4,5", "Final Score: 0", "Final "
-     "Score: 5.5", "Final Score: -3", "Final Score: 4/10", "Final Score: 4/50", "Final Score: **4**/10",
-     "Final Score: 4 out of 10", "Final Score: 3%", "Final Score (1-5)", "Score: 3", "Final Score: 2.3.4"],
-)  # fmt: skip
-def test_what_is_no_score_is_none(answer):
-    assert final_score(answer) is None
+def test_the_score_of_an_answer_is_found_or_none():
+    assert {answer: final_score(answer) for answer in SCORES} == SCORES
+    assert [answer for answer in NO_SCORES if final_score(answer) is not None] == []
 
 
 def test_answers_without_a_score_do_not_apply_and_are_counted(build, server):
@@ -186,21 +172,21 @@ def test_a_request_is_that_of_the_official_client(build, server):
     assert request.body["model"] == "UnifiedReward-7b-v1.5" and request.body["temperature"] == 0
     assert [part["type"] for part in request.body["messages"][0]["content"]] == ["image_url", "text"]
     assert sent_text(request.body) == "<image>\nHow good? {1-5}\nCaption: [a {red} dog]"
-    np.testing.assert_array_equal(np.asarray(sent_picture(request.body)), pixels[0])
+    np.testing.assert_array_equal(np.asarray(sent_image(request.body)), pixels[0])
 
 
-def test_pictures_of_another_size_become_512(build, server):
+def test_images_of_another_size_become_512(build, server):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     build().score([image], ["p"], [{}])
     wanted = np.asarray(image.resize((512, 512), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(np.asarray(sent_picture(server.requests[0].body)), wanted)
+    np.testing.assert_array_equal(np.asarray(sent_image(server.requests[0].body)), wanted)
 
 
-def test_scores_are_in_the_order_of_the_pictures(build, server):
+def test_scores_are_in_the_order_of_the_images(build, server):
     def answer(number, body):
-        level = sent_picture(body).getpixel((0, 0))[0]
+        level = sent_image(body).getpixel((0, 0))[0]
         assert sent_text(body).endswith(f"[prompt {level}]")
-        time.sleep(0.02 * (5 - level))  # the last picture is answered first
+        time.sleep(0.02 * (5 - level))  # the last image is answered first
         return chat(f"Final Score: {level}")
 
     server.answer = answer
@@ -227,7 +213,7 @@ def test_no_more_requests_than_the_bound_are_under_way(build, server):
 
 
 def test_without_the_official_question_it_asks_its_own_and_says_so(build, server, tmp_path):
-    with pytest.warns(UserWarning, match="cannot be compared.*tools/download.py rewards unifiedreward"):
+    with pytest.warns(UserWarning, match="cannot be compared.*tools.download rewards unifiedreward"):
         scorer = build(question=str(tmp_path / "none.txt"))
     scorer.score(grey(0), ["a dog"], [{}])
     assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
@@ -236,32 +222,37 @@ def test_without_the_official_question_it_asks_its_own_and_says_so(build, server
 
 def test_a_question_without_a_place_for_the_caption_is_refused(build, tmp_path):
     (tmp_path / "other.txt").write_text("404: Not Found")
-    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools/download.py"):
+    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools.download"):
         build(question=str(tmp_path / "other.txt"))
+
+
+def test_another_judge_is_a_subclass_with_a_name_and_a_parser(server, question):
+    class Yes(UnifiedReward):
+        name = "yes"
+
+        def parse(self, answer):
+            return {"Yes": 1.0, "No": 0.0}.get(answer)
+
+    server.answer = lambda number, body: chat({"a": "Yes", "b": "No"}.get(sent_text(body)[-2]))
+    with pytest.warns(UserWarning, match="'yes'"):
+        scores = Yes(base_url=server.address, question=question).score(grey(0, 1, 2), ["a", "b", "c"], [{}] * 3)
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "yes": [1.0, 0.0, NOT_APPLICABLE],
+        "yes_unparsable": [0.0, 0.0, 1.0],
+    }
 
 
 # ---- address, key, options -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
-def test_the_address_may_be_given_with_and_without_v1(given):
-    assert api_root(given) == "http://h:1/v1"
-
-
-def test_a_path_of_its_own_is_kept():
+def test_the_address_may_be_given_with_and_without_v1():
+    for given in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert api_root(given) == "http://h:1/v1"
     assert api_root("https://h/models/reward/") == "https://h/models/reward"
-
-
-@pytest.mark.parametrize("given", ["", "h:1", "ftp://h/v1", "http://"])
-def test_what_is_no_address_is_refused(given):
-    with pytest.raises(RewardError, match="base_url must look like"):
-        api_root(given)
-
-
-def test_a_password_in_the_address_is_refused_and_not_repeated():
-    with pytest.raises(RewardError, match="api_key_variable") as error:
-        api_root(f"http://user:{KEY}@h:1/v1")
-    assert KEY not in str(error.value)
+    for given in ("", "h:1", "ftp://h/v1", "http://", f"http://user:{KEY}@h:1/v1"):
+        with pytest.raises(RewardError, match="base_url") as error:
+            api_root(given)
+        assert KEY not in str(error.value)
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(build, server):
@@ -294,11 +285,11 @@ def test_a_key_that_cannot_be_sent_is_refused_at_once(build, monkeypatch):
     assert KEY not in str(error.value)
 
 
-@pytest.mark.parametrize("option", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"connect_timeout": -1.0},
-                                    {"backoff": -1.0}])  # fmt: skip
-def test_options_that_are_none_are_refused(build, option):
-    with pytest.raises(RewardError, match=f"{next(iter(option))}="):
-        build(**option)
+def test_options_that_are_none_are_refused(build):
+    options = {"concurrency": 0, "retries": -1, "timeout": 0.0, "connect_timeout": -1.0, "backoff": -1.0}
+    for option, value in options.items():
+        with pytest.raises(RewardError, match=f"{option}={value}"):
+            build(**{option: value})
 
 
 def test_a_proxy_of_the_environment_is_not_for_this_machine(build, server, monkeypatch):
@@ -332,9 +323,9 @@ def test_a_server_without_models_is_an_error_at_the_start(build, server):
         build()
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_is_asked_again(build, server, status):
-    server.answer = lambda number, body: chat("Final Score: 5") if number == 3 else (status, {}, "busy")
+def test_what_passes_is_asked_again(build, server):
+    busy = {1: 429, 2: 500}
+    server.answer = lambda number, body: (busy[number], {}, "busy") if number in busy else chat("Final Score: 5")
     assert build(retries=2).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
     first, *others = (request.body for request in server.requests)
     assert others == [first, first]
@@ -376,7 +367,7 @@ def test_a_request_that_fails_for_good_names_server_and_cause(build, server):
     scorer = build(retries=1, concurrency=1)
     with pytest.raises(RewardError, match=f"{server.address}/v1 answers.*HTTP 503: out of memory"):
         scorer.score(grey(*range(40)), ["p"] * 40, [{}] * 40)
-    assert len(server.requests) < 40  # the pictures behind the first are given up, but for what was under way
+    assert len(server.requests) < 40  # the images behind the first are given up, but for what was under way
     server.answer = lambda number, body: chat("Final Score: 5")
     assert scorer.score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
 
@@ -388,11 +379,12 @@ def test_a_bad_request_is_not_repeated(build, server):
     assert len(server.requests) == 1 and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("text", ["<html>", "[]", '{"choices": []}', '{"choices": [{"text": "x"}]}', '{"choices": 1}'])
-def test_what_is_no_chat_completion_is_an_error(build, server, text):
-    server.answer = lambda number, body: (200, {}, text)
-    with pytest.raises(RewardError, match="no chat completion"):
-        build().score(grey(0), ["p"], [{}])
+def test_what_is_no_chat_completion_is_an_error(build, server):
+    scorer = build()
+    for text in ("<html>", "[]", '{"choices": []}', '{"choices": [{"text": "x"}]}', '{"choices": 1}'):
+        server.answer = lambda number, body, text=text: (200, {}, text)
+        with pytest.raises(RewardError, match="no chat completion"):
+            scorer.score(grey(0), ["p"], [{}])
 
 
 def test_a_server_that_dies_is_an_error_not_a_score(build, server):
@@ -404,7 +396,7 @@ def test_a_server_that_dies_is_an_error_not_a_score(build, server):
         scorer.score(grey(0), ["p"], [{}])
 
 
-def test_as_many_prompts_as_pictures(build):
+def test_as_many_prompts_as_images(build):
     with pytest.raises(ValueError, match="shorter"):
         build().score(grey(0, 1), ["p"], [{}] * 2)
 
@@ -439,7 +431,7 @@ def test_training_waits_for_a_server_that_comes_back(build, question, monkeypatc
         scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
     port = old.server_address[1]
     with (
-        RewardWorker(scorer, name="unifiedreward", timeout=60, patient=True) as worker,
+        closing(RewardWorker(scorer, name="unifiedreward", timeout=60, retry_unavailable=True)) as worker,
         pytest.warns(UserWarning, match="does not answer POST.*asked again for up to 60 seconds"),
         pytest.warns(UserWarning, match="'unifiedreward' is back after"),
     ):
@@ -455,7 +447,7 @@ def test_training_does_not_wait_for_ever(build, monkeypatch):
     old = ChatServer()
     with serving(old):
         scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
-    with RewardWorker(scorer, name="unifiedreward", timeout=0.5, patient=True) as worker:
+    with closing(RewardWorker(scorer, name="unifiedreward", timeout=0.5, retry_unavailable=True)) as worker:
         with (
             pytest.warns(UserWarning, match="asked again"),
             pytest.raises(RewardError, match="does not answer.*sglang"),

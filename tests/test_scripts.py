@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 # Answers the launcher's question for GPUs, and otherwise says how it was called, and where.
 FAKE_PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo "$FAKE_GPUS"; exit; fi
-if [ "$2" = diffusionopd.config_schema ]; then exec "$REAL_PYTHON" -m "${@:2}"; fi
 echo "folder: $PWD"
 echo "cpu: ${ACCELERATE_USE_CPU:-} threads: ${OMP_NUM_THREADS:-} path: ${PYTHONPATH%%:*}"
 printf '%s\\n' "$@"
@@ -32,7 +30,7 @@ def launch(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
 
     def run(script: str, *arguments: str, gpus: int = 0, **variables: str):
-        environment = kept | {"PYTHON": str(python), "FAKE_GPUS": str(gpus), "REAL_PYTHON": "true"} | variables
+        environment = kept | {"PYTHON": str(python), "FAKE_GPUS": str(gpus)} | variables
         command = ["bash", str(ROOT / "scripts" / "single_node" / script), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         return done, done.stdout.splitlines()
@@ -40,9 +38,10 @@ def launch(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_scripts_parse(script):
-    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60).stderr == ""
+def test_scripts_parse():
+    for script in SCRIPTS:
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60)
+        assert done.stderr == "", script
 
 
 def _after(lines: list[str], option: str) -> str:
@@ -62,20 +61,18 @@ def test_mopd_on_eight_gpus(launch):
     assert lines[-3:] == ["scripts/train_opd.py", "--config", "config/opd.py:mopd"]
 
 
-@pytest.mark.parametrize(
-    "gpus, processes, config", [(16, "8", "multi_gpu"), (2, "2", "multi_gpu"), (1, "1", "single_gpu")]
-)
-def test_processes_follow_the_gpus_present(launch, gpus, processes, config):
-    _, lines = launch("mopd.sh", gpus=gpus)
-    assert _after(lines, "--num_processes") == processes
-    assert _after(lines, "--config_file") == f"scripts/accelerate/{config}.yaml"
-    assert ("--multi_gpu" in lines) == (processes != "1")
+def test_processes_follow_the_gpus_present(launch):
+    for gpus, processes, config in [(16, "8", "multi_gpu"), (2, "2", "multi_gpu"), (1, "1", "single_gpu")]:
+        _, lines = launch("mopd.sh", gpus=gpus)
+        assert _after(lines, "--num_processes") == processes
+        assert _after(lines, "--config_file") == f"scripts/accelerate/{config}.yaml"
+        assert ("--multi_gpu" in lines) == (processes != "1")
 
 
 def test_more_processes_than_gpus_is_an_error(launch):
     done, _ = launch("mopd.sh", gpus=2, NUM_PROCESSES="4")
     assert done.returncode == 2
-    assert "set NUM_PROCESSES to 2 or fewer" in done.stderr
+    assert "NUM_PROCESSES=4" in done.stderr and "2 GPU(s)" in done.stderr
 
 
 def test_a_cpu_gets_one_process_with_one_thread(launch):
@@ -102,14 +99,11 @@ def test_an_engine_brings_its_configuration(launch):
     assert _after(lines, "--main_process_port") == "0"
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [({"ENGINE": "fsdp"}, "it is fsdp2 or deepspeed_zero3"), ({"ENGINE": "fsdp2"}, "set NUM_PROCESSES to 2 or more")],
-)
-def test_an_engine_that_cannot_be_is_an_error(launch, variables, message):
-    done, _ = launch("mopd.sh", gpus=1, **variables)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_an_engine_that_cannot_be_is_an_error(launch):
+    for engine, fact in (("fsdp", "deepspeed_zero3"), ("fsdp2", "NUM_PROCESSES")):
+        done, _ = launch("mopd.sh", gpus=1, ENGINE=engine)
+        assert done.returncode == 2
+        assert f"ENGINE={engine}" in done.stderr and fact in done.stderr
 
 
 def test_gpus_can_be_left_alone(launch):
@@ -134,7 +128,19 @@ def test_a_teacher_is_named(launch):
     _, lines = launch("teacher.sh", "--dry_run", CONFIG="config/teacher.py:tiny_scene")
     assert lines[-4:] == ["scripts/train_teacher.py", "--config", "config/teacher.py:tiny_scene", "--dry_run"]
     done, _ = launch("teacher.sh")
-    assert done.returncode != 0 and "names what to train" in done.stderr
+    assert done.returncode != 0 and "CONFIG" in done.stderr
+
+
+def test_several_machines(launch):
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
+    _, lines = launch("../multi_node/sopd.sh", "--dry_run", gpus=4, **variables, NUM_PROCESSES="3")
+    options = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+    assert [_after(lines, f"--{option}") for option in options] == ["8", "2", "1", "10.0.0.1", "29501"]
+    assert lines[-4:] == ["scripts/train_opd.py", "--config", "config/opd.py:sopd_pickscore", "--dry_run"]
+    _, lines = launch("mopd.sh", gpus=4, **variables)  # what a cluster sets means nothing to one machine
+    assert _after(lines, "--num_processes") == "4" and "--num_machines" not in lines
+    _, lines = launch("../multi_node/eval.sh", gpus=2, **variables, DATASET="ocr", GPUS_PER_NODE="1")
+    assert _after(lines, "--num_processes") == "2" and lines[-3:] == ["scripts/evaluate.py", "--dataset", "ocr"]
 
 
 def test_eval_takes_variables_and_arguments(launch):
@@ -144,14 +150,6 @@ def test_eval_takes_variables_and_arguments(launch):
     assert lines[-3:] == ["scripts/evaluate.py", "--lora_hf_path", "owner/name"]
 
 
-def test_a_mistake_is_said_before_anything_starts(launch):
-    done, lines = launch("mopd.sh", "--config.train.learning_rte=1", gpus=8, REAL_PYTHON=sys.executable)
-    assert done.returncode == 2
-    assert "train.learning_rte is not a configuration key. Did you mean train.learning_rate?" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert lines == []
-
-
 def test_a_failure_is_passed_on(launch, tmp_path):
     (tmp_path / "broken").write_text("#!/usr/bin/env bash\necho no torch >&2; exit 3\n")
     (tmp_path / "broken").chmod(0o755)
@@ -159,11 +157,11 @@ def test_a_failure_is_passed_on(launch, tmp_path):
     assert done.returncode == 3
 
 
-@pytest.mark.parametrize("name, processes", [("single_gpu", 1), ("multi_gpu", 8), ("cpu", 1)])
-def test_accelerate_reads_the_files(name, processes):
-    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
-    assert config.num_processes == processes
-    assert config.use_cpu == (name == "cpu")
+def test_accelerate_reads_the_files():
+    for name, processes in (("single_gpu", 1), ("multi_gpu", 8), ("cpu", 1)):
+        config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+        assert config.num_processes == processes
+        assert config.use_cpu == (name == "cpu")
 
 
 def test_install_is_skipped_when_nothing_changed(tmp_path):

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from diffusionopd.evaluation.evaluate import ImageGenerator
-from diffusionopd.signals import SIGNALS, SignalWatch
+from diffusionopd.evaluation.sampling import ImageGenerator
+from diffusionopd.signals import SAME, SIGNALS, STOPPED, SignalWatch, end_at_signals
 from diffusionopd.training import Trainer, checkpoint, train
-from diffusionopd.training.stop import read_pending
+from diffusionopd.training.stop import Stopped, read_pending
 
+from . import forked
 from .conftest import ROOT
+from .helpers_processes import alive, kill, linux, start, wait_for, wait_for_first_round
 from .test_trainer import assert_bitwise, metrics
 
 # ---- signals themselves ----------------------------------------------------------------------------------------------
 
 
-def wait_for(condition, seconds: float = 60.0, what: str = "the condition"):
-    """Poll until ``condition()`` is true; its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not come true in {seconds} s"
-        time.sleep(0.02)
-    return value
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_noted_and_handlers_come_back(number):
+def test_the_first_signal_is_noted_and_handlers_come_back():
     before = {n: signal.getsignal(n) for n in SIGNALS}
-    seen = []
-    with SignalWatch(seen.append) as watch:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # the same wish, which came by two ways
-        wait_for(lambda: watch.received == number)
-        time.sleep(0.05)
-    assert seen == [number]
+    for number in SIGNALS:
+        seen = []
+        with SignalWatch(seen.append) as watch:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # the same request, which came by two ways
+            time.sleep(0)
+        assert seen == [number] and watch.received == number
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
-    assert not any(thread.name == "signals" for thread in threading.enumerate())
 
 
 def test_outside_the_main_thread_nothing_is_installed():
@@ -61,27 +51,26 @@ def test_outside_the_main_thread_nothing_is_installed():
     assert inside == [before]
 
 
-STUCK = """
-import ctypes, signal, sys
-import diffusionopd.signals as signals
-signals.SAME = 0.2
-mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
-libc.pthread_mutex_lock(mutex)
-with signals.SignalWatch(lambda number: print("noted", number, flush=True)):
-    print("ready", flush=True)
-    libc.pthread_mutex_lock(mutex)  # for ever, as in a collective: Python's own handlers do not run
-"""
+def test_a_second_signal_ends_a_process_at_once():
+    def work(_):
+        with SignalWatch(print):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SAME + 0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+
+    (end,) = forked.fork(work, check=False)
+    assert (end.status, end.out) == (128 + signal.SIGINT, f"{signal.SIGTERM.value}\n")
 
 
-def test_a_second_signal_ends_a_process_that_is_stuck():
-    with subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=subprocess.PIPE, text=True) as stuck:
-        assert stuck.stdout.readline() == "ready\n"
-        time.sleep(0.1)
-        stuck.send_signal(signal.SIGTERM)
-        assert stuck.stdout.readline() == f"noted {signal.SIGTERM.value}\n"
-        time.sleep(0.3)
-        stuck.send_signal(signal.SIGINT)
-        assert stuck.wait(20) == 128 + signal.SIGINT
+def test_a_message_comes_before_the_end():
+    def work(_):
+        with end_at_signals("what is scored is kept"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
+    (end,) = forked.fork(work, check=False)
+    assert (end.status, end.errors) == (128 + signal.SIGTERM, "\nSIGTERM: what is scored is kept\n")
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------
@@ -93,7 +82,7 @@ number, how = os.environ["RANK"], sys.argv[1]
 def got(n, _):
     os.write(1, f"{number} got {n}\\n".encode())  # one write: lines of two processes do not mix
     if how != "deaf":
-        sys.exit(0)
+        sys.exit(75)
 for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(n, got)
 os.write(1, f"{number} is {os.getpid()}\\n".encode())
@@ -105,7 +94,7 @@ while True:
 SUPERVISE = """
 import os, sys
 import diffusionopd.launch as launch
-launch.PATIENCE = 0.5
+launch.GRACE = launch.SAME = 0.5
 worker = [sys.executable, "-c", os.environ["WORKER"], sys.argv[1]]
 sys.exit(launch.supervise(worker, [os.environ | {"RANK": str(i)} for i in range(2)]))
 """
@@ -133,36 +122,26 @@ class Supervised:
         return self.process.returncode, sorted(output.splitlines()), errors
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
-
 @linux
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
-def test_a_signal_reaches_every_process_once(number, group):
-    run = Supervised("ends")
-    (os.killpg if group else os.kill)(run.process.pid, number)
-    assert run.end() == (0, [f"0 got {number.value}", f"1 got {number.value}"], "")
+def test_a_signal_reaches_every_process_once():
+    for number, send in zip(SIGNALS, (os.kill, os.killpg, os.kill), strict=True):
+        run = Supervised("ends")
+        send(run.process.pid, number)
+        assert run.end() == (STOPPED, [f"0 got {number.value}", f"1 got {number.value}"], "")
 
 
 @linux
 def test_a_failure_ends_the_others_and_is_returned():
     status, _, errors = Supervised("fails").end()
-    assert (status, errors) == (3, "rank 1 ended with exit status 3; ending the others\n")
+    assert status == 3 and "rank 1 ended with exit status 3" in errors
 
 
 @linux
 def test_a_process_that_is_killed_is_named():
     run = Supervised("deaf")
     os.kill(run.workers[1], signal.SIGKILL)
-    assert run.end()[::2] == (137, "rank 1 ended by SIGKILL; ending the others\n")
+    status, _, errors = run.end()
+    assert status == 137 and "rank 1 ended by SIGKILL" in errors
 
 
 @linux
@@ -171,6 +150,7 @@ def test_after_a_second_signal_the_deaf_are_killed():
     for _ in range(2):
         run.process.terminate()
         run.process.stdout.readline()
+        time.sleep(0.7)  # more than signals that count as one are apart
     assert run.end()[0] == 137
 
 
@@ -193,6 +173,13 @@ def no_signal_escapes():
         signal.signal(number, handler)
 
 
+def stopped(config) -> Path:
+    """The checkpoint of a run that a signal ends early."""
+    with pytest.raises(Stopped) as caught:
+        train(config)
+    return caught.value.checkpoint
+
+
 def signal_at(monkeypatch, owner: object, name: str, call: int, number: int = signal.SIGTERM) -> list:
     """Let this process get a signal in a call of a function, counted from 1; returns the list of its calls."""
     original, calls = getattr(owner, name), []
@@ -201,7 +188,6 @@ def signal_at(monkeypatch, owner: object, name: str, call: int, number: int = si
         calls.append(args)
         if len(calls) == call:
             os.kill(os.getpid(), number)
-            time.sleep(0.1)  # the watching thread notes it
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, wrapped)
@@ -236,13 +222,13 @@ def test_the_round_is_finished_and_saved(config, monkeypatch, capfd, algorithm, 
     capfd.readouterr()
     with monkeypatch.context() as patch:
         rounds = signal_at(patch, Trainer, "round", 1, number)
-        stopped = train(config("cut", **options))
-    assert stopped.name == "checkpoint-1" and len(rounds) == 1
+        last = stopped(config("cut", **options))
+    assert last.name == "checkpoint-1" and len(rounds) == 1
     output, name = capfd.readouterr(), signal.Signals(number).name
     assert output.err.count(f"{name}: finishing round 1, saving, then ending; a second signal ends at once") == 1
-    assert f"{name}: stopped after round 1; saved {stopped}. The same command with --config.resume" in output.out
-    checkpoint.verify(stopped)
-    assert lines(stopped.parent.parent) == lines(whole.parent.parent)[:1]
+    assert f"{name}: stopped after round 1; saved {last}. The same command with --config.resume" in output.out
+    checkpoint.verify(last)
+    assert lines(last.parent.parent) == lines(whole.parent.parent)[:1]
     assert_same_end(whole, train(config("cut", resume_from="auto", **options)))
 
 
@@ -254,12 +240,12 @@ def test_an_evaluation_stops_between_batches_and_is_made_up_for(config, monkeypa
     for completed, made_up_for in ((1, 0), (2, 4)):
         with monkeypatch.context() as patch:
             batches = signal_at(patch, ImageGenerator, "__call__", made_up_for + 2)
-            stopped = train(config("cut", resume_from="auto", **options))
+            last = stopped(config("cut", resume_from="auto", **options))
         assert len(batches) == made_up_for + 2, "no further batch is begun"
-        assert stopped.name == f"checkpoint-{completed}"
-        assert read_pending(stopped)["round"] == completed
+        assert last.name == f"checkpoint-{completed}"
+        assert read_pending(last)["round"] == completed
         if completed > 1:
-            assert [row["round"] for row in lines(stopped.parent.parent)] == list(range(1, completed))
+            assert [row["round"] for row in lines(last.parent.parent)] == list(range(1, completed))
     resumed = train(config("cut", resume_from="auto", **options))
     assert read_pending(resumed) is None
     assert_same_end(whole, resumed)
@@ -274,59 +260,22 @@ def test_a_round_is_saved_once(config, monkeypatch, owner, name):
     """When it was to be saved anyway, also when the signal comes while it is."""
     signal_at(monkeypatch, owner, name, 1)
     saves = signal_at(monkeypatch, checkpoint, "save", 0)
-    assert train(config("cut", save_freq=1)).name == "checkpoint-1"
+    assert stopped(config("cut", save_freq=1)).name == "checkpoint-1"
     assert [args[1] for args in saves] == ["checkpoint-1"]
 
 
 # ---- runs from the launchers -----------------------------------------------------------------------------------------
 
 
-def wait_for_first_round(run: Path, *processes: subprocess.Popen) -> None:
-    wait_for(
-        lambda: (run / "metrics.jsonl").exists() or any(process.poll() is not None for process in processes),
-        seconds=240,
-        what="the first round",
-    )
-    assert all(process.poll() is None for process in processes), "the run ended before its first round"
-
-
-def kill(*processes: subprocess.Popen) -> None:
-    """With their groups; what has a session of its own dies with its launcher."""
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(20)
-
-
-def start(script: str, config, folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
-    """A launcher on a configuration, in a session of its own; what it says goes to ``folder/output``."""
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    (folder / "mine.py").write_text(
-        "import json, pathlib\n\n\ndef run():\n"
-        "    return json.loads((pathlib.Path(__file__).parent / 'config.json').read_text())\n"
-    )
-    environment = os.environ | {"PYTHON": sys.executable, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with (folder / "output").open("w") as output:
-        return subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / script), *arguments],
-            cwd=folder,
-            env=environment | {"CONFIG": f"{folder}/mine.py:run"} | variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
 @linux
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGUSR1)])
-def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_path, processes, number):
-    config = tiny_config(num_epochs=10000)
-    process = start("single_node/mopd.sh", config, tmp_path, NUM_PROCESSES=str(processes))
+@pytest.mark.slow
+def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_path):
+    process = start("single_node/mopd.sh", tiny_config(num_epochs=10000), tmp_path, NUM_PROCESSES="2")
     run = tmp_path / "logs" / "run"
     try:
         wait_for_first_round(run, process)
-        os.killpg(process.pid, number)
-        assert process.wait(60) == 0, (tmp_path / "output").read_text()
+        os.killpg(process.pid, signal.SIGUSR1)
+        assert process.wait(60) == STOPPED, (tmp_path / "output").read_text()
     finally:
         kill(process)
     latest = checkpoint.find_latest(run / "checkpoints")
@@ -341,11 +290,15 @@ def test_an_evaluation_ends_with_a_word_about_going_on(pipeline_folder, tmp_path
     flags = ["--base", "--model", pipeline_folder, "--dataset", folder, "--rewards", "jpeg_compressibility"]
     flags += ["--resolution", 64, "--num_inference_steps", 1, "--guidance_scale", 1, "--max_sequence_length", 14]
     flags += ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--batch_size", 1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/evaluate.py", *map(str, flags)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+
+    def work(_):
+        os.chdir(ROOT)
+        sys.argv = ["evaluate.py", *map(str, flags)]
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+
+    with forked.start(work, log=tmp_path, environment={"ACCELERATE_USE_CPU": "true"}) as processes:
         wait_for((tmp_path / "cache").exists, 120, "the first prompt")
-        process.terminate()
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM: what is scored so far is kept; the same command with --resume goes on from there" in errors
+        processes.send(0, signal.SIGTERM)
+        (end,) = processes.wait(60)
+    assert end.status == 128 + signal.SIGTERM
+    assert "--resume" in end.errors

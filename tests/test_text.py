@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusionopd.files import FolderError
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 
@@ -250,7 +251,7 @@ def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch, moment):
             patch.setattr(os, "replace", crash)
         else:
             patch.setattr(Path, "write_bytes", lambda self, content: (self.touch(), crash()))
-        with pytest.raises(TextCacheError, match="No space left"):
+        with pytest.raises(FolderError, match="No space left"):
             cache(tmp_path).fill(PROMPTS, Encoder)
     assert files(tmp_path) == []
     assert cache(tmp_path).fill(PROMPTS, Encoder) == len(PROMPTS)
@@ -261,14 +262,14 @@ def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch, moment):
 
 def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
-    with pytest.raises(TextCacheError, match=r"needs about [\d,]+ bytes more, .* 1,000 free"):
+    with pytest.raises(TextCacheError, match="1,000 free"):
         cache(tmp_path).fill(PROMPTS, Encoder, batch_size=2)
     assert files(tmp_path) == []
 
 
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TextCacheError, match="cannot make the text cache folder"):
+    with pytest.raises(FolderError, match="text cache"):
         cache(tmp_path / "file" / "cache").fill(PROMPTS, Encoder)
 
 

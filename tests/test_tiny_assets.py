@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from diffusionopd.tiny import check, manifest, models
+from diffusionopd.tiny import check, models
 from diffusionopd.tiny.flow import encode, generate
 from diffusionopd.tiny.grammar import TASKS, captions, file_captions
 
@@ -21,11 +21,11 @@ def base():
 
 
 def test_manifest_matches_every_shipped_file():
-    assert manifest.describe(ASSETS) == manifest.read(ASSETS)
+    assert check.describe(ASSETS) == json.loads((ASSETS / check.MANIFEST).read_text())["files"]
 
 
 def test_everything_is_small_and_nothing_is_pickled():
-    files = manifest.describe(ASSETS)
+    files = check.describe(ASSETS)
     assert sum(entry["bytes"] for entry in files.values()) < 25e6
     assert {Path(name).suffix for name in files} <= {".json", ".jsonl", ".md", ".model", ".png", ".safetensors", ".txt"}
 
@@ -41,7 +41,7 @@ def test_stock_pipeline_loads_and_generates():
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     assert (config.num_layers, tuple(config.dual_attention_layers), config.qk_norm) == (4, (0,), "rms_norm")
-    pictures = pipe(
+    images = pipe(
         'a sign that says "347"',
         num_inference_steps=2,
         height=64,
@@ -50,9 +50,9 @@ def test_stock_pipeline_loads_and_generates():
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    assert pictures.shape == (1, 3, 64, 64)
-    assert torch.isfinite(pictures).all()
-    assert pictures.std() > 0.05
+    assert images.shape == (1, 3, 64, 64)
+    assert torch.isfinite(images).all()
+    assert images.std() > 0.05
 
 
 def test_shipped_parts_are_those_of_the_code(base):
@@ -66,17 +66,15 @@ def test_shipped_parts_are_those_of_the_code(base):
         assert getattr(base, name).model_max_length == models.CONTEXT
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
-def test_captions_fit_the_context_and_lose_nothing(base, name):
+def test_captions_fit_the_context_and_lose_nothing(base):
     """No unknown token, no truncation, and no two captions alike: quotes and digits survive."""
-    tokenizer = getattr(base, name)
     texts = [c.text for task in TASKS for split in ("train", "test") for c in captions(task, split)]
-    ids = tokenizer(texts).input_ids
-    assert max(map(len, ids)) <= models.CONTEXT
-    assert len({tuple(row) for row in ids}) == len(set(texts))
-    assert all(row.count(tokenizer.eos_token_id) == 1 for row in ids)
-    if name == "tokenizer_3":
-        assert not any(tokenizer.unk_token_id in row for row in ids)
+    for tokenizer in (base.tokenizer, base.tokenizer_2, base.tokenizer_3):
+        ids = tokenizer(texts).input_ids
+        assert max(map(len, ids)) <= models.CONTEXT
+        assert len({tuple(row) for row in ids}) == len(set(texts))
+        assert all(row.count(tokenizer.eos_token_id) == 1 for row in ids)
+    assert not any(base.tokenizer_3.unk_token_id in row for row in ids)
 
 
 def test_prompt_embeddings_have_a_fixed_length(base):
@@ -85,7 +83,7 @@ def test_prompt_embeddings_have_a_fixed_length(base):
     assert pooled.shape == (2, 128)
 
 
-def test_pictures_do_not_depend_on_the_batch(base):
+def test_images_do_not_depend_on_the_batch(base):
     texts = [c.text for c in file_captions("compose", "test")[:3]]
     together, alone = generate(base, texts, steps=2), generate(base, texts, steps=2, batch=1)
     assert (together.int() - alone.int()).abs().max() <= 1  # rounding

@@ -1,14 +1,14 @@
-"""The tiny scorers on pictures whose content is known."""
+"""The tiny scorers on images whose content is known."""
 
 import random
 
 import numpy as np
 import pytest
 
-from diffusionopd.rewards import build_scorer
+from diffusionopd.rewards import RewardError, build_scorer
 from diffusionopd.tiny.grammar import TASKS, compose_captions, counting, draw, pair, position, sign, single
 from diffusionopd.tiny.render import render
-from diffusionopd.tiny.scorers import TinyCompose, TinyScene, quoted_text
+from diffusionopd.tiny.scorers import TinyCompose, TinyScene
 
 RED_CIRCLE, BLUE_SQUARE, GREEN_TRIANGLE = ("red", "circle"), ("blue", "square"), ("green", "triangle")
 
@@ -20,15 +20,15 @@ def ocr():
 
 
 def compose_score(shown, asked, key="tiny_compose"):
-    picture = render("compose", shown, random.Random(0))
-    return TinyCompose().score(picture[None], [asked.text], [asked.metadata])[key][0]
+    image = render("compose", shown, random.Random(0))
+    return TinyCompose().score(image[None], [asked.text], [asked.metadata])[key][0]
 
 
-def test_clean_pictures_score_one_on_every_held_out_compose_prompt():
+def test_clean_images_score_one_on_every_held_out_compose_prompt():
     rng = random.Random(1)
     prompts = [caption for group in compose_captions("test").values() for caption in group]
-    pictures = np.stack([render("compose", caption, rng) for caption in prompts])
-    scores = TinyCompose().score(pictures, [c.text for c in prompts], [c.metadata for c in prompts])
+    images = np.stack([render("compose", caption, rng) for caption in prompts])
+    scores = TinyCompose().score(images, [c.text for c in prompts], [c.metadata for c in prompts])
     assert scores["tiny_compose"].min() == 1
     assert scores["tiny_compose_soft"].min() == 1
 
@@ -54,7 +54,7 @@ def test_clean_pictures_score_one_on_every_held_out_compose_prompt():
         ),
     ],
 )
-def test_a_wrong_picture_scores_zero_and_less_than_one_softly(shown, asked):
+def test_a_wrong_image_scores_zero_and_less_than_one_softly(shown, asked):
     assert compose_score(shown, asked) == 0
     assert 0 <= compose_score(shown, asked, "tiny_compose_soft") < 1
 
@@ -67,9 +67,9 @@ def test_relations_that_say_the_same_are_both_right():
 
 def test_an_object_of_no_known_colour_is_an_extra_object():
     caption = single(RED_CIRCLE)
-    picture = render("compose", caption, random.Random(0)).copy()
-    picture[2:14, 2:14] = (200, 60, 220)
-    assert TinyCompose().score(picture[None], [caption.text], [caption.metadata])["tiny_compose"][0] == 0
+    image = render("compose", caption, random.Random(0)).copy()
+    image[2:14, 2:14] = (200, 60, 220)
+    assert TinyCompose().score(image[None], [caption.text], [caption.metadata])["tiny_compose"][0] == 0
 
 
 def test_compose_without_metadata_says_what_to_do():
@@ -80,13 +80,13 @@ def test_compose_without_metadata_says_what_to_do():
 def test_clean_signs_are_read_exactly_and_wrong_ones_are_not(ocr):
     rng = random.Random(2)
     signs = [draw("ocr", rng, "test") for _ in range(12)] + [sign("000"), sign("111")]
-    pictures = np.stack([render("ocr", s, rng) for s in signs])
+    images = np.stack([render("ocr", s, rng) for s in signs])
     texts, nothing = [s.text for s in signs], [{}] * len(signs)
-    scores = ocr.score(pictures, texts, nothing)
+    scores = ocr.score(images, texts, nothing)
     assert scores["tiny_ocr"].min() == 1
     assert scores["tiny_ocr_soft"].min() == 1
     one_digit_off = [sign(s.metadata["text"][:2] + str((int(s.metadata["text"][2]) + 1) % 10)).text for s in signs]
-    scores = ocr.score(pictures, one_digit_off, nothing)
+    scores = ocr.score(images, one_digit_off, nothing)
     assert scores["tiny_ocr"].max() == 0
     assert np.allclose(scores["tiny_ocr_soft"], 2 / 3)
 
@@ -96,9 +96,9 @@ def test_a_blank_sign_scores_zero(ocr):
     assert ocr.score(blank, [sign("123").text], [{}]) == {"tiny_ocr": 0, "tiny_ocr_soft": 0}
 
 
-def test_a_prompt_without_quotes_is_refused():
-    with pytest.raises(ValueError, match="double quotes"):
-        quoted_text("a sign that says 347")
+def test_a_prompt_without_quotes_is_refused(ocr):
+    with pytest.raises(RewardError, match="347"):
+        ocr.score(np.zeros((1, 64, 64, 3), np.uint8), ["a sign that says 347"], [{}])
 
 
 def test_scene_score_grows_with_colour():
@@ -121,8 +121,8 @@ def test_tensors_arrays_and_floats_score_alike(task, request):
     scorer = request.getfixturevalue("ocr") if task == "ocr" else build_scorer(f"tiny_{task}")
     rng = random.Random(4)
     caption = draw(task, rng)
-    picture = render(task, caption, rng)[None]
-    tensor = torch.from_numpy(picture.copy()).permute(0, 3, 1, 2)
-    results = [scorer.score(x, [caption.text], [caption.metadata]) for x in (picture, tensor, tensor / 255)]
+    image = render(task, caption, rng)[None]
+    tensor = torch.from_numpy(image.copy()).permute(0, 3, 1, 2)
+    results = [scorer.score(x, [caption.text], [caption.metadata]) for x in (image, tensor, tensor / 255)]
     assert results[0] == results[1] == results[2]
     assert f"tiny_{task}" in results[0]

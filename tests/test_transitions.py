@@ -179,6 +179,14 @@ def test_noise_level_above_one_is_refused_where_the_kernel_ends(kernel):
         transition(kernel, 0.5, 0.4, 1.1)
 
 
+def test_flow_sde_takes_the_second_sigma_in_a_first_step_that_is_nearly_one():
+    """A scheduler may begin at .9997, where t / (1 - t) is 3000; later steps are those of any schedule."""
+    exact, near = (schedule("flow_sde", [first, 0.9, 0.5, 0.0], 0.7) for first in (1.0, 0.9997))
+    assert near[0].std == pytest.approx(exact[0].std, rel=1e-2)
+    assert near[0].a == pytest.approx(exact[0].a, rel=1e-2)
+    assert near[1:] == exact[1:]
+
+
 @pytest.mark.parametrize("sigma_max", [None, 1.0, math.nan])
 def test_flow_sde_first_step_needs_the_second_sigma(sigma_max):
     with pytest.raises(ValueError, match="sigma_max"):

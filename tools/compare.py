@@ -1,4 +1,4 @@
-"""Put several evaluated models into one table, the paper's, with their pictures side by side.
+"""Put several evaluated models into one table, the paper's, with their images side by side.
 
     python -m tools.compare logs/base/evaluation student=logs/mopd --published
     python -m tools.compare logs/quickstart/evaluation/*
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.evaluation.results import write_text_atomically
+from diffusionopd.files import write_atomically
 from tools.report import (
     compare,
     csv_table,
@@ -30,7 +30,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a model's evaluations; NAME for the table")
     parser.add_argument("--output", type=Path, default=Path("logs/comparison"), help="folder (default logs/comparison)")
     parser.add_argument("--published", action="store_true", help="add the rows of the paper's Table 1")
-    parser.add_argument("--pictures", type=int, default=12, help="prompts to show of each data set, the first ones")
+    parser.add_argument(
+        "--pictures", type=int, default=12, metavar="PROMPTS", help="prompts to show of each data set, the first ones"
+    )
     parser.add_argument("--title", default="DiffusionOPD: models compared")
     flags = parser.parse_args(arguments)
     if flags.pictures < 0:
@@ -50,7 +52,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     text = text_comparison(comparison)
     for name, content in (("html", page), ("csv", csv_table(comparison)), ("txt", text + "\n")):
-        write_text_atomically(flags.output / f"comparison.{name}", content)
+        write_atomically(flags.output / f"comparison.{name}", content)
     print(f"\n{text}\n\nwritten to {flags.output}: comparison.html, comparison.csv, comparison.txt")
 
 

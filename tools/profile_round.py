@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.config_schema import load_config, split_arguments
-from diffusionopd.training import profile
-from tools.report import shares
+from diffusionopd.config_schema import split_arguments
+from diffusionopd.training import load_config
+from diffusionopd.training.profiling import profile
+from tools.report.plots import shares
 
 
 def main() -> str | None:
@@ -36,8 +37,9 @@ def main() -> str | None:
     except ValueError as error:
         return f"error: {error}"
     if found is not None:
-        (folder / "stages.svg").write_text(shares(found.stage_seconds, "seconds of a round"), encoding="utf-8")
-        print(f"\n{found.text()}\nwritten to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
+        (folder / "stages.svg").write_text(shares(found["stage_seconds"], "seconds of a round"), encoding="utf-8")
+        print(f"\n{(folder / 'summary.txt').read_text()}")
+        print(f"written to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
     return None
 
 

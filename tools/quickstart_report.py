@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.evaluation.results import write_text_atomically
+from diffusionopd.files import write_atomically
 from tools.report import collect, render, summary, text_table
 
 
@@ -28,11 +28,11 @@ def main() -> None:
     try:
         report = collect(flags.run, flags.eval, flags.title, flags.seconds)
         page = render(report)
-    except (ValueError, OSError) as error:  # OSError: a picture that is none
+    except (ValueError, OSError) as error:  # OSError: an image that is none
         sys.exit(f"error: {error}")
     flags.output.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(flags.output / "report.html", page)
-    write_text_atomically(flags.output / "summary.json", json.dumps(summary(report), indent=2) + "\n")
+    write_atomically(flags.output / "report.html", page)
+    write_atomically(flags.output / "summary.json", json.dumps(summary(report), indent=2) + "\n")
     print(
         f"\n{text_table(report)}\n\nsummary: {flags.output / 'summary.json'}\nreport:  {flags.output / 'report.html'}"
     )

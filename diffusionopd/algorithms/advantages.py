@@ -14,7 +14,7 @@ from diffusionopd.algorithms.base import ReferenceSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
-from diffusionopd.distributed import gather_over_processes, sum_over_processes
+from diffusionopd.distributed import by_rank, gather_over_processes, sum_over_processes
 from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, RewardError, RewardWorker, Scores, failed
 
 SCALES = ("prompt", "global", "none")
@@ -173,11 +173,9 @@ class Scoring:
                     scores[-1].append((task, future.result()))
         except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
             failure = f"the samples of task {task!r} cannot be scored: {error}"
-        failures = gather_over_processes([failure])
-        if any(failures):
-            listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+        if failures := by_rank(gather_over_processes([failure])):
             raise RewardError(
-                f"{listed}. The student has not been changed by this round; go on from the last checkpoint with "
+                f"{failures}. The student has not been changed by this round; go on from the last checkpoint with "
                 "--config.resume_from=auto."
             )
         return scores

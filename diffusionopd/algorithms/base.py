@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
-from diffusionopd.config_schema import Problems, key
+from diffusionopd.config_schema import FREE, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
-from diffusionopd.distributed import gather_over_processes, mean_over_processes
+from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
+from diffusionopd.models.backbone import ModelInfo
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.rewards import RewardWorker
 from diffusionopd.rollout import Velocity, Visit, walk
@@ -120,23 +121,25 @@ class ClipSettings:
 class TeacherSettings:
     """Teachers."""
 
-    merge_teachers: bool = key("train.merge_teachers", False, resume="free")
+    merge_teachers: bool = key("train.merge_teachers", False, resume=FREE)
     """Give each teacher merged copies of the matrices that it adapts, W + alpha / r B A, instead of its LoRA beside the
     base: its forwards cost no more than the base's, its memory is that of these matrices (docs/performance.md). In
     half precision the copies are rounded."""
 
 
-class Counted(Protocol):
-    """What counts of forward passes are made from: a plan."""
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a round will be, known before weights load."""
 
-    shape: RoundShape
-    sampler: SamplerSettings
-    tasks: Sequence[Task]
     settings: Any  # the algorithm's own
+    sampler: SamplerSettings
+    shape: RoundShape
+    tasks: tuple[Task, ...]
+    model: ModelInfo | None  # where the base model is a folder here
 
     def nfe(self, guidance: float) -> int:
-        """Forward passes of one guided velocity."""
-        ...
+        """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
+        return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
 
 
 @dataclass(frozen=True)
@@ -254,12 +257,12 @@ class Algorithm:
         return []
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """Forward passes per round."""
         raise NotImplementedError
 
     @classmethod
-    def steps(cls, plan: Counted, key: tuple[int, int, int]) -> tuple[int, ...]:
+    def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:
         """The sampler steps that are trained in a round of a task; ``key``: (seed, round, task)."""
         return tuple(range(plan.sampler.trained_steps))
 
@@ -346,16 +349,15 @@ class Algorithm:
 
     def check_samples(self) -> None:
         """Raise NonFiniteError on every process if a velocity noted so far is not finite on any of them."""
-        if any(gather_over_processes([bool(self.velocities.first_broken())])):
+        if any_process(int(bool(self.velocities.first_broken()))):
             self._stop("sampling")
 
     def _stop(self, what: str) -> NoReturn:
         """Name the velocities that were the first not to be finite, and the ranks that had them; collective."""
         self.optimizer.discard()
-        causes = gather_over_processes([self.velocities.describe(self.transitions)])
+        causes = by_rank(gather_over_processes([self.velocities.describe(self.transitions)]))
         self.velocities.clear()
-        found = "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
-        raise NonFiniteError(f"{what}. {_UNCHANGED} {found or _REMEDIES[STUDENT]}")
+        raise NonFiniteError(f"{what}. {_UNCHANGED} {causes or _REMEDIES[STUDENT]}")
 
 
 _UNCHANGED = "The student has not been changed by it."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import Algorithm, ClipSettings, Counted, Nfe, Result, SamplerSettings
+from diffusionopd.algorithms.base import Algorithm, ClipSettings, Nfe, Result, RoundPlan, SamplerSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import mean_over_processes
@@ -96,7 +96,7 @@ class Grpo(Algorithm):
         sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """The student samples, then is trained at every trained step."""
         shape, sampler = plan.shape, plan.sampler
         own = plan.nfe(sampler.guidance)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import STUDENT, Algorithm, Counted, Models, Nfe, Result, SamplerSettings
+from diffusionopd.algorithms.base import STUDENT, Algorithm, Models, Nfe, Result, RoundPlan, SamplerSettings
 from diffusionopd.config_schema import Problems, is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import nft_loss, old_policy_decay, optimality, reference_penalty
@@ -107,7 +107,7 @@ class Nft(Algorithm):
         settings.check(values, problems)
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """The old policy samples, and is asked again wherever the student is trained."""
         shape, sampler = plan.shape, plan.sampler
         own = plan.nfe(sampler.guidance)

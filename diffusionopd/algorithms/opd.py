@@ -11,10 +11,10 @@ from torch import Tensor
 from diffusionopd.algorithms.base import (
     Algorithm,
     ClipSettings,
-    Counted,
     Nfe,
     ReferenceSettings,
     Result,
+    RoundPlan,
     SamplerSettings,
     TeacherSettings,
 )
@@ -67,6 +67,7 @@ class Opd(Algorithm):
             losses = self.losses(batches)
             for batch, visit, v_student in self._again(kept) if epoch else self._visits(batches, result, kept):
                 tr, v_teacher = visit.transition, visit.v_teacher
+                assert v_teacher is not None
                 if s.loss == KL:
                     loss = distillation_loss(tr, v_student, v_teacher, s.target, s.self_normalize)
                 else:
@@ -127,13 +128,13 @@ class Opd(Algorithm):
         return [f"{name} is ignored: train.loss is {POLICY_GRADIENT}" for name in ignored] * (settings.loss != KL)
 
     @classmethod
-    def steps(cls, plan: Counted, key: tuple[int, int, int]) -> tuple[int, ...]:
+    def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:
         """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
         drawn = plan.settings.steps_per_rollout
         return choose_steps(plan.sampler.trained_steps, drawn, *key) if drawn else super().steps(plan, key)
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """Teacher and student once per trained step, the student alone at the drawn rollout's other steps.
 
         The largest of k numbers drawn from 1 to T without replacement is k (T + 1) / (k + 1) on average.

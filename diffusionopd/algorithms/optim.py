@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from diffusionopd.config_schema import FREE, key
 from diffusionopd.distributed import average_gradients
+from diffusionopd.stages import stage
 
 
 class NonFiniteError(ValueError):
@@ -94,7 +94,7 @@ class StudentOptimizer:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
-        with record_function("backward"):
+        with stage("backward"):
             self._scaler.scale(loss * self.loss_scale).backward()
 
     def keep(self) -> None:
@@ -103,7 +103,7 @@ class StudentOptimizer:
         They are then the same on every process, so one of them can save them. Raises NonFiniteError for a NaN or
         infinite gradient; with fp16's dynamic scale it is found at the step.
         """
-        with record_function("averaging the gradient"):
+        with stage("averaging the gradient"):
             average_gradients(self.parameters)
         self._kept += 1
         norm = torch.nn.utils.get_total_norm(self._gradients()).item()
@@ -119,7 +119,7 @@ class StudentOptimizer:
         skipped, the scale halves, and None is returned; it raises once the scale is below 1, where the gradient itself
         must be broken.
         """
-        with record_function("optimizer step"):
+        with stage("optimizer step"):
             return self._step()
 
     def _step(self) -> float | None:

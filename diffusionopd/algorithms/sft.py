@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffusionopd.algorithms.base import Algorithm, Counted, Nfe, Result, TeacherSettings
+from diffusionopd.algorithms.base import Algorithm, Nfe, Result, RoundPlan, TeacherSettings
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import flow_matching_loss
 
@@ -47,7 +47,7 @@ class Sft(Algorithm):
         return result
 
     @classmethod
-    def count(cls, plan: Counted) -> Nfe:
+    def count(cls, plan: RoundPlan) -> Nfe:
         """The teachers sample, the student is trained at every trained step."""
         shape, sampler = plan.shape, plan.sampler
         visits = shape.images_per_round * sampler.trained_steps

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusionopd.config_schema.keys import FREE, key
 
-_UNUSED = {"used": False, "resume": FREE}
+_UNUSED: dict[str, Any] = {"used": False, "resume": FREE}
 
 
 @dataclass(frozen=True)

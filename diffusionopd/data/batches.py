@@ -75,8 +75,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
-        noise, text = (part.to(device, non_blocking=True) for part in (self.noise, self.text))
-        return replace(self, noise=noise, text=text)
+        noise = self.noise.to(device, non_blocking=True)
+        return replace(self, noise=noise, text=self.text.to(device, non_blocking=True))
 
 
 class BatchError(ValueError):

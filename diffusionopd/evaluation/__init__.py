@@ -1,1 +1,1 @@
-"""Pictures by the ODE, their scores, and the files that hold them."""
+"""Images of test prompts by the ODE, their scores, and the files that hold them."""

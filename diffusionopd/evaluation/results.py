@@ -2,8 +2,8 @@
 
     <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line
     <folder>/average_scores.json         mean of each score; "counts" and "standard_errors" beside them
-    <folder>/evaluation_settings.json    what the pictures depend on, so that a resume cannot mix two evaluations
-    <folder>/images/%05d.jpg             by sample_id, when pictures are saved
+    <folder>/evaluation_settings.json    what the images depend on, so that a resume cannot mix two evaluations
+    <folder>/images/%05d.jpg             by sample_id, when images are saved
 
 Several processes write a part file each; process 0 merges them. File and key names are those of the upstream release.
 """
@@ -11,10 +11,8 @@ Several processes write a part file each; process 0 merges them. File and key na
 import io
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,19 @@ import numpy as np
 from PIL import Image
 
 from diffusionopd.config_schema import is_number
+from diffusionopd.files import write_atomically, writing
 from diffusionopd.rewards import NOT_APPLICABLE
 
 RESULTS = "evaluation_results.jsonl"
 AVERAGES = "average_scores.json"
 SETTINGS = "evaluation_settings.json"
 PART = "evaluation_results.part{rank}.jsonl"
+_KEPT = "What has been scored is kept: free some space, and go on with --resume."
+_REMEDY = "use another output folder, or leave out --resume to start over"
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be run or continued; the message says what, where and the remedy."""
+    """An evaluation that cannot be run or resumed as asked."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_records(path: Path) -> list[Record]:
         try:
             records.append(_record(json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
-            if number == len(lines):  # a whole line ends in a line feed, so the last piece is empty
+            if number == len(lines):  # a complete line ends in a line feed, so the last piece is empty
                 break
             raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from None
     return records
@@ -89,31 +90,10 @@ def _record(content: Any) -> Record:
     return record
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it into place: readers see the old file or the new, whole.
-
-    Raises:
-        EvaluationError: the disk is full, or the file cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with _writing(path, partial):
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-
-@contextmanager
-def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Explain an error of the disk; what was written under the name ``partial`` goes."""
-    try:
-        yield
-    except OSError as error:
-        raise EvaluationError(
-            f"cannot write {path}: {error}. What has been scored is kept: free some space, and go on with --resume"
-        ) from error
-    finally:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+def _write(path: Path, content: bytes | str) -> None:
+    """Write a file atomically; FolderError when the disk is full or it cannot be written."""
+    with writing(path, "file", _KEPT):
+        write_atomically(path, content)
 
 
 def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] | None = None) -> dict[str, Summary]:
@@ -125,7 +105,7 @@ def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] |
 
     Args:
         combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
-            them applies to some sample.
+            them applies to some sample. They are scores of different samples, so that their errors are independent.
     """
     by_score: dict[str, dict[str, list[float]]] = {}
     for record in records:
@@ -135,15 +115,11 @@ def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] |
     summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
     for name, parts in (combined or {}).items():
         if all(part in summaries for part in parts):
-            summaries[name] = _mean_of_means([summaries[part] for part in parts])
+            found = [summaries[part] for part in parts]
+            mean = math.fsum(part.mean for part in found) / len(found)
+            error = math.sqrt(math.fsum(part.standard_error**2 for part in found)) / len(found)
+            summaries[name] = Summary(mean, error, sum(part.count for part in found))
     return summaries
-
-
-def _mean_of_means(parts: Sequence[Summary]) -> Summary:
-    """The parts are scores of different samples, so that their errors are independent."""
-    error = math.sqrt(math.fsum(part.standard_error**2 for part in parts)) / len(parts)
-    mean = math.fsum(part.mean for part in parts) / len(parts)
-    return Summary(mean, error, sum(part.count for part in parts))
 
 
 def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
@@ -185,15 +161,15 @@ def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
     for dataset, scores in summaries.items():
         for name, summary in scores.items():
             rows.append((dataset, name, f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", str(summary.count)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(_aligned(row, widths)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Cells of a table row padded to the columns' widths: two columns of names, then numbers."""
-    return [row[i].ljust(width) if i < 2 else row[i].rjust(width) for i, width in enumerate(widths)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 @dataclass
@@ -206,19 +182,15 @@ class ResultFolder:
     folder: Path
     rank: int = 0
     world: int = 1
-    _own: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._own = self.folder / (RESULTS if self.world == 1 else PART.format(rank=self.rank))
 
     def open(self, settings: Mapping[str, Any], texts: Sequence[str], resume: bool, need_images: bool) -> None:
         """Make the folder ready for appending; what an earlier run left is kept with `resume`, else removed.
 
         Args:
-            settings: JSON values that pictures and scores depend on; must equal those of the run being resumed.
+            settings: JSON values that images and scores depend on; must equal those of the run being resumed.
             texts: the prompt of each sample id.
             resume: keep scored samples.
-            need_images: a sample whose picture is not there counts as not done.
+            need_images: a sample whose image is not there counts as not done.
 
         Raises:
             EvaluationError: settings or prompts other than the earlier run's, more samples there than wanted now.
@@ -235,7 +207,7 @@ class ResultFolder:
         if not resume:
             for path in (self.folder / "images").glob("*.jpg"):
                 path.unlink()
-        write_text_atomically(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        _write(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         self._write(records)
 
     def done(self) -> set[int]:
@@ -244,22 +216,20 @@ class ResultFolder:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records to this process's file at once, so that a kill loses at most the batch in work."""
-        with _writing(self._own), self._own.open("a", encoding="utf-8") as file:
+        path = self.folder / (RESULTS if self.world == 1 else PART.format(rank=self.rank))
+        with writing(path, "file", _KEPT), path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(record) for record in records))
 
     def save_image(self, sample_id: int, pixels: np.ndarray) -> None:
-        """Write the picture, uint8 `[H, W, 3]`, whole or not at all."""
-        path = self.image_path(sample_id)
-        partial, encoded = path.with_suffix(".tmp"), io.BytesIO()
+        """Write an image, uint8 `[H, W, 3]`, atomically."""
+        path, encoded = self.image_path(sample_id), io.BytesIO()
         # Encoded in memory: given a file, Pillow does not notice when a full disk takes a part only.
         Image.fromarray(pixels).save(encoded, format="JPEG", quality=95, subsampling=0)
-        with _writing(path, partial):
-            path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(encoded.getvalue())
-            os.replace(partial, path)
+        path.parent.mkdir(exist_ok=True)
+        _write(path, encoded.getvalue())
 
     def image_path(self, sample_id: int) -> Path:
-        """Where the picture of a sample is or will be."""
+        """Where the image of a sample is or will be."""
         return self.folder / "images" / f"{sample_id:05d}.jpg"
 
     def close(self, combined: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -269,7 +239,7 @@ class ResultFolder:
         for part in self._parts():
             part.unlink()
         averages = averages_json(summarise(records, combined))
-        write_text_atomically(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
+        _write(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format(rank="*")))
@@ -280,38 +250,30 @@ class ResultFolder:
         return [found[sample_id] for sample_id in sorted(found)]
 
     def _write(self, records: Iterable[Record]) -> None:
-        write_text_atomically(self.folder / RESULTS, "".join(_line(record) for record in records))
+        _write(self.folder / RESULTS, "".join(_line(record) for record in records))
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:
             before = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise EvaluationError(
-                f"{self.folder} holds results but no readable {SETTINGS} ({error}), so it cannot be resumed; "
-                "use another output folder, or leave out --resume to start over"
+                f"{self.folder} holds results but no readable {SETTINGS} ({error}); {_REMEDY}"
             ) from error
         now = json.loads(json.dumps(settings))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-            raise EvaluationError(
-                f"{self.folder} holds results of another evaluation: {differences}. "
-                "Use another output folder, or leave out --resume to start over"
-            )
+            raise EvaluationError(f"{self.folder} holds results of another evaluation: {differences}; {_REMEDY}")
 
     def _check_prompts(self, records: Sequence[Record], texts: Sequence[str]) -> None:
-        beyond = [record.sample_id for record in records if record.sample_id >= len(texts)]
-        if beyond:
+        if beyond := [record.sample_id for record in records if record.sample_id >= len(texts)]:
             raise EvaluationError(
                 f"{self.folder} already holds {len(records)} samples, up to number {max(beyond)}, but only "
-                f"{len(texts)} are wanted now; raise --limit, use another output folder, or leave out --resume "
-                "to start over"
+                f"{len(texts)} are wanted now; raise --limit, {_REMEDY}"
             )
-        other = [record.sample_id for record in records if record.prompt != texts[record.sample_id]]
-        if other:
+        if other := [record.sample_id for record in records if record.prompt != texts[record.sample_id]]:
             raise EvaluationError(
-                f"{self.folder}: the prompt of sample {other[0]} has changed since it was scored; "
-                "use another output folder, or leave out --resume to start over"
+                f"{self.folder}: the prompt of sample {other[0]} has changed since it was scored; {_REMEDY}"
             )
 
 

@@ -29,17 +29,22 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Test prompts, the names of the rewards that score their pictures, and settings of its own where it has them."""
+    """Test prompts, the names of the rewards that score their images, and how these are made."""
 
     name: str
     prompts: list[Prompt]
     rewards: tuple[str, ...]
-    guidance_scale: float | None = None
-    num_steps: int | None = None
+    num_steps: int
+    guidance_scale: float
 
 
 def find_benchmark(
-    dataset: str, rewards: Sequence[str] = (), limit: int | None = None, tasks: Sequence[Mapping[str, Any]] = ()
+    dataset: str,
+    rewards: Sequence[str] = (),
+    limit: int | None = None,
+    tasks: Sequence[Mapping[str, Any]] = (),
+    num_steps: int = 40,
+    guidance_scale: float = 4.5,
 ) -> Benchmark:
     """The test prompts of a benchmark and the rewards to score it with.
 
@@ -49,20 +54,24 @@ def find_benchmark(
         limit: use the first prompts only.
         tasks: `train.teachers` of a config: `{name, dataset, prompt_fn, proxy_reward}` each, and `eval_guidance_scale`
             and `eval_num_steps` where the task has its own.
+        num_steps, guidance_scale: unless the task has its own.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
         RewardError: an unknown reward.
         PromptError: the prompt file is missing or malformed.
     """
-    task = next((task for task in tasks if task["name"] == dataset), None)
+    task = next((task for task in tasks if task["name"] == dataset), {})
     if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
         raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
-    folder = Path(task["dataset"] if task else BENCHMARKS[dataset][0] if dataset in BENCHMARKS else dataset)
-    if task is None and dataset not in BENCHMARKS and not os.path.isdir(folder):
+    named = bool(task) or dataset in BENCHMARKS
+    if not named and not os.path.isdir(dataset):
         known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
         raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
-    chosen = tuple(rewards) or _rewards_of(folder) or tuple((task or {}).get("proxy_reward") or ())
+    folder = Path(task["dataset"] if task else BENCHMARKS[dataset][0] if named else dataset)
+    # A folder that a named benchmark has its prompts in is scored as that is.
+    of_folder = (names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve())
+    chosen = tuple(rewards) or next(of_folder, ()) or tuple(task.get("proxy_reward") or ())
     if not chosen:
         raise BenchmarkError(f"nothing is known to score dataset '{dataset}' with: choose with --rewards")
     for name in chosen:
@@ -70,19 +79,12 @@ def find_benchmark(
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompt_fn = "geneval" if is_geneval else "general_ocr"
-    prompts = load_prompts(folder, task["prompt_fn"] if task else prompt_fn, "test")
-    named = task is not None or dataset in BENCHMARKS
-    own = task or {}
+    prompts = load_prompts(folder, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")
+    own_steps, own_guidance = task.get("eval_num_steps"), task.get("eval_guidance_scale")
     return Benchmark(
         dataset if named else folder.resolve().name,
         prompts[:limit],
         chosen,
-        guidance_scale=own.get("eval_guidance_scale"),
-        num_steps=own.get("eval_num_steps"),
+        num_steps=num_steps if own_steps is None else own_steps,
+        guidance_scale=guidance_scale if own_guidance is None else own_guidance,
     )
-
-
-def _rewards_of(folder: Path) -> tuple[str, ...]:
-    """The rewards of the named benchmark that has its prompts in this folder; `()` if none has."""
-    return next((names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve()), ())

@@ -11,7 +11,7 @@ import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -272,32 +272,47 @@ class ModelInfo:
         return ""
 
     def kind(self, part: str) -> Any:
-        """The class of the transformer, VAE or scheduler, of diffusers itself: other libraries may stand for code."""
-        library, name = (self.configs["index"].get(part) or (None, ""))[:2]
-        found = getattr(diffusers, str(name), None) if library == "diffusers" else None
-        if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin | diffusers.SchedulerMixin)):
-            raise ValueError(f"its model_index.json asks for {library}.{name} as {part}")
-        return found
+        """The class of the transformer, VAE or scheduler."""
+        return _kind(self.configs["index"], part)
+
+
+def _kind(index: Mapping[str, Any], part: str) -> Any:
+    """A class of diffusers itself: other libraries may stand for code."""
+    library, name = (index.get(part) or (None, ""))[:2]
+    found = getattr(diffusers, str(name), None) if library == "diffusers" else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin | diffusers.SchedulerMixin)):
+        raise ValueError(f"its model_index.json asks for {library}.{name} as {part}")
+    return found
+
+
+@contextmanager
+def _loading(model: str, what: str = "base model") -> Iterator[None]:
+    """Turn what the libraries raise inside into BackboneError with the remedy."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        remedy = (
+            "The folder must be a complete diffusers pipeline folder; download or build it again."
+            if Path(model).is_dir()
+            else "Check the name and the connection, accept the model's licence on the hub, and log in (hf auth login)."
+        )
+        raise BackboneError(f"the {what} {model!r} cannot be loaded: {error}. {remedy}") from error
 
 
 def read_model(model: str, revision: str | None = None) -> ModelInfo:
     """The family and the configurations of a diffusers folder or hub id. Raises BackboneError naming the remedy."""
-    try:
+    with _loading(model):
         index = diffusers.DiffusionPipeline.load_config(model, revision=revision)
         name = index.get("_class_name")
         if name not in FAMILIES:
             raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
-        info = ModelInfo(model, revision, pkgutil.resolve_name(FAMILIES[name]), {"index": index})
-        parts = {
-            part: info.kind(part).load_config(model, subfolder=part, revision=revision)
-            for part in ("transformer", "vae")
-        }
-        info = ModelInfo(model, revision, info.family, {"index": index, **parts})
-        if problem := info.family.unsupported(info.configs):
+        family = pkgutil.resolve_name(FAMILIES[name])
+        configs = {"index": index}
+        for part in ("transformer", "vae"):
+            configs[part] = _kind(index, part).load_config(model, subfolder=part, revision=revision)
+        if problem := family.unsupported(configs):
             raise ValueError(problem)
-        return info
-    except _UNREADABLE as error:
-        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
+        return ModelInfo(model, revision, family, configs)
 
 
 def load_backbone(
@@ -313,16 +328,13 @@ def load_backbone(
 
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
-    info = read_model(model, revision)
-    try:
-        common = {"revision": revision, "use_safetensors": True}
+    info, common = read_model(model, revision), {"revision": revision, "use_safetensors": True}
+    with _loading(model):
         transformer, vae = (
             info.kind(part).from_pretrained(model, subfolder=part, dtype=kept, **common)
             for part, kept in (("transformer", dtype), ("vae", torch.float32))
         )
         scheduler = info.kind("scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
-    except _UNREADABLE as error:
-        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
     return info.family(
         transformer,
         vae,
@@ -373,22 +385,20 @@ def load_text_encoder(
     ``max_sequence_length`` None is the family's. Raises BackboneError naming the remedy.
     """
     device, info = torch.device(device), read_model(model, revision)
-    try:
-        absent = _absent_encoders(info)
+    with _loading(model, "text encoders of"):
         with torch.device("meta"):  # some pipelines read the transformer's configuration
             transformer = info.kind("transformer").from_config(info.configs["transformer"])
+        # from_pretrained needs what is absent passed as None.
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(info)])
         pipeline = getattr(diffusers, info.configs["index"]["_class_name"]).from_pretrained(
             model,
             revision=revision,
             transformer=transformer,
-            vae=None,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            **dict.fromkeys([*info.family.OPTIONAL, *absent]),  # from_pretrained needs them passed as None
+            **absent,
         )
-    except _UNREADABLE as error:
-        raise BackboneError(f"the text encoders of {model!r} cannot be loaded: {error}. {_remedy(model)}") from error
     for name in info.family.TEXT:
         if isinstance(encoder := getattr(pipeline, name), nn.Module):
             encoder.to(device).requires_grad_(False).eval()
@@ -424,10 +434,8 @@ def text_key(model: str, revision: str | None = None) -> str:
     digest = hashlib.sha256(" ".join(versions).encode())
     root = Path(model)
     if not root.is_dir():
-        try:
+        with _loading(model):
             index = Path(hf_hub_download(model, "model_index.json", revision=revision))
-        except Exception as error:
-            raise BackboneError(f"the base model {model!r} cannot be found: {error}. {_remedy(model)}") from error
         digest.update(f"{model}@{index.parent.name}".encode())
         return digest.hexdigest()[:16]
     for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
@@ -438,12 +446,6 @@ def text_key(model: str, revision: str | None = None) -> str:
             handle.seek(max(0, size - 2**20))
             digest.update(handle.read())
     return digest.hexdigest()[:16]
-
-
-def _remedy(model: str) -> str:
-    if Path(model).is_dir():
-        return "The folder must be a complete diffusers pipeline folder; download or build it again."
-    return "Check the name and the connection, accept the model's licence on the hub, and log in with `hf auth login`."
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

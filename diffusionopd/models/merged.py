@@ -9,7 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffusionopd.models.lora import Adapters, LoraWeights
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import LoraWeights
 
 
 class MergedTeachers(Adapters):

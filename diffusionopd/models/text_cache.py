@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusionopd.files import writing
 from diffusionopd.models.conditions import Conditions, Row
 
 _FORMAT = 2
 _CHECKSUM = "crc32"  # its name among the tensors of a file
+_REMEDY = "What is encoded is kept: free some space, or move the cache (cache_dir), and run again."
 
 Encoder = Callable[[list[str]], list[Row]]
 """B prompts to B rows, in order."""
@@ -76,7 +78,7 @@ class TextCache:
         Process ``rank`` of ``world`` takes every ``world``-th distinct prompt. The shares are cut before looking at the
         disk: what is missing changes while the other processes write, the list of prompts does not. ``load_encoder`` is
         called only if this share misses something, and its result is dropped before returning.
-        Raises TextCacheError if the disk is too small, a write fails or a row is not finite.
+        Raises TextCacheError if the disk is too small or a row is not finite, FolderError if a write fails.
         """
         missing = self.missing(list(dict.fromkeys(prompts))[rank::world])
         if not missing:
@@ -90,7 +92,8 @@ class TextCache:
                     if start == 0:
                         self._check_space(sum(map(len, files)) * len(missing) * world // len(files))
                     for prompt, content in zip(batch, files, strict=True):
-                        self._write(self.path(prompt), content)
+                        with writing(self.path(prompt), "text cache file", _REMEDY):
+                            _write_atomically(self.path(prompt), content)
                     progress.update(len(batch))
         finally:
             del encoder
@@ -139,35 +142,13 @@ class TextCache:
 
     def _check_space(self, needed: int) -> None:
         """Stop before the first write if the job cannot fit; ``needed`` bytes over all processes that share it."""
-        self._make_folder(self.folder)
+        with writing(self.folder, "text cache", _REMEDY):
+            self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise TextCacheError(
-                f"the text cache {self.folder} needs about {needed:,} bytes more, its disk has {free:,} free: "
-                "free some space, move the cache (cache_dir), or use fewer prompts"
+                f"the text cache {self.folder} needs about {needed:,} bytes more, its disk has {free:,} free. {_REMEDY}"
             )
-
-    def _write(self, path: Path, content: bytes) -> None:
-        # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
-        self._make_folder(path.parent)
-        partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError as error:
-            raise TextCacheError(
-                f"cannot write {len(content):,} bytes to the text cache {path}: {error}. What is encoded is kept: free "
-                "some space, or move the cache (cache_dir), and run again"
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @staticmethod
-    def _make_folder(folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TextCacheError(f"cannot make the text cache folder {folder}: {error}") from error
 
     def _is_complete(self, path: Path) -> bool:
         try:
@@ -202,6 +183,17 @@ class TextCache:
         warnings.warn(f"removed the damaged text cache file {path}: {problem}", stacklevel=3)
         path.unlink(missing_ok=True)
         return False
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _checksum(row: Row) -> Tensor:

@@ -12,39 +12,20 @@ from typing import Any
 
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scorer, Scores
-from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all, weighted_average
-from diffusionopd.rewards.images import Images, to_pil, to_uint8
-from diffusionopd.rewards.worker import LimitedScorer, RewardWorker, failed
+from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
+from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE",
-    "NOT_APPLICABLE",
-    "REGISTRY",
-    "Composite",
-    "Images",
-    "LimitedScorer",
-    "RewardError",
-    "RewardUnavailableError",
-    "RewardWorker",
-    "Scorer",
-    "Scores",
-    "build_composite",
-    "build_scorer",
-    "check_name",
-    "check_options",
-    "check_weights",
-    "failed",
-    "register",
-    "score_all",
-    "to_pil",
-    "to_uint8",
-    "weighted_average",
-]
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Composite", "Images", "RewardError", "RewardUnavailableError",
+    "RewardWorker", "Scorer", "Scores", "build_composite", "build_scorer", "check_name", "check_options", "failed",
+    "register", "score_all", "to_uint8",
+]  # fmt: skip
 
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",
-    "geneval": "diffusionopd.rewards.geneval:GenEval",
+    "geneval": "diffusionopd.rewards.geneval.scorer:GenEval",
     "hpsv2": "diffusionopd.rewards.hpsv2:Hpsv2",
     "imagereward": "diffusionopd.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
@@ -59,12 +40,8 @@ REGISTRY: dict[str, str] = {
 """Reward name -> "module:attribute" of its class."""
 
 EXTRAS: dict[str, str] = {
-    "geneval": "geneval",
-    "hpsv2": "hpsv2",
-    "ocr": "ocr",
-    "tiny_compose": "tiny",
-    "tiny_ocr": "tiny",
-    "tiny_scene": "tiny",
+    **{name: name for name in ("geneval", "hpsv2", "ocr")},
+    **dict.fromkeys(("tiny_compose", "tiny_ocr", "tiny_scene"), "tiny"),
 }
 """Reward name -> the extra of this package that installs what the scorer imports."""
 
@@ -95,9 +72,8 @@ def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | No
         RewardError: unknown name, a package that is not installed (with the command that installs it), a file or server
             that is not there, or an option that the scorer does not have.
     """
-    factory = _find(name)
     options = options or {}
-    _check_options(name, factory, options)
+    factory = _factory(name, options)
     arguments = {"device": device} if "device" in inspect.signature(factory).parameters else {}
     try:
         return factory(**{**arguments, **options})
@@ -115,34 +91,31 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
     for place, what in find_secrets(options):
         raise RewardError(f"reward option {place} {what}. {REMEDY}")
     for name, given in options.items():
-        check_name(name)
         if not isinstance(given, Mapping):
             raise RewardError(f"the options of reward '{name}' must be {{option: value}}, not {given!r}")
-        _check_options(name, _find(name), given)
+        _factory(name, given)
 
 
-def _find(name: str) -> Any:
-    """The class of a scorer."""
+def _factory(name: str, options: Mapping[str, Any]) -> Any:
+    """The class of a scorer, once it is known to have these options."""
     check_name(name)
     module, attribute = REGISTRY[name].split(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        factory = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise _not_installed(name, error) from error
-
-
-def _not_installed(name: str, error: ImportError) -> RewardError:
-    install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
-    return RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}")
-
-
-def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
     signature = inspect.signature(factory)
     try:
         signature.bind_partial(**options)
     except TypeError as error:
         known = ", ".join(signature.parameters) or "none"
         raise RewardError(f"reward '{name}': {error}; its options: {known}") from error
+    return factory
+
+
+def _not_installed(name: str, error: ImportError) -> RewardError:
+    install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
+    return RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}")
 
 
 def build_composite(

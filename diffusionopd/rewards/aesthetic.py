@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.clip import CLIP_L, load_clip
-from diffusionopd.rewards.images import Images
+from diffusionopd.rewards.images import Images, each_uint8
 from diffusionopd.rewards.weights import filled, load_official
 
 HEAD = "reward_ckpts/sac+logos+ava1-l14-linearMSE.pth"
@@ -21,9 +21,8 @@ class AestheticHead(nn.Module):
     def __init__(self, width: int = 768):
         """Args: `width` of the image embedding."""
         super().__init__()
-        numbers, inputs = ("0", "2", "4", "6", "7"), (width, *WIDTHS)
-        layers = {number: nn.Linear(inputs[i], WIDTHS[i]) for i, number in enumerate(numbers)}
-        self.layers = nn.ModuleDict(layers)
+        sizes = zip(("0", "2", "4", "6", "7"), (width, *WIDTHS), WIDTHS, strict=False)
+        self.layers = nn.ModuleDict({number: nn.Linear(inputs, outputs) for number, inputs, outputs in sizes})
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """`[B, width]` unit length to `[B]`."""
@@ -38,7 +37,7 @@ def load_head(path: str, width: int) -> AestheticHead:
 
 
 class Aesthetic:
-    """`aesthetic`: what people would rate the picture, about 1 to 10, whatever the prompt."""
+    """`aesthetic`: what people would rate the image, about 1 to 10, whatever the prompt."""
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", model: str = CLIP_L, head: str = HEAD):
         """Args: `model`, CLIP as hub id or folder; `head`, the predictor's file. Raises as `load_clip`, `load_head`."""
@@ -48,4 +47,5 @@ class Aesthetic:
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""
         with torch.no_grad():
-            return {"aesthetic": self.head(self.clip.image_embeddings(images)).double().cpu().numpy()}
+            embeddings = self.clip.image_embeddings(each_uint8(images))
+            return {"aesthetic": self.head(embeddings).double().cpu().numpy()}

@@ -8,30 +8,24 @@ import re
 from torch import Tensor
 from transformers import BlipTextConfig, BlipVisionConfig
 
-from diffusionopd.rewards.weights import StateDict, count_blocks, count_heads, patch_grid
+from diffusionopd.rewards.weights import StateDict, count_blocks, count_heads, patch_grid, renamed
 
 HEAD_WIDTH = 64
 """Channels of an attention head, in both parts: 16 heads of 1024 and 12 of 768 (transformers' default is 8)."""
 
-_VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
+_PARTS = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
 _UNUSED = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 """Projections of BLIP's contrastive loss, and a constant; the score reads neither."""
 
-_VISION_SINGLE = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-    "norm.weight": "post_layernorm.weight",
-    "norm.bias": "post_layernorm.bias",
-}
-_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+_VISION = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.(\d+)\.": r"encoder.layers.\1.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
 }
 
 
@@ -39,34 +33,17 @@ def split_parts(state: StateDict) -> tuple[StateDict, StateDict, StateDict]:
     """The tensors of `BlipVisionModel`, of `BlipTextModel` and of the head, under their names.
 
     Raises:
-        ValueError: a tensor that ImageReward does not have.
+        ValueError: a tensor that belongs to none of them.
     """
-    vision: dict[str, Tensor] = {}
-    text: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PARTS}
     for key, value in state.items():
-        if _UNUSED.fullmatch(key):
-            continue
-        if key.startswith(_VISION):
-            vision[_vision_key(key.removeprefix(_VISION))] = value
-        elif key.startswith(_TEXT):
-            text[key.removeprefix(_TEXT)] = value
-        elif key.startswith(_HEAD):
-            head[key.removeprefix(_HEAD)] = value
-        else:
-            raise ValueError(f"unexpected entry '{key}'")
-    return vision, text, head
-
-
-def _vision_key(key: str) -> str:
-    try:
-        if not key.startswith("blocks."):
-            return _VISION_SINGLE[key]
-        _, number, rest = key.split(".", 2)
-        part, kind = rest.rsplit(".", 1)
-        return f"encoder.layers.{number}.{_VISION_BLOCK[part]}.{kind}"
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"unexpected entry '{_VISION}{key}'") from error
+        if not _UNUSED.fullmatch(key):
+            prefix = next((prefix for prefix in _PARTS if key.startswith(prefix)), None)
+            if prefix is None:
+                raise ValueError(f"unexpected entry '{key}'")
+            parts[prefix][key.removeprefix(prefix)] = value
+    vision, text, head = parts.values()
+    return {renamed(key, _VISION): value for key, value in vision.items()}, text, head
 
 
 def read_vision_config(vision: StateDict) -> BlipVisionConfig:

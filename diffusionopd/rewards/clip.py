@@ -1,11 +1,11 @@
 """CLIP as the scorers use it, and the two rewards that are a CLIP similarity.
 
 PickScore: Kirstain et al., arXiv 2305.01569. CLIPScore here is the plain cosine of CLIP-L/14, as tables quote it.
-Letters: B pictures, P width of CLIP's common space.
+Letters: B images, S side of the square that the model sees, P width of CLIP's common space.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffusionopd.rewards.base import RewardError, Scores
-from diffusionopd.rewards.images import Images, to_pil
-from diffusionopd.rewards.transforms import resize_and_crop
+from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
 from diffusionopd.rewards.weights import load_tokenizer, scorer_dtype
 
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -24,42 +23,38 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
 class Clip:
-    """A frozen CLIP with its own preprocessing: embeddings of unit length, and the logit scale."""
+    """A frozen CLIP with its preprocessing: embeddings of unit length, and the logit scale."""
 
-    def __init__(self, model: str, processor: str, device: str, dtype: torch.dtype):
-        """Load model and tokenizer (of `processor`) from the hub or local folders.
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        prepare: Callable[[np.ndarray, int], Tensor] = resize_and_crop,
+        clean: Callable[[str], str] = str,
+    ):
+        """Take a model that is on its device.
 
-        Raises:
-            RewardError: one is missing, with the command that fetches it.
+        Args:
+            prepare: uint8 `[H, W, 3]` and S to `[3, S, S]`. By default CLIP's own transform, and not by transformers'
+                image processor: its crop of an image that is not square may be a pixel off OpenAI's.
+            clean: what is done to a prompt first.
         """
-        try:
-            self.model = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            fetch = " && ".join(f"hf download {name}" for name in dict.fromkeys((model, processor)))
-            raise RewardError(f"the CLIP model '{model}' cannot be loaded: {error}. To fetch it: {fetch}") from error
-        self.tokenizer = load_tokenizer(CLIPTokenizer, processor)
-        self.model.to(device).requires_grad_(False).eval()
-        self.device = device
+        self.model, self.tokenizer, self._prepare, self._clean = model, tokenizer, prepare, clean
 
     @torch.no_grad()
-    def image_embeddings(self, images: Images) -> Tensor:
-        """`[B, P]` float32, unit length. CLIP's own transform: shorter side, bicubic, centre crop, normalise.
-
-        Not by transformers' image processor: its crop of a picture that is not square may be a pixel off OpenAI's.
-        """
+    def image_embeddings(self, images: Sequence[np.ndarray]) -> Tensor:
+        """`[B, P]` float32, unit length, of B uint8 `[H, W, 3]` arrays, which may differ in size."""
         side = self.model.config.vision_config.image_size
-        pixels = torch.stack([resize_and_crop(picture, side) for picture in to_pil(images)])
-        return _unit(self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output)
+        pixels = torch.stack([self._prepare(image, side) for image in images])
+        return _unit(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype)).pooler_output)
 
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
-        """`[B, P]` float32, unit length; prompts longer than CLIP's context are cut."""
+        """`[B, P]` float32, unit length; prompts longer than CLIP's context are cut, with the end token kept."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
-        features = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return _unit(features.pooler_output)
+        texts = [self._clean(prompt) for prompt in prompts]
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return _unit(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
 
     @property
     def logit_scale(self) -> float:
@@ -67,8 +62,8 @@ class Clip:
         return float(self.model.logit_scale.detach().float().exp())
 
     def cosine(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        """Cosine of each picture and its own prompt: float64 `[B]`."""
-        products = self.image_embeddings(images) * self.text_embeddings(prompts)
+        """Cosine of each image and its own prompt: float64 `[B]`."""
+        products = self.image_embeddings(each_uint8(images)) * self.text_embeddings(prompts)
         return products.sum(dim=-1).double().cpu().numpy()
 
 
@@ -78,12 +73,19 @@ def _unit(features: Tensor) -> Tensor:
 
 @functools.cache
 def load_clip(model: str, processor: str, device: str, dtype: str) -> Clip:
-    """A `Clip`, one for all rewards that use the same weights; `dtype` is a name such as "float32".
+    """The CLIP of a hub id or folder with the tokenizer of `processor`, once for all rewards that use the same weights.
 
     Raises:
         RewardError: weights that cannot be had, with the command that fetches them; no such dtype.
     """
-    return Clip(model, processor, device, scorer_dtype(dtype))
+    number = scorer_dtype(dtype)
+    try:
+        loaded = CLIPModel.from_pretrained(model, dtype=number, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        fetch = " && ".join(f"hf download {name}" for name in dict.fromkeys((model, processor)))
+        raise RewardError(f"the CLIP model '{model}' cannot be loaded: {error}. To fetch it: {fetch}") from error
+    tokenizer = load_tokenizer(CLIPTokenizer, processor)
+    return Clip(loaded.to(device).requires_grad_(False).eval(), tokenizer)
 
 
 class PickScore:
@@ -104,7 +106,7 @@ class PickScore:
 
 
 class ClipScore:
-    """`clipscore`: CLIP-L/14's logit of picture and prompt divided by 100, about 0.24 to 0.30."""
+    """`clipscore`: CLIP-L/14's logit of image and prompt divided by 100, about 0.24 to 0.30."""
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", model: str = CLIP_L):
         """Args: `model`, hub id or local folder. Raises as `load_clip`."""

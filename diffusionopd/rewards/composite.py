@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores, checked_scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores
 from diffusionopd.rewards.images import Images
 
 AVERAGE = "avg"
 
 
 def weighted_average(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """`sum_i w_i r_i / sum_i w_i`, over the parts that apply to a picture.
+    """`sum_i w_i r_i / sum_i w_i`, over the parts that apply to an image.
 
     Args:
         parts: reward name -> scores `[B]`.
@@ -31,14 +31,12 @@ def weighted_average(parts: Mapping[str, np.ndarray], weights: Mapping[str, floa
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raises `RewardError` unless there are weights, finite, none negative, and not all zero."""
-    if not weights:
-        raise RewardError('a composite reward needs at least one part, such as {"pickscore": 1.0}')
     for name, weight in weights.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight < 0:
             raise RewardError(f"weight of reward '{name}' must be a number of at least 0, not {weight!r}")
     if not any(weights.values()):
-        raise RewardError(f"all weights are 0: {', '.join(weights)}")
+        raise RewardError(f'a composite reward needs a weight above 0, such as {{"pickscore": 1.0}}, not {weights}')
 
 
 class Composite:
@@ -48,12 +46,8 @@ class Composite:
     """
 
     def __init__(self, weights: Mapping[str, float], scorers: Mapping[str, Scorer]):
-        """Args: weights and scorers by reward name, with the same names. Raises `RewardError` for bad weights."""
-        check_weights(weights)
-        if set(weights) != set(scorers):
-            raise RewardError(f"weights for {sorted(weights)} but scorers for {sorted(scorers)}")
-        self.weights = dict(weights)
-        self.scorers = dict(scorers)
+        """Args: weights (see `check_weights`) and scorers by reward name, with the same names."""
+        self.weights, self.scorers = dict(weights), dict(scorers)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`, with `avg` last."""
@@ -65,29 +59,33 @@ class Composite:
 def score_all(
     scorers: Mapping[str, Scorer], images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> Scores:
-    """The scores of several rewards on the same pictures, side by side.
+    """The scores of several rewards on the same images, side by side, each a finite float64 `[B]`.
 
     Raises:
         RewardError: a scorer fails, leaves out its own score, gives a malformed one, or two give a score of one name.
     """
     result: Scores = {}
     for name, scorer in scorers.items():
-        part = checked_scores(name, _scored(name, scorer, images, prompts, metadata), len(prompts))
-        if name not in part:
-            raise RewardError(f"reward '{name}' gave {sorted(part)}, but no score under its own name")
-        doubled = sorted(part.keys() & (result.keys() | {AVERAGE}))
-        if doubled:
+        try:
+            scores = scorer.score(images, prompts, metadata)
+        except RewardError:
+            raise
+        except Exception as error:  # a scorer raises whatever its libraries raise
+            raise RewardError(f"reward '{name}' failed: {error!r}") from error
+        if name not in scores:
+            raise RewardError(f"reward '{name}' gave {sorted(scores)}, but no score under its own name")
+        if doubled := sorted(scores.keys() & (result.keys() | {AVERAGE})):
             raise RewardError(f"reward '{name}' gives a score that another reward gives too: {', '.join(doubled)}")
-        result.update(part)
+        result |= {key: _checked(name, key, values, len(prompts)) for key, values in scores.items()}
     return result
 
 
-def _scored(
-    name: str, scorer: Scorer, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> Scores:
-    try:
-        return scorer.score(images, prompts, metadata)
-    except RewardError:
-        raise
-    except Exception as error:  # a scorer raises whatever its libraries raise
-        raise RewardError(f"reward '{name}' failed: {error!r}") from error
+def _checked(name: str, key: str, values: Any, count: int) -> np.ndarray:
+    """The values of a score, once they are what the protocol promises: a broken scorer must not end up in a mean."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (count,):
+        raise RewardError(f"reward '{name}': score '{key}' has shape {array.shape} for {count} images")
+    if not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise RewardError(f"reward '{name}': score '{key}' of image {first} of the batch is {array[first]}")
+    return array

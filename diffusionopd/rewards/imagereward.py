@@ -1,6 +1,6 @@
 """ImageReward v1.0: Xu et al., arXiv 2304.05977; weights `THUDM/ImageReward` on the hub.
 
-Letters: B pictures, S side of the square that the model sees, L tokens of a prompt, D width of the text encoder.
+Letters: B images, S side of the square that the model sees, L tokens of a prompt, D width of the text encoder.
 """
 
 import functools
@@ -16,8 +16,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from diffusionopd.rewards.aesthetic import AestheticHead
 from diffusionopd.rewards.base import RewardError, Scores
 from diffusionopd.rewards.blip_keys import read_text_config, read_vision_config, split_parts
-from diffusionopd.rewards.images import Images, to_pil
-from diffusionopd.rewards.transforms import resize_and_crop
+from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
 from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/ImageReward.pt"
@@ -29,7 +28,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's text encoder, which attends to the picture's patches, and a head on its first token."""
+    """BLIP's text encoder, which attends to the image's patches, and a head on its first token."""
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: AestheticHead):
         """Args: `head`, of the aesthetic predictor's form, on the text encoder's width."""
@@ -53,15 +52,6 @@ def _build_model(state: Any) -> ImageRewardModel:
     )
 
 
-def _check_tokenizer(name: str, tokens: int, vocabulary: int) -> None:
-    """Raises `RewardError` for a tokenizer with tokens that the model does not have."""
-    if tokens > vocabulary:
-        raise RewardError(
-            f"the tokenizer '{name}' has {tokens} tokens, the model of reward 'imagereward' has {vocabulary}: "
-            f"use {TOKENIZER}"
-        )
-
-
 @functools.cache
 def load_imagereward(
     checkpoint: str, tokenizer: str, device: str, dtype: str
@@ -76,23 +66,23 @@ def load_imagereward(
     model.vision.to(number)
     model.text.to(number)
     words = load_tokenizer(BertTokenizer, tokenizer)
-    _check_tokenizer(tokenizer, len(words), model.text.config.vocab_size)
+    if len(words) > model.text.config.vocab_size:
+        raise RewardError(
+            f"the tokenizer '{tokenizer}' has {len(words)} tokens, the model of reward 'imagereward' has "
+            f"{model.text.config.vocab_size}: use {TOKENIZER}"
+        )
     return model, words
 
 
 class ImageReward:
-    """`imagereward`: preference for the picture given its prompt, about -2.3 to 2.
+    """`imagereward`: preference for the image given its prompt, about -2.3 to 2.
 
-    The official repository's four example pictures should score 0.58, 0.27, -1.41 and -2.03 (its README; not run here).
-    Prompts are cut to 35 tokens. Every picture is scored with its own prompt only.
+    The official repository's four example images should score 0.58, 0.27, -1.41 and -2.03 (its README; not run here).
+    Prompts are cut to 35 tokens. Every image is scored with its own prompt only.
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        dtype: str = "float32",
-        checkpoint: str = CHECKPOINT,
-        tokenizer: str = TOKENIZER,
+        self, device: str = "cpu", dtype: str = "float32", checkpoint: str = CHECKPOINT, tokenizer: str = TOKENIZER
     ):
         """Args: `checkpoint`, the official file; `tokenizer`, hub id or folder. Raises as `load_imagereward`."""
         self.model, self.tokenizer = load_imagereward(checkpoint, tokenizer, device, dtype)
@@ -101,9 +91,9 @@ class ImageReward:
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""
         device, side = self.model.vision.device, self.model.vision.config.image_size
-        pixels = torch.stack([resize_and_crop(picture, side) for picture in to_pil(images)])
+        pixels = torch.stack([resize_and_crop(image, side) for image in each_uint8(images)])
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        scores = self.model(pixels.to(device), tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+        ).to(device)
+        scores = self.model(pixels.to(device), tokens["input_ids"], tokens["attention_mask"])
         return {"imagereward": scores.double().cpu().numpy()}

@@ -1,6 +1,7 @@
-"""Pictures in every form a scorer may be given, brought to the one it wants.
+"""Images in every form a scorer may be given, brought to the one used inside; and how the models want them prepared.
 
-Letters: B pictures, H height, W width in pixels.
+Inside, images are uint8 `[B, H, W, 3]` arrays, RGB. Letters: B images, H height, W width in pixels, S side of the
+square that a model sees.
 """
 
 from collections.abc import Sequence
@@ -8,46 +9,83 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
-Images = torch.Tensor | np.ndarray | Sequence[Image.Image]
-"""`[B, 3, H, W]` tensor (uint8, or float in [0, 1]), `[B, H, W, 3]` uint8 array, or PIL pictures of one size."""
+Images = Tensor | np.ndarray | Sequence[Image.Image]
+"""`[B, 3, H, W]` tensor (uint8, or float in [0, 1]), `[B, H, W, 3]` uint8 array, or B PIL images."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""OpenAI's constants of each colour, for levels in [0, 1]."""
 
 
 def to_uint8(images: Images) -> np.ndarray:
-    """Pictures as uint8 `[B, H, W, 3]`, RGB.
+    """Images of one size as uint8 `[B, H, W, 3]`, RGB; an array of that form is returned as it is.
 
     Floats are rounded to the nearest of the 256 levels and clamped: a decoder overshoots [0, 1] by a little.
 
     Raises:
-        ValueError: another shape or dtype, a value that is not finite, PIL pictures of several sizes.
+        ValueError: another shape or dtype, a value that is not finite, PIL images of several sizes.
     """
-    if isinstance(images, torch.Tensor):
-        return _tensor_to_uint8(images)
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"an image array must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
         return images
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
-    if len({array.shape for array in arrays}) > 1:
-        raise ValueError(f"pictures of one batch differ in size: {sorted({image.size for image in images})}")
-    return np.stack(arrays) if arrays else np.zeros((0, 0, 0, 3), dtype=np.uint8)
-
-
-def _tensor_to_uint8(images: torch.Tensor) -> np.ndarray:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"an image tensor must be [B, 3, H, W], not {list(images.shape)}")
+    if not isinstance(images, Tensor):
+        arrays = each_uint8(images)
+        if len({array.shape for array in arrays}) > 1:
+            raise ValueError(f"the images of a batch differ in size: {sorted({image.size for image in images})}")
+        return np.stack(arrays) if len(arrays) else np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"an image tensor must be uint8 or float [B, 3, H, W], not {images.dtype} {[*images.shape]}")
     images = images.detach()
     if images.is_floating_point():
         if not torch.isfinite(images).all():
             raise ValueError("an image tensor holds values that are not finite")
         images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    elif images.dtype != torch.uint8:
-        raise ValueError(f"an image tensor must be uint8 or float, not {images.dtype}")
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def to_pil(images: Images) -> list[Image.Image]:
-    """Pictures as a list of B RGB PIL pictures; raises as `to_uint8`."""
-    if not isinstance(images, torch.Tensor | np.ndarray):
-        return [image.convert("RGB") for image in images]
-    return [Image.fromarray(array) for array in to_uint8(images)]
+def each_uint8(images: Images) -> Sequence[np.ndarray]:
+    """Images as uint8 `[H, W, 3]` arrays, for scorers that look at one at a time: PIL images may differ in size."""
+    if isinstance(images, Tensor | np.ndarray):
+        return list(to_uint8(images))
+    return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def resize_and_crop(pixels: np.ndarray, side: int) -> Tensor:
+    """`[3, S, S]` float32 of uint8 `[H, W, 3]`: shorter side to S by PIL's bicubic, centre crop, normalised.
+
+    torchvision's `Resize` and `CenterCrop` as OpenAI's CLIP and ImageReward compose them: the longer side is cut to an
+    integer, and half a pixel of offset goes to the even neighbour.
+    """
+    image = Image.fromarray(pixels)
+    width, height = (int(side * length / min(image.size)) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _normalised(_levels(resized.crop((left, top, left + side, top + side))))
+
+
+def fit_and_pad(pixels: np.ndarray, side: int) -> Tensor:
+    """`[3, S, S]` float32 of uint8 `[H, W, 3]`: uncropped, the longest side S, centred on black, normalised.
+
+    open_clip's `ResizeMaxSize` as HPSv2 applies it, after the conversion to a tensor: bicubic with antialiasing on
+    floats, which are neither rounded nor clamped. An odd row or column of padding goes below or to the right.
+    """
+    levels = _levels(pixels)
+    height, width = (round(length * side / max(levels.shape[1:])) for length in levels.shape[1:])
+    if (height, width) != levels.shape[1:]:
+        levels = interpolate(levels[None], (height, width), mode="bicubic", antialias=True)[0]
+    top, left = (side - height) // 2, (side - width) // 2
+    return _normalised(pad(levels, (left, side - width - left, top, side - height - top)))
+
+
+def _levels(pixels: np.ndarray | Image.Image) -> Tensor:
+    """`[3, H, W]` float32 in [0, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+
+
+def _normalised(levels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (levels - mean) / std

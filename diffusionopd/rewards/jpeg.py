@@ -5,34 +5,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from diffusionopd.rewards.base import Scores
-from diffusionopd.rewards.images import Images, to_pil
+from diffusionopd.rewards.images import Images, each_uint8
 
 QUALITY = 95
 
 
-def jpeg_kilobytes(images: Images) -> np.ndarray:
-    """Size in kB (1000 bytes) of each picture saved as JPEG at quality 95: float64 `[B]`."""
-    sizes = []
-    for image in to_pil(images):
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=QUALITY)
-        sizes.append(buffer.tell() / 1000)
-    return np.array(sizes, dtype=np.float64)
-
-
 class JpegIncompressibility:
-    """Size in kB: rewards detail."""
+    """Size in kB (1000 bytes) at quality 95: rewards detail."""
+
+    name, sign = "jpeg_incompressibility", 1
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""
-        return {"jpeg_incompressibility": jpeg_kilobytes(images)}
+        sizes = []
+        for pixels in each_uint8(images):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
+            sizes.append(buffer.tell() / 1000)
+        return {self.name: self.sign * np.array(sizes, dtype=np.float64)}
 
 
-class JpegCompressibility:
+class JpegCompressibility(JpegIncompressibility):
     """Minus the size in kB: rewards smoothness."""
 
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`."""
-        return {"jpeg_compressibility": -jpeg_kilobytes(images)}
+    name, sign = "jpeg_compressibility", -1

@@ -1,4 +1,4 @@
-"""Does the picture show the text that the prompt asks for? Read by RapidOCR or by PaddleOCR."""
+"""Does the image show the text that the prompt asks for? Read by RapidOCR or by PaddleOCR."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from diffusionopd.rewards.base import RewardError, Scores
-from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.rewards.images import Images, each_uint8
 
 Reader = Callable[[np.ndarray], list[str]]
-"""The lines of text in a uint8 `[H, W, 3]` picture, which the engines expect as BGR."""
+"""The lines of text in a uint8 `[H, W, 3]` image, which the engines expect as BGR."""
 
 # Double quotes first, straight or curly; single ones only around whole words, so that an apostrophe is none.
 _QUOTED = (
@@ -33,7 +33,7 @@ def wanted_text(prompt: str) -> str:
             if text := normalised(match.group(1)):
                 return text
             raise RewardError(f"reward 'ocr': the quotes in the prompt {prompt!r} are empty")
-    raise RewardError(f"reward 'ocr': the prompt {prompt!r} has no text in quotes that a picture could show")
+    raise RewardError(f"reward 'ocr': the prompt {prompt!r} has no text in quotes that an image could show")
 
 
 def normalised(text: str) -> str:
@@ -84,7 +84,7 @@ def paddleocr_reader(device: str) -> Reader:
 
 
 def _paddleocr_3(make: Callable[..., Any], gpu: int | None) -> Reader:
-    """`predict` gives one dictionary for the picture; its `rec_texts` are empty where there is no text."""
+    """`predict` gives one dictionary for the image; its `rec_texts` are empty where there is no text."""
     engine = make(
         device="cpu" if gpu is None else f"gpu:{gpu}",
         use_doc_orientation_classify=False,
@@ -96,13 +96,13 @@ def _paddleocr_3(make: Callable[..., Any], gpu: int | None) -> Reader:
 
 
 def _paddleocr_2(make: Callable[..., Any], gpu: int | None) -> Reader:
-    """`ocr` gives a list for the picture, of lines `[box, (text, confidence)]`, or None where there is no text."""
+    """`ocr` gives a list for the image, of lines `[box, (text, confidence)]`, or None where there is no text."""
     engine = make(use_angle_cls=False, use_gpu=gpu is not None, gpu_id=gpu or 0, show_log=False)
     return lambda pixels: [text for page in engine.ocr(pixels, cls=False) for _, (text, _) in page or ()]
 
 
 class Ocr:
-    """`ocr`: share of the wanted text that the picture shows, 0 to 1."""
+    """`ocr`: share of the wanted text that the image shows, 0 to 1."""
 
     def __init__(self, engine: str = "rapidocr", device: str = "cpu"):
         """Load the engine.
@@ -115,18 +115,18 @@ class Ocr:
         Raises:
             ImportError: a package is missing. `RewardError` where it is PaddleOCR's, or for another engine.
         """
-        import rapidfuzz  # noqa: F401  (missing packages are to be found before pictures are made)
+        import rapidfuzz  # noqa: F401  (missing packages are to be found before images are made)
 
         if engine not in ("rapidocr", "paddleocr"):
             raise RewardError(f"reward 'ocr': engine must be 'rapidocr' or 'paddleocr', not {engine!r}")
         self._read_lines = rapidocr_reader() if engine == "rapidocr" else paddleocr_reader(device)
 
     def read(self, pixels: np.ndarray) -> str:
-        """All text in a uint8 `[H, W, 3]` RGB picture, `normalised`, in the order of the engine's lines."""
+        """All text in a uint8 `[H, W, 3]` RGB image, `normalised`, in the order of the engine's lines."""
         return normalised("".join(self._read_lines(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `RewardError` for a prompt without quoted text; what the engine raises, passes."""
         wanted = [wanted_text(prompt) for prompt in prompts]
-        read = [self.read(pixels) for pixels in to_uint8(images)]
+        read = [self.read(pixels) for pixels in each_uint8(images)]
         return {"ocr": np.array([ocr_reward(*pair) for pair in zip(read, wanted, strict=True)], dtype=np.float64)}

@@ -6,71 +6,45 @@ Source: open_clip's `VisionTransformer` and `CLIP`, as they are in HPSv2's repos
 from torch import Tensor
 from transformers import CLIPConfig
 
-from diffusionopd.rewards.weights import StateDict, count_blocks, count_heads, patch_grid
+from diffusionopd.rewards.weights import StateDict, count_blocks, count_heads, patch_grid, renamed
 
 VISION_HEAD_WIDTH = 80
 TEXT_HEAD_WIDTH = 64
 """Channels of an attention head in open_clip's ViT-H-14: the only sizes that no tensor's shape tells."""
 
-_TOWERS = {
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "transformer.resblocks.": "text_model.encoder.layers.",
+_NAMES = {
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"\.attn\.out_proj\.": ".self_attn.out_proj.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
+    r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"^visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",  # sic
+    r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^text_projection$": "text_projection.weight",
 }
-_BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_SINGLE = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # sic
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "logit_scale": "logit_scale",
-}
-_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+_TRANSPOSED = ("visual.proj", "text_projection")
 """open_clip multiplies by these from the right, without a linear layer."""
 
 
 def to_transformers(state: StateDict) -> StateDict:
-    """The tensors under the names of `CLIPModel`. Raises `ValueError` for one that open_clip's CLIP does not have."""
+    """The tensors under the names of `CLIPModel`; one that open_clip's CLIP does not have keeps its own."""
     mapped: dict[str, Tensor] = {}
     for key, value in state.items():
-        try:
-            mapped.update(_renamed(key, value))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"unexpected entry '{key}'") from error
+        stem, joint, kind = key.partition("attn.in_proj_")
+        if joint:  # queries, keys and values are one tensor in open_clip and three here
+            for name, third in zip("qkv", value.chunk(3), strict=True):
+                mapped[renamed(f"{stem}self_attn.{name}_proj.{kind}", _NAMES)] = third
+        elif key != "attn_mask":  # the causal mask, which old versions of open_clip saved
+            mapped[renamed(key, _NAMES)] = value.T.contiguous() if key in _TRANSPOSED else value
     return mapped
-
-
-def _renamed(key: str, value: Tensor) -> StateDict:
-    for theirs, ours in _TOWERS.items():
-        if key.startswith(theirs):
-            number, part = key.removeprefix(theirs).split(".", 1)
-            return {f"{ours}{number}.{name}": tensor for name, tensor in _block_tensors(part, value).items()}
-    if key in _TRANSPOSED:
-        return {_TRANSPOSED[key]: value.T.contiguous()}
-    if key == "attn_mask":  # the causal mask, which old versions of open_clip saved
-        return {}
-    return {_SINGLE[key]: value}
-
-
-def _block_tensors(part: str, value: Tensor) -> StateDict:
-    """One tensor of a residual block; queries, keys and values are one tensor in open_clip and three here."""
-    if part.startswith("attn.in_proj_"):
-        kind = part.removeprefix("attn.in_proj_")
-        return {f"self_attn.{name}_proj.{kind}": third for name, third in zip("qkv", value.chunk(3), strict=True)}
-    name, kind = part.rsplit(".", 1)
-    return {f"{_BLOCK[name]}.{kind}": value}
 
 
 def read_config(state: StateDict) -> CLIPConfig:

@@ -1,6 +1,7 @@
 """Checkpoints of the reward models, as their authors publish them: read, and loaded with every tensor accounted for."""
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,15 +46,12 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True))
     except _UNREADABLE as error:
-        problem = f"no entry {error}" if isinstance(error, KeyError) else cause(error)
+        problem = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run the code in it
+            problem = "it holds more than weights, which is not run"
         raise RewardError(
             f"{path} is not the checkpoint of reward '{reward}': {problem}. Remove it and fetch it again: {fetch}"
         ) from error
-
-
-def cause(error: Exception) -> str:
-    """What went wrong; torch's own words for a pickle with code in it advise to run it."""
-    return "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else str(error)
 
 
 def filled(factory: Callable[[], Module], state: StateDict) -> Module:
@@ -89,13 +87,20 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
     raise RewardError(f"the tokenizer '{name}' cannot be loaded: {problem}. To fetch it: hf download {name}")
 
 
+def renamed(key: str, rules: Mapping[str, Any]) -> str:
+    """The name of a tensor after replacements, `{pattern: replacement}` as of `re.sub`, one after the other."""
+    for pattern, replacement in rules.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def count_blocks(state: StateDict, prefix: str) -> int:
     """Number of the transformer blocks `prefix0.`, `prefix1.`, ... in a state dict."""
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def patch_grid(positions: int, patch: int) -> int:
-    """Side in pixels of the square picture that a vision transformer of this many positions (one is CLS) sees."""
+    """Side in pixels of the square image that a vision transformer of this many positions (one is CLS) sees."""
     return round((positions - 1) ** 0.5) * patch
 
 

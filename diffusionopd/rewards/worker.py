@@ -1,62 +1,35 @@
-"""Scoring beside training: one thread, one bounded queue, a limit of time."""
+"""Scoring beside training: one thread, a bounded number of waiting batches, a time limit."""
 
 import math
-import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from diffusionopd.rewards.base import RewardError, RewardUnavailableError, Scorer, Scores
 from diffusionopd.rewards.images import Images, to_uint8
 
-POLL = 0.01
-"""Seconds between two looks at a full queue."""
+POLL = 0.02
+"""Seconds between two looks at the clock while waiting for a scorer."""
 
-PATIENCE = 10.0
+SHUTDOWN_GRACE = 10.0
 """Seconds for which a cancelled worker's last batch is waited for."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before a reward that is unavailable is asked again the first time, doubled every time up to the second."""
 
 
-class _Result(Future[Scores]):
-    """Scores to come of a worker; waiting for them without a limit ends with the worker's own."""
-
-    def __init__(self, check_time: Callable[[], None], look: float):
-        super().__init__()
-        self._check_time, self._look = check_time, look
-
-    def result(self, timeout: float | None = None) -> Scores:
-        while timeout is None and not wait([self], timeout=self._look).done:
-            try:
-                self._check_time()
-            except RewardError:
-                self.cancel()  # nobody will want it
-                raise
-        return super().result(timeout)
-
-
-@dataclass(frozen=True)
-class _Job:
-    future: _Result
-    images: torch.Tensor
-    prompts: tuple[str, ...]
-    metadata: tuple[Mapping[str, Any], ...]
-
-
 class RewardWorker:
-    """Scores pictures in a thread of its own, so that a round need not wait for its monitoring rewards.
+    """A scorer in a thread of its own, so that a round need not wait for its monitoring rewards.
 
-    One thread, because scorers hold models and are not required to be safe for several. The queue is bounded: when
-    scoring cannot keep up, `submit` waits rather than letting pictures pile up. An exception of the scorer is kept in
-    the future and never reaches the submitting thread unless that asks for the result. A scorer that hangs cannot be
-    ended, but is not waited for: while it is over its time, `submit` and `result()` raise; when it is back, they work.
+    One thread, because scorers hold models and are not required to be safe for several. When scoring cannot keep up,
+    `submit` waits rather than letting images pile up. Whatever goes wrong is kept in the future and raised by its
+    `result()`. A scorer that hangs cannot be ended, but is not waited for: while it is over its time, futures fail;
+    when it is back, they work. The thread is a daemon, unlike those of a ThreadPoolExecutor, which the interpreter
+    joins at exit even when they hang.
     """
 
     def __init__(
@@ -66,7 +39,7 @@ class RewardWorker:
         *,
         name: str = "",
         timeout: float = math.inf,
-        patient: bool = False,
+        retry_unavailable: bool = False,
     ):
         """Start the thread.
 
@@ -74,142 +47,125 @@ class RewardWorker:
             max_pending: batches that may wait beside the one being scored.
             name: of the reward, for messages.
             timeout: seconds that a batch may take.
-            patient: ask again, within the timeout, when the scorer raises `RewardUnavailableError`.
+            retry_unavailable: ask again, within the timeout, when the scorer raises `RewardUnavailableError`.
         """
-        self._scorer = scorer
-        self._name, self._timeout, self._patient = name, timeout, patient
+        self.combined = getattr(scorer, "combined", {})
+        self._scorer, self._name, self._timeout, self._retry = scorer, name, timeout, retry_unavailable
         self._began: float | None = None  # when the batch in work was begun, by the monotonic clock
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=max_pending)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._closing = threading.Event()
+        self._pending: deque[tuple[Future[Scores], tuple]] = deque()
+        self._max_pending = max_pending
+        self._changed = threading.Condition()  # guards what waits and whether the worker is closed
+        self._closed, self._cancelled = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name="rewards", daemon=True)
         self._thread.start()
 
-    @property
-    def overdue(self) -> bool:
-        """Whether the batch in work has taken longer than the timeout."""
-        began = self._began
-        return began is not None and time.monotonic() - began > self._timeout
-
     def submit(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> "Future[Scores]":
-        """Queue one batch; the pictures are copied to the CPU as uint8 first, so the caller may reuse its memory.
+        """Queue one batch; its images are copied to the CPU as uint8 first, so the caller may reuse the memory.
 
         Returns:
-            the scores to come. `result()` raises what the scorer raised, or `RewardError` once the batch in work, this
-            one or one before it, is over its time.
-
-        Raises:
-            RewardError: the worker is closed, or the batch in work is over its time.
+            a future of the scores. Its `result()` raises what the scorer raised, or `RewardError` when the worker is
+            closed, or once the batch in work, this one or one before it, is over its time.
         """
-        pictures = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).clone()
-        look = min(1.0, max(POLL, self._timeout / 10))
-        job = _Job(_Result(self._check_time, look), pictures, tuple(prompts), tuple(metadata))
-        while True:
-            self._check_time()
-            with self._lock:  # never held while waiting: `close` may come meanwhile
-                if self._closed:
-                    raise RewardError("the reward worker is closed")
-                try:
-                    self._jobs.put_nowait(job)
-                    return job.future
-                except queue.Full:
-                    pass
-            time.sleep(POLL)
+        batch = to_uint8(images).copy(), tuple(prompts), tuple(metadata)
+        with self._changed:
+            while len(self._pending) >= self._max_pending and not self._closed and not self.overdue:
+                self._changed.wait(POLL)
+            if self._closed:
+                return failed(RewardError(f"the worker of reward '{self._name}' is closed"))
+            if overdue := self.overdue:
+                return failed(overdue)
+            future = _Result(self)
+            self._pending.append((future, batch))
+            self._changed.notify_all()
+        return future
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`, but given up with `RewardError` when it takes too long, and until the scorer is back."""
+        return self.submit(images, prompts, metadata).result()
 
     def close(self, cancel: bool = False) -> None:
-        """Finish what is queued (or, with `cancel`, drop what has not begun), then end the thread. May be repeated.
+        """Finish what waits (or, with `cancel`, drop what has not begun), then end the thread. May be repeated.
 
-        With `cancel`, a batch being scored is waited for `PATIENCE` seconds only: a scorer that hangs must not keep the
-        program from ending (the thread is a daemon).
+        With `cancel`, a batch being scored is waited for `SHUTDOWN_GRACE` seconds only.
         """
-        with self._lock:
-            already, self._closed = self._closed, True
-        if cancel:
-            self._closing.set()
-            self._drop_pending()
-        if not already:
-            self._jobs.put(None)
-        self._thread.join(PATIENCE if cancel else None)
+        with self._changed:
+            self._closed = True
+            if cancel:
+                self._cancelled.set()
+                while self._pending:
+                    self._pending.popleft()[0].cancel()
+            self._changed.notify_all()
+        self._thread.join(SHUTDOWN_GRACE if cancel else None)
 
-    def __enter__(self) -> "RewardWorker":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.close(cancel=kind is not None)
-
-    def _drop_pending(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is None:
-                self._jobs.put(None)
-                return
-            job.future.cancel()
+    @property
+    def overdue(self) -> RewardError | None:
+        """An error while the batch in work has taken longer than the timeout; None otherwise."""
+        began = self._began
+        if began is None or time.monotonic() - began <= self._timeout:
+            return None
+        return RewardError(
+            f"reward '{self._name}' has been scoring one batch for more than {self._timeout:g} seconds; "
+            "if that is not too long for it, raise reward_timeout"
+        )
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            self._began = time.monotonic()
-            try:
-                scores = self._scored(job)
-            except BaseException as error:  # the future carries it: a failing reward must not end the training
-                self._began = None
-                job.future.set_exception(error)
-            else:
-                self._began = None
-                job.future.set_result(scores)
-
-    def _scored(self, job: _Job) -> Scores:
-        began, pause, said = time.monotonic(), FIRST_PAUSE, False
         while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed)
+                if not self._pending:
+                    return
+                future, batch = self._pending.popleft()
+                self._changed.notify_all()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
-                scores = self._scorer.score(job.images, job.prompts, job.metadata)
-            except RewardUnavailableError as error:
-                late = time.monotonic() - began + pause > self._timeout
-                if not self._patient or late or self._closing.is_set():
-                    raise
-                if not said:
-                    warnings.warn(f"{error}; asked again for up to {self._timeout:g} seconds", stacklevel=2)
-                    said = True
-                self._closing.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                scores = self._scored(batch)
+            except BaseException as error:  # the future carries it: a failing reward must not end the training
+                future.set_exception(error)
             else:
-                if said:
-                    after = time.monotonic() - began
-                    warnings.warn(f"reward '{self._name}' is back after {after:.0f} seconds", stacklevel=2)
-                return scores
+                future.set_result(scores)
 
-    def _check_time(self) -> None:
-        if self.overdue:
-            raise RewardError(
-                f"reward '{self._name}' has been scoring one batch for more than {self._timeout:g} seconds; "
-                "if that is not too long for it, raise reward_timeout"
-            )
+    def _scored(self, batch: tuple) -> Scores:
+        began, pause, retried = time.monotonic(), FIRST_PAUSE, False
+        self._began = began
+        try:
+            while True:
+                try:
+                    scores = self._scorer.score(*batch)
+                    break
+                except RewardUnavailableError as error:
+                    late = time.monotonic() - began + pause > self._timeout
+                    if not self._retry or late or self._cancelled.is_set():
+                        raise
+                    if not retried:
+                        warnings.warn(f"{error}; asked again for up to {self._timeout:g} seconds", stacklevel=2)
+                    retried = True
+                    self._cancelled.wait(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+        finally:
+            self._began = None
+        if retried:
+            warnings.warn(f"reward '{self._name}' is back after {time.monotonic() - began:.0f} seconds", stacklevel=2)
+        return scores
+
+
+class _Result(Future[Scores]):
+    """A future of a worker's scores; waiting for it without a limit ends with the worker's own."""
+
+    def __init__(self, worker: RewardWorker):
+        super().__init__()
+        self._worker = worker
+
+    def result(self, timeout: float | None = None) -> Scores:
+        while timeout is None and not wait([self], timeout=POLL).done:
+            if overdue := self._worker.overdue:
+                self.cancel()  # nobody will want it
+                raise overdue
+        return super().result(timeout)
 
 
 def failed(error: BaseException) -> "Future[Scores]":
-    """Scores that could not even be asked for: waiting for them raises the error."""
+    """A future that holds an error already: scores that could not even be asked for."""
     future: Future[Scores] = Future()
     future.set_exception(error)
     return future
-
-
-class LimitedScorer:
-    """A scorer that is given up, with `RewardError`, when a batch takes too long, and until it is back."""
-
-    def __init__(self, scorer: Scorer, name: str, timeout: float):
-        """Args: as of `RewardWorker`."""
-        self.combined = getattr(scorer, "combined", {})
-        self._worker = RewardWorker(scorer, max_pending=1, name=name, timeout=timeout)
-
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`."""
-        return self._worker.submit(images, prompts, metadata).result()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._worker.close(cancel=True)

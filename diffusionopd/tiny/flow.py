@@ -14,20 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from diffusionopd.tiny.grammar import corrupt, draw
 from diffusionopd.tiny.models import CONTEXT, LATENT_CHANNELS, LATENT_SIDE, SHIFT
-from diffusionopd.tiny.render import dull_vividness, render
+from diffusionopd.tiny.render import RESOLUTION, dull_vividness, render
 from diffusionopd.tiny.train_vae import to_signal
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
+POOL_SEED = 21
+
+
 @dataclass
 class Pool:
-    """Pictures of one task as latents, with the caption they were drawn for and a wrong one."""
+    """Images of one task as latents, with the caption they were drawn for and a wrong one."""
 
     latents: torch.Tensor  # float16 [N, 8, 16, 16]
     captions: list[str]
@@ -35,43 +37,33 @@ class Pool:
 
 
 @torch.no_grad()
-def make_pool(task: str, size: int, seed: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
-    """`size` pictures of training captions, clean (`dull=False`) or with mostly dull scenes."""
-    rng = random.Random(seed)
+def make_pool(task: str, size: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
+    """`size` images of training captions, clean (`dull=False`) or with mostly dull scenes."""
+    rng = random.Random(POOL_SEED)
     latents, captions, wrong = [], [], []
     for start in range(0, size, 64):
-        pictures = []
+        images = []
         for _ in range(min(64, size - start)):
             caption = draw(task, rng)
-            pictures.append(render(task, caption, rng, dull_vividness(rng) if dull and task == "scene" else None))
+            images.append(render(task, caption, rng, dull_vividness(rng) if dull and task == "scene" else None))
             captions.append(caption.text)
             wrong.append(caption.text if task == "scene" else corrupt(task, caption, rng).text)
-        x = to_signal(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+        x = to_signal(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
         latents.append(scale(vae, vae.encode(x).latent_dist.mean).half().contiguous())
     return Pool(torch.cat(latents).contiguous(), captions, wrong)
 
 
-def cached_pool(folder: Path, task: str, size: int, seed: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
+def cached_pool(folder: Path, task: str, size: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
     """`make_pool`, kept in `folder` between runs."""
-    path = folder / f"{task}-{'dull' if dull else 'clean'}-{size}-{seed}.safetensors"
+    path = folder / f"{task}-{'dull' if dull else 'clean'}-{size}-{POOL_SEED}.pt"
     if path.exists():
-        stored = load_file(path)
-        return Pool(stored["latents"], _from_bytes(stored["captions"]), _from_bytes(stored["wrong"]))
-    pool = make_pool(task, size, seed, vae, dull)
+        return Pool(**torch.load(path, weights_only=True))
+    pool = make_pool(task, size, vae, dull)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"captions": _as_bytes(pool.captions), "wrong": _as_bytes(pool.wrong)}
     temporary = path.with_suffix(f".{os.getpid()}")
-    save_file({"latents": pool.latents, **texts}, temporary)
+    torch.save(vars(pool), temporary)
     os.replace(temporary, path)
     return pool
-
-
-def _as_bytes(texts: list[str]) -> torch.Tensor:
-    return torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8)
-
-
-def _from_bytes(stored: torch.Tensor) -> list[str]:
-    return bytes(stored.tolist()).decode().split("\n")
 
 
 def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -122,21 +114,12 @@ def embed(encoders: Sequence[torch.nn.Module], ids: torch.Tensor) -> tuple[torch
 
 @torch.no_grad()
 def encode(pipe: StableDiffusion3Pipeline, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pipeline's own prompt embeddings, each distinct text encoded once."""
-    distinct = list(dict.fromkeys(texts))
-    parts = []
-    for start in range(0, len(distinct), 256):
-        part = distinct[start : start + 256]
-        tokens, _, pooled, _ = pipe.encode_prompt(
-            part, part, part, do_classifier_free_guidance=False, max_sequence_length=CONTEXT
-        )
-        parts.append((tokens, pooled))
-    row = {text: i for i, text in enumerate(distinct)}
-    index = torch.tensor([row[text] for text in texts])
-    return torch.cat([p[0] for p in parts])[index], torch.cat([p[1] for p in parts])[index]
+    """The pipeline's own prompt embeddings: tokens [N, 28, 128], pooled [N, 128]."""
+    prompts = [list(texts)] * 3
+    tokens, _, pooled, _ = pipe.encode_prompt(*prompts, do_classifier_free_guidance=False, max_sequence_length=CONTEXT)
+    return tokens, pooled
 
 
-@torch.no_grad()
 def generate(
     pipe: StableDiffusion3Pipeline,
     texts: Sequence[str],
@@ -145,33 +128,20 @@ def generate(
     seed: int = 0,
     batch: int = 32,
 ) -> torch.Tensor:
-    """uint8 [N, 3, 64, 64] by the Euler ODE; picture i depends on (seed, i, text) only."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas
-    tokens, pooled = encode(pipe, texts)
-    empty_tokens, empty_pooled = encode(pipe, [""])
-    shape = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
-    x = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) for i in range(len(texts))]
-    )
-    pictures = []
+    """uint8 [N, 3, 64, 64] by the pipeline itself (Euler ODE); image i depends on (seed, i, text) only."""
+    shape, images = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), []
     for rows in torch.arange(len(texts)).split(batch):
-        z = x[rows]
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            t = sigma.expand(len(rows))
-            v = velocity(pipe.transformer, z, t, tokens[rows], pooled[rows])
-            if guidance_scale > 1:
-                n = len(rows)
-                plain = velocity(pipe.transformer, z, t, empty_tokens.expand(n, -1, -1), empty_pooled.expand(n, -1))
-                v = plain + guidance_scale * (v - plain)
-            z = z + (sigma_next - sigma) * v
-        pictures.append(decode(pipe.vae, z))
-    return torch.cat(pictures)
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, 64, 64]."""
-    signal = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-    return ((signal.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + int(i))) for i in rows]
+        images.append(
+            pipe(
+                [texts[i] for i in rows],
+                height=RESOLUTION,
+                width=RESOLUTION,
+                latents=torch.stack(noise),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                max_sequence_length=CONTEXT,
+                output_type="pt",
+            ).images
+        )
+    return (torch.cat(images) * 255).round().to(torch.uint8)

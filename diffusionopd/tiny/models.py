@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -83,21 +81,23 @@ def t5_tokenizer(length: int = CONTEXT) -> T5Tokenizer:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
-    """Two layers of the CLIP text model with its projection, untrained."""
+def clip_encoder(
+    tokenizer: CLIPTokenizer, seed: int, width: int = _CLIP_WIDTH, **settings: int
+) -> CLIPTextModelWithProjection:
+    """The CLIP text model with its projection, untrained: two layers; ``settings`` are more of CLIPTextConfig."""
     torch.manual_seed(seed)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, **settings}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=_CLIP_WIDTH,
-        intermediate_size=2 * _CLIP_WIDTH,
-        projection_dim=_CLIP_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         hidden_act="quick_gelu",
+        **sizes,
     )
     model = CLIPTextModelWithProjection(config)
     # The default of 0.02 leaves words and places nearly indistinguishable for the first thousand steps.
@@ -107,18 +107,12 @@ def clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjec
     return model.eval()
 
 
-def t5_encoder(tokenizer: T5Tokenizer, seed: int) -> T5EncoderModel:
-    """Two layers of T5's encoder, untrained."""
+def t5_encoder(tokenizer: T5Tokenizer, seed: int, width: int = _T5_WIDTH, **settings: int) -> T5EncoderModel:
+    """T5's encoder, untrained: two layers; ``settings`` are more of T5Config."""
     torch.manual_seed(seed)
+    sizes = {"d_kv": 32, "num_heads": 4, "d_ff": 2 * width, "num_layers": 2, **settings}
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=_T5_WIDTH,
-        d_kv=32,
-        num_heads=4,
-        d_ff=2 * _T5_WIDTH,
-        num_layers=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=width, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes
     )
     model = T5EncoderModel(config)
     # T5 knows order through this bias alone, and starts it at almost nothing.
@@ -168,15 +162,19 @@ def autoencoder(seed: int) -> AutoencoderKL:
 
 def pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     """An untrained pipeline around a trained autoencoder."""
-    first, second, third = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()
+    tokenizers = [clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()]
+    network = transformer(seed)
+    builders = (clip_encoder, clip_encoder, t5_encoder)
+    encoders = [build(tokenizers[i], seed + 1 + i) for i, build in enumerate(builders)]
     return StableDiffusion3Pipeline(
-        transformer=transformer(seed),
+        transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae,
-        text_encoder=clip_encoder(first, seed + 1),
-        tokenizer=first,
-        text_encoder_2=clip_encoder(second, seed + 2),
-        tokenizer_2=second,
-        text_encoder_3=t5_encoder(third, seed + 3),
-        tokenizer_3=third,
+        **text_parts(tokenizers, encoders),
     )
+
+
+def text_parts(tokenizers: Sequence[Any], encoders: Sequence[Any]) -> dict[str, Any]:
+    """Three tokenizers and three encoders by the names that the pipeline's constructor has for them."""
+    parts = {"tokenizer": tokenizers, "text_encoder": encoders}
+    return {f"{name}{suffix}": values[i] for name, values in parts.items() for i, suffix in enumerate(("", "_2", "_3"))}

@@ -6,7 +6,6 @@ milder versions of the same, useful as training rewards.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diffusionopd.rewards.images import Images, to_uint8
+from diffusionopd.rewards.ocr import wanted_text
 from diffusionopd.tiny.render import PALETTE, SIGN_ROWS
 
 Metadata = Sequence[Mapping[str, Any]]
@@ -39,11 +39,11 @@ class Detection:
     y: float
 
 
-def detect(picture: np.ndarray) -> list[Detection]:
-    """Coloured blobs of a uint8 [H, W, 3] picture: nearest palette colour, then connected components."""
+def detect(image: np.ndarray) -> list[Detection]:
+    """Coloured blobs of a uint8 [H, W, 3] image: nearest palette colour, then connected components."""
     from scipy import ndimage
 
-    pixels = picture.astype(np.float64)
+    pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels[:, :, None] - np.array(list(PALETTE.values()), dtype=np.float64), axis=-1)
     nearest, near = distance.argmin(-1), distance.min(-1) < _NEAR
     masks = {color: near & (nearest == i) for i, color in enumerate(PALETTE)}
@@ -85,7 +85,7 @@ def _related(subject: Detection, relation: str, reference: Detection) -> bool:
 
 
 class TinyCompose:
-    """`tiny_compose`: 1 where the picture shows exactly what GenEval's metadata asks for and nothing else, otherwise 0.
+    """`tiny_compose`: 1 where the image shows exactly what GenEval's metadata asks for and nothing else, otherwise 0.
 
     `tiny_compose_soft`: how far its conditions hold (each kind's count, each relation, nothing else), averaged.
     """
@@ -102,11 +102,11 @@ class TinyCompose:
         }
 
 
-def _conditions(picture: np.ndarray, metadata: Mapping[str, Any], prompt: str) -> list[float]:
+def _conditions(image: np.ndarray, metadata: Mapping[str, Any], prompt: str) -> list[float]:
     """How far each condition of one prompt holds, each in [0, 1]."""
     if "include" not in metadata:
         raise ValueError(f"tiny_compose needs GenEval metadata with 'include' for {prompt!r}; use prompt_fn 'geneval'")
-    found = detect(picture)
+    found = detect(image)
     groups = [[d for d in found if (d.color, d.shape) == (i["color"], i["class"])] for i in metadata["include"]]
     # Two entries of the same kind share their detections, so counts are compared per kind.
     wanted: dict[tuple[str, str], int] = {}
@@ -127,15 +127,6 @@ def _conditions(picture: np.ndarray, metadata: Mapping[str, Any], prompt: str) -
 # ----------------------------------------------------------------------------------------------------------------- ocr
 
 _UPSCALE = 4
-_QUOTED = re.compile(r'"([^"]*)"')
-
-
-def quoted_text(prompt: str) -> str:
-    """The text that a prompt wants on the sign; ValueError without a quoted part."""
-    match = _QUOTED.search(prompt)
-    if not match:
-        raise ValueError(f'the prompt {prompt!r} has no text in double quotes, e.g. a sign that says "347"')
-    return match.group(1)
 
 
 class TinyOcr:
@@ -147,16 +138,14 @@ class TinyOcr:
 
     def __init__(self, device: str = "cpu") -> None:
         del device  # the recogniser runs on the CPU
-        try:
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise ImportError("tiny_ocr needs the package rapidocr: pip install 'diffusionopd[tiny]'") from error
+        from rapidocr import RapidOCR
+
         threads = "EngineConfig.onnxruntime.intra_op_num_threads"
         self._engine = RapidOCR(params={"Global.log_level": "error", threads: 1})
 
-    def read(self, picture: np.ndarray) -> str:
-        """The letters and digits on the sign of a uint8 [64, 64, 3] picture."""
-        strip = Image.fromarray(picture[SIGN_ROWS[0] + 1 : SIGN_ROWS[1] - 1])
+    def read(self, image: np.ndarray) -> str:
+        """The letters and digits on the sign of a uint8 [64, 64, 3] image."""
+        strip = Image.fromarray(image[SIGN_ROWS[0] + 1 : SIGN_ROWS[1] - 1])
         large = strip.resize((strip.width * _UPSCALE, strip.height * _UPSCALE), Image.Resampling.BICUBIC)
         bgr = np.ascontiguousarray(np.asarray(large)[:, :, ::-1])
         output = self._engine(bgr, use_det=False, use_cls=False, use_rec=True)
@@ -169,8 +158,8 @@ class TinyOcr:
         from rapidfuzz.distance import Levenshtein
 
         del metadata
-        wanted = [quoted_text(prompt) for prompt in prompts]
-        seen = [self.read(picture) for picture in to_uint8(images)]
+        wanted = [wanted_text(prompt).upper() for prompt in prompts]
+        seen = [self.read(image) for image in to_uint8(images)]
         soft = [max(0.0, 1 - Levenshtein.distance(s, w) / len(w)) for s, w in zip(seen, wanted, strict=True)]
         exact = [float(s == w) for s, w in zip(seen, wanted, strict=True)]
         return {"tiny_ocr": np.array(exact), "tiny_ocr_soft": np.array(soft)}

@@ -2,5 +2,6 @@
 
 from diffusionopd.training.loop import train
 from diffusionopd.training.plan import base_config, check, load_config
+from diffusionopd.training.stop import Stopped
 
-__all__ = ["base_config", "check", "load_config", "train"]
+__all__ = ["Stopped", "base_config", "check", "load_config", "train"]

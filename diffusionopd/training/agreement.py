@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusionopd
-from diffusionopd.distributed import gather_over_processes, world_size
-from diffusionopd.training.resume import RunError, versions
+from diffusionopd.data.prompts import Prompt
+from diffusionopd.distributed import by_rank, gather_over_processes
+from diffusionopd.files import sha256
+from diffusionopd.training import checkpoint
+from diffusionopd.training.resume import Resume, RunError, prompt_digests, versions
 
 _LONGEST = 60  # characters of a value in a message
 
-Facts = Mapping[str, Mapping[str, Any]]
-"""Group -> name -> JSON value, such as ``{"versions": {"torch": "2.13.0"}}``."""
+Facts = Mapping[str, Any]
+"""Name -> value, such as ``{"version of torch": "2.13.0"}``; the names are the same on every process or not."""
 
 
 def agree(facts: Facts) -> None:
-    """Raise RunError on every process, naming what differs and on which ranks, unless all have the same ``facts``.
-
-    The groups are the same on every process, what is in them need not be. One exchange of a digest a group; the values
-    themselves are exchanged only when they differ. Does nothing for one process.
-    """
-    if world_size() == 1:
-        return
-    everyone = gather_over_processes([{name: _digest(group) for name, group in facts.items()}], "comparing processes")
-    differing = [name for name in facts if any(digests[name] != everyone[0][name] for digests in everyone)]
-    if not differing:
-        return
-    given = gather_over_processes([{name: dict(facts[name]) for name in differing}], "finding what differs")
-    found = [text for name in differing for text in _differences(name, [own[name] for own in given])]
-    raise RunError(
-        "the processes do not agree, nothing was trained: " + "; ".join(found) + ". Start every process with the same "
-        "command, files and packages (on several machines: the same folders on each)."
-    )
+    """Raise RunError on every process, naming what differs and on which ranks, unless all have the same ``facts``."""
+    given = gather_over_processes([{name: repr(value) for name, value in facts.items()}])
+    found = []
+    for name in sorted(set().union(*given)):
+        values = [own.get(name, "absent") for own in given]
+        if len(set(values)) > 1:
+            shown = [value if len(value) <= _LONGEST else value[:_LONGEST] + "..." for value in values]
+            found.append(f"{name} ({by_rank(shown)})")
+    if found:
+        raise RunError(
+            f"the processes do not agree, nothing was trained: {', '.join(found)}. Start every process with the same "
+            "command, files and packages (on several machines: the same folders on each)."
+        )
 
 
 def setup_facts(config: Mapping[str, Any]) -> Facts:
@@ -43,11 +41,16 @@ def setup_facts(config: Mapping[str, Any]) -> Facts:
     source = hashlib.sha256()
     for file in sorted(Path(diffusionopd.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
-    return {"configuration": _flat(config), "version": {**versions(), "diffusionopd": source.hexdigest()[:12]}}
+    code = versions() | {"diffusionopd": source.hexdigest()[:12]}
+    return _flat(config) | {f"version of {name}": version for name, version in code.items()}
 
 
-def _digest(group: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()
+def data_facts(resume: Resume, train: Mapping[str, Iterable[Prompt]], test: Mapping[str, Iterable[Prompt]]) -> Facts:
+    """The checkpoint that is resumed, and the prompts by task."""
+    folder = resume.folder
+    resumed = f"{folder.name} {sha256(folder / checkpoint.MANIFEST)[:12]}" if folder else "none"
+    tests = {name.replace("prompts", "test prompts"): digest for name, digest in prompt_digests(test).items()}
+    return {"the checkpoint to resume from": resumed} | prompt_digests(train) | tests
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -57,20 +60,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _differences(group: str, given: list[dict[str, Any]]) -> list[str]:
-    """``group name: value on rank 0, other value on ranks 1, 2`` for each name whose value is not everyone's."""
-    texts = []
-    for name in sorted(set().union(*given)):
-        ranks: dict[str, list[str]] = {}
-        for rank, values in enumerate(given):
-            ranks.setdefault(repr(values[name]) if name in values else "absent", []).append(str(rank))
-        if len(ranks) > 1:
-            on = [f"{_short(value)} on rank{'s' * (len(own) > 1)} {', '.join(own)}" for value, own in ranks.items()]
-            texts.append(f"{group} {name}: {', '.join(on)}")
-    return texts
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= _LONGEST else value[:_LONGEST] + "..."

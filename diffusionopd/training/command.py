@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusionopd.config_schema import redacted, split_arguments
+from diffusionopd.config_schema import ConfigError, redacted, split_arguments
+from diffusionopd.signals import STOPPED
 from diffusionopd.training.plan import load_config
+from diffusionopd.training.resume import RunError
+from diffusionopd.training.stop import Stopped
 
 FLAGS = ("--dry_run", "--allow_config_change")
 
@@ -34,11 +37,17 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A mistake of the user's ends the program with status 2 and one message of the first process, no traceback."""
+    """A mistake of the user's ends the program with one message of the first process and no traceback.
+
+    The status is 2 for a configuration that cannot be run, 1 for what fails later, and STOPPED for a run that a signal
+    ended early.
+    """
     try:
         yield
+    except Stopped:
+        raise SystemExit(STOPPED) from None
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             message = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(redacted(f"error: {message}"), file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, ConfigError | RunError) else 1) from None

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import time
 import warnings
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ml_collections import ConfigDict
-from torch.profiler import record_function
 from tqdm import tqdm
 
 from diffusionopd.algorithms.base import Result
-from diffusionopd.config_schema import is_number
-from diffusionopd.distributed import TIMEOUT, set_timeout, together
-from diffusionopd.evaluation.evaluate import ImageGenerator, evaluate_task
-from diffusionopd.failures import ending_together, memory_advice
+from diffusionopd.distributed import together
+from diffusionopd.evaluation.evaluate import evaluate_task
+from diffusionopd.evaluation.sampling import ImageGenerator
+from diffusionopd.failures import memory_advice
 from diffusionopd.files import write_json
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.rewards import RewardError
+from diffusionopd.stages import stage
 from diffusionopd.training import checkpoint
-from diffusionopd.training.agreement import agree, setup_facts
-from diffusionopd.training.monitor import Picture
-from diffusionopd.training.plan import check
-from diffusionopd.training.resume import find_start, versions
-from diffusionopd.training.setup import Run, build, check_devices, merged_note
-from diffusionopd.training.stop import Stop
+from diffusionopd.training.monitor import MonitoredBatch
+from diffusionopd.training.resume import versions
+from diffusionopd.training.setup import Run, merged_note, started
+from diffusionopd.training.stop import Stop, Stopped
 
 _ROUND_MEMORY = (
     "Lower train.batch_size (and raise train.gradient_accumulation_steps to match: the student that is trained is the "
@@ -45,113 +42,85 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
     ``allow_config_change`` resumes although the configuration describes another experiment than the checkpoint's.
     Raises ConfigError, EngineError, ResumeError, PromptError, FolderError, AdapterError, BackboneError or RunError
     before anything expensive, NonFiniteError, RewardError, OutOfMemoryError and CheckpointError during training;
-    nothing saved before is touched by a failure. What fails in one process ends all of them.
+    nothing saved before is touched by a failure. What fails in one process ends all of them. Raises Stopped, after
+    saving, when a signal ended the run early.
     """
-    accelerator = make_accelerator(config)
-    with ending_together():
-        # --- everything that can be said before weights load
-        agree(setup_facts(config.to_dict()))
-        start = find_start(config, accelerator.num_processes, allow_config_change)
-        plan = check(start.config, accelerator.num_processes)
-        check_devices(plan, accelerator.device)
-        accelerator.print(plan.describe())
-        if dry_run:
-            accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+    with started(config, dry_run=dry_run, allow_config_change=allow_config_change) as run:
+        if run is None:
             return None
-        accelerator.project_configuration.project_dir = str(plan.run.run_dir)
-        accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
+        plan, shape, algorithm, resume = run.plan, run.plan.shape, run.algorithm, run.resume
+        resuming = f", {resume.describe()}" if resume.folder else ""
+        run.accelerator.print(f"writing to {plan.run.run_dir}{resuming}{merged_note(run.adapters)}")
+        completed, saved, saved_after = resume.completed, resume.folder, 0
+        row = resume.unevaluated  # the metrics of a round; first those of one whose evaluation was interrupted
+        with _bar(run, completed) as bar, Stop(announce=run.is_main) as stop:
+            while row is not None or completed < shape.num_rounds:
+                if row is None:
+                    # --- batches, and a round on them
+                    start, number = time.perf_counter(), completed + 1
+                    stop.doing = f"round {number}"
+                    updates = shape.updates_after(number)
+                    with stage("prompts and noise"):
+                        batches = run.batches.round(completed)
+                    nfe = run.backbone.evaluations
+                    with memory_advice(stop.doing, _ROUND_MEMORY), _noted(stop.doing):
+                        result = algorithm.round(batches, step=updates is not None)
+                    if updates is not None:
+                        algorithm.finish(updates)
+                        if run.ema is not None:
+                            run.ema.update(updates)
+                    completed = number
 
-        run = build(plan, start, accelerator)
-        shape, watch, algorithm = plan.shape, plan.watch, run.algorithm
-        resuming = start.describe() and f", {start.describe()}"
-        accelerator.print(f"writing to {plan.run.run_dir}{resuming}{merged_note(run.adapters)}")
-        completed, saved, saved_after = start.completed, start.folder, 0
-        row = start.unevaluated  # the metrics of a round; first those of one whose evaluation was interrupted
-        bar = tqdm(
-            total=shape.num_rounds, initial=completed, desc=algorithm.verb, unit="round", disable=not run.is_main
-        )
-        try:
-            with bar, Stop(announce=run.is_main) as stop:
-                while row is not None or completed < shape.num_rounds:
-                    if row is None:
-                        # --- batches, and a round on them
-                        started, number = time.perf_counter(), completed + 1
-                        stop.doing = f"round {number}"
-                        updates = shape.updates_after(number)
-                        with record_function("prompts and noise"):
-                            batches = run.batches.round(completed)
-                        evaluations = run.backbone.evaluations
-                        with memory_advice(f"round {number}", _ROUND_MEMORY), _named(number):
-                            result = algorithm.round(batches, step=updates is not None)
-                        if updates is not None:
-                            algorithm.finish(updates)
-                            if run.ema is not None:
-                                run.ema.update(updates)
-                        completed = number
+                    # --- log; monitored scores arrive while the next round trains
+                    _flush(run)
+                    nfe = (run.backbone.evaluations - nfe) * shape.num_processes
+                    row = _row(run, number, result, nfe, time.perf_counter() - start)
+                    _monitor(run, number, result)
+                    _show(bar, row, "reward/" if algorithm.has_rewards else "loss/")
 
-                        # --- log; monitored scores of a round arrive while the next one trains
-                        _flush(run)
-                        evaluations = (run.backbone.evaluations - evaluations) * shape.num_processes
-                        row = _row(run, number, result, evaluations, time.perf_counter() - started)
-                        _watch(run, number, result)
-                        _show(bar, row, "reward/" if plan.algorithm.has_rewards else "loss/")
-
-                    # --- evaluate
-                    if watch.eval_freq and completed % watch.eval_freq == 0:
-                        stop.doing = f"a batch of the evaluation after round {completed}"
-                        scores = _evaluate(run, stop)
-                        if scores is None:  # the resumed run evaluates, and then writes the row
-                            saved = _save(run, completed, row | run.monitor.collect())
-                            break
-                        row |= scores
-                    run.held, row = row, None
-
-                    # --- save, stop
-                    if plan.run.save_freq and completed % plan.run.save_freq == 0 or completed == shape.num_rounds:
-                        saved, saved_after = _save(run, completed), completed
-                    if stop.agreed():
-                        if saved_after != completed:
-                            saved = _save(run, completed)
+                # --- evaluate
+                if _is_due(plan.watch.eval_freq, completed):
+                    stop.doing = f"a batch of the evaluation after round {completed}"
+                    scores = _evaluate(run, stop)
+                    if scores is None:  # the resumed run evaluates, and then writes the row
+                        saved = _save(run, completed, row | run.monitor.collect())
                         break
-        finally:
-            run.close()
-            accelerator.end_training()
-        accelerator.print(stop.note(completed, saved) if stop.signal else f"done: {saved}")
+                    row |= scores
+                run.held, row = row, None
+
+                # --- save, stop
+                if _is_due(plan.run.save_freq, completed) or completed == shape.num_rounds:
+                    saved, saved_after = _save(run, completed), completed
+                if stop.agreed():
+                    if saved_after != completed:
+                        saved = _save(run, completed)
+                    break
+        run.accelerator.print(stop.note(completed, saved) if stop.signal else f"done: {saved}")
     if stop.signal:
-        raise SystemExit(stop.STATUS)
+        raise Stopped(saved)
     return saved
 
 
-def make_accelerator(config: ConfigDict) -> Accelerator:
-    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
-    seconds, log_with = config.get("collective_timeout"), config.get("log_with")
-    if not is_number(seconds) or seconds <= 0:
-        seconds = TIMEOUT  # until check() refuses the configured one
-    set_timeout(seconds)
-    trackers = [name for name in str(log_with or "").split(",") if name and name != "none"]
-    return Accelerator(
-        mixed_precision="no",
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by train()
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
-    )
+@contextmanager
+def _noted(what: str) -> Iterator[None]:
+    """Errors that leave the block say ``what`` was done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {what}")
+        raise
 
 
-class _named:  # noqa: N801 - a context manager
-    """Errors that leave the block name the round."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            error.add_note(f"in round {self.number}")
+def _is_due(every: int, completed: int) -> bool:
+    return every > 0 and completed % every == 0
 
 
-def _row(run: Run, number: int, result: Result, evaluations: int, seconds: float) -> dict[str, Any]:
+def _bar(run: Run, completed: int) -> tqdm:
+    total, verb = run.plan.shape.num_rounds, run.algorithm.verb
+    return tqdm(total=total, initial=completed, desc=verb, unit="round", disable=not run.is_main)
+
+
+def _row(run: Run, number: int, result: Result, nfe: int, seconds: float) -> dict[str, Any]:
     """The metrics of a round."""
     assert result.losses is not None
     return {
@@ -162,7 +131,7 @@ def _row(run: Run, number: int, result: Result, evaluations: int, seconds: float
         "lr": run.optimizer.lr,
         "seconds": seconds,
         **result.metrics,
-        "evaluations": float(evaluations),
+        "evaluations": float(nfe),
     }
 
 
@@ -171,21 +140,21 @@ def _flush(run: Run) -> None:
     row, run.held = run.held, None
     scores = run.monitor.collect()
     if row is not None:
-        run.metrics.write(row.pop("round"), **row, **scores)
+        run.metrics.write(row | scores)
 
 
-def _watch(run: Run, number: int, result: Result) -> None:
+def _monitor(run: Run, number: int, result: Result) -> None:
     """Hand the round's images to the monitor, which does not keep the training waiting."""
-    if not result.images:
-        return
-    pictures = [
-        Picture(task, latents[rows], [row.prompt for row in batch.rows[rows]])
+    monitored = [
+        MonitoredBatch(task, latents[rows], [row.prompt for row in batch.rows[rows]])
         for batch, latents in result.images
         for task, rows in batch.slices.items()
     ]
-    grid = Path(f"round-{number:06d}.png") if run.wants_grid(number) and run.is_main else None
-    with record_function("monitoring"):
-        run.monitor.watch(pictures, score=run.wants_scores(number), grid=grid, title=f"images of round {number}")
+    if monitored:
+        grid = f"round-{number:06d}.png" if run.plan.wants_grid(number) and run.is_main else ""
+        with stage("monitoring"):
+            scored = run.plan.wants_scores(number)
+            run.monitor.watch(monitored, score=scored, grid=grid, title=f"images of round {number}")
 
 
 def _show(bar: tqdm, row: dict[str, Any], prefix: str) -> None:
@@ -214,7 +183,7 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
                         run.test[name],
                         scorers,
                         batch_size=run.plan.watch.test_batch_size,
-                        rank=run.rank,
+                        rank=run.accelerator.process_index,
                         world=run.plan.shape.num_processes,
                         in_step=run.backbone.sharding is not None,
                         stopped=stop.agreed,

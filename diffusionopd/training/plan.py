@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd import config_schema
 from diffusionopd.algorithms import ALGORITHMS, Algorithm, AlgorithmSettings
-from diffusionopd.algorithms.base import Nfe, SamplerSettings
+from diffusionopd.algorithms.base import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
 from diffusionopd.config_schema import (
     FREE,
@@ -30,7 +30,7 @@ from diffusionopd.config_schema import (
 from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, is_path, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
-from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, RoundShape, check_batches, round_shape
+from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, check_batches, round_shape
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
 from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
@@ -49,7 +49,7 @@ class RunSettings:
     logdir: str = key("logdir", "logs", resume=FREE)
     """Folder that holds the folders of runs."""
     save_dir: str = key("save_dir", "", resume=FREE)
-    """The run folder itself. Empty: <logdir>/<run_name>."""
+    """The run folder itself. Empty: `<logdir>/<run_name>`."""
     num_epochs: int = key("num_epochs", 100000, "[1, inf)", resume=FREE)
     """Rounds to train, in total: a resumed run counts those already done."""
     save_freq: int = key("save_freq", 20, "[0, inf)", resume=FREE)
@@ -110,7 +110,7 @@ class WatchSettings:
     """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are logged,
     not trained on."""
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
-    """Rounds between grids of sample images in <run folder>/samples; 0 is never."""
+    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
     """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never."""
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
@@ -178,19 +178,14 @@ def is_used(name: str, algorithm: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(RoundPlan):
     """A checked configuration and the counts that follow from it."""
 
     values: Mapping[str, Any]  # flat
     algorithm: type[Algorithm]
-    settings: Any  # the algorithm's own
-    sampler: SamplerSettings
     run: RunSettings
     watch: WatchSettings
-    shape: RoundShape
-    tasks: tuple[Task, ...]
     num_prompts: tuple[int, ...]  # training prompts of each task
-    model: ModelInfo | None  # where the base model is a folder here
     notes: tuple[str, ...]  # settings that are accepted but change nothing
 
     def read(self, group: type[T]) -> T:
@@ -202,9 +197,16 @@ class Plan:
         """Forward passes of the transformer per round, over all processes."""
         return self.algorithm.count(self)
 
-    def nfe(self, guidance: float) -> int:
-        """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
-        return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
+    def wants_scores(self, number: int) -> bool:
+        """Whether the images of round ``number`` (from 1) are scored: the first's, every so many rounds, the last's."""
+        return not self.algorithm.has_rewards and self._is_watched(number, self.watch.monitor_freq)
+
+    def wants_grid(self, number: int) -> bool:
+        """Whether the images of round ``number`` (from 1) become a grid."""
+        return self._is_watched(number, self.watch.sample_freq)
+
+    def _is_watched(self, number: int, every: int) -> bool:
+        return every > 0 and (number in (1, self.shape.num_rounds) or number % every == 0)
 
     def describe(self) -> str:
         """The plan as a table for people, without a trailing newline."""
@@ -360,7 +362,7 @@ def _make_plan(
     model: ModelInfo | None,
 ) -> Plan:
     run, sampler = read(RunSettings, values), read(SamplerSettings, values)
-    settings = read(algorithm.groups[0], values)
+    settings: Any = read(algorithm.groups[0], values)
     shape = round_shape(read(BatchSettings, values), len(tasks), num_processes, run.num_epochs)
     changed = [name for name, declared in SCHEMA.keys.items() if _plain(values[name]) != _plain(declared.default)]
     notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
@@ -370,7 +372,7 @@ def _make_plan(
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
     watch = read(WatchSettings, values)
-    return Plan(values, algorithm, settings, sampler, run, watch, shape, tasks, num_prompts, model, tuple(notes))
+    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
 
 
 def _guidance(scale: float) -> str:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
+from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
+from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_prompts
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.distributed import together
-from diffusionopd.files import ensure_writable, sha256, write_json, writing
+from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
+from diffusionopd.failures import ending_together
+from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import (
     DTYPES,
@@ -38,16 +42,14 @@ from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import LimitedScorer, RewardError, RewardWorker, build_composite, build_scorer
-from diffusionopd.training.agreement import agree
-from diffusionopd.training.checkpoint import MANIFEST, load_state
+from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
+from diffusionopd.training.agreement import agree, data_facts, setup_facts
+from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan
-from diffusionopd.training.resume import Resume, RunError, prompt_digests, tensor_digest, weight_digests
+from diffusionopd.training.plan import Plan, check
+from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 
-ENCODING_TIMEOUT = 3 * 3600.0
-"""Seconds that a process may wait for the slowest while a large prompt set is encoded for the first time."""
 _RUN_FOLDER = "Choose another with --config.save_dir, or free space."
 
 
@@ -58,28 +60,20 @@ class Run:
     plan: Plan
     resume: Resume
     accelerator: Accelerator
-    device: torch.device
-    dtype: torch.dtype  # of frozen weights
-    train: Mapping[str, Sequence[Prompt]]  # prompts by task
-    test: Mapping[str, Sequence[Prompt]]  # empty when nothing is evaluated
-    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
-    text: TextCache
-    backbone: Backbone
-    adapters: Adapters
-    optimizer: StudentOptimizer
-    ema: Ema | None
     algorithm: Algorithm
     batches: Batches
+    optimizer: StudentOptimizer
+    ema: Ema | None
+    backbone: Backbone
+    adapters: Adapters
+    text: TextCache
+    test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
+    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
+    scorers: Mapping[str, Mapping[str, RewardWorker]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
+    digests: Mapping[str, str]  # of prompts and weights
     held: dict[str, Any] | None = None  # the last round's metrics, until its monitored scores are there
-    digests: Mapping[str, str] = field(default_factory=dict)
-    scorers: Mapping[str, Mapping[str, LimitedScorer]] = field(default_factory=dict)  # by task; of evaluations
-
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        return self.accelerator.process_index
 
     @property
     def is_main(self) -> bool:
@@ -95,17 +89,6 @@ class Run:
             with self.ema.in_use():
                 yield
 
-    def wants_scores(self, number: int) -> bool:
-        """Whether the images of round ``number`` (from 1) are scored: the first's, every so many rounds, the last's."""
-        return not self.plan.algorithm.has_rewards and self._is_watched(number, self.plan.watch.monitor_freq)
-
-    def wants_grid(self, number: int) -> bool:
-        """Whether the images of round ``number`` (from 1) become a grid."""
-        return self._is_watched(number, self.plan.watch.sample_freq)
-
-    def _is_watched(self, number: int, every: int) -> bool:
-        return every > 0 and (number in (1, self.plan.shape.num_rounds) or number % every == 0)
-
     def close(self) -> None:
         """End threads and trackers, and write what is left."""
         self.batches.close()
@@ -114,8 +97,58 @@ class Run:
             worker.close(cancel=True)
         for scorers in self.scorers.values():
             for scorer in scorers.values():
-                scorer.close()
+                scorer.close(cancel=True)
         self.metrics.close()
+        self.accelerator.end_training()
+
+
+@contextmanager
+def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: bool = False) -> Iterator[Run | None]:
+    """Check ``config``, say what it will do, and build the run; None with ``dry_run``.
+
+    Errors and arguments as of :func:`diffusionopd.training.train`. What fails in one process inside the block ends all
+    of them; after it, threads and trackers have ended.
+    """
+    requested_sharding()  # before accelerate, which would name no remedy
+    accelerator = make_accelerator(config)
+    agree(setup_facts(config.to_dict()))
+    resume, plan = together(partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
+    accelerator.print(plan.describe())
+    if dry_run:
+        accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
+        yield None
+        return
+    accelerator.project_configuration.project_dir = str(plan.run.run_dir)
+    accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
+    with ending_together():
+        run = build(plan, resume, accelerator)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
+    """Where the run starts, and what it will do: what is wrong is said here, before weights load."""
+    resume = find_start(config, accelerator.num_processes, allow_config_change)
+    plan = check(resume.config, accelerator.num_processes)
+    check_devices(plan, accelerator.device)
+    return resume, plan
+
+
+def make_accelerator(config: ConfigDict) -> Accelerator:
+    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
+    seconds, log_with = config.get("collective_timeout"), config.get("log_with")
+    if not is_number(seconds) or seconds <= 0:
+        seconds = TIMEOUT  # until check() refuses the configured one
+    set_timeout(seconds)
+    trackers = [name for name in str(log_with or "").split(",") if name and name != "none"]
+    return Accelerator(
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by started()
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+    )
 
 
 def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
@@ -139,13 +172,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
         for index, task in enumerate(plan.tasks)
     }
-    agree(
-        {
-            "the checkpoint": {"resumed from": sha256(resume.folder / MANIFEST) if resume.folder else "none"},
-            "training": prompt_digests(train),
-            "test": prompt_digests(test),
-        }
-    )
+    agree(data_facts(resume, train, test))
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device)) if plan.algorithm.has_rewards else {}
@@ -159,7 +186,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     backbone, adapters = load_models(plan, device, dtype)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     weights = weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters)
-    agree({"the weights": weights | {"the student": tensor_digest(adapters.parameters(STUDENT))}})
+    agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
     backbone.shard()
 
@@ -182,6 +209,21 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
 
+    batches = Batches(
+        plan.shape,
+        plan.tasks,
+        noise,
+        prompts=train,
+        samplers=samplers,
+        text=text,
+        latent_shape=backbone.latent_shape(base.resolution),
+        steps=lambda index, task: plan.algorithm.steps(plan, (noise.seed, index, task)),
+        wants_images=lambda index: plan.wants_scores(index + 1) or plan.wants_grid(index + 1),
+        device=device,
+        dtype=dtype,
+        rank=rank,
+    )
+
     # Metrics and monitoring
     run_dir = plan.run.run_dir
     with writing(run_dir, "run folder", _RUN_FOLDER):
@@ -202,25 +244,24 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         watch.reward_options,
         watch.reward_timeout,
     )
-    run = Run(
-        plan, resume, accelerator, device, dtype, train, test, rewards, text, backbone, adapters, optimizer, ema,
-        algorithm, None, metrics, monitor, None, digests | weights, _build_scorers(plan, str(device)),
-    )  # fmt: skip
-    run.batches = Batches(
-        plan.shape,
-        plan.tasks,
-        noise,
-        prompts=train,
-        samplers=samplers,
+    return Run(
+        plan=plan,
+        resume=resume,
+        accelerator=accelerator,
+        algorithm=algorithm,
+        batches=batches,
+        optimizer=optimizer,
+        ema=ema,
+        backbone=backbone,
+        adapters=adapters,
         text=text,
-        latent_shape=backbone.latent_shape(base.resolution),
-        steps=lambda index, task: plan.algorithm.steps(plan, (noise.seed, index, task)),
-        wants_images=lambda index: run.wants_scores(index + 1) or run.wants_grid(index + 1),
-        device=device,
-        dtype=dtype,
-        rank=rank,
+        test=test,
+        rewards=rewards,
+        scorers=_build_scorers(plan, str(device)),
+        metrics=metrics,
+        monitor=monitor,
+        digests=digests | weights,
     )
-    return run
 
 
 def check_devices(plan: Plan, device: torch.device) -> None:
@@ -293,8 +334,8 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
     folder = resume.folder / "state"
     tensors, scalars = load_state(folder)
     try:
-        student = [tensors.get(f"student.{i}") for i in range(len(optimizer.parameters))]
-        if [getattr(p, "shape", None) for p in student] != [p.shape for p in optimizer.parameters]:
+        student = [tensors[f"student.{i}"] for i in range(sum(name.startswith("student.") for name in tensors))]
+        if [p.shape for p in student] != [p.shape for p in optimizer.parameters]:
             raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
         with torch.no_grad():
             for parameter, saved in zip(optimizer.parameters, student, strict=True):
@@ -327,18 +368,20 @@ def _build_rewards(plan: Plan, device: str) -> dict[str, RewardWorker]:
     for task in plan.tasks:
         scorer = build_composite(task.proxy_reward, device, plan.watch.reward_options)
         name = ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, patient=True)
+        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, retry_unavailable=True)
     return workers
 
 
-def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, LimitedScorer]]:
+def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, RewardWorker]]:
     """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
-    scorers: dict[str, dict[str, LimitedScorer]] = {}
+    scorers: dict[str, dict[str, RewardWorker]] = {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         for name in task.proxy_reward:
             try:
                 scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
-                scorers.setdefault(task.name, {})[name] = LimitedScorer(scorer, name, plan.watch.reward_timeout)
+                scorers.setdefault(task.name, {})[name] = RewardWorker(
+                    scorer, 1, name=name, timeout=plan.watch.reward_timeout
+                )
             except RewardError as error:
                 warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
     return scorers
@@ -354,7 +397,7 @@ def _fill_text_cache(
     place, precision = encoder_place(memory.text_encoder_device, device, dtype)
     load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(memory.cache_dir, text_key(model, revision), length, dtype)
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", ENCODING_TIMEOUT)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
     return cache
 
 

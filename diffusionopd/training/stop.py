@@ -1,19 +1,19 @@
-"""Ending a run early and well: what a signal wishes, all processes agree on, and what was left undone is kept."""
+"""Ending a run early: a signal to one process stops all of them after the round."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from diffusionopd.distributed import any_process
+from diffusionopd.signals import SignalWatch, name, say
 
-from diffusionopd import distributed
-from diffusionopd.files import write_json
-from diffusionopd.signals import SignalWatch, name
 
-_PENDING = "state/pending.json"
+class Stopped(Exception):
+    """Raised by :func:`diffusionopd.training.train` when a signal ended a run early, saved, with more to do."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__(f"stopped early; saved {checkpoint}")
+        self.checkpoint = checkpoint
 
 
 class Stop(SignalWatch):
@@ -30,8 +30,7 @@ class Stop(SignalWatch):
 
     def agreed(self) -> bool:
         """Whether any process has got a signal, the same answer on every one. Collective until it is true."""
-        if not self.signal:
-            self.signal = max(distributed.meet("agreeing whether to go on", self.received))
+        self.signal = self.signal or any_process(self.received)
         return self.signal > 0
 
     def note(self, completed: int, saved: Path | None) -> str:
@@ -43,20 +42,4 @@ class Stop(SignalWatch):
 
     def _say(self, number: int) -> None:
         if self._announce:
-            tqdm.write(
-                f"{name(number)}: finishing {self.doing}, saving, then ending; a second signal ends at once",
-                file=sys.stderr,
-            )
-
-
-def write_pending(checkpoint: Path, row: dict[str, Any]) -> None:
-    """Keep the metrics of a round whose evaluation is still to be done, in the checkpoint after that round."""
-    write_json(checkpoint / _PENDING, row)
-
-
-def read_pending(checkpoint: Path | None) -> dict[str, Any] | None:
-    """What :func:`write_pending` kept; None for a checkpoint whose round is complete."""
-    path = None if checkpoint is None else checkpoint / _PENDING
-    if path is None or not path.exists():
-        return None
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+            say(f"{name(number)}: finishing {self.doing}, saving, then ending; a second signal ends at once")

@@ -1,4 +1,4 @@
-"""The paper's comparisons in the tiny world: one configuration an experiment, all on the same prompts and test sets.
+"""The paper's comparisons in the tiny world: one configuration per experiment, all on the same prompts and test sets.
 
 Teachers come from rewards (DiffusionNFT), students from these teachers; ``run.py`` fills in the teachers of a seed.
 """
@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 _configs = Path(__file__).resolve().parents[2] / "config"
 _tiny = runpy.run_path(str(_configs / "tiny.py"))["get_config"]
 _teacher = runpy.run_path(str(_configs / "teacher.py"))["get_config"]
-
-TASKS = {"compose": "geneval", "ocr": "general_ocr", "scene": "general_ocr"}  # name -> format of its prompts
 
 
 def get_config(name: str) -> ConfigDict:
@@ -44,13 +42,13 @@ def guard_scene() -> ConfigDict:
 
 
 def multitask_nft() -> ConfigDict:
-    """One student from all rewards, a task a round in turn; as many rounds a task as a teacher has, and as many more as
-    the distillation costs."""
+    """One student from all rewards, one task per round in turn; as many rounds per task as a teacher has, and as many
+    more as the distillation costs."""
     return _several(_teacher("tiny_compose"), "alternate")
 
 
 def multitask_guard() -> ConfigDict:
-    """The same with GRPO-Guard, which needs 144 evaluations a round: as many evaluations in more rounds."""
+    """The same with GRPO-Guard, which needs 144 NFE per round: as many NFE in more rounds."""
     config = _guarded(_several(_teacher("tiny_compose"), "alternate"))
     config.train.learning_rate = 5e-4  # the best of 3e-4, 5e-4 and 1e-3, at which ocr collapsed in one seed of three
     config.num_epochs = 360
@@ -67,7 +65,9 @@ def cascade_nft() -> ConfigDict:
 
 def opd() -> ConfigDict:
     """The method as the tiny world's own configuration has it: ODE, velocities compared, self-normalised."""
-    return _distilled()
+    config = _watched(_tiny("mopd"))
+    config.num_epochs = 80
+    return config
 
 
 def opd_noise00() -> ConfigDict:
@@ -97,7 +97,7 @@ def ppo_noise07() -> ConfigDict:
 
 def sft() -> ConfigDict:
     """Supervised on samples of the teachers."""
-    config = _distilled()
+    config = opd()
     config.train.algorithm = "sft"
     return config
 
@@ -134,36 +134,24 @@ def opd_2e3() -> ConfigDict:
 
 
 def _watched(config: ConfigDict, only: str = "") -> ConfigDict:
-    """Scored on 48 test prompts a task every tenth round; ``only`` is the one task of a teacher."""
-    names = [only] if only else list(TASKS)
-    config.train.teachers = [_task(name) for name in names]
-    config.eval_freq = 10
-    config.eval_num_prompts = 48
-    config.monitor_freq = 0
-    config.sample_freq = 0
-    config.save_freq = 10
+    """Scored on 48 test prompts per task every tenth round; ``only`` is the one task of a teacher."""
+    config.train.teachers = [
+        dict(task, guidance_scale=1.0)  # run.py puts the seed's own teachers in the place of the shipped ones
+        for task in _tiny("mopd").train.teachers
+        if task["name"] == only or not only
+    ]
+    config.update({"eval_freq": 10, "eval_num_prompts": 48, "monitor_freq": 0, "sample_freq": 0, "save_freq": 10})
     config.num_checkpoint_limit = 2
     config.sample.test_batch_size = 16
     return config
-
-
-def _task(name: str) -> dict:
-    return {
-        "name": name,
-        "dataset": f"assets/tiny/dataset/{name}",
-        "lora_path": f"assets/tiny/teachers/{name}/lora",  # run.py puts the seed's own teacher here
-        "proxy_reward": {f"tiny_{name}": 1.0},
-        "prompt_fn": TASKS[name],
-        "guidance_scale": 1.0,
-    }
 
 
 def _several(config: ConfigDict, order: str) -> ConfigDict:
     config = _watched(config)
     config.train.task_order = order
     config.train.learning_rate = 1e-3  # the teachers' 2e-3 is stable on one task, not on three
-    config.num_epochs = 270  # at 192 evaluations each as many as three teachers and the distillation together
-    config.eval_freq = 30
+    # At 192 NFE each, 270 rounds cost as much as three teachers and the distillation together.
+    config.update({"num_epochs": 270, "eval_freq": 30})
     return config
 
 
@@ -175,23 +163,15 @@ def _at(learning_rate: float, config: ConfigDict) -> ConfigDict:
 def _guarded(config: ConfigDict) -> ConfigDict:
     # At the teachers' learning rate and a clip range that no ratio reaches, a student of all tasks collapsed into
     # scene's. A log-ratio is a mean over 2048 dimensions: 2e-5 clips a few percent of them.
-    config.train.algorithm = "grpo_guard"
     config.sample.noise_level = 0.7
-    config.train.learning_rate = 1e-3
-    config.train.clip_range_lt = 2e-5
-    config.train.clip_range_gt = 2e-5
-    return config
-
-
-def _distilled() -> ConfigDict:
-    config = _watched(_tiny("mopd"))
-    config.num_epochs = 80
+    config.train.update({"algorithm": "grpo_guard", "learning_rate": 1e-3})
+    config.train.update({"clip_range_lt": 2e-5, "clip_range_gt": 2e-5})
     return config
 
 
 def _by_the_paper(noise_level: float) -> ConfigDict:
     """The closed form on the means of the steps."""
-    config = _distilled()
+    config = opd()
     config.sample.noise_level = noise_level
     config.train.target = "mean"
     config.train.self_normalize = False
@@ -200,8 +180,7 @@ def _by_the_paper(noise_level: float) -> ConfigDict:
 
 def _longer(config: ConfigDict) -> ConfigDict:
     """Long enough to come near the teachers: with the paper's loss 80 rounds are not."""
-    config.num_epochs = 160
-    config.eval_freq = 20
+    config.update({"num_epochs": 160, "eval_freq": 20})
     return config
 
 

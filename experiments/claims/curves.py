@@ -21,7 +21,7 @@ class ClaimsError(ValueError):
 
 @dataclass(frozen=True)
 class Point:
-    """Scores on the monitored test prompts after so many rounds and forward evaluations of single pictures."""
+    """Scores on the monitored test prompts after so many rounds and forward passes of single images."""
 
     round: int
     evaluations: float
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """One experiment with one seed. Evaluations count forward passes of the transformer by single pictures."""
+    """One experiment with one seed. Evaluations count forward passes of the transformer of single images."""
 
     experiment: str
     label: str
@@ -39,7 +39,7 @@ class Result:
     rounds: int
     evaluations: float
     teacher_evaluations: float
-    backwards: float | None  # pictures whose forward was also backpropagated; None where it was not counted
+    backwards: float | None  # images whose forward was also backpropagated; None where it was not counted
     curve: Sequence[Point]
     final: Mapping[str, Summary]
 
@@ -76,16 +76,13 @@ def read_results(folder: Path) -> dict[str, dict[int, Result]]:
 
 
 def _read(file: Path) -> Result:
+    names = ("experiment", "label", "seed", "form", "rounds", "evaluations", "teacher_evaluations")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         final = {task: Summary(**content["final"][task]) for task in TASKS}
-        curve = (
-            [Point(p["round"], p["evaluations"], p["scores"]) for p in content["curve"]] if "curve" in content else []
-        )
-        names = ("experiment", "label", "seed", "form", "rounds", "evaluations", "teacher_evaluations")
-        return Result(
-            **{name: content[name] for name in names}, backwards=content.get("backwards"), curve=curve, final=final
-        )
+        curve = [Point(p["round"], p["evaluations"], p["scores"]) for p in content.get("curve", [])]
+        values = {name: content[name] for name in names}
+        return Result(**values, backwards=content.get("backwards"), curve=curve, final=final)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and run {REMEDY} again") from error
 
@@ -114,19 +111,15 @@ def at_evaluations(curve: Sequence[Point], evaluations: float) -> dict[str, floa
 
 def rounds_to(curve: Sequence[Point], task: str, level: float) -> float | None:
     """Rounds, with fraction, after which the linearly interpolated curve first has this score; None if it never has."""
-    before = None
-    for point in curve:
-        score = point.scores[task]
-        if score >= level:
-            if before is None:
-                return float(point.round)
-            low = before.scores[task]
-            return before.round + (level - low) / (score - low) * (point.round - before.round)
-        before = point
-    return None
+    first = next((i for i, point in enumerate(curve) if point.scores[task] >= level), None)
+    if not first:
+        return None if first is None else float(curve[0].round)
+    before, point = curve[first - 1], curve[first]
+    low, score = before.scores[task], point.scores[task]
+    return before.round + (level - low) / (score - low) * (point.round - before.round)
 
 
-def mean_height(points: Sequence[tuple[float, float]], end: float) -> float:
+def area(points: Sequence[tuple[float, float]], end: float) -> float:
     """Area under a piecewise linear curve of (x, y) from its first x to ``end``, divided by that length."""
     x, y = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
     inside = x < end

@@ -2,6 +2,7 @@
 
 TASKS = ("compose", "ocr", "scene")
 TEACHERS = tuple(f"teacher_{task}" for task in TASKS)
+BASELINES = ("multitask_nft", "multitask_guard", "cascade_nft")
 LABELS = {
     "base": "base",
     **{f"shipped_{task}": f"shipped teacher, {task}" for task in TASKS},
@@ -23,17 +24,7 @@ LABELS = {
     "opd_5e4": "DiffusionOPD, rate 5e-4",
     "opd_2e3": "DiffusionOPD, rate 2e-3",
 }
-DISTILLED = (
-    "sft",
-    "opd",
-    "opd_noise00",
-    "opd_noise03",
-    "opd_noise07",
-    "ppo_noise03",
-    "ppo_noise07",
-    "opd_5e4",
-    "opd_2e3",
-)
+DISTILLED = tuple(name for name in LABELS if name.startswith(("sft", "opd", "ppo")))
 RATES = {
     "multitask_nft": {"1e-3": "multitask_nft", "2e-3": "multitask_nft_2e3"},
     "multitask_guard": {"5e-4": "multitask_guard", "1e-3": "multitask_guard_1e3"},

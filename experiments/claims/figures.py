@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -12,33 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.claims.curves import Point, Result, Runs, curve_from_base, monitored
 from experiments.claims.experiments import TASKS
-from tools.report.plots import BASE, SERIES
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes.
+BASE = "#6b7280"
+BLUE, RED, GREEN, PURPLE, BLACK = "#0b62a8", "#c2410c", "#00795c", "#a2528f", "#2b2b2b"
+METHODS = {"opd": BLUE, "multitask_nft": RED, "multitask_guard": GREEN, "cascade_nft": PURPLE}
+NOISE = {"opd_noise00": BLUE, "opd_noise03": GREEN, "opd_noise07": RED}
+ESTIMATORS = {"opd_noise03": GREEN, "ppo_noise03": GREEN, "opd_noise07": RED, "ppo_noise07": RED}
 
 Abscissa = Callable[[Result, Point], float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One method in a figure."""
-
-    experiment: str
-    color: str
-    style: str = "-"
-
-
-METHODS = (
-    Line("opd", SERIES[0]),
-    Line("multitask_nft", SERIES[1]),
-    Line("multitask_guard", SERIES[2]),
-    Line("cascade_nft", SERIES[3]),
-)
-NOISE = (Line("opd_noise00", SERIES[0]), Line("opd_noise03", SERIES[2]), Line("opd_noise07", SERIES[1]))
-ESTIMATORS = (
-    Line("opd_noise03", SERIES[2]),
-    Line("ppo_noise03", SERIES[2], "--"),
-    Line("opd_noise07", SERIES[1]),
-    Line("ppo_noise07", SERIES[1], "--"),
-)
 AXES: Mapping[str, Abscissa] = {
     "rounds": lambda _, point: point.round,
     "thousand evaluations": lambda _, point: point.evaluations / 1000,
@@ -50,44 +31,34 @@ def figures(runs: Runs) -> dict[str, Figure]:
     """File name -> figure, of those for which there is any curve."""
     rounds = {"rounds": AXES["rounds"]}
     drawn = {
-        "methods.png": _students(runs, METHODS, AXES),
-        "noise.png": _students(runs, NOISE, rounds),
-        "estimators.png": _students(runs, ESTIMATORS, rounds),
-        "teachers.png": _teachers(runs),
+        "methods.png": _figure(runs, METHODS, AXES),
+        "noise.png": _figure(runs, NOISE, rounds),
+        "estimators.png": _figure(runs, ESTIMATORS, rounds),
+        "teachers.png": _figure(runs, {"teacher_": BLUE, "guard_": GREEN}, rounds),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _students(runs: Runs, lines: Sequence[Line], abscissas: Mapping[str, Abscissa]) -> Figure | None:
-    """A row an abscissa, a column a task; below and above, the finished teachers' and the base's level.
+def _figure(runs: Runs, lines: Mapping[str, str], abscissas: Mapping[str, Abscissa]) -> Figure | None:
+    """A row per abscissa, a column per task; above and below, levels of finished models, on the monitored prompts.
 
-    Everything on the monitored test prompts.
+    ``lines`` are colours by experiment; one whose name ends in ``_`` is that of each task.
     """
-    if not any(_has_curve(runs, line.experiment) for line in lines):
+    panels = {t: {name + t if name.endswith("_") else name: color for name, color in lines.items()} for t in TASKS}
+    if not any(run.curve for names in panels.values() for name in names for run in runs.get(name, {}).values()):
         return None
     figure, grid = _panels(len(abscissas))
     for row, (xlabel, abscissa) in zip(grid, abscissas.items(), strict=True):
-        for axes, task in zip(row, TASKS, strict=True):
+        for axes, (task, names) in zip(row, panels.items(), strict=True):
             axes.set_xlabel(xlabel)
-            for line in lines:
-                _draw(axes, runs, line, task, abscissa)
-            _level(axes, runs, f"teacher_{task}", task, "teacher of the task", SERIES[5], "--")
+            for name, color in names.items():
+                label = {f"teacher_{task}": "DiffusionNFT", f"guard_{task}": "GRPO-Guard"}.get(name, "")
+                _draw(axes, runs, name, color, task, abscissa, label)
+            if "teacher_" in lines:
+                _level(axes, runs, f"shipped_{task}", task, "shipped teacher", BLACK, "--")
+            else:
+                _level(axes, runs, f"teacher_{task}", task, "teacher of the task", BLACK, "--")
             _level(axes, runs, "base", task, "base", BASE, ":")
-    _legend(figure, grid)
-    return figure
-
-
-def _teachers(runs: Runs) -> Figure | None:
-    lines = [(Line(f"teacher_{t}", SERIES[0]), Line(f"guard_{t}", SERIES[2])) for t in TASKS]
-    if not any(_has_curve(runs, line.experiment) for pair in lines for line in pair):
-        return None
-    figure, grid = _panels(1)
-    for axes, task, (nft, guard) in zip(grid[0], TASKS, lines, strict=True):
-        axes.set_xlabel("rounds")
-        _draw(axes, runs, nft, task, AXES["rounds"], "DiffusionNFT")
-        _draw(axes, runs, guard, task, AXES["rounds"], "GRPO-Guard")
-        _level(axes, runs, f"shipped_{task}", task, "shipped teacher", SERIES[5], "--")
-        _level(axes, runs, "base", task, "base", BASE, ":")
     _legend(figure, grid)
     return figure
 
@@ -106,26 +77,23 @@ def _panels(rows: int) -> tuple[Figure, list[list[Axes]]]:
     return figure, grid
 
 
-def _has_curve(runs: Runs, experiment: str) -> bool:
-    return any(result.curve for result in runs.get(experiment, {}).values())
-
-
-def _draw(axes: Axes, runs: Runs, line: Line, task: str, abscissa: Abscissa, label: str = "") -> None:
+def _draw(axes: Axes, runs: Runs, name: str, color: str, task: str, abscissa: Abscissa, label: str) -> None:
     """The seeds' mean at the rounds that all of them have (dots), in a band from the lowest to the highest."""
-    results = [result for result in runs.get(line.experiment, {}).values() if result.curve]
+    results = [result for result in runs.get(name, {}).values() if result.curve]
     if not results:
         return
-    curves = [{point.round: point for point in _whole_curve(runs, result)} for result in results]
+    curves = [{point.round: point for point in _from_base(runs, result)} for result in results]
     rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
     x = [fmean(abscissa(result, c[n]) for result, c in zip(results, curves, strict=True)) for n in rounds]
     scores = [[curve[n].scores[task] for curve in curves] for n in rounds]
     label = f"{label or results[0].label} ({len(results)} seed{'s' if len(results) > 1 else ''})"
     means = [fmean(s) for s in scores]
-    axes.plot(x, means, line.style, color=line.color, linewidth=1.8, marker="o", markersize=3, label=label)
-    axes.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.color, alpha=0.15, linewidth=0)
+    style = "--" if name.startswith("ppo") else "-"
+    axes.plot(x, means, style, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+    axes.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.15, linewidth=0)
 
 
-def _whole_curve(runs: Runs, result: Result) -> Sequence[Point]:
+def _from_base(runs: Runs, result: Result) -> Sequence[Point]:
     """From the base's scores on, where the base was evaluated."""
     base = next(iter(runs.get("base", {}).values()), None)
     return result.curve if base is None else curve_from_base(result, runs["base"].get(result.seed, base))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,13 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-import numpy as np
-
 from experiments.claims.curves import ClaimsError, Result, Runs, read_results
-from experiments.claims.experiments import LABELS, RATES, TASKS
+from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
 from experiments.claims.figures import figures
 from experiments.claims.verdicts import (
-    RIVALS,
     Claim,
     Part,
     averages,
@@ -36,9 +33,9 @@ from experiments.claims.verdicts import (
     lead_over_the_best,
     standard_error,
 )
-from tools.report.comparison import min_max
 
 RESULTS = Path(__file__).with_name("results")
+SHORT = "**Short form: these runs show that everything works; their figures say nothing about the claims.**"
 CURVES = "On the monitored test prompts, the first ones of all, at the dots; so are the dashed and dotted levels."
 CAPTIONS = {
     "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
@@ -70,22 +67,21 @@ def table(runs: Runs) -> list[Row]:
     order = [*(name for name in LABELS if name in runs), *sorted(runs.keys() - LABELS.keys())]
     by_row = [list(runs[name].values()) for name in order]
     means = [{task: fmean(result.means()[task] for result in results) for task in TASKS} for results in by_row]
-    normalised = min_max(np.array([[row[task] for task in TASKS] for row in means]))
-    usable = normalised[:, ~np.isnan(normalised).any(axis=0)]
-    averages = usable.mean(axis=1).tolist() if usable.size else [None] * len(order)
-    return [_row(*columns) for columns in zip(by_row, means, averages, strict=True)]
+    columns = {task: [row[task] for row in means] for task in TASKS}
+    ranges = {task: (min(column), max(column)) for task, column in columns.items() if min(column) < max(column)}
+    return [_row(results, row, ranges) for results, row in zip(by_row, means, strict=True)]
 
 
-def _row(results: Sequence[Result], means: Mapping[str, float], average: float | None) -> Row:
-    spreads = {t: stdev(result.means()[t] for result in results) if len(results) > 1 else None for t in TASKS}
+def _row(results: Sequence[Result], means: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> Row:
+    normalised = [(means[task] - low) / (high - low) for task, (low, high) in ranges.items()]
     counted = [result.backwards for result in results if result.backwards is not None]
     return Row(
         experiment=results[0].experiment,
         label=results[0].label,
         seeds=sorted(result.seed for result in results),
         means=means,
-        spreads=spreads,
-        average=average,
+        spreads={t: stdev(r.means()[t] for r in results) if len(results) > 1 else None for t in TASKS},
+        average=sum(normalised) / len(normalised) if normalised else None,
         rounds=fmean(result.rounds for result in results),
         evaluations=fmean(result.evaluations for result in results),
         with_teachers=fmean(result.with_teachers for result in results),
@@ -101,158 +97,140 @@ def missing(runs: Runs) -> list[str]:
 
 def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | None, plots: Sequence[str]) -> str:
     """The report as Markdown."""
+    forms = {result.form for by_seed in runs.values() for result in by_seed.values()}
+    absent = missing(runs)
+    names = (f"{name} (seeds {', '.join(map(str, sorted(by_seed)))})" for name, by_seed in runs.items())
     sections = [
         "# The paper's claims in the tiny world",
-        *_preface(runs),
-        _overview(found),
+        SHORT if forms == {"short"} else "",
+        _lines(
+            "| claim | verdict",
+            "--- | --- | ---",
+            [[i, c.statement, f"**{c.verdict}**"] for i, c in enumerate(found, 1)],
+        ),
         "## Scores",
-        _table_text(table(runs)),
-        _table_notes(runs),
+        _table_text(runs),
         "## Claims, one by one",
         "Values: mean over the seeds ± its standard error.",
         *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
-        *([_variance_text(variance)] if variance else []),
-        *_conflict_text(runs),
-        *_best_text(runs),
-        *_rates_text(runs),
-        *(["## Curves", CURVES] if plots else []),
+        _variance_text(variance) if variance else "",
+        _conflict_text(runs),
+        _best_text(runs),
+        _rates_text(runs),
+        f"## Curves\n\n{CURVES}" if plots else "",
         *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
-        "## Runs",
-        _runs_text(runs),
+        f"## Runs\n\nThere: {', '.join(names)}.",
+        f"Not measured yet: {', '.join(absent)}." if absent else "",
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _preface(runs: Runs) -> list[str]:
-    forms = {result.form for by_seed in runs.values() for result in by_seed.values()}
-    if forms == {"short"}:
-        return ["**Short form: these runs show that everything works; their figures say nothing about the claims.**"]
-    return []
+def _lines(head: str, rule: str, rows: Iterable[Sequence[object]], title: str = "", note: str = "") -> str:
+    """A Markdown table under a title, with a note; nothing without rows."""
+    body = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
+    parts = [title, "\n".join([f"| {head} |", f"| {rule} |", *body]), note]
+    return "\n\n".join(filter(None, parts)) if body else ""
 
 
-def _overview(found: Sequence[Claim]) -> str:
-    lines = ["| | claim | verdict |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {i} | {c.statement} | **{c.verdict}** |" for i, c in enumerate(found, 1))])
-
-
-def _table_text(rows: Sequence[Row]) -> str:
-    lines = [
-        f"| model | seeds | {' | '.join(TASKS)} | Average | rounds | evaluations | with teachers' | backward passes |",
-        "| --- |" + " ---: |" * (len(TASKS) + 6),
-    ]
-    for row in rows:
+def _table_text(runs: Runs) -> str:
+    counts = sorted({summary.count for by in runs.values() for r in by.values() for summary in r.final.values()})
+    cells = []
+    for row in table(runs):
         scores = [_with_spread(row.means[task], row.spreads[task]) for task in TASKS]
         average = "–" if row.average is None else f"{row.average:.3f}"
-        costs = [_count(value) for value in (row.rounds, row.evaluations, row.with_teachers, row.backwards)]
-        lines.append(f"| {' | '.join([row.label, str(len(row.seeds)), *scores, average, *costs])} |")
-    return "\n".join(lines)
+        costs = [row.rounds, row.evaluations, row.with_teachers, row.backwards]
+        counted = [f"{value:,.0f}" if value else "–" for value in costs]
+        cells.append([row.label, len(row.seeds), *scores, average, *counted])
+    return _lines(
+        f"model | seeds | {' | '.join(TASKS)} | Average | rounds | evaluations | with teachers' | backward passes",
+        "---" + " | ---:" * (len(TASKS) + 6),
+        cells,
+        note=f"Mean over seeds ± standard deviation of the seeds' means, {' or '.join(map(str, counts))} test prompts "
+        "a task. Average: mean of the scores min-max normalised over these rows, so it changes with the rows. "
+        "Evaluations: forward passes of the transformer by single pictures in the whole training (rollouts and "
+        "teachers' passes included, scoring left out); backward passes are those of the pictures among them that were "
+        "also backpropagated.",
+    )
 
 
 def _with_spread(mean: float, spread: float | None) -> str:
     return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
-def _count(value: float | None) -> str:
-    return "–" if not value else f"{value:,.0f}"
-
-
-def _table_notes(runs: Runs) -> str:
-    counts = sorted({summary.count for by in runs.values() for r in by.values() for summary in r.final.values()})
-    return (
-        f"Mean over seeds ± standard deviation of the seeds' means, {' or '.join(map(str, counts))} test prompts a "
-        "task. Average: mean of the scores min-max normalised over these rows, so it changes with the rows. "
-        "Evaluations: forward passes of the transformer by single pictures in the whole training (rollouts and "
-        "teachers' passes included, scoring left out); backward passes are those of the pictures among them that were "
-        "also backpropagated."
-    )
-
-
 def _claim_text(number: int, claim: Claim) -> str:
-    lines = [
-        "| | value | wanted | seeds | verdict |",
-        "| --- | ---: | --- | --- | --- |",
-        *map(_part_text, claim.parts),
-    ]
-    head = f"### {number}. {claim.statement}\n\n**{claim.verdict}.** Rule: {claim.rule}"
-    return head + "\n\n" + "\n".join(lines)
+    title = f"### {number}. {claim.statement}\n\n**{claim.verdict}.** Rule: {claim.rule}"
+    head, rule = "| value | wanted | seeds | verdict", "--- | ---: | --- | --- | ---"
+    return _lines(head, rule, map(_part_cells, claim.parts), title)
 
 
-def _part_text(part: Part) -> str:
+def _part_cells(part: Part) -> list[str]:
     wanted = f"{part.relation} {part.limit:g}"
     if part.mean is None:
-        return f"| {part.name} | – | {wanted} | – | {part.verdict}: {part.why_none} |"
-    each = ", ".join(f"{value:.3f}" for value in part.values.values())
-    seeds = f"{part.seeds_that_hold} of {len(part.values)}: {each}"
+        return [part.name, "–", wanted, "–", f"{part.verdict}: {part.why_none}"]
+    seeds = f"{part.seeds_that_hold} of {len(part.values)}: {_each(part.values)}"
     if part.undefined:
         seeds += f"; undefined in seed {', '.join(map(str, part.undefined))}"
-    value = _with_spread(part.mean, part.standard_error)
     verdict = part.verdict + (", but by less than the standard error" if part.is_close else "")
-    return f"| {part.name} | {value} | {wanted} | {seeds} | {verdict} |"
+    return [part.name, _with_spread(part.mean, part.standard_error), wanted, seeds, verdict]
 
 
-def _conflict_text(runs: Runs) -> list[str]:
+def _each(values: Mapping[int, float], sign: str = "") -> str:
+    return ", ".join(f"{value:{sign}.3f}" for value in values.values())
+
+
+def _conflict_text(runs: Runs) -> str:
     """Whether the tasks fight here: what decides how much there is to win by distilling."""
-    lines = []
-    for rival in ("multitask_nft", "multitask_guard"):
-        found = beside_teachers(runs, rival)
-        if all(found.values()):
-            cells = [f"{fmean(v.values()):+.3f} ({', '.join(f'{x:+.3f}' for x in v.values())})" for v in found.values()]
-            lines.append(f"| {LABELS[rival]} | {' | '.join(cells)} |")
-    if not lines:
-        return []
-    head = [f"| | {' | '.join(TASKS)} |", "| --- |" + " ---: |" * len(TASKS)]
-    note = (
+    found = {name: beside_teachers(runs, name) for name in ("multitask_nft", "multitask_guard")}
+    return _lines(
+        f"| {' | '.join(TASKS)}",
+        "---" + " | ---:" * len(TASKS),
+        [
+            [LABELS[name], *(f"{fmean(v.values()):+.3f} ({_each(v, '+')})" for v in by_task.values())]
+            for name, by_task in found.items()
+            if all(by_task.values())
+        ],
+        "### Do the tasks fight?",
         "Score of one model trained on all tasks in turn minus that of the task's NFT teacher, when it has cost as "
         "many evaluations as the three teachers together; monitored test prompts, mean (each seed). About 0: the tasks "
-        "learn side by side as well as alone. Below 0: they fight."
+        "learn side by side as well as alone. Below 0: they fight.",
     )
-    return ["### Do the tasks fight?", "\n".join([*head, *lines]), note]
 
 
-def _best_text(runs: Runs) -> list[str]:
-    """Claim 3 once more, against rivals that somebody stopped at the right moment."""
-    leads = {rival: lead_over_the_best(runs, rival) for rival in RIVALS}
-    lines = [
-        f"| {LABELS[rival]} | {fmean(found.values()):+.3f} | {', '.join(f'{x:+.3f}' for x in found.values())} |"
-        for rival, found in leads.items()
-        if found
-    ]
-    if not lines:
-        return []
-    note = (
+def _best_text(runs: Runs) -> str:
+    """Claim 3 once more, against baselines that somebody stopped at the right moment."""
+    leads = {name: lead_over_the_best(runs, name) for name in BASELINES}
+    return _lines(
+        "against | mean | each seed",
+        "--- | ---: | ---",
+        [[LABELS[name], f"{fmean(lead.values()):+.3f}", _each(lead, "+")] for name, lead in leads.items() if lead],
+        "### Had the others been stopped at their best",
         "Average of DiffusionOPD's student minus that of the other at the best point of its curve, teachers' cost "
         "counted in; monitored test prompts. The best of many noisy points flatters the other, as the end of a "
-        "training that collapsed flatters the student."
+        "training that collapsed flatters the student.",
     )
-    head = ["| against | mean | each seed |", "| --- | ---: | --- |"]
-    return ["### Had the others been stopped at their best", "\n".join([*head, *lines]), note]
 
 
-def _rates_text(runs: Runs) -> list[str]:
+def _rates_text(runs: Runs) -> str:
     """How much a method's result depends on the learning rate that somebody has to choose."""
-    lines = []
+    rows = []
     for method, rates in RATES.items():
         for rate, experiment in rates.items():
             if found := averages(runs, experiment):
                 values = list(found.values())
-                mean, each = _with_spread(fmean(values), standard_error(values)), ", ".join(f"{x:.3f}" for x in values)
-                lines.append(f"| {LABELS[method]} | {rate} | {mean} | {each} |")
-    if not lines:
-        return []
-    note = (
+                rows.append([LABELS[method], rate, _with_spread(fmean(values), standard_error(values)), _each(found)])
+    return _lines(
+        "method | learning rate | average | each seed",
+        "--- | ---: | ---: | ---",
+        rows,
+        "### Learning rates",
         "Average of the finished model on a scale on which the base is 0 and the teachers are 1; all test prompts, "
-        "mean ± standard error, and each seed. A method costs the same at every rate."
+        "mean ± standard error, and each seed. A method costs the same at every rate.",
     )
-    head = ["| method | learning rate | average | each seed |", "| --- | ---: | ---: | --- |"]
-    return ["### Learning rates", "\n".join([*head, *lines]), note]
 
 
 def _variance_text(variance: Mapping[str, Any]) -> str:
     """The measured states behind the claim on the estimators."""
-    lines = [
-        "| noise | step | KL | noise / signal | measured / predicted | score-function part | total / closed form |",
-        "|" + " ---: |" * 7,
-    ]
+    rows = []
     for s in variance["states"]:
         ratios = (
             s["variance"] / s["closed_squared"],
@@ -260,33 +238,27 @@ def _variance_text(variance: Mapping[str, Any]) -> str:
             s["score_function"] / s["predicted"],
             1 + s["variance"] / s["between_pictures"],
         )
-        lines.append(f"| {s['noise']} | {s['step']} | {s['kl']:.3g} | {' | '.join(f'{r:.3g}' for r in ratios)} |")
-    note = (
-        f"`{variance['command']}`, {variance['date']}, {variance['machine']}. KL: of one picture, summed over "
+        rows.append([s["noise"], s["step"], *(f"{value:.3g}" for value in (s["kl"], *ratios))])
+    return _lines(
+        "noise | step | KL | noise / signal | measured / predicted | score-function part | total / closed form",
+        " | ".join(["---:"] * 7),
+        rows,
+        note=f"`{variance['command']}`, {variance['date']}, {variance['machine']}. KL: of one picture, summed over "
         "dimensions. Noise: variance of the surrogate's gradient over draws of the step's noise; signal: squared norm "
         "of the closed form's gradient; both for the mean over the pictures. Score-function part: share of the "
         "predicted noise that is the paper's KL · eps/s · dmu. Total / closed form: that noise and the closed form's "
-        "own variance over pictures together, by the latter."
+        "own variance over pictures together, by the latter.",
     )
-    return "\n".join(lines) + f"\n\n{note}"
-
-
-def _runs_text(runs: Runs) -> str:
-    absent = missing(runs)
-    text = ", ".join(f"{name} (seeds {', '.join(map(str, sorted(by_seed)))})" for name, by_seed in runs.items())
-    return f"There: {text}." + (f"\n\nNot measured yet: {', '.join(absent)}." if absent else "")
 
 
 def as_json(runs: Runs, found: Sequence[Claim]) -> dict[str, Any]:
     """The same as plain values."""
-    judged = [
-        {**asdict(claim), "verdict": claim.verdict, "parts": [_part_values(part) for part in claim.parts]}
-        for claim in found
-    ]
-    return {"table": [asdict(row) for row in table(runs)], "claims": judged, "missing": missing(runs)}
+    rows = [asdict(row) for row in table(runs)]
+    judged = [asdict(claim) | {"verdict": claim.verdict, "parts": list(map(_values, claim.parts))} for claim in found]
+    return {"table": rows, "claims": judged, "missing": missing(runs)}
 
 
-def _part_values(part: Part) -> dict[str, Any]:
+def _values(part: Part) -> dict[str, Any]:
     return {**asdict(part), "mean": part.mean, "standard_error": part.standard_error, "verdict": part.verdict}
 
 

@@ -1,14 +1,14 @@
 """Run the paper's comparisons in the tiny world, keep every result, write the table, the plots and the verdicts.
 
-    python experiments/claims/run.py                       all, seeds 1 2 3: hours, in as many sittings as you like
+    python experiments/claims/run.py                       all, seeds 1 2 3: hours; can be interrupted and resumed
     python experiments/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
     python experiments/claims/run.py --short               three rounds each, to see that everything runs
 
 A finished run is one file in results/, and is not run again unless its configuration now has another number of rounds;
 a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there. After another
 change of a configuration remove the run's file and its folder.
-Evaluations are forward passes of the transformer for a picture; those that are backpropagated too are counted beside
-them ("backwards"), because the methods differ in their share.
+Evaluations (NFE) are forward passes of the transformer for one image; those that are backpropagated too are counted
+beside them ("backwards"), because the methods differ in their share.
 --jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;
 python experiments/claims/report.py writes it alone.
 """
@@ -27,27 +27,35 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusionopd.config_schema import RunPlan, check, load_config, redacted
-from diffusionopd.evaluation.results import read_averages, read_records, write_text_atomically
+from diffusionopd.config_schema import redacted
+from diffusionopd.evaluation.results import read_averages, read_records
+from diffusionopd.files import write_atomically
+from diffusionopd.training import check, load_config
 from experiments.claims.curves import ClaimsError
 from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
-from experiments.claims.report import write
+from experiments.claims.report import RESULTS, write
 
-HERE = Path(__file__).resolve().parent
 CONFIG = "experiments/claims/config.py"
-
-
+DATASETS = dict(zip(TASKS, ("compose", "tiny_ocr", "scene"), strict=True))
 SHORT = {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
 """Settings of the short form."""
+
+
+@cache
+def settings(experiment: str) -> ConfigDict:
+    """The configuration of an experiment that trains."""
+    return load_config(f"{ROOT / CONFIG}:{experiment}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Runner:
     """Where runs happen, where results go, and how long they are."""
 
     logs: Path
@@ -92,23 +100,14 @@ class Workshop:
     def is_done(self, run: Run) -> bool:
         """Whether there is a result of as many rounds as the configuration has."""
         file = self.result_file(run)
-        if not file.is_file():
-            return False
         try:
-            return json.loads(file.read_text(encoding="utf-8"))["rounds"] == self._rounds_of(run)
+            return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["rounds"] == self._rounds(run)
         except (ValueError, TypeError, KeyError) as error:
             raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and start again") from error
 
-    def _rounds_of(self, run: Run) -> int:
-        if not run.trained:
-            return 0
-        return SHORT["num_epochs"] if self.short else load_config(f"{ROOT / CONFIG}:{run.experiment}").num_epochs
-
     def can_teach(self, run: Run) -> bool:
         """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
-        if not self.is_done(run) or not (self.folder(run) / "checkpoints" / "latest").is_file():
-            return False
-        return self._latest(run) == f"checkpoint-{self._rounds_of(run)}"
+        return self.is_done(run) and self._latest(run) == f"checkpoint-{self._rounds(run)}"
 
     def do(self, run: Run) -> None:
         """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed.
@@ -120,52 +119,40 @@ class Workshop:
             self._train(run)
         if self.is_done(run):
             return
-        scores = self._evaluate(run)
-        result = self._describe(run, scores, time.perf_counter() - started)
+        self._evaluate(run)
+        result = self._describe(run, time.perf_counter() - started)
         self.results.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
+        write_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
 
-    def _train(self, run: Run) -> None:
-        settings = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
-        for i, teacher in enumerate(run.needs):
-            lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
-            settings[f"train.teachers[{i}].lora_path"] = lora
-        if self.short:
-            settings |= SHORT
-        flags = [f"--config.{key}={value}" for key, value in settings.items()]
-        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
-        if self._latest(run) != f"checkpoint-{self._rounds_of(run)}":  # a run that a signal stopped ends with status 0
-            raise RuntimeError(f"{run.name}: the training was stopped; the same command goes on with it")
+    def _rounds(self, run: Run) -> int:
+        if not run.trained:
+            return 0
+        return SHORT["num_epochs"] if self.short else settings(run.experiment).num_epochs
 
     def _latest(self, run: Run) -> str:
-        return (self.folder(run) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        file = self.folder(run) / "checkpoints" / "latest"
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
-    def _evaluate(self, run: Run) -> dict[str, dict[str, float]]:
+    def _train(self, run: Run) -> None:
+        changes = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
+        for i, teacher in enumerate(run.needs):
+            lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
+            changes[f"train.teachers[{i}].lora_path"] = lora
+        flags = [f"--config.{key}={value}" for key, value in (changes | (SHORT if self.short else {})).items()]
+        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
+
+    def _evaluate(self, run: Run) -> None:
         which = ["--checkpoint_path", str(self.folder(run))]
         if run.experiment == "base":
             which = ["--base", "--config", f"{CONFIG}:opd"]
         elif not run.trained:
             which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
-        settings = {
-            "--output_dir": self._evaluation(run),
-            "--limit": 6 if self.short else 128,
-            "--seed": run.seed,
-            "--num_inference_steps": 10,
-        }
-        flags = [str(part) for pair in settings.items() for part in pair]
-        datasets = ("compose", "tiny_ocr", "scene")
-        self._start(run, "evaluate", "scripts/evaluate.py", *which, "--dataset", *datasets, "--resume", *flags)
-        found = {}
-        for task in TASKS:
-            summary = read_averages(self._evaluated(run, task) / "average_scores.json")[f"tiny_{task}"]
-            found[task] = {"mean": summary.mean, "standard_error": summary.standard_error, "count": summary.count}
-        return found
+        flags = ["--output_dir", str(self._evaluation(run)), "--limit", "6" if self.short else "128"]
+        flags += ["--seed", str(run.seed), "--num_inference_steps", "10", "--dataset", *DATASETS.values(), "--resume"]
+        self._start(run, "evaluate", "scripts/evaluate.py", *which, *flags)
 
     def _evaluation(self, run: Run) -> Path:
-        return self.folder(run) / f"evaluation-{self._rounds_of(run)}"
-
-    def _evaluated(self, run: Run, task: str) -> Path:
-        return self._evaluation(run) / ("tiny_ocr" if task == "ocr" else task)
+        return self.folder(run) / f"evaluation-{self._rounds(run)}"
 
     def _start(self, run: Run, what: str, *command: str) -> None:
         log = self.logs / f"{run.name}.{what}.log"
@@ -173,23 +160,28 @@ class Workshop:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         environment |= {"TRANSFORMERS_VERBOSITY": "error"}
         with log.open("w", encoding="utf-8") as output:
-            code = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
-            ).returncode
-        if code:
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
+        if done.returncode:
             end = log.read_text(encoding="utf-8")[-1500:]
-            raise RuntimeError(f"{run.name}: {what} ended with status {code}; the log {log} ends with\n{end}")
+            raise RuntimeError(f"{run.name}: {what} ended with status {done.returncode}; the end of {log}:\n{end}")
 
-    def _describe(self, run: Run, scores: dict[str, dict[str, float]], seconds: float) -> dict:
-        rows = self._rows(run)
-        curve, total = [], 0.0
+    def _describe(self, run: Run, seconds: float) -> dict:
+        """The result of a run from the files of its training and evaluation."""
+        rows, curve, total, backwards = [], [], 0.0, 0
+        if run.trained:
+            text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines()]
+            backwards = check(settings(run.experiment), num_processes=1).nfe_per_round.student * len(rows)
         for row in rows:
             total += row["evaluations"]
             seen = {task: row[f"eval/{task}/tiny_{task}"] for task in TASKS if f"eval/{task}/tiny_{task}" in row}
             if seen:
                 curve.append({"round": row["round"], "evaluations": total, "scores": seen})
+        folders = {task: self._evaluation(run) / dataset for task, dataset in DATASETS.items()}
+        averages = {task: read_averages(folder / "average_scores.json") for task, folder in folders.items()}
         if not run.trained:
-            curve = [{"round": 0, "evaluations": 0.0, "scores": self._monitored(run)}]
+            scores = {task: self._monitored(folder, f"tiny_{task}") for task, folder in folders.items()}
+            curve = [{"round": 0, "evaluations": 0.0, "scores": scores}]
         teachers = [json.loads(self.result_file(teacher).read_text(encoding="utf-8")) for teacher in run.needs]
         return {
             "experiment": run.experiment,
@@ -199,36 +191,25 @@ class Workshop:
             "rounds": len(rows),
             "seconds": round(sum(row["seconds"] for row in rows) or seconds, 1),
             "evaluations": total,
-            "backwards": self._plan(run).student_evaluations * len(rows) if run.trained else 0,
+            "backwards": backwards,
             "teacher_evaluations": sum(teacher["evaluations"] for teacher in teachers),
             "curve": curve,
-            "final": scores,
+            "final": {task: asdict(averages[task][f"tiny_{task}"]) for task in TASKS},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             "date": datetime.date.today().isoformat(),
         }
 
-    def _monitored(self, run: Run) -> dict[str, float]:
-        """Means over the test prompts that trainings are watched on: the first ones, with the same noise."""
-        count = SHORT["eval_num_prompts"] if self.short else load_config(f"{ROOT / CONFIG}:opd").eval_num_prompts
-        found = {}
-        for task in TASKS:
-            records = read_records(self._evaluated(run, task) / "evaluation_results.jsonl")
-            scores = {record.sample_id: record.scores[f"tiny_{task}"] for record in records}
-            found[task] = fmean(scores[i] for i in range(count))
-        return found
-
-    def _plan(self, run: Run) -> RunPlan:
-        return check(load_config(str(ROOT / CONFIG) + f":{run.experiment}"), num_processes=1)
-
-    def _rows(self, run: Run) -> list[dict]:
-        if not run.trained:
-            return []
-        text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+    def _monitored(self, folder: Path, score: str) -> float:
+        """Mean over the test prompts that trainings are monitored on: the first ones, with the same noise."""
+        count = SHORT["eval_num_prompts"] if self.short else settings("opd").eval_num_prompts
+        scores = {
+            record.sample_id: record.scores[score] for record in read_records(folder / "evaluation_results.jsonl")
+        }
+        return fmean(scores[i] for i in range(count))
 
 
 def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """The runs, each once, teachers before what needs them; seed by seed, so that whole comparisons come early."""
+    """The runs, each once, teachers before what needs them; seed by seed, so that complete comparisons come early."""
     runs: dict[Run, None] = {}
     for seed in seeds:
         for experiment in experiments:
@@ -237,20 +218,20 @@ def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     return list(runs)
 
 
-def run_all(runs: Sequence[Run], workshop: Workshop, jobs: int) -> list[str]:
-    """Do what has no result yet, ``jobs`` at a time; the messages of what failed."""
-    waiting = [run for run in runs if not workshop.is_done(run)]
+def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
+    """Do what has no result yet, ``jobs`` at a time; returns the messages of what failed."""
+    waiting = [run for run in runs if not runner.is_done(run)]
     # A teacher whose folder is gone is trained again, to the same weights, for the students that still need it.
     needed = {teacher for run in waiting for teacher in run.needs}
-    waiting += [run for run in runs if run in needed and workshop.is_done(run) and not workshop.can_teach(run)]
+    waiting += [run for run in runs if run in needed and runner.is_done(run) and not runner.can_teach(run)]
     failures: list[str] = []
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
         working: dict[Future, Run] = {}
         while waiting or working:
-            for run in [run for run in waiting if all(map(workshop.can_teach, run.needs))]:
+            for run in [run for run in waiting if all(map(runner.can_teach, run.needs))]:
                 if len(working) < jobs:
                     waiting.remove(run)
-                    working[pool.submit(workshop.do, run)] = run
+                    working[pool.submit(runner.do, run)] = run
             if not working:
                 failures += [f"{run.name}: its teachers are missing" for run in waiting]
                 break
@@ -275,14 +256,14 @@ def main() -> None:
     flags = parser.parse_args()
     logs = (flags.logs / "short" if flags.short else flags.logs).resolve()
     os.chdir(ROOT)  # configurations name files from there
-    workshop = Workshop(logs, logs / "results" if flags.short else HERE / "results", flags.short)
+    runner = Runner(logs, logs / "results" if flags.short else RESULTS, flags.short)
     seeds = flags.seeds[:1] if flags.short else flags.seeds
     runs = plan(flags.experiments or list(LABELS), seeds)
-    print(f"{len(runs)} runs; folders in {workshop.logs}, results in {workshop.results}")
+    print(f"{len(runs)} runs; folders in {runner.logs}, results in {runner.results}")
     try:
-        failures = run_all(runs, workshop, flags.jobs)
-        if any(map(workshop.is_done, runs)):
-            print("\n".join(write(workshop.results, workshop.results)))
+        failures = run_all(runs, runner, flags.jobs)
+        if any(map(runner.is_done, runs)):
+            print("\n".join(write(runner.results, runner.results)))
     except ClaimsError as error:
         sys.exit(f"error: {error}")
     print("\n".join(failures) or "all done")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.claims.curves import Result, Runs, at_evaluations, curve_from_base, mean_height, monitored, rounds_to
-from experiments.claims.experiments import TASKS, TEACHERS
+from experiments.claims.curves import Result, Runs, area, at_evaluations, curve_from_base, monitored, rounds_to
+from experiments.claims.experiments import BASELINES, TASKS, TEACHERS
 
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured yet"
 COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
-RIVALS = ("multitask_nft", "multitask_guard", "cascade_nft")
+SCALE = ("base", *TEACHERS)
+"""What the normalised average is measured by."""
 Seed = Mapping[str, Result]
 """Experiment -> result, all of one seed."""
 
@@ -47,21 +49,18 @@ class Part:
     @property
     def is_close(self) -> bool:
         """Whether the mean is less than its standard error away from the limit."""
-        if self.mean is None or self.standard_error is None:
-            return False
-        return abs(self.mean - self.limit) < self.standard_error
+        error = self.standard_error
+        return self.mean is not None and error is not None and abs(self.mean - self.limit) < error
 
     @property
     def verdict(self) -> str:
         """`HOLDS` or `FAILS` for the mean, `UNMEASURED` without one."""
-        if self.mean is None:
-            return UNMEASURED
-        return HOLDS if self._satisfied(self.mean) else FAILS
+        return UNMEASURED if self.mean is None else HOLDS if self._satisfied(self.mean) else FAILS
 
     @property
     def seeds_that_hold(self) -> int:
         """How many seeds satisfy the relation, each by itself."""
-        return sum(self._satisfied(value) for value in self.values.values())
+        return sum(map(self._satisfied, self.values.values()))
 
     def _satisfied(self, value: float) -> bool:
         return bool(COMPARE[self.relation](value, self.limit))
@@ -93,10 +92,7 @@ def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
         Claim(
             "One student reaches each of its teachers on the teacher's task.",
             "student / teacher on the teacher's task is at least 0.97.",
-            [
-                _part(task, "≥", 0.97, runs, ("opd", f"teacher_{task}"), lambda s, t=task: _student(s, t))
-                for task in TASKS
-            ],
+            list(_student(runs)),
         ),
         Claim(
             "At equal cost the student is better than multi-task RL and cascade RL.",
@@ -133,8 +129,7 @@ def _part(
     name: str, relation: str, limit: float, runs: Runs, needs: Sequence[str], measure: Callable[[Seed], float | None]
 ) -> Part:
     """The measure on every seed for which all the needed runs are there; None from it means undefined."""
-    missing = [name for name in needs if not runs.get(name)]
-    if missing:
+    if missing := [name for name in needs if not runs.get(name)]:
         return Part(name, relation, limit, {}, f"no run of {', '.join(missing)}")
     found = {seed: measure(one) for seed, one in _seeds(runs, needs).items()}
     if not found:
@@ -154,19 +149,25 @@ def _seeds(runs: Runs, needs: Sequence[str]) -> dict[int, Seed]:
 
 
 def _teachers(runs: Runs) -> Iterator[Part]:
-    for teacher, task in [*((f"teacher_{task}", task) for task in TASKS), ("guard_scene", "scene")]:
-        algorithm = "GRPO-Guard" if teacher.startswith("guard") else "NFT"
+    for teacher in (*TEACHERS, "guard_scene"):
+        algorithm, task = teacher.split("_")
+        needs = ("base", f"shipped_{task}", teacher)
 
-        def share(seed: Seed, teacher: str = teacher, task: str = task) -> float | None:
-            base, shipped, own = (seed[name].final[task].mean for name in ("base", f"shipped_{task}", teacher))
+        def share(seed: Seed, needs: Sequence[str] = needs, task: str = task) -> float | None:
+            base, shipped, own = (seed[name].final[task].mean for name in needs)
             return (own - base) / (shipped - base) if shipped > base else None
 
-        yield _part(f"{task}, {algorithm}", "≥", 0.5, runs, ("base", f"shipped_{task}", teacher), share)
+        yield _part(f"{task}, {'GRPO-Guard' if algorithm == 'guard' else 'NFT'}", "≥", 0.5, runs, needs, share)
 
 
-def _student(seed: Seed, task: str) -> float | None:
-    teacher = seed[f"teacher_{task}"].final[task].mean
-    return seed["opd"].final[task].mean / teacher if teacher > 0 else None
+def _student(runs: Runs) -> Iterator[Part]:
+    for task, teacher in zip(TASKS, TEACHERS, strict=True):
+
+        def share(seed: Seed, task: str = task, teacher: str = teacher) -> float | None:
+            level = seed[teacher].final[task].mean
+            return seed["opd"].final[task].mean / level if level > 0 else None
+
+        yield _part(task, "≥", 0.97, runs, ("opd", teacher), share)
 
 
 def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
@@ -174,19 +175,19 @@ def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
 
     This scale does not depend on what is compared on it. None where all of them score the same.
     """
-    total = 0.0
+    parts = []
     for task in TASKS:
-        levels = [seed[name].final[task].mean for name in ("base", *TEACHERS)]
+        levels = [seed[name].final[task].mean for name in SCALE]
         low, high = min(levels), max(levels)
         if low == high:
             return None
-        total += (scores[task] - low) / (high - low)
-    return total / len(TASKS)
+        parts.append((scores[task] - low) / (high - low))
+    return sum(parts) / len(TASKS)
 
 
 def averages(runs: Runs, experiment: str) -> dict[int, float]:
     """Seed -> normalised average of the finished model, of the seeds that have it, the base and the teachers."""
-    found = _seeds(runs, ("base", *TEACHERS, experiment)).items()
+    found = _seeds(runs, (*SCALE, experiment)).items()
     every = {seed: normalised_average(one, one[experiment].means()) for seed, one in found}
     return {seed: average for seed, average in every.items() if average is not None}
 
@@ -195,12 +196,12 @@ def _difference(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first - second
 
 
-def _lead(seed: Seed, name: str, rival: str, evaluations: float) -> float | None:
+def _lead(seed: Seed, name: str, other: str, evaluations: float) -> float | None:
     """Normalised average of one run minus another's after so many evaluations, on the same prompts for both.
 
     None where either has no curve or nothing can be normalised.
     """
-    pair = (seed[name], seed[rival])
+    pair = (seed[name], seed[other])
     if not all(result.curve for result in pair):
         return None
     if all(evaluations >= result.evaluations for result in pair):
@@ -211,120 +212,108 @@ def _lead(seed: Seed, name: str, rival: str, evaluations: float) -> float | None
 
 
 def _equal_cost(runs: Runs) -> Iterator[Part]:
-    for with_teachers in (True, False):
-        for rival in RIVALS:
+    costs: dict[str, Callable[[Result], float]]
+    costs = {"with": lambda opd: opd.with_teachers, "without": lambda opd: opd.evaluations}
+    for word, cost in costs.items():
+        for baseline in BASELINES:
 
-            def lead(seed: Seed, rival: str = rival, with_teachers: bool = with_teachers) -> float | None:
-                opd = seed["opd"]
-                return _lead(seed, "opd", rival, opd.with_teachers if with_teachers else opd.evaluations)
+            def lead(seed: Seed, baseline: str = baseline, cost: Callable[[Result], float] = cost) -> float | None:
+                return _lead(seed, "opd", baseline, cost(seed["opd"]))
 
-            name = f"{rival}, {'with' if with_teachers else 'without'} the teachers' cost"
-            yield _part(name, ">", 0.0, runs, ("base", *TEACHERS, "opd", rival), lead)
+            yield _part(f"{baseline}, {word} the teachers' cost", ">", 0.0, runs, (*SCALE, "opd", baseline), lead)
 
 
-def lead_over_the_best(runs: Runs, rival: str) -> dict[int, float]:
-    """Seed -> average of the student minus that of the rival at its best monitored point, teachers' cost counted in.
+def lead_over_the_best(runs: Runs, baseline: str) -> dict[int, float]:
+    """Seed -> average of the student minus that of the baseline at its best monitored point, teachers' cost counted in.
 
-    The best of many noisy points flatters the rival; at the end of its run a training that collapsed flatters the
+    The best of many noisy points flatters the baseline; at the end of its run a training that collapsed flatters the
     student. The truth is between the two.
     """
     found = {}
-    for seed, one in _seeds(runs, ("base", *TEACHERS, "opd", rival)).items():
-        points = [p.scores for p in one[rival].curve if p.evaluations <= one["opd"].with_teachers]
-        heights = [average for scores in points if (average := normalised_average(one, scores)) is not None]
+    for seed, one in _seeds(runs, (*SCALE, "opd", baseline)).items():
+        points = [p.scores for p in one[baseline].curve if p.evaluations <= one["opd"].with_teachers]
+        averages = [average for scores in points if (average := normalised_average(one, scores)) is not None]
         own = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS})
-        if own is not None and heights:
-            found[seed] = own - max(heights)
+        if own is not None and averages:
+            found[seed] = own - max(averages)
     return found
 
 
-def beside_teachers(runs: Runs, rival: str) -> dict[str, dict[int, float]]:
+def beside_teachers(runs: Runs, baseline: str) -> dict[str, dict[int, float]]:
     """Task -> seed -> score of one model of all tasks minus the teacher's, at equal evaluations in all.
 
-    The rival's curve is read where it has cost as much as the three teachers together, on the monitored prompts as
+    The baseline's curve is read where it has cost as much as the three teachers together, on the monitored prompts as
     theirs: about 0 means that the tasks learn side by side as well as alone, below 0 that they fight.
     """
     found: dict[str, dict[int, float]] = {task: {} for task in TASKS}
-    for seed, one in _seeds(runs, ("base", *TEACHERS, rival)).items():
-        other, teachers = one[rival], [one[name] for name in TEACHERS]
-        if not all(result.curve for result in (other, *teachers)):
-            continue
-        cost = sum(teacher.evaluations for teacher in teachers)
-        scores = at_evaluations(curve_from_base(other, one["base"]), cost)
-        for task, teacher in zip(TASKS, teachers, strict=True):
-            found[task][seed] = scores[task] - monitored(teacher, task)
+    for seed, one in _seeds(runs, (*SCALE, baseline)).items():
+        other, teachers = one[baseline], [one[name] for name in TEACHERS]
+        if all(result.curve for result in (other, *teachers)):
+            cost = sum(teacher.evaluations for teacher in teachers)
+            scores = at_evaluations(curve_from_base(other, one["base"]), cost)
+            for task, teacher in zip(TASKS, teachers, strict=True):
+                found[task][seed] = scores[task] - monitored(teacher, task)
     return found
 
 
 def _closed_form(runs: Runs) -> Iterator[Part]:
     for noise in ("03", "07"):
-        closed, surrogate = f"opd_noise{noise}", f"ppo_noise{noise}"
-        needs = ("base", *TEACHERS, closed, surrogate)
+        pair = (f"opd_noise{noise}", f"ppo_noise{noise}")
 
-        def final(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
-            return _lead(seed, closed, surrogate, min(seed[name].evaluations for name in (closed, surrogate)))
+        def final(seed: Seed, pair: tuple[str, str] = pair) -> float | None:
+            return _lead(seed, *pair, min(seed[name].evaluations for name in pair))
 
-        def area(seed: Seed, closed: str = closed, surrogate: str = surrogate) -> float | None:
-            end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in (closed, surrogate))
-            return _difference(*(_height(seed, name, end) for name in (closed, surrogate))) if end else None
+        def areas(seed: Seed, pair: tuple[str, str] = pair) -> float | None:
+            end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in pair)
+            return _difference(*(_area(seed, name, end) for name in pair)) if end else None
 
-        yield _part(f"noise 0.{noise[1]}, final", ">", 0.0, runs, needs, final)
-        yield _part(f"noise 0.{noise[1]}, area", ">", 0.0, runs, needs, area)
+        for name, measure in {"final": final, "area": areas}.items():
+            yield _part(f"noise 0.{noise[1]}, {name}", ">", 0.0, runs, (*SCALE, *pair), measure)
 
 
-def _height(seed: Seed, name: str, end: int) -> float | None:
+def _area(seed: Seed, name: str, end: int) -> float | None:
     """Normalised average as a mean over the rounds from 0 to ``end``."""
     points = [(p.round, normalised_average(seed, p.scores)) for p in curve_from_base(seed[name], seed["base"])]
     known = [(x, y) for x, y in points if y is not None]
-    return mean_height(known, end) if known else None
+    return area(known, end) if known else None
 
 
 def _speeds(runs: Runs) -> Iterator[Part]:
-    for name, level in {"90%": _nine_tenths, "half of the gap": _halfway}.items():
-        for task in TASKS:
-
-            def speed(seed: Seed, task: str = task, level: Callable[[float, float], float] = level) -> float | None:
-                return _speed(seed, task, level)
-
-            needs = ("base", f"teacher_{task}", "opd_noise00", "opd_noise07")
-            yield _part(f"{task}, {name}", ">", 1.0, runs, needs, speed)
-
-
-def _nine_tenths(base: float, teacher: float) -> float:
-    return 0.9 * teacher
-
-
-def _halfway(base: float, teacher: float) -> float:
-    return (base + teacher) / 2
+    levels: dict[str, Callable[[float, float], float]]
+    levels = {"90%": lambda base, teacher: 0.9 * teacher, "half of the gap": lambda base, teacher: (base + teacher) / 2}
+    for name, level in levels.items():
+        for task, teacher in zip(TASKS, TEACHERS, strict=True):
+            needs = ("base", teacher, "opd_noise00", "opd_noise07")
+            yield _part(f"{task}, {name}", ">", 1.0, runs, needs, partial(_speed, task=task, level=level))
 
 
 def _speed(seed: Seed, task: str, level: Callable[[float, float], float]) -> float | None:
     """Rounds of noise 0.7 over rounds of the ODE to the level; None without curves, where neither gets there, or where
     the base is there already.
     """
-    teacher, names = seed[f"teacher_{task}"], ("opd_noise00", "opd_noise07")
-    if not all(result.curve for result in (teacher, *(seed[name] for name in names))):
+    base, teacher, *pair = seed.values()
+    if not all(result.curve for result in (teacher, *pair)):
         return None
-    start = monitored(seed["base"], task)
+    start = monitored(base, task)
     wanted = level(start, monitored(teacher, task))
     if start >= wanted:
         return None
-    ode, noisy = (rounds_to(curve_from_base(seed[name], seed["base"]), task, wanted) for name in names)
+    ode, noisy = (rounds_to(curve_from_base(result, base), task, wanted) for result in pair)
     if ode is None:
         return None if noisy is None else 0.0
-    return (seed["opd_noise07"].curve[-1].round if noisy is None else noisy) / ode
+    return (pair[1].curve[-1].round if noisy is None else noisy) / ode
 
 
 def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
     """Means of ratios over the measured states of each noise level, so that no step outweighs the others."""
-    names = {
+    rules = {
         "difference of measured and predicted variance": ("≤", 0.25),
         "squared error of the mean / that expected": ("≤", 1.5),
         "noise / total variance": (">", 0.5),
     }
     if variance is None:
         reason = "no variance.json: python experiments/claims/variance.py"
-        yield from (Part(name, *rule, {}, reason) for name, rule in names.items())
+        yield from (Part(name, *rule, {}, reason) for name, rule in rules.items())
         return
     for level in variance["settings"]["levels"]:
         states = [state for state in variance["states"] if state["noise"] == level]
@@ -333,5 +322,5 @@ def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
             fmean(state["error"] / state["variance"] for state in states),
             fmean(state["variance"] / (state["variance"] + state["between_pictures"]) for state in states),
         )
-        for (name, rule), value in zip(names.items(), values, strict=True):
+        for (name, rule), value in zip(rules.items(), values, strict=True):
             yield Part(f"noise {level}, {name}", *rule, {variance["settings"]["seed"]: value})

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Distil a single teacher, on several machines.
 #
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/multi_node/sopd.sh        # and NODE_RANK=1 on the other
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash scripts/multi_node/sopd.sh     # and NODE_RANK=1 on the other
 #
-# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE: see launch.sh here. CONFIG and arguments: see
-# ../single_node/sopd.sh, which this starts.
-set -euo pipefail
-exec bash "$(dirname "$0")/launch.sh" sopd.sh "$@"
+# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE: see ../launch.sh. The rest: see ../single_node/sopd.sh.
+MULTI_NODE=true exec bash "$(dirname "$0")/../single_node/sopd.sh" "$@"

@@ -4,8 +4,6 @@
 #   CONFIG=config/teacher.py:nft_geneval bash scripts/single_node/teacher.sh
 #   CONFIG=config/teacher.py:tiny_scene NUM_PROCESSES=2 bash scripts/single_node/teacher.sh --config.num_epochs=20
 #
-# CONFIG is a configuration file and a name in it; everything after the command goes to scripts/train_teacher.py
-# (--config.key=value, --dry_run, --allow_config_change). NUM_PROCESSES and PYTHON: see launch.sh.
-set -euo pipefail
+# Arguments go to scripts/train_teacher.py; everything else is as in mopd.sh.
 : "${CONFIG:?names what to train, such as CONFIG=config/teacher.py:tiny_scene}"
-exec bash "$(dirname "$0")/launch.sh" scripts/train_teacher.py --config "$CONFIG" "$@"
+exec bash "$(dirname "$0")/../launch.sh" scripts/train_teacher.py --config "$CONFIG" "$@"

@@ -1,6 +1,6 @@
 """Prompt sets, scorer weights and models: what can be downloaded (`catalogue.py`), and how.
 
-`transfer.py` receives a file, `files.py` verifies it and puts it into place, `hub.py` loads whole repositories.
+`transfer.py` receives a file or a repository, `files.py` verifies a file and puts it into place.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tools.downloads.catalogue import CATALOGUE, File, Item, Repository
-from tools.downloads.errors import DownloadError, redacted
 from tools.downloads.files import fetch
-from tools.downloads.hub import snapshot
-from tools.downloads.transfer import resolve
+from tools.downloads.transfer import DownloadError, redacted, resolve, snapshot
 
-__all__ = ["CATALOGUE", "DownloadError", "File", "Item", "Repository", "choose", "describe", "download", "redacted"]
+__all__ = ["CATALOGUE", "DownloadError", "File", "Item", "Repository", "choose", "describe", "download"]
 
 
 def choose(kind: str, names: Iterable[str]) -> dict[str, Item]:
@@ -54,4 +52,4 @@ def download(items: Mapping[str, Item], root: Path, force: bool = False) -> Iter
             else:
                 yield name, "loaded" if fetch(part, root, force) else "there already, verified", True
         except DownloadError as error:
-            yield name, redacted(error), False
+            yield name, str(error), False

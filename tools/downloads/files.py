@@ -1,25 +1,34 @@
-"""Files of the catalogue: received beside their place, verified, and only then moved there."""
+"""Files of the catalogue: received beside their place, verified, and only then moved there.
+
+Their digests are recorded beside them in `SHA256SUMS`, which `sha256sum -c` reads too.
+"""
 
 from __future__ import annotations
 
+import ast
+import os
+import re
+import shutil
 from pathlib import Path
 
-from tools.downloads.catalogue import File
-from tools.downloads.checksums import move_into_place, record, recorded, replace_atomically, sha256_of
-from tools.downloads.errors import DownloadError, Refused
-from tools.downloads.extracts import EXTRACTS
-from tools.downloads.transfer import LARGEST, Facts, ask, receive, resolve
+from pooch import file_hash
+
+from diffusionopd.files import write_atomically
+from tools.downloads.catalogue import HUB, File
+from tools.downloads.transfer import LARGEST, DownloadError, Refused, receive, receive_from_hub, resolve, stated
+
+SUMS = "SHA256SUMS"
 
 
 def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bool:
-    """See to it that a file is in its place under `root`, whole. Returns whether it had to be loaded.
+    """See to it that a file is in its place under `root`, complete. Returns whether it had to be loaded.
 
     What is there is checked against the digest of the catalogue, the one recorded when it was loaded, or what its
     server says of it. A file that differs is never replaced unasked: it may be someone's own.
 
     Args:
         force: load and replace the file, whatever is there.
-        pause: see `receive`.
+        pause: see `transfer.receive`.
 
     Raises:
         DownloadError: another file is there; or no source has it, or sends something else.
@@ -30,8 +39,14 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = _load(file, path, pause)
-        record(path, sha256)
+        for url in file.urls:
+            try:
+                _load(url, file, path, pause)
+                break
+            except Refused:
+                if url == file.urls[-1]:
+                    raise
+        record(path, file_hash(str(path)))
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
     return True
@@ -39,53 +54,100 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
 
 def verify(file: File, path: Path) -> None:
     """Check a file that is there, and record its digest. Raises DownloadError if it is not what it should be."""
-    actual = sha256_of(path)
-    expected = file.sha256 or recorded(path)
+    actual, size = file_hash(str(path)), path.stat().st_size
+    expected, expected_size = file.sha256 or recorded(path), 0
     if not expected:
-        facts = ask(resolve(file.urls[0]))
-        expected = facts.sha256
-        if facts.size and facts.size != path.stat().st_size:
-            raise DownloadError(
-                f"{path} has {path.stat().st_size} bytes where its source has {facts.size}. {_remedy(path)}"
-            )
-    if not actual.startswith(expected):
-        raise DownloadError(f"{path} has SHA-256 {actual[:12]}… where {expected[:12]}… is expected. {_remedy(path)}")
+        expected_size, expected = stated(file.urls[0])
+    if not actual.startswith(expected) or (expected_size and expected_size != size):
+        raise DownloadError(
+            f"{path} has {size} bytes and SHA-256 {actual[:12]}… where {expected_size or 'a file'} and "
+            f"{expected[:12]}… are expected. If it is your own, move it away; if damaged, load it again with --force"
+        )
     if recorded(path) != actual:
         record(path, actual)
 
 
-def _remedy(path: Path) -> str:
-    return f"If {path.name} is your own, move it away; if it is damaged, load it again with --force"
-
-
-def _load(file: File, path: Path, pause: float) -> str:
-    """Load, verify and put into place; returns the SHA-256. What does not verify is removed."""
-    partial = path.with_name(f"{path.name}.part")
-    facts = _from_first_source(file, partial, pause)
+def _load(url: str, file: File, path: Path, pause: float) -> None:
+    """Load, verify and put into place. What does not verify is removed."""
+    place = path.with_name(f"{path.name}.part")  # a file, or the hub client's folder
+    if url.startswith(HUB):
+        partial, expected = receive_from_hub(url, place), stated(url)[1]
+    else:
+        partial, expected = place, file.sha256
+        receive(resolve(url), partial, pause, file.size if file.size and not file.extract else LARGEST)
     if file.extract:
         source = partial.read_bytes()
         partial.unlink()
-        replace_atomically(partial, EXTRACTS[file.extract](source))
-        facts = Facts(0, "")  # the source's, not those of what is kept
-    actual = sha256_of(partial)
-    for expected in (file.sha256, facts.sha256):
-        if not actual.startswith(expected):
-            partial.unlink()
-            raise DownloadError(
-                f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of "
-                f"{expected[:12]}…). Nothing of it is kept; try again, or without mirrors and proxies"
-            )
-    move_into_place(partial, path)
-    return actual
+        partial.write_bytes(question(source))
+    actual = file_hash(str(partial))
+    if actual.startswith(expected):
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    shutil.rmtree(place, ignore_errors=True)
+    if not actual.startswith(expected):
+        partial.unlink(missing_ok=True)
+        raise DownloadError(
+            f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of {expected[:12]}…). "
+            "Nothing of it is kept; try again, or without mirrors and proxies"
+        )
 
 
-def _from_first_source(file: File, partial: Path, pause: float) -> Facts:
-    """Receive from the first source that gives the file. Raises DownloadError; if none does, that of the last."""
-    *others, last = (resolve(url) for url in file.urls)
-    largest = file.size if file.size and not file.extract else LARGEST
-    for url in others:
-        try:
-            return receive(url, partial, pause, largest)
-        except Refused:
-            partial.unlink(missing_ok=True)
-    return receive(last, partial, pause, largest)
+# ---- Digests ---------------------------------------------------------------------------------------------------------
+
+
+def recorded(path: Path) -> str:
+    """The digest recorded for a file, or "" if there is none."""
+    return _sums(path).get(path.name, "")
+
+
+def record(path: Path, sha256: str) -> None:
+    """Enter a file's digest, in place of an earlier one."""
+    entries = sorted((_sums(path) | {path.name: sha256}).items())
+    write_atomically(path.with_name(SUMS), "".join(f"{digest}  {name}\n" for name, digest in entries))
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """File name -> digest; lines of another form are left out."""
+    sums = path.with_name(SUMS)
+    text = sums.read_text(encoding="utf-8", errors="replace") if sums.is_file() else ""
+    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)}
+
+
+# ---- What is kept of a source that is not the file itself ------------------------------------------------------------
+
+
+def question(source: bytes) -> bytes:
+    """UnifiedReward's question out of the Python file that asks it, with `{prompt}` where the caption goes.
+
+    It is the one text that is assigned to `question`, holds the caption and asks for a "Final Score:". The file is
+    parsed, never run.
+
+    Raises:
+        DownloadError: no such text, or several different ones.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise DownloadError(f"the source of the question is not a Python file: {error}") from None
+    assigned = (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == "question" for target in node.targets)
+    )
+    found = {text for text in map(_template, assigned) if "{prompt}" in text and "Final Score:" in text}
+    if len(found) != 1:
+        raise DownloadError(f"the source of the question holds {len(found)} texts that may be it, not one")
+    return f"{found.pop()}\n".encode()
+
+
+def _template(node: ast.expr) -> str:
+    """A string or f-string with `{name}` where a variable goes; "" for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_template, node.values))
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        return f"{{{node.value.id}}}"
+    return ""

@@ -1,34 +1,42 @@
-"""One file over HTTP into a partial file: resumed after cuts, here or in an earlier run."""
+"""One file over HTTP or from the Hugging Face hub, resumed after cuts, here or in an earlier run."""
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import re
-import shutil
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import requests
-from tqdm import tqdm
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from pooch import HTTPDownloader
 
-from tools.downloads.catalogue import GITHUB, HUB
-from tools.downloads.errors import DownloadError, Refused, redacted
+from diffusionopd.config_schema import redacted
+from tools.downloads.catalogue import GITHUB, HUB, Repository
 
 CHUNK = 2**16  # bytes; what has arrived of a chunk is lost in a cut
 TIMEOUT = (10, 60)  # seconds to connect, and between two packets
 ATTEMPTS = 5  # connections in a row that bring nothing before it is given up
-SPARE = 64 * 2**20  # bytes to leave free on the disk
 LARGEST = 16 * 2**30  # bytes of a file whose size is not published: the largest such has 4 GB
+# Unpacked on the way, a file would have neither the announced size nor bytes to continue from.
+AS_IT_IS = {"Accept-Encoding": "identity"}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the server says of a file: its size in bytes (0 if it does not) and, on the hub, its SHA-256 (else "")."""
+class DownloadError(ValueError):
+    """Raised when something could not be downloaded: what, why and the remedy, without secrets."""
 
-    size: int
-    sha256: str
+    def __init__(self, message: object) -> None:
+        super().__init__(redacted(message))
+
+
+class Refused(DownloadError):
+    """Raised when the source does not give the file; another one may."""
 
 
 def resolve(url: str) -> str:
@@ -42,151 +50,147 @@ def resolve(url: str) -> str:
     return url
 
 
-def ask(url: str) -> Facts:
-    """What the server says of a file, without loading it. Raises as `receive`."""
+# ---- The hub ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    page = f"https://huggingface.co/{name}"
     try:
-        with _open(url, 0) as response:
-            _check_status(response, url)
-            return _facts(response, 0)
-    except (requests.RequestException, _Interrupted) as error:
-        reason = error if isinstance(error, _Interrupted) else type(error).__name__
-        raise DownloadError(f"{redacted(url)} cannot be asked ({reason})") from None
+        yield
+    except (GatedRepoError, RepositoryNotFoundError) as error:  # the second is also what a refused token looks like
+        known = "asks for its licence to be accepted" if isinstance(error, GatedRepoError) else "is not accessible"
+        remedy = f"accept the licence at {page}, then run `hf auth login` or set HF_TOKEN"
+        raise Refused(f"{name} {known}: {remedy}") from None
+    except EntryNotFoundError:
+        raise Refused(f"{page} lacks the file") from None
+    except Exception as error:  # the client lets errors of several libraries through
+        first_line = next(iter(str(error).splitlines()), "")
+        raise DownloadError(
+            f"{name} cannot be loaded ({type(error).__name__}: {first_line}). Check the connection, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE; the same command goes on from what has arrived"
+        ) from None
 
 
-def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST) -> Facts:
+def snapshot(repository: Repository) -> None:
+    """Load what is missing of a repository into the hub's cache. Raises DownloadError."""
+    patterns = {"allow_patterns": list(repository.patterns), "ignore_patterns": list(repository.ignore)}
+    with _hub_errors(repository.name):
+        huggingface_hub.snapshot_download(repository.name, **patterns)
+
+
+def receive_from_hub(url: str, folder: Path) -> Path:
+    """Load `hub:owner/name/path` into a folder, going on with what is there; returns the file. Raises as `receive`."""
+    owner, name, file = url.removeprefix(HUB).split("/", 2)
+    with _hub_errors(f"{owner}/{name}"):
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file, local_dir=folder))
+
+
+def stated(url: str) -> tuple[int, str]:
+    """What the source says of a file without loading it: its size in bytes and its SHA-256; 0 and "" if it does not."""
+    if url.startswith(HUB):
+        owner, name, file = url.removeprefix(HUB).split("/", 2)
+        with _hub_errors(f"{owner}/{name}"):
+            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(f"{owner}/{name}", file))
+        return found.size or 0, found.etag if re.fullmatch(r"[0-9a-f]{64}", found.etag or "") else ""
+    address = resolve(url)
+    try:
+        response = requests.head(address, headers=AS_IT_IS, timeout=TIMEOUT, allow_redirects=True)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise DownloadError(f"{address} cannot be asked ({type(error).__name__})") from None
+    return int(response.headers.get("Content-Length", 0)), ""
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class _Partial(io.FileIO):
+    """A partial file that goes on behind the bytes that are there, and the check of an answer before it is written."""
+
+    def __init__(self, path: Path, url: str, largest: int) -> None:
+        super().__init__(path, "ab")
+        self.url, self.largest = url, largest
+        self.start, self.total = self.tell(), 0  # bytes there, and bytes of the file if the server says so
+
+    def check(self, answer: requests.Response, *args: Any, **options: Any) -> None:
+        """Raise for an answer that is not the rest of the file; start over where it is all of it. Requests' hook."""
+        there, length = answer.headers.get("Content-Range", ""), int(answer.headers.get("Content-Length", 0))
+        if self.url.startswith("https://") and not answer.url.startswith("https://"):
+            raise DownloadError(f"{self.url} leads away from https; try without proxies and mirrors")
+        if answer.status_code in (401, 403, 404, 410):
+            raise Refused(
+                f"{self.url} is refused or not there ({answer.status_code}); try a browser or another network"
+            )
+        if "text/html" in answer.headers.get("Content-Type", "") or "Content-Encoding" in answer.headers:
+            raise DownloadError(f"{self.url} gave a web page or packed data; try without proxies and mirrors")
+        fits = answer.status_code == 206 and there.startswith(f"bytes {self.start}-")
+        complete = answer.status_code == 416 and there == f"bytes */{self.start}"
+        if not (answer.is_redirect or fits or complete):  # all of it, or something else: nothing fits what is there
+            self.truncate(0)
+            self.start = 0
+        if complete:
+            raise _Complete
+        answer.raise_for_status()
+        if length and not answer.is_redirect:
+            self.total = self.start + length
+            self._check_size(self.total)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.largest:
+            self.truncate(0)
+            raise DownloadError(f"{self.url} sends more than the {self.largest} bytes that the file may have")
+
+    def write(self, chunk: Any) -> int:
+        """Append."""
+        self._check_size(self.tell() + len(chunk))
+        return super().write(chunk)
+
+
+class _Complete(Exception):
+    """Nothing is left to load."""
+
+
+def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST) -> None:
     """Load `url` into `partial`, going on behind the bytes that are there already.
 
     Args:
         pause: seconds before the second attempt; doubled for each further one that brings nothing.
-        largest: bytes that the file may have; a server that sends more does not send the file.
+        largest: bytes that the file may have.
 
     Raises:
         Refused: the server does not have the file, or does not give it.
-        DownloadError: something else came, no space, or `ATTEMPTS` attempts in a row brought nothing. What has arrived
-            stays in `partial`.
+        DownloadError: something else came, or `ATTEMPTS` attempts in a row brought nothing. What has arrived stays in
+            `partial`.
     """
-    idle, most = 0, _size(partial)
+    idle = 0
     while True:
+        size = partial.stat().st_size if partial.exists() else 0
         try:
             return _receive_once(url, partial, largest)
-        except (requests.RequestException, _Interrupted) as error:
-            idle = 0 if _size(partial) > most else idle + 1
-            most = max(most, _size(partial))
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:  # also of a redirection
+            raise DownloadError(f"{url} is or leads to no http address ({type(error).__name__})") from None
+        except requests.RequestException as error:
+            idle = 0 if partial.exists() and partial.stat().st_size > size else idle + 1
             if idle == ATTEMPTS:
-                reason = error if isinstance(error, _Interrupted) else type(error).__name__
+                reason = error.response.status_code if error.response is not None else type(error).__name__
                 raise DownloadError(
-                    f"{redacted(url)}: given up after {ATTEMPTS} attempts ({reason}). What has arrived is kept; the "
-                    "same command goes on from there"
+                    f"{url}: given up after {ATTEMPTS} attempts ({reason}). What has arrived is kept; the same command "
+                    "goes on from there"
                 ) from None
-        time.sleep(pause * 2 ** max(0, idle - 1))
+            time.sleep(pause * 2 ** max(0, idle - 1))
 
 
-class _Interrupted(Exception):
-    """Worth another attempt."""
-
-
-def _receive_once(url: str, partial: Path, largest: int) -> Facts:
-    start = _size(partial)
-    with _open(url, start) as response:
-        if response.status_code == 416:  # nothing behind these bytes: all are there, or they are not of this file
-            total = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
-            if total and int(total[1]) == start:
-                return Facts(start, _linked_sha256(response))
-            partial.unlink(missing_ok=True)
-            raise _Interrupted("the partial file does not fit")
-        _check_status(response, url)
-        if response.status_code == 200:  # everything: a server that knows no ranges
-            start = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            partial.unlink(missing_ok=True)
-            raise _Interrupted("another part of the file came than was asked for")
-        facts = _facts(response, start)
-        _check_size(url, partial, facts.size, largest)
-        _check_space(partial, facts.size - start)
-        _write(response, partial, start, facts.size, largest)
-        _check_size(url, partial, _size(partial), largest)
-    if facts.size and _size(partial) != facts.size:
-        raise _Interrupted(f"{_size(partial)} of {facts.size} bytes arrived")
-    return facts
-
-
-def _open(url: str, start: int) -> requests.Response:
-    # Unpacked on the way, a file would have neither the announced size nor bytes to continue from.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+def _receive_once(url: str, partial: Path, largest: int) -> None:
     try:
-        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:  # also of a redirection
-        raise DownloadError(f"{redacted(url)} is or leads to no http address ({type(error).__name__})") from None
-    if url.startswith("https://") and not all(hop.url.startswith("https://") for hop in (*response.history, response)):
-        response.close()
-        raise DownloadError(f"{redacted(url)} leads away from https; try without proxies and mirrors")
-    return response
-
-
-def _check_status(response: requests.Response, url: str) -> None:
-    status, shown = response.status_code, redacted(url)
-    if status in (404, 410):
-        raise Refused(f"{shown} is not there ({status})")
-    if status in (401, 403):
-        raise Refused(f"{shown}: access refused ({status}); open the page in a browser, or try another network")
-    if status in (408, 429) or status >= 500:
-        raise _Interrupted(f"status {status}")
-    if status not in (200, 206):
-        raise DownloadError(f"{shown}: unexpected answer ({status})")
-    if response.headers.get("Content-Type", "").startswith("text/html"):
-        raise DownloadError(f"{shown} gave a web page instead of the file: a login page of the network, or a mirror's")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise DownloadError(f"{shown} came packed although it was asked for as it is; try without proxies and mirrors")
-
-
-def _facts(response: requests.Response, start: int) -> Facts:
-    length = response.headers.get("Content-Length", "")
-    return Facts(start + int(length) if length.isdigit() else 0, _linked_sha256(response))
-
-
-def _linked_sha256(response: requests.Response) -> str:
-    """The digest that the hub states, in its own answer, before it redirects to the storage."""
-    for answer in (*response.history, response):
-        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-        if re.fullmatch(r"[0-9a-f]{64}", etag):
-            return etag
-    return ""
-
-
-def _check_space(partial: Path, needed: int) -> None:
-    free = shutil.disk_usage(partial.parent).free
-    if free < needed + SPARE:
-        raise DownloadError(
-            f"no space for {partial.with_suffix('')}: {needed / 2**20:.0f} MiB are to come and {free / 2**20:.0f} are "
-            "free; make room, or name a folder on another disk with --root"
-        )
-
-
-def _check_size(url: str, partial: Path, size: int, largest: int) -> None:
-    if size > largest:
-        partial.unlink(missing_ok=True)
-        raise DownloadError(
-            f"{redacted(url)} sends more than the {largest} bytes that the file may have; nothing is kept"
-        )
-
-
-def _write(response: requests.Response, partial: Path, start: int, total: int, largest: int) -> None:
-    """Append to the partial file, or fill it anew; ends with the first chunk beyond `largest` bytes."""
-    bar = tqdm(
-        desc=partial.stem[:40], total=total or None, initial=start, unit="B", unit_scale=True, disable=None, leave=False
-    )
-    try:
-        with bar, partial.open("ab" if start else "wb") as file:
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-                if file.tell() > largest:  # announced by no Content-Length
-                    break
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"the disk is full: {partial.name} is kept as far as it came") from None
-        raise
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+        with _Partial(partial, url, largest) as file:
+            headers = AS_IT_IS | ({"Range": f"bytes={file.start}-"} if file.start else {})
+            options = {"timeout": TIMEOUT, "headers": headers, "hooks": {"response": file.check}}
+            HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=CHUNK, **options)(url, file, None)
+            if file.total and file.tell() != file.total:
+                raise requests.ConnectionError(f"{file.tell()} of {file.total} bytes arrived")
+    except _Complete:
+        pass
+    finally:
+        if partial.exists() and not partial.stat().st_size:
+            partial.unlink()

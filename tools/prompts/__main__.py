@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from diffusionopd.data.prompts import PromptError, read_prompts, write_lines
-from diffusionopd.prompts import geneval, ocr
+from tools.prompts import geneval, ocr
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,28 +32,22 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(flags: argparse.Namespace) -> int:
-    """Generate and write; returns how many different prompts there are. Raises PromptError."""
-    if flags.output.exists() and not flags.force:  # before the work; `write_lines` asks again
-        raise PromptError(f"{flags.output} exists already; choose another --output, or replace it with --force")
-    prompt_fn = "geneval" if flags.kind == "geneval" else "general_ocr"
-    exclude = [prompt.text for prompt in read_prompts(flags.exclude, prompt_fn)] if flags.exclude else []
-    if flags.kind == "geneval":
-        lines = geneval.generate(flags.count, flags.seed, exclude, flags.repeat)
-    else:
-        lines = ocr.generate(flags.count, flags.seed, exclude)
-    write_lines(flags.output, lines, flags.force)
-    return len(set(lines))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Flags to file; a mistake of the user's ends in one line, not in a traceback."""
     flags = parse_flags(arguments)
     try:
-        different = run(flags)
+        if flags.output.exists() and not flags.force:  # before the work; `write_lines` asks again
+            raise PromptError(f"{flags.output} exists already; choose another --output, or replace it with --force")
+        prompt_fn = "geneval" if flags.kind == "geneval" else "general_ocr"
+        exclude = [prompt.text for prompt in read_prompts(flags.exclude, prompt_fn)] if flags.exclude else []
+        if flags.kind == "geneval":
+            lines = geneval.generate(flags.count, flags.seed, exclude, flags.repeat)
+        else:
+            lines = ocr.generate(flags.count, flags.seed, exclude)
+        write_lines(flags.output, lines, flags.force)
     except PromptError as error:
         sys.exit(f"error: {error}")
-    print(f"{flags.output}: {flags.count} lines, {different} different prompts")
+    print(f"{flags.output}: {flags.count} lines, {len(set(lines))} different prompts")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from diffusionopd.data.prompts import PromptError
 from diffusionopd.rewards.geneval.classes import CLASSES, COLOURS, POSITIONS
-from tools.prompts.mixture import allocate, apportion, digits, drawn, shuffled
+from tools.prompts.mixture import allocate, apportion, drawn, shuffled
 
 SHARES = {"single_object": 0, "two_object": 1, "counting": 5, "colors": 1, "position": 7, "color_attr": 3}
 """Weight of each tag in Flow-GRPO's training set (arXiv 2505.05470, appendix): what the base model finds hard."""
@@ -43,28 +44,32 @@ def _record(tag: str, include: list[dict[str, Any]], prompt: str, **more: Any) -
     return {"tag": tag, "include": include, **more, "prompt": f"a photo of {prompt}"}
 
 
+def _objects(names: tuple[str, ...], colours: tuple[str | None, ...]) -> tuple[list[dict[str, Any]], str]:
+    """One of each object, with its colour if it has one: the clauses, and the wording."""
+    pairs = list(zip(names, colours, strict=True))
+    include = [{"class": name, "count": 1} | ({"color": colour} if colour else {}) for name, colour in pairs]
+    return include, " and ".join(f"{article(colour)} {name}" if colour else article(name) for name, colour in pairs)
+
+
 def _single_object(number: int) -> dict[str, Any]:
-    name = CLASSES[number]
-    return _record("single_object", [{"class": name, "count": 1}], article(name))
+    return _record("single_object", *_objects((CLASSES[number],), (None,)))
 
 
 def _two_object(number: int) -> dict[str, Any]:
-    first, second = (CLASSES[i] for i in _two_of(number, len(CLASSES)))
-    include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
-    return _record("two_object", include, f"{article(first)} and {article(second)}")
+    first, second = _two_of(number, len(CLASSES))
+    return _record("two_object", *_objects((CLASSES[first], CLASSES[second]), (None, None)))
 
 
 def _counting(number: int) -> dict[str, Any]:
-    which, index = digits(number, (len(CLASSES), len(NUMBERS)))
+    which, index = divmod(number, len(NUMBERS))
     name, count = CLASSES[which], index + 2
     include, exclude = [{"class": name, "count": count}], [{"class": name, "count": count + 1}]
     return _record("counting", include, f"{NUMBERS[index]} {plural(name)}", exclude=exclude)
 
 
 def _colors(number: int) -> dict[str, Any]:
-    which, index = digits(number, (len(COLOURABLE), len(COLOURS)))
-    name, colour = COLOURABLE[which], COLOURS[index]
-    return _record("colors", [{"class": name, "count": 1, "color": colour}], f"{article(colour)} {name}")
+    which, index = divmod(number, len(COLOURS))
+    return _record("colors", *_objects((COLOURABLE[which],), (COLOURS[index],)))
 
 
 def _position(number: int) -> dict[str, Any]:
@@ -77,21 +82,18 @@ def _position(number: int) -> dict[str, Any]:
 
 def _color_attr(number: int) -> dict[str, Any]:
     objects, colours = divmod(number, len(COLOURS) * (len(COLOURS) - 1))
-    pairs = zip(_two_of(colours, len(COLOURS)), _two_of(objects, len(COLOURABLE)), strict=True)
-    named = [(COLOURS[colour], COLOURABLE[name]) for colour, name in pairs]
-    include = [{"class": name, "count": 1, "color": colour} for colour, name in named]
-    return _record("color_attr", include, " and ".join(f"{article(colour)} {name}" for colour, name in named))
+    names = tuple(COLOURABLE[i] for i in _two_of(objects, len(COLOURABLE)))
+    return _record("color_attr", *_objects(names, tuple(COLOURS[i] for i in _two_of(colours, len(COLOURS)))))
 
 
-_PAIRS = len(CLASSES) * (len(CLASSES) - 1)
-_COLOURED_PAIRS = len(COLOURABLE) * (len(COLOURABLE) - 1) * len(COLOURS) * (len(COLOURS) - 1)
+_PAIRS = math.perm(len(CLASSES), 2)
 SPACES: dict[str, tuple[int, Callable[[int], dict[str, Any]]]] = {
     "single_object": (len(CLASSES), _single_object),
     "two_object": (_PAIRS, _two_object),
     "counting": (len(CLASSES) * len(NUMBERS), _counting),
     "colors": (len(COLOURABLE) * len(COLOURS), _colors),
     "position": (_PAIRS * len(POSITIONS), _position),
-    "color_attr": (_COLOURED_PAIRS, _color_attr),
+    "color_attr": (math.perm(len(COLOURABLE), 2) * math.perm(len(COLOURS), 2), _color_attr),
 }
 """Tag -> how many prompts the grammar has, and the metadata of the n-th (0 to that number - 1)."""
 
@@ -115,12 +117,12 @@ def generate(count: int, seed: int, exclude: Iterable[str] = (), repeat: bool = 
     """
     taken = {essence(prompt) for prompt in exclude}
 
-    def accepted(record: dict[str, Any]) -> bool:
-        return essence(record["prompt"]) not in taken
-
     shares = {tag: share for tag, share in SHARES.items() if share}
     # No tag needs more than `count`, so drawing no more leaves the maximum exact where it matters.
-    records = {tag: drawn(*SPACES[tag], accepted, count, f"geneval {seed} {tag}") for tag in shares}
+    records = {
+        tag: drawn(*SPACES[tag], lambda record: essence(record["prompt"]) not in taken, count, f"geneval {seed} {tag}")
+        for tag in shares
+    }
     if repeat:
         if count < 1 or not all(records.values()):
             raise PromptError(f"--count {count} must be at least 1, and --exclude must leave prompts of every kind")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from diffusionopd.data.prompts import PromptError
@@ -18,20 +18,18 @@ def allocate(count: int, weights: Mapping[str, float], available: Mapping[str, i
     Raises:
         PromptError: all kinds of positive weight together have fewer than `count`; the message says how many.
     """
-    maximum = sum(available[kind] for kind in weights if weights[kind] > 0)
+    weights = {kind: weight for kind, weight in weights.items() if weight > 0}
+    maximum = sum(available[kind] for kind in weights)
     if not 0 < count <= maximum:
         raise PromptError(f"--count {count} is outside what can be generated: 1 to {maximum} different prompts")
-    shares: dict[str, int] = dict.fromkeys(weights, 0)
-    open_kinds = {kind for kind in weights if weights[kind] > 0}
-    while open_kinds:
-        left = count - sum(shares[kind] for kind in weights if kind not in open_kinds)
-        proposal = apportion(left, {kind: weights[kind] for kind in weights if kind in open_kinds})
-        full = {kind for kind in open_kinds if proposal[kind] >= available[kind]}
-        if not full:
-            return shares | proposal
-        shares |= {kind: available[kind] for kind in full}
-        open_kinds -= full
-    return shares
+    full: dict[str, int] = {}
+    while True:
+        unfilled = {kind: weight for kind, weight in weights.items() if kind not in full}
+        shares = apportion(count - sum(full.values()), unfilled) if unfilled else {}
+        exceeded = {kind: available[kind] for kind, share in shares.items() if share >= available[kind]}
+        if not exceeded:
+            return full | shares
+        full |= exceeded
 
 
 def apportion(count: int, weights: Mapping[str, float]) -> dict[str, int]:
@@ -57,15 +55,6 @@ def _permutation(size: int, rng: random.Random) -> Iterator[int]:
         j = rng.randrange(i, size)
         yield moved.get(j, j)
         moved[j] = moved.pop(i, i)
-
-
-def digits(number: int, radices: Sequence[int]) -> list[int]:
-    """`number` in a mixed radix, the last digit changing fastest: one index for each of several lists."""
-    result = []
-    for radix in reversed(radices):
-        number, digit = divmod(number, radix)
-        result.append(digit)
-    return result[::-1]
 
 
 def shuffled(items: Iterable[T], key: str) -> list[T]:

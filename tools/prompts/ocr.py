@@ -6,12 +6,13 @@ the words suit the thing. Their combinations are a numbered space, from which pr
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
-from diffusionopd.prompts import ocr_words as words
-from tools.prompts.mixture import allocate, digits, drawn, shuffled
+from tools.prompts.mixture import allocate, drawn, shuffled
 
 SENTENCES = (
     '{style} of {thing} {place}, with the words "{text}" in {lettering}',
@@ -25,52 +26,56 @@ SENTENCES = (
 )
 """All have the words in double quotes, once, and no other quotation marks: what a scorer looks for."""
 
-
-@dataclass(frozen=True)
-class Writing:
-    """A kind of writing: the `things` that carry it and, in `pattern`, the words that `parts` fill in order."""
-
-    things: tuple[str, ...]
-    pattern: str
-    parts: tuple[tuple[str, ...], ...]
-
-    @property
-    def lists(self) -> tuple[tuple[str, ...], ...]:
-        """What is chosen for a prompt, one of each list."""
-        return (SENTENCES, words.STYLES, words.PLACES, words.LETTERING, self.things, *self.parts)
-
-    @property
-    def size(self) -> int:
-        """How many prompts there are."""
-        return math.prod(map(len, self.lists))
-
-    def prompt(self, number: int) -> str:
-        """The n-th prompt (0 to size - 1)."""
-        chosen = digits(number, [len(options) for options in self.lists])
-        sentence, style, place, lettering, thing, *parts = (
-            options[i] for options, i in zip(self.lists, chosen, strict=True)
-        )
-        text = self.pattern.format(*parts)
-        filled = sentence.format(style=style, thing=thing, place=place, lettering=lettering, text=text)
-        return filled[0].upper() + filled[1:]
-
-
-KINDS: dict[str, Writing] = {
-    "shop": Writing(words.SHOP_SIGNS, "{} {} {}", (words.ADJECTIVES, words.NOUNS, words.SHOPS)),
-    "notice": Writing(words.NOTICE_BOARDS, "{} {}", (words.ORDERS, words.SUBJECTS)),
-    "hours": Writing(words.DOORS, "Open {} to {}", (words.MORNINGS, words.EVENINGS)),
-    "price": Writing(words.PRICE_TAGS, "{} ${}.{}", (words.GOODS, words.DOLLARS, words.CENTS)),
-    "address": Writing(words.STREET_SIGNS, "{} {} {}", (words.HOUSE_NUMBERS, words.NAMES, words.STREETS)),
-    "title": Writing(words.COVERS, "The {} {}", (words.ADJECTIVES, words.NOUNS)),
-    "long_title": Writing(words.COVERS, "The {} of the {} {}", (words.TOPICS, words.ADJECTIVES, words.NOUNS)),
-    "slogan": Writing(words.BANNERS, "{} Your {}", (words.VERBS, words.OWNED)),
-    "event": Writing(words.POSTERS, "{} {} {}", (words.EVENTS, words.MONTHS, words.DAYS)),
-    "code": Writing(words.PLATES, "{} {}", (words.LETTERS, words.NUMBERS)),
-    "direction": Writing(words.ROAD_SIGNS, "{} {} {}", (words.NAMES, words.DISTANCES, words.UNITS)),
-    "greeting": Writing(words.CARDS, "{} {}", (words.GREETINGS, words.NAMES)),
-    "word": Writing(words.CLOTHES, "{}", (words.SINGLE_WORDS,)),
+WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ocr_words.json").read_text(encoding="utf-8")) | {
+    "dollars": [str(number) for number in range(1, 30)],
+    "house_numbers": [str(number) for number in (*range(1, 100, 3), *range(101, 1000, 37))],
+    "days": [str(number) for number in range(1, 29)],
+    "letters": [first + second for first in "ABCDEFHKLMNPRSTX" for second in "ACEHKMNRTX"],
+    "numbers": [str(number) for number in range(101, 1000, 7)],
+    "distances": [str(number) for number in (*range(2, 30), *range(35, 400, 15))],
 }
-"""The kinds, in equal shares."""
+"""Lists of words; no entry comes twice in its list or has quotation marks."""
+
+KINDS = {
+    "shop": ("shop_signs", "{} {} {}", "adjectives nouns shops"),
+    "notice": ("notice_boards", "{} {}", "orders subjects"),
+    "hours": ("doors", "Open {} to {}", "mornings evenings"),
+    "price": ("price_tags", "{} ${}.{}", "goods dollars cents"),
+    "address": ("street_signs", "{} {} {}", "house_numbers names streets"),
+    "title": ("covers", "The {} {}", "adjectives nouns"),
+    "long_title": ("covers", "The {} of the {} {}", "topics adjectives nouns"),
+    "slogan": ("banners", "{} Your {}", "verbs owned"),
+    "event": ("posters", "{} {} {}", "events months days"),
+    "code": ("plates", "{} {}", "letters numbers"),
+    "direction": ("road_signs", "{} {} {}", "names distances units"),
+    "greeting": ("cards", "{} {}", "greetings names"),
+    "word": ("clothes", "{}", "single_words"),
+}
+"""The kinds, in equal shares: the things that carry them, the pattern of the words, and the lists that fill it."""
+
+
+def lists_of(kind: str) -> list[Sequence[str]]:
+    """What is chosen for a prompt of a kind, one of each list."""
+    things, _, parts = KINDS[kind]
+    return [SENTENCES, *(WORDS[name] for name in ("styles", "places", "lettering", things, *parts.split()))]
+
+
+def size(kind: str) -> int:
+    """How many prompts of a kind there are."""
+    return math.prod(map(len, lists_of(kind)))
+
+
+def make(kind: str, number: int) -> str:
+    """The n-th prompt of a kind (0 to its size - 1)."""
+    lists = lists_of(kind)
+    chosen: list[str] = []
+    for options in reversed(lists):  # a mixed radix: the last list changes fastest
+        number, index = divmod(number, len(options))
+        chosen.insert(0, options[index])
+    sentence, style, place, lettering, thing, *parts = chosen
+    text = KINDS[kind][1].format(*parts)
+    filled = sentence.format(style=style, thing=thing, place=place, lettering=lettering, text=text)
+    return filled[0].upper() + filled[1:]
 
 
 def essence(prompt: str) -> str:
@@ -89,13 +94,12 @@ def generate(count: int, seed: int, exclude: Iterable[str] = ()) -> list[str]:
         PromptError: `count` is not positive, or more than there are without those excluded.
     """
     taken = {essence(prompt) for prompt in exclude}
-
-    def accepted(prompt: str) -> bool:
-        return essence(prompt) not in taken
-
     # No kind needs more than `count`, so drawing no more leaves the maximum exact where it matters.
     prompts = {
-        name: drawn(kind.size, kind.prompt, accepted, count, f"ocr {seed} {name}") for name, kind in KINDS.items()
+        kind: drawn(
+            size(kind), partial(make, kind), lambda prompt: essence(prompt) not in taken, count, f"ocr {seed} {kind}"
+        )
+        for kind in KINDS
     }
-    counts = allocate(count, dict.fromkeys(KINDS, 1.0), {name: len(prompts[name]) for name in KINDS})
-    return shuffled((prompt for name in KINDS for prompt in prompts[name][: counts[name]]), f"ocr {seed}")
+    counts = allocate(count, dict.fromkeys(KINDS, 1.0), {kind: len(found) for kind, found in prompts.items()})
+    return shuffled((prompt for kind in KINDS for prompt in prompts[kind][: counts[kind]]), f"ocr {seed}")

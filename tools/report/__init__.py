@@ -4,21 +4,15 @@
 models side by side.
 """
 
-from tools.report.collect import ReportError, collect
-from tools.report.comparison import Comparison, compare, published_models
-from tools.report.comparison_data import ComparisonError, Evaluation, Model, read_models
-from tools.report.comparison_page import render_comparison
-from tools.report.comparison_text import csv_table, text_comparison
-from tools.report.data import Picture, Report, Task, summary, teacher_folder, text_table
-from tools.report.page import render
-from tools.report.plots import shares
+from tools.report.collect import Image, Report, ReportError, Task, collect, render, summary, text_table
+from tools.report.comparison import compare, csv_table, published_models, render_comparison, text_comparison
+from tools.report.evaluations import ComparisonError, Evaluation, Model, read_models
 
 __all__ = [
-    "Comparison",
     "ComparisonError",
     "Evaluation",
+    "Image",
     "Model",
-    "Picture",
     "Report",
     "ReportError",
     "Task",
@@ -29,9 +23,7 @@ __all__ = [
     "read_models",
     "render",
     "render_comparison",
-    "shares",
     "summary",
-    "teacher_folder",
     "text_comparison",
     "text_table",
 ]

@@ -1,29 +1,86 @@
-"""A report's data, read from a run folder and the evaluations of base, teachers and student."""
+"""The report of a distillation: read from a run folder and evaluations; as a page, as numbers, as a text table."""
 
 import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import ConfigError, is_number, read_run_config
+from diffusionopd.config_schema import ConfigError, is_number
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
-from tools.report.data import BASE, STUDENT, Picture, Report, Task, duration, teacher_folder
+from diffusionopd.training.resume import read_run_config
+from tools.report import plots
+from tools.report.pages import aligned, data_uri, image_of, render_page
+from tools.report.plots import Points
 
 PACKAGES = ("diffusionopd", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
+BASE, STUDENT = "base", "student"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One test prompt as base, teacher and student drew it: files by model, with that image's score."""
+
+    caption: str
+    files: Mapping[str, Path]
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: the score it is judged by, its values by model, and what was seen of it during training."""
+
+    name: str
+    reward: str
+    scores: Mapping[str, Summary]
+    monitored: Points = ()
+    evaluated: Points = ()
+    loss: Points = ()
+    images: Sequence[Image] = ()
+
+    @property
+    def teacher(self) -> str:
+        """The model that teaches this task: its evaluations' folder."""
+        return f"teacher-{self.name}"
+
+    @property
+    def gap_closed(self) -> float | None:
+        """(student - base) / (teacher - base); None where base and teacher score the same."""
+        base, teacher, student = (self.scores[model].mean for model in (BASE, self.teacher, STUDENT))
+        return (student - base) / (teacher - base) if teacher != base else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page; `facts` are (name, value) pairs about the run and the machine."""
+
+    title: str
+    tasks: Sequence[Task]
+    rounds: int
+    seconds: float
+    facts: Sequence[tuple[str, str]] = ()
+
+    @property
+    def models(self) -> list[str]:
+        """Base, teachers, student."""
+        return [BASE, *(task.teacher for task in self.tasks), STUDENT]
+
+
 class ReportError(ValueError):
-    """A report that cannot be made; the message names what is missing."""
+    """Raised for a report that cannot be made; names what is missing."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rounds of a run's `metrics.jsonl` in order, each once (a resumed run may repeat some; the last counts).
 
     Raises:
-        ReportError: there is no such file, or not one whole round in it.
+        ReportError: there is no such file, or not one complete round in it.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -46,12 +103,12 @@ def points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
     return [(row["round"], row[key]) for row in rows if is_number(row.get(key))]
 
 
-def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_pictures: int = 6) -> Report:
+def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_images: int = 6) -> Report:
     """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`.
 
     Args:
         seconds: wall-clock time of the distillation, where known to be more than its rounds together.
-        num_pictures: test prompts a task to show, the first ones.
+        num_images: test prompts per task to show, the first ones.
 
     Raises:
         ReportError: something is missing, with its path.
@@ -66,7 +123,7 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
     try:
         teachers = config["train"]["teachers"]
         names = [teacher["name"] for teacher in teachers]
-        tasks = [_collect_task(teacher, names, rows, evaluations, num_pictures) for teacher in teachers]
+        tasks = [_collect_task(teacher, names, rows, evaluations, num_images) for teacher in teachers]
         facts = [*_run_facts(config, tasks, rounds, seconds), *machine_facts()]
     except KeyError as error:
         raise ReportError(f"{run / 'config.json'} or an evaluation lacks {error}") from error
@@ -78,12 +135,12 @@ def _collect_task(
     names: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     evaluations: Path,
-    num_pictures: int,
+    num_images: int,
 ) -> Task:
     name, reward = teacher["name"], next(iter(teacher["proxy_reward"]), "")
-    models = [BASE, *map(teacher_folder, names), STUDENT]
+    models = [BASE, *(f"teacher-{other}" for other in names), STUDENT]
     scores = {model: _score(evaluations / model / name, reward) for model in models}
-    shown = (BASE, teacher_folder(name), STUDENT)
+    shown = (BASE, f"teacher-{name}", STUDENT)
     return Task(
         name,
         reward,
@@ -91,7 +148,7 @@ def _collect_task(
         monitored=points(rows, f"monitor/{name}/{reward}"),
         evaluated=points(rows, f"eval/{name}/{reward}"),
         loss=points(rows, f"loss/{name}"),
-        pictures=_pictures({model: evaluations / model / name for model in shown}, reward, num_pictures),
+        images=_images({model: evaluations / model / name for model in shown}, reward, num_images),
     )
 
 
@@ -105,16 +162,16 @@ def _score(folder: Path, reward: str) -> Summary:
     return averages[reward]
 
 
-def _pictures(folders: Mapping[str, Path], reward: str, count: int) -> list[Picture]:
+def _images(folders: Mapping[str, Path], reward: str, count: int) -> list[Image]:
     records = {model: {r.sample_id: r for r in read_records(folder / RESULTS)} for model, folder in folders.items()}
     common = sorted(set.intersection(*(set(by_id) for by_id in records.values())))
-    pictures = []
+    images = []
     for sample_id in common[:count]:
         files = {model: folder / "images" / f"{sample_id:05d}.jpg" for model, folder in folders.items()}
         if all(file.is_file() for file in files.values()):
             scores = {model: by_id[sample_id].scores[reward] for model, by_id in records.items()}
-            pictures.append(Picture(records[STUDENT][sample_id].prompt, files, scores))
-    return pictures
+            images.append(Image(records[STUDENT][sample_id].prompt, files, scores))
+    return images
 
 
 def _run_facts(config: Mapping[str, Any], tasks: Sequence[Task], rounds: int, seconds: float) -> list[tuple[str, str]]:
@@ -139,16 +196,96 @@ def machine_facts() -> list[tuple[str, str]]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = [f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name)]
+    versions = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
     return [
         ("Machine", f"{os.cpu_count()} CPU cores, {model}, {platform.system()}"),
-        ("Versions", ", ".join([f"Python {platform.python_version()}", *versions])),
+        ("Versions", ", ".join(versions)),
     ]
 
 
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+# ---- What is shown ---------------------------------------------------------------------------------------------------
+
+
+def render(report: Report) -> str:
+    """The page as one HTML document that refers to nothing outside itself."""
+    shares = [task.gap_closed for task in report.tasks if task.gap_closed is not None]
+    return render_page(
+        "report.html.j2",
+        title=report.title,
+        tasks=report.tasks,
+        models=report.models,
+        rounds=report.rounds,
+        duration=duration(report.seconds),
+        mean_gap=sum(shares) / len(shares) if shares else None,
+        plots=_plots(report),
+        facts=report.facts,
+        percent=percent,
+        label=label,
+        image=image_of,
+    )
+
+
+def _plots(report: Report) -> list[dict[str, str]]:
+    found = []
+    for task in report.tasks:
+        base, teacher, student = (task.scores[model] for model in (BASE, task.teacher, STUDENT))
+        final = (report.rounds, student.mean, student.standard_error)
+        svg = plots.score_curve(task.monitored, task.evaluated, base.mean, teacher.mean, final)
+        text = (
+            f"{task.reward} of the student over {report.rounds} rounds, ending at {student.mean:.3f}, "
+            f"between the base model's {base.mean:.3f} and the teacher's {teacher.mean:.3f}"
+        )
+        found.append((svg, task.name, text))
+    if losses := {task.name: task.loss for task in report.tasks if task.loss}:
+        ends = ", ".join(f"{name} from {p[0][1]:.2g} to {p[-1][1]:.2g}" for name, p in losses.items())
+        found.append((plots.loss_curves(losses), "distillation loss", f"Loss over rounds: {ends}"))
+    return [
+        {"src": data_uri("image/svg+xml", svg.encode()), "title": title, "text": text} for svg, title, text in found
+    ]
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The scores as plain numbers: base, teachers by task, student, each by reward; rounds and seconds."""
+
+    def scores(model: str) -> dict[str, float]:
+        return {task.reward: task.scores[model].mean for task in report.tasks}
+
+    return {
+        "base": scores(BASE),
+        "teachers": {task.name: scores(task.teacher) for task in report.tasks},
+        "student": scores(STUDENT),
+        "rounds": report.rounds,
+        "seconds": round(report.seconds, 1),
+    }
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `9 min 12 s` or `3 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def text_table(report: Report) -> str:
+    """Base, teachers and student against the tasks' scores, for the terminal."""
+    rows = [["", *(task.reward for task in report.tasks)]]
+    for model in report.models:
+        rows.append([label(model), *(f"{task.scores[model].mean:.3f}" for task in report.tasks)])
+    rows.append(["gap closed", *(percent(task.gap_closed) for task in report.tasks)])
+    return aligned(rows)
+
+
+def label(model: str) -> str:
+    """A model's name for people."""
+    return f"teacher {model.removeprefix('teacher-')}" if model.startswith("teacher-") else model
+
+
+def percent(share: float | None) -> str:
+    """A share of 0 to 1 in whole percent, a dash for None."""
+    return "–" if share is None else f"{100 * share:.0f}%"

@@ -1,4 +1,4 @@
-"""Curves as SVG text: numbers in, pictures out."""
+"""Curves as SVG text: numbers in, images out."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ def score_curve(
     """A task's score over rounds as SVG, between the levels of base and teacher.
 
     Args:
-        monitored: (round, score) of the student's own training pictures: dots, and their running mean.
+        monitored: (round, score) of the student's own training images: dots, and their running mean.
         evaluated: (round, score) on test prompts during training: diamonds.
         base, teacher: levels, drawn as labelled horizontal lines.
         final: (round, score, standard error) of the finished student on test prompts.
@@ -42,7 +42,7 @@ def score_curve(
     _level(axes, teacher, f"teacher {teacher:.2f}", TEACHER, "--")
     _level(axes, base, f"base {base:.2f}", BASE, ":")
     if monitored:
-        axes.plot(*_columns(monitored), "o", color=STUDENT, alpha=0.3, markersize=4, label="training pictures")
+        axes.plot(*_columns(monitored), "o", color=STUDENT, alpha=0.3, markersize=4, label="training images")
         axes.plot(*_columns(running_mean(monitored)), "-", color=STUDENT, linewidth=2, label="running mean")
     if evaluated:
         axes.plot(*_columns(evaluated), "D", color=STUDENT, markersize=5, label="test prompts")

@@ -16,6 +16,9 @@ CLASSES = (
 RENAMED = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 """GenEval's name -> COCO's, where they differ."""
 
+COCO = tuple(RENAMED.get(name, name) for name in CLASSES)
+"""The same classes under COCO's names."""
+
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 POSITIONS = ("left of", "right of", "above", "below")

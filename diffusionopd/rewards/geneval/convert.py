@@ -6,7 +6,6 @@ merges patches in another order of channels; the numbers are the same. Checked k
 
 import json
 import os
-import pickle
 import re
 import shutil
 import uuid
@@ -14,17 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from diffusionopd.rewards.base import RewardError
-from diffusionopd.rewards.geneval.classes import CLASSES, RENAMED
-from diffusionopd.rewards.weights import cause
+from diffusionopd.rewards.geneval.classes import COCO
+from diffusionopd.rewards.weights import load_official, renamed
 
 CHECKPOINT = "reward_ckpts/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 CONVERTED = "mask2former_swin-s-coco"
-FETCH = "python -m tools.download rewards geneval"
 _SOURCE = "converted_from.json"
 
 UNUSED = frozenset(
@@ -37,7 +34,6 @@ UNUSED = frozenset(
 """Entries of the transformers model that no prediction depends on, and mmdetection does not have."""
 
 _ENCODER = "model.pixel_level_module.encoder."
-_PIXELS = "model.pixel_level_module.decoder."
 _DECODER = "model.transformer_module.decoder."
 
 
@@ -46,88 +42,73 @@ def _shifted(prefix: str) -> Any:
     return lambda match: f"{prefix}{int(match[1]) + 1}"
 
 
-# (mmdetection's names of a part, its prefix in transformers, what is named otherwise within it)
-_PARTS: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
-    (
-        r"backbone\.(?=norm\d)",
-        _ENCODER,
-        ((r"^norm(\d)", _shifted("hidden_states_norms.stage")),),
+# mmdetection's names of a part -> its prefix in transformers, and what is named otherwise within it
+_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    r"backbone\.(?=norm\d)": (_ENCODER, {r"^norm(\d)": _shifted("hidden_states_norms.stage")}),
+    r"backbone\.(?=patch_embed)": (
+        f"{_ENCODER}swin.embeddings.",
+        {r"^patch_embed\.projection": "patch_embeddings.projection", r"^patch_embed\.norm": "norm"},
     ),
-    (
-        r"backbone\.(?=patch_embed)",
-        _ENCODER + "swin.embeddings.",
-        ((r"^patch_embed\.projection", "patch_embeddings.projection"), (r"^patch_embed\.norm", "norm")),
+    r"backbone\.stages\.": (
+        f"{_ENCODER}swin.encoder.layers.",
+        {
+            r"attn\.w_msa\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
+            r"attn\.w_msa\.proj": "attention.o_proj",
+            r"attn\.w_msa\.(relative_position_bias)_table": r"attention.\1.\1_table",
+            r"blocks\.(\d+)\.norm1": r"blocks.\1.layernorm_before",
+            r"blocks\.(\d+)\.norm2": r"blocks.\1.layernorm_after",
+            r"ffn\.layers\.0\.0": "mlp.fc1",
+            r"ffn\.layers\.1": "mlp.fc2",
+        },
     ),
-    (
-        r"backbone\.stages\.",
-        _ENCODER + "swin.encoder.layers.",
-        (
-            (r"attn\.w_msa\.(query|key|value)\.", lambda match: f"attention.{match[1][0]}_proj."),
-            (r"attn\.w_msa\.proj", "attention.o_proj"),
-            (
-                r"attn\.w_msa\.relative_position_bias_table",
-                "attention.relative_position_bias.relative_position_bias_table",
-            ),
-            (r"blocks\.(\d+)\.norm1", r"blocks.\1.layernorm_before"),
-            (r"blocks\.(\d+)\.norm2", r"blocks.\1.layernorm_after"),
-            (r"ffn\.layers\.0\.0", "mlp.fc1"),
-            (r"ffn\.layers\.1", "mlp.fc2"),
-        ),
+    r"panoptic_head\.pixel_decoder\.": (
+        "model.pixel_level_module.decoder.",
+        {
+            r"^input_convs\.(\d)\.conv": r"input_projections.\1.0",
+            r"^input_convs\.(\d)\.gn": r"input_projections.\1.1",
+            r"^lateral_convs\.(\d)": _shifted("adapter_"),
+            r"^output_convs\.(\d)": _shifted("layer_"),
+            r"^(adapter_\d|layer_\d)\.conv": r"\1.0",
+            r"^(adapter_\d|layer_\d)\.gn": r"\1.1",
+            r"^level_encoding\.weight": "level_embed",
+            r"^mask_feature\.": "mask_projection.",
+            r"attentions\.0\.": "self_attn.",
+            r"ffns\.0\.layers\.0\.0": "fc1",
+            r"ffns\.0\.layers\.1": "fc2",
+            r"norms\.0": "self_attn_layer_norm",
+            r"norms\.1": "final_layer_norm",
+        },
     ),
-    (
-        r"panoptic_head\.pixel_decoder\.",
-        _PIXELS,
-        (
-            (r"^input_convs\.(\d)\.conv", r"input_projections.\1.0"),
-            (r"^input_convs\.(\d)\.gn", r"input_projections.\1.1"),
-            (r"^lateral_convs\.(\d)", _shifted("adapter_")),
-            (r"^output_convs\.(\d)", _shifted("layer_")),
-            (r"^(adapter_\d|layer_\d)\.conv", r"\1.0"),
-            (r"^(adapter_\d|layer_\d)\.gn", r"\1.1"),
-            (r"^level_encoding\.weight", "level_embed"),
-            (r"^mask_feature\.", "mask_projection."),
-            (r"attentions\.0\.", "self_attn."),
-            (r"ffns\.0\.layers\.0\.0", "fc1"),
-            (r"ffns\.0\.layers\.1", "fc2"),
-            (r"norms\.0", "self_attn_layer_norm"),
-            (r"norms\.1", "final_layer_norm"),
-        ),
-    ),
-    (
-        r"panoptic_head\.transformer_decoder\.",
+    r"panoptic_head\.transformer_decoder\.": (
         _DECODER,
-        (
-            (r"^post_norm", "layernorm"),
-            (r"attentions\.0\.attn", "cross_attn"),
-            (r"attentions\.1\.attn\.out_proj", "self_attn.out_proj"),
-            (r"attentions\.1\.attn\.(query|key|value)\.", lambda match: f"self_attn.{match[1][0]}_proj."),
-            (r"ffns\.0\.layers\.0\.0", "fc1"),
-            (r"ffns\.0\.layers\.1", "fc2"),
-            (r"norms\.0", "cross_attn_layer_norm"),
-            (r"norms\.1", "self_attn_layer_norm"),
-            (r"norms\.2", "final_layer_norm"),
-        ),
+        {
+            r"^post_norm": "layernorm",
+            r"attentions\.0\.attn": "cross_attn",
+            r"attentions\.1\.attn\.out_proj": "self_attn.out_proj",
+            r"attentions\.1\.attn\.(query|key|value)\.": lambda match: f"self_attn.{match[1][0]}_proj.",
+            r"ffns\.0\.layers\.0\.0": "fc1",
+            r"ffns\.0\.layers\.1": "fc2",
+            r"norms\.0": "cross_attn_layer_norm",
+            r"norms\.1": "self_attn_layer_norm",
+            r"norms\.2": "final_layer_norm",
+        },
     ),
-    (
-        r"panoptic_head\.(?=mask_embed)",
-        _DECODER + "mask_predictor.",
-        ((r"^mask_embed\.(\d)", lambda match: f"mask_embedder.{int(match[1]) // 2}.0"),),  # ReLUs in between
+    r"panoptic_head\.(?=mask_embed)": (
+        f"{_DECODER}mask_predictor.",
+        {r"^mask_embed\.(\d)": lambda match: f"mask_embedder.{int(match[1]) // 2}.0"},  # ReLUs in between
     ),
-    (r"panoptic_head\.query_embed\.", "model.transformer_module.queries_embedder.", ()),
-    (r"panoptic_head\.query_feat\.", "model.transformer_module.queries_features.", ()),
-    (r"panoptic_head\.level_embed\.", "model.transformer_module.level_embed.", ()),
-    (r"panoptic_head\.cls_embed\.", "class_predictor.", ()),
-)
+    r"panoptic_head\.query_embed\.": ("model.transformer_module.queries_embedder.", {}),
+    r"panoptic_head\.query_feat\.": ("model.transformer_module.queries_features.", {}),
+    r"panoptic_head\.level_embed\.": ("model.transformer_module.level_embed.", {}),
+    r"panoptic_head\.cls_embed\.": ("class_predictor.", {}),
+}
 
 
-def renamed(key: str) -> str:
+def transformers_name(key: str) -> str:
     """transformers' name of an mmdetection entry; one that belongs to no part keeps its own."""
-    for part, prefix, rules in _PARTS:
+    for part, (prefix, rules) in _PARTS.items():
         if match := re.match(part, key):
-            rest = key[match.end() :]
-            for pattern, replacement in rules:
-                rest = re.sub(pattern, replacement, rest)
-            return prefix + rest
+            return prefix + renamed(key[match.end() :], rules)
     return key
 
 
@@ -161,7 +142,7 @@ def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if re.search(r"downsample\.(reduction|norm)\.", key):
             value = _merge_order(value)
-        result |= {renamed(name): part.contiguous() for name, part in _split(key, value)}
+        result |= {transformers_name(name): part.contiguous() for name, part in _split(key, value)}
     return result
 
 
@@ -169,39 +150,34 @@ def swin_small_config() -> Mask2FormerConfig:
     """Of mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco (mmdetection 2, configs/mask2former)."""
     stages = [f"stage{i}" for i in (1, 2, 3, 4)]
     backbone = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], out_features=stages)
-    labels = {i: RENAMED.get(name, name) for i, name in enumerate(CLASSES)}
     return Mask2FormerConfig(  # transformers counts the prediction before the 9 layers as one
-        backbone_config=backbone, encoder_layers=6, decoder_layers=10, num_queries=100, id2label=labels
+        backbone_config=backbone, encoder_layers=6, decoder_layers=10, num_queries=100, id2label=dict(enumerate(COCO))
     )
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in an mmdetection checkpoint, read as weights only. Raises `RewardError` for any other file."""
-    if not path.is_file():
-        raise RewardError(f"reward 'geneval' needs the detector's weights {path}. To fetch them: {FETCH}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("its state_dict holds other things than tensors")
-        return dict(state)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise RewardError(
-            f"{path} is no mmdetection checkpoint: {cause(error)}. To fetch the right one: {FETCH}"
-        ) from error
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The state dict in an mmdetection checkpoint, read as weights only. Raises `RewardError` as `load_official`."""
+    return load_official("geneval", path, _state_of)
 
 
-def convert(path: Path, config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentation:
+def _state_of(file: Any) -> dict[str, Tensor]:
+    state = dict(file["state_dict"])
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise TypeError("its state_dict holds other things than tensors")
+    return state
+
+
+def convert(path: str, config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentation:
     """The model in an mmdetection checkpoint, with every entry accounted for.
 
     Raises:
-        RewardError: as `read_checkpoint`; entries that are missing, unknown, or of another shape.
+        RewardError: as `load_official`; entries that are missing, unknown, or of another shape.
     """
     model = Mask2FormerForUniversalSegmentation(config)
-    try:
-        missing, unknown = model.load_state_dict(convert_state(read_checkpoint(path)), strict=False)
-    except RuntimeError as error:  # of another size, or of another kind so that a layout cannot be changed
-        raise RewardError(f"{path} is another model than {CONVERTED}: {error}") from error
-    check_entries(str(path), set(missing), set(unknown))
+    missing, unknown = load_official(
+        "geneval", path, lambda file: model.load_state_dict(convert_state(_state_of(file)), strict=False)
+    )
+    check_entries(path, set(missing), set(unknown))
     return model
 
 
@@ -225,15 +201,18 @@ def converted_folder(checkpoint: str, config: Mask2FormerConfig | None = None) -
     Raises:
         RewardError: as `convert`; the folder was made from another checkpoint, or cannot be written.
     """
-    path = Path(checkpoint)
-    folder = path.parent / CONVERTED
+    folder, source = Path(checkpoint).parent / CONVERTED, Path(checkpoint).name
     if not folder.is_dir():
-        _write(convert(path, config or swin_small_config()), path.name, folder)
-    _check_source(folder, path.name)
+        write_model(convert(checkpoint, config or swin_small_config()), source, folder)
+    note = folder / _SOURCE
+    found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else "an unknown file"
+    if found != source:
+        raise RewardError(f"{folder} was converted from {found}, not from {source}: remove it, and it is made anew")
     return folder
 
 
-def _write(model: Mask2FormerForUniversalSegmentation, source: str, folder: Path) -> None:
+def write_model(model: Mask2FormerForUniversalSegmentation, source: str, folder: Path) -> None:
+    """Write a model atomically, with the name of the file it comes from; a folder that is there by then stays."""
     partial = folder.parent / f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex}"
     try:
         model.save_pretrained(partial)
@@ -244,10 +223,3 @@ def _write(model: Mask2FormerForUniversalSegmentation, source: str, folder: Path
             raise RewardError(f"cannot write the converted weights to {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_source(folder: Path, name: str) -> None:
-    source = folder / _SOURCE
-    found = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else "an unknown file"
-    if found != name:
-        raise RewardError(f"{folder} was converted from {found}, not from {name}: remove it, and it is made anew")

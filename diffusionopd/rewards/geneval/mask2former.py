@@ -1,9 +1,11 @@
 """Mask2Former as mmdetection runs it: its resizing, normalisation and padding, its way from logits to instances.
 
 transformers' own `post_process_instance_segmentation` is another rule: it resizes to 384 x 384 first and does not
-know of padding. Letters: B pictures, Q queries, C classes, K instances, H and W the size of the picture in pixels,
+know of padding. Letters: B images, Q queries, C classes, K instances, H and W the size of the image in pixels,
 h and w of what the model sees.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,12 +14,13 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from diffusionopd.rewards.geneval.classes import CLASSES
-from diffusionopd.rewards.geneval.resize import resize_bilinear
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
 
 LONG_SIDE, SHORT_SIDE, DIVISOR = 1333, 800, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB in [0, 255]
 MAX_INSTANCES = 100
+
+_ONE = 1 << 11  # the unit of OpenCV's weights
 
 Size = tuple[int, int]
 
@@ -26,6 +29,32 @@ def resized_size(height: int, width: int) -> Size:
     """The largest size of the same shape within 1333 x 800, rounded to whole pixels."""
     scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 `[B, H, W, C]` to int32 `[B, height, width, C]` in [0, 255]: `cv2.resize`, bilinear, to the last bit.
+
+    OpenCV interpolates bytes in fixed point and drops bits on the way, which makes images an eighth of a level darker
+    on average than rounded bilinear interpolation; its float path and torch do not. There is no antialiasing.
+    """
+    rows, columns = pixels.shape[1:3]
+    left, right, of_left, of_right = _neighbours(columns, width, pixels.device)
+    values = pixels.int()
+    # Rows keep 7 of the 11 bits of their weights, so that the next product fits; of that, 2 bits are left to round.
+    values = (values[:, :, left] * of_left[:, None] + values[:, :, right] * of_right[:, None]) >> 4
+    top, bottom, of_top, of_bottom = _neighbours(rows, height, pixels.device)
+    of_top, of_bottom = of_top[:, None, None], of_bottom[:, None, None]
+    return ((values[:, top] * of_top >> 16) + (values[:, bottom] * of_bottom >> 16) + 2) >> 2
+
+
+def _neighbours(size: int, resized: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices of the pixels before and after each new one, and their weights in units of `1 / _ONE`: `[resized]`."""
+    centres = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (size / resized) - 0.5).float()
+    before = centres.floor()
+    share = centres - before
+    first, second = before.long().clamp(0, size - 1), (before.long() + 1).clamp(0, size - 1)
+    weights = ((1 - share) * _ONE).round().int(), (share * _ONE).round().int()
+    return first.to(device), second.to(device), weights[0].to(device), weights[1].to(device)
 
 
 def preprocess(pixels: Tensor) -> tuple[Tensor, Size]:
@@ -43,17 +72,17 @@ def preprocess(pixels: Tensor) -> tuple[Tensor, Size]:
 def instances(
     class_logits: Tensor, mask_logits: Tensor, padded: Size, resized: Size, original: Size, floor: float
 ) -> list[tuple[int, Detection]]:
-    """The instances of one picture, as `(class index, detection)`.
+    """The instances of one image, as `(class index, detection)`.
 
     Of all pairs of query and class the `MAX_INSTANCES` most probable are instances. Their score is the probability
     times the mean of the sigmoid within the mask, and the mask is where its logit, resized to the padded input, cut to
-    the picture and resized to the original, is positive. As the second factor is below 1, pairs up to `floor` are
+    the image and resized to the original, is positive. As the second factor is below 1, pairs up to `floor` are
     left out before their masks are resized: nothing above `floor` is lost, and few masks are large.
 
     Args:
         class_logits: `[Q, C + 1]`, "no object" last.
         mask_logits: `[Q, h / 4, w / 4]`.
-        padded, resized, original: (height, width) of the model's input, of the picture in it, of the picture.
+        padded, resized, original: (height, width) of the model's input, of the image in it, of the image.
     """
     probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
     count = min(MAX_INSTANCES, probabilities.numel())
@@ -80,6 +109,14 @@ def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
+def by_class(found: Iterable[tuple[int, Detection]]) -> dict[str, list[Detection]]:
+    """`(class index, detection)` of one image as GenEval's class name -> detections."""
+    objects: dict[str, list[Detection]] = {}
+    for label, detection in found:
+        objects.setdefault(CLASSES[label], []).append(detection)
+    return objects
+
+
 class Mask2Former:
     """The detector on a frozen transformers model."""
 
@@ -93,10 +130,5 @@ class Mask2Former:
         images, resized = preprocess(torch.from_numpy(pixels).to(self.model.device))
         padded, original = (images.shape[2], images.shape[3]), (pixels.shape[1], pixels.shape[2])
         outputs = self.model(pixel_values=images.to(self.model.dtype))
-        pictures = []
-        for logits in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
-            objects: dict[str, list[Detection]] = {}
-            for label, detection in instances(*logits, padded, resized, original, THRESHOLD):
-                objects.setdefault(CLASSES[label], []).append(detection)
-            pictures.append(objects)
-        return pictures
+        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        return [by_class(instances(*pair, padded, resized, original, THRESHOLD)) for pair in logits]

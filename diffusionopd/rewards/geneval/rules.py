@@ -1,4 +1,4 @@
-"""GenEval's judgement of a picture, given what was detected in it (Ghosh et al., arXiv 2310.11513).
+"""GenEval's judgement of an image: what its prompt asks for against what was detected (arXiv 2310.11513).
 
 Constants and the official verdict are those of evaluation/evaluate_images.py in github.com/djghosh13/geneval; the
 strict verdict and the partial credit follow the reward server of Flow-GRPO (github.com/yifan123/reward-server).
@@ -7,19 +7,43 @@ Coordinates are pixels, x to the right, y downwards.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from diffusionopd.rewards.geneval.request import Clause, Request
+from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.geneval.classes import CLASSES, COLOURS, POSITIONS, TAGS
 
 THRESHOLD = 0.3
 """Score above which a detection is an object."""
 COUNTING_THRESHOLD = 0.9
 """The same for prompts of the tag `counting`."""
 MAX_OBJECTS = 16
-"""Objects of one class that a picture may have; the rest is ignored."""
+"""Objects of one class that an image may have; the rest is ignored."""
 POSITION_THRESHOLD = 0.1
 """Share of the two sizes by which centres must be apart before their offset counts."""
+
+
+@dataclass(frozen=True)
+class Clause:
+    """`count` objects of a class; if stated, of one colour, or standing in a relation to the objects of another clause.
+
+    `position` is (relation, index of that other clause in `include`).
+    """
+
+    class_name: str
+    count: int
+    colour: str | None = None
+    position: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt's clauses: all of `include` must hold, and none of `exclude`."""
+
+    tag: str
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +109,7 @@ class _Outcome:
 
 
 def judge(objects: Objects, request: Request, classify_colours: ClassifyColours) -> Verdict:
-    """Judge the selected objects of a picture (`select_objects`) against what its prompt asks for.
+    """Judge the selected objects of an image (`select_objects`) against what its prompt asks for.
 
     Official: each clause needs at least `count` objects of its class, and looks at the `count` best of them only. All
     of these must have the colour, and all must stand in the relation to all chosen objects of the other clause, which
@@ -131,3 +155,59 @@ def _judge_clause(
 
 def _all_stand(objects: Sequence[Detection], relation: str, targets: Sequence[Detection]) -> bool:
     return all(relation in relative_position(a, b) for a in objects for b in targets)
+
+
+def parse_request(prompt: str, metadata: Mapping[str, Any]) -> Request:
+    """Metadata such as `{"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [...]}`.
+
+    Raises:
+        RewardError: what is missing or not GenEval's, with the prompt.
+    """
+    try:
+        tag = _one_of("tag", metadata.get("tag"), TAGS)
+        include, exclude = (_clauses(name, metadata.get(name)) for name in ("include", "exclude"))
+        if not include:
+            raise ValueError("'include' is missing or empty")
+        return Request(tag, include, exclude)
+    except ValueError as error:
+        raise RewardError(
+            f"reward 'geneval' cannot judge the prompt {prompt!r}: {error}. It needs metadata as in GenEval's "
+            'test_metadata.jsonl: {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ...}'
+        ) from error
+
+
+def _clauses(name: str, given: Any) -> tuple[Clause, ...]:
+    if not isinstance(given, list | tuple | None):
+        raise ValueError(f"'{name}' is {given!r}, no list of clauses")
+    return tuple(_clause(f"{name}[{i}]", entry, i) for i, entry in enumerate(given or ()))
+
+
+def _clause(name: str, entry: Any, index: int) -> Clause:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"'{name}' is {entry!r}, no clause")
+    count, colour, position = entry.get("count"), entry.get("color"), entry.get("position")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"'{name}.count' is {count!r}, no whole number of at least 1")
+    return Clause(
+        class_name=_one_of(f"{name}.class", entry.get("class"), CLASSES),
+        count=count,
+        colour=None if colour is None else _one_of(f"{name}.color", colour, COLOURS),
+        position=None if position is None else _position(f"{name}.position", position, index),
+    )
+
+
+def _position(name: str, given: Any, index: int) -> tuple[str, int]:
+    """A relation to an earlier clause: later ones are not judged yet."""
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise ValueError(f"'{name}' is {given!r}, no pair of a relation and the index of a clause")
+    relation, target = given
+    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < index:
+        raise ValueError(f"'{name}' points to clause {target!r}, which is none before clause {index}")
+    return _one_of(name, relation, POSITIONS), target
+
+
+def _one_of(name: str, given: Any, known: Sequence[str]) -> str:
+    if not isinstance(given, str) or given not in known:
+        shown = ", ".join(known) if len(known) <= 10 else f"one of GenEval's {len(known)} classes"
+        raise ValueError(f"'{name}' is {given!r}, not {shown}")
+    return given

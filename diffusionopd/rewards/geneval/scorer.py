@@ -1,4 +1,4 @@
-"""The reward `geneval`: detect, judge, and report by kind of prompt."""
+"""The reward `geneval`: detect, name colours, judge, and report by kind of prompt."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,27 +6,69 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores
-from diffusionopd.rewards.clip import CLIP_L, load_clip
-from diffusionopd.rewards.geneval.classes import TAGS
-from diffusionopd.rewards.geneval.colours import ColourClassifier
+from diffusionopd.rewards.clip import CLIP_L, Clip, load_clip
+from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
 from diffusionopd.rewards.geneval.detector import build_detector
-from diffusionopd.rewards.geneval.request import parse_request
-from diffusionopd.rewards.geneval.rules import Verdict, judge, select_objects
+from diffusionopd.rewards.geneval.rules import Detection, Verdict, judge, parse_request, select_objects
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.weights import scorer_dtype
+
+TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+BACKGROUND = (0x99, 0x99, 0x99)
+"""RGB around the object."""
+
+
+def crop(pixels: np.ndarray, detection: Detection) -> np.ndarray:
+    """The object's pixels on `BACKGROUND`, cut to its box: uint8 `[h, w, 3]`.
+
+    Args:
+        pixels: uint8 `[H, W, 3]`, RGB.
+        detection: its mask is not empty; an empty one has no mask score, and never is an object.
+    """
+    pasted = np.where(detection.mask[..., None], pixels, np.array(BACKGROUND, dtype=np.uint8))
+    left, top, right, bottom = (round(edge) for edge in detection.box)
+    return np.ascontiguousarray(pasted[top:bottom, left:right])
+
+
+class ColourClassifier:
+    """The colour of an object, named by CLIP (ViT-L/14 in GenEval) from what its mask cuts out of the image.
+
+    A zero-shot classifier over GenEval's ten colours, one for each class name.
+    """
+
+    def __init__(self, clip: Clip):
+        """Args: `clip`, frozen."""
+        self.clip = clip
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def class_weights(self, name: str) -> torch.Tensor:
+        """`[10, P]` float32: the unit text embeddings of a colour's three templates, averaged, of unit length again."""
+        if name not in self._weights:
+            prompts = [text.format(colour=colour, name=name) for colour in COLOURS for text in TEMPLATES]
+            embeddings = self.clip.text_embeddings(prompts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
+            self._weights[name] = torch.nn.functional.normalize(embeddings.mean(dim=1), dim=-1)
+        return self._weights[name]
+
+    def __call__(self, pixels: np.ndarray, name: str, detections: Sequence[Detection]) -> list[str]:
+        """The colour of each detection of class `name` in a uint8 `[H, W, 3]` RGB image."""
+        crops = [crop(pixels, detection) for detection in detections]
+        cosines = self.clip.image_embeddings(crops) @ self.class_weights(name).T
+        return [COLOURS[best] for best in cosines.argmax(dim=-1).tolist()]
+
 
 load_detector = functools.cache(build_detector)
 """`build_detector`, once for all scorers in a process: monitoring and evaluation share it."""
 
 
 class GenEval:
-    """`geneval`: the share of what the prompt asks for that the picture shows, 0 to 1, as a reward for training.
+    """`geneval`: the share of what the prompt asks for that the image shows, 0 to 1, as a reward for training.
 
     `accuracy` and `strict_accuracy` are 1 or 0 (see `rules.judge`), `<tag>_accuracy` and `<tag>_strict_accuracy` the
-    same for the pictures of one of the six tags. GenEval's own overall score is the plain mean of the six accuracies.
+    same for the images of one of the six tags. GenEval's own overall score is the plain mean of the six accuracies.
     """
 
     combined: Mapping[str, tuple[str, ...]] = {"geneval_overall": tuple(f"{tag}_accuracy" for tag in TAGS)}
@@ -48,7 +90,7 @@ class GenEval:
             detector: "converted", "transformers:NAME" or "mmdet:CONFIG.py", see `build_detector`.
             checkpoint: mmdetection's .pth file, of which a converted copy is kept beside it.
             clip: that names colours, hub id or folder.
-            batch_size: pictures that the detector sees at once, enlarged to 800 pixels.
+            batch_size: images that the detector sees at once, enlarged to 800 pixels.
 
         Raises:
             RewardError: as `build_detector` and `load_clip`.
@@ -68,20 +110,18 @@ class GenEval:
         for start in range(0, len(pixels), self.batch_size):
             found += self.detector.detect(pixels[start : start + self.batch_size])
         verdicts = [
-            judge(select_objects(detections, request.tag), request, partial(self.colours, picture))
-            for detections, request, picture in zip(found, requests, pixels, strict=True)
+            judge(select_objects(detections, request.tag), request, partial(self.colours, image))
+            for detections, request, image in zip(found, requests, pixels, strict=True)
         ]
         return _scores(verdicts, [request.tag for request in requests])
 
 
 def _scores(verdicts: Sequence[Verdict], tags: Sequence[str]) -> Scores:
-    correct = np.array([verdict.correct for verdict in verdicts], dtype=np.float64)
-    strict = np.array([verdict.strict for verdict in verdicts], dtype=np.float64)
-    scores = {
-        "geneval": np.array([verdict.soft for verdict in verdicts], dtype=np.float64),
-        "accuracy": correct,
-        "strict_accuracy": strict,
-    }
+    soft, correct, strict = (
+        np.array([getattr(verdict, kind) for verdict in verdicts], dtype=np.float64)
+        for kind in ("soft", "correct", "strict")
+    )
+    scores = {"geneval": soft, "accuracy": correct, "strict_accuracy": strict}
     for tag in TAGS:
         is_tag = np.array([tag == other for other in tags], dtype=bool)
         scores[f"{tag}_accuracy"] = np.where(is_tag, correct, NOT_APPLICABLE)

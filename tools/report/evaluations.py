@@ -13,7 +13,7 @@ EVALUATION = "evaluation"  # where a run folder keeps its evaluations
 
 
 class ComparisonError(ValueError):
-    """Models that cannot be compared; the message says what, where and the remedy."""
+    """Raised for models that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Evaluation:
 
     Attributes:
         scores: data-set-level figures by score.
-        settings: what the pictures depend on; empty where it was not recorded, as by the upstream release.
+        settings: what the images depend on; empty where it was not recorded, as by the upstream release.
         records: samples in order; empty where only the averages are there.
-        folder: where the pictures are, if anywhere.
+        folder: where the images are, if anywhere.
     """
 
     scores: Mapping[str, Summary]
@@ -34,7 +34,7 @@ class Evaluation:
 
     @property
     def images_per_prompt(self) -> int:
-        """Pictures a prompt, 1 where the settings do not say."""
+        """Images per prompt, 1 where the settings do not say."""
         return int(self.settings.get("images_per_prompt", 1))
 
     @property
@@ -43,12 +43,12 @@ class Evaluation:
         return [record.prompt for record in self.first_images().values()]
 
     def first_images(self) -> dict[int, Record]:
-        """The first picture of each prompt, by the prompt's index."""
+        """The first image of each prompt, by the prompt's index."""
         count = self.images_per_prompt
         return {r.sample_id // count: r for r in self.records if r.sample_id % count == 0}
 
     def image(self, record: Record) -> Path | None:
-        """The file of a sample's picture, if it was saved."""
+        """The file of a sample's image, if it was saved."""
         file = self.folder / "images" / f"{record.sample_id:05d}.jpg" if self.folder else None
         return file if file and file.is_file() else None
 
@@ -65,9 +65,9 @@ class Model:
 def read_models(runs: Sequence[str]) -> list[Model]:
     """The models of command-line arguments `[NAME=]PATH`, in their order.
 
-    A PATH is the folder of one evaluation, a folder with one such folder a data set, or a run folder with either in its
-    `evaluation/`. An evaluation that stands alone belongs to the data set that its settings name, else to that of other
-    models with the same prompts, else to one with its folder's name.
+    A PATH is the folder of one evaluation, a folder with one such folder per data set, or a run folder with either in
+    its `evaluation/`. An evaluation that stands alone belongs to the data set that its settings name, else to that of
+    other models with the same prompts, else to one with its folder's name.
 
     Raises:
         ComparisonError: nothing there, two models of one name, a file that cannot be read.
@@ -164,7 +164,7 @@ def same_prompts(a: Sequence[str], b: Sequence[str]) -> bool:
     return shorter > 0 and list(a[:shorter]) == list(b[:shorter])
 
 
-# What else the pictures or the scores depend on. Models are what is compared, and guidance belongs to a model.
+# What else the images or the scores depend on. Models are what is compared, and guidance belongs to a model.
 COMPARED_SETTINGS = (
     "num_inference_steps", "resolution", "seed", "max_sequence_length", "dtype", "images_per_prompt", "reward_options",
 )  # fmt: skip

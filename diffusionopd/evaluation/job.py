@@ -1,0 +1,218 @@
+"""Models on test sets: what `scripts/evaluate.py` runs. Backbone, scorers and text are loaded once for all models."""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from diffusionopd.distributed import barrier, together
+from diffusionopd.evaluation.evaluate import evaluate
+from diffusionopd.evaluation.results import EvaluationError, Summary
+from diffusionopd.evaluation.sampling import ImageGenerator
+from diffusionopd.evaluation.testsets import Benchmark
+from diffusionopd.files import ensure_writable
+from diffusionopd.models import backbone as models
+from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import LoraWeights
+from diffusionopd.models.sharding import requested_sharding
+from diffusionopd.models.text_cache import TextCache
+from diffusionopd.rewards import build_scorer
+
+TIMEOUT = 12 * 3600.0
+"""Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
+
+_RUNTIME_OPTIONS = frozenset(
+    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
+)
+"""Options that say where a scorer runs or how long to wait for it, not what it scores."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model: the base with a LoRA, or bare without; a guidance of its own goes before that of the benchmarks."""
+
+    name: str
+    lora: LoraWeights | None = None
+    guidance_scale: float | None = None
+
+    def guidance_on(self, benchmark: Benchmark) -> float:
+        """Classifier-free guidance of its images."""
+        return benchmark.guidance_scale if self.guidance_scale is None else self.guidance_scale
+
+
+@dataclass(frozen=True)
+class Job:
+    """Models on benchmarks: everything `run` needs, already checked.
+
+    `dtype` None is float16 on a GPU and float32 on a CPU. `output` gets the files of a single model on a single
+    benchmark; several models get a folder each in it, and in that several benchmarks.
+    """
+
+    base: str
+    revision: str | None
+    models: Sequence[Model]
+    benchmarks: Sequence[Benchmark]
+    output: Path
+    resolution: int = 512
+    seed: int = 42
+    batch_size: int = 16
+    images_per_prompt: int = 1
+    max_sequence_length: int = 128
+    dtype: torch.dtype | None = None
+    save_images: bool = False
+    resume: bool = False
+    cache_dir: str = ".cache/text"
+    text_encoder_device: str = ""  # empty: the process's own, as for vae_device
+    vae_device: str = ""
+    reward_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises `EvaluationError` for values that no image can be made with."""
+        for name in ("batch_size", "images_per_prompt", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (steps := min((benchmark.num_steps for benchmark in self.benchmarks), default=1)) < 1:
+            raise EvaluationError(f"num_steps must be at least 1, not {steps}")
+        for scale in (model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks):
+            if not math.isfinite(scale) or scale < 0:
+                raise EvaluationError(f"guidance_scale must be a number of at least 0, not {scale}")
+        if self.resolution % 16 or self.resolution < 1:
+            raise EvaluationError(f"resolution must be a positive multiple of 16, not {self.resolution}")
+        if not 0 <= self.seed < 2**63:
+            raise EvaluationError(f"seed must be at least 0 and below 2**63, not {self.seed}")
+        for what, items in (("dataset", self.benchmarks), ("model", self.models)):
+            given = [item.name for item in items]
+            if not given or len(set(given)) < len(given):
+                raise EvaluationError(f"evaluate at least one {what}, each once; given: {', '.join(given) or 'none'}")
+
+    def folder(self, model: Model, benchmark: Benchmark) -> Path:
+        """Where the files of a model on a benchmark go."""
+        parts = [item.name for item, of in ((model, self.models), (benchmark, self.benchmarks)) if len(of) > 1]
+        return self.output.joinpath(*parts)
+
+
+def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]]]:
+    """Evaluate every model on every benchmark of the job; the scores by model and benchmark, on every process.
+
+    Scorers are built first, so that a missing package or checkpoint is found before the base loads.
+
+    Raises:
+        EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError: as the parts do.
+    """
+    device, rank, world = state.device, state.process_index, state.num_processes
+    if rank == 0:
+        ensure_writable(job.output, "output folder", "Choose another with --output_dir, or free space.")
+    ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
+    dtype = job.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
+    scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
+    # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
+    place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
+    decode_on = models.find_device(job.vae_device, device, "vae_device")
+    length = job.max_sequence_length
+    cache = TextCache(job.cache_dir, models.text_key(job.base, job.revision), length, dtype)
+    load = partial(
+        models.load_text_encoder, job.base, job.revision, dtype=precision, device=place, max_sequence_length=length
+    )
+    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
+    sharding = requested_sharding() if world > 1 else None
+    backbone = models.load_backbone(
+        job.base, job.revision, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding
+    )
+    backbone.negative = cache.get([NEGATIVE], device)
+    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    for index, model in enumerate(job.models):
+        if model.lora is not None:
+            adapters.add_teacher(f"model_{index}", model.lora)
+    backbone.shard()
+    results: dict[str, dict[str, dict[str, Summary]]] = {}
+    for index, model in enumerate(job.models):
+        adapters.use(None if model.lora is None else f"model_{index}")
+        for benchmark in job.benchmarks:
+            generate = ImageGenerator(
+                backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
+            )
+            results.setdefault(model.name, {})[benchmark.name] = evaluate(
+                generate,
+                benchmark.prompts,
+                {name: scorers[name] for name in benchmark.rewards},
+                job.folder(model, benchmark),
+                batch_size=job.batch_size,
+                save_images=job.save_images,
+                resume=job.resume,
+                images_per_prompt=job.images_per_prompt,
+                settings=settings_of(job, model, benchmark, dtype),
+                rank=rank,
+                world=world,
+                in_step=backbone.sharding is not None,
+                barrier=lambda: barrier("the end of a data set", TIMEOUT),
+            )
+    return results
+
+
+def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
+    """What images and scores depend on, as JSON values: neither the batch size nor the number of processes."""
+    options = {
+        name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in _RUNTIME_OPTIONS}
+        for name in benchmark.rewards
+    }
+    return {
+        "dataset": benchmark.name,
+        "model": job.base,
+        "revision": job.revision,
+        "lora": model.lora.source if model.lora else None,
+        "lora_hash": lora_hash(model.lora) if model.lora else None,
+        "num_inference_steps": benchmark.num_steps,
+        "guidance_scale": model.guidance_on(benchmark),
+        "resolution": job.resolution,
+        "seed": job.seed,
+        "max_sequence_length": job.max_sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "reward_options": {name: given for name, given in options.items() if given},
+    }
+
+
+def lora_hash(lora: LoraWeights) -> str:
+    """A short hash of a LoRA's tensors and scales: training again under the same name must not look the same."""
+    digest = hashlib.sha256()
+    for name in sorted(lora.a):
+        digest.update(f"{name} {lora.alpha[name]}".encode())
+        for tensor in (lora.a[name], lora.b[name]):
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_checkpoint(path: str) -> Path:
+    """The folder of a saved LoRA: a run folder, `<run>/checkpoints/latest` or `checkpoint-<n>`, or its `lora/`.
+
+    Returns:
+        `checkpoint-<n>`, or the folder of a LoRA that stands alone.
+
+    Raises:
+        EvaluationError: nothing of the kind is there.
+    """
+    given = Path(path)
+    if given.name == "latest" and given.parent.is_dir():
+        given = given.parent
+    for pointer in (given / "checkpoints" / "latest", given / "latest"):
+        if os.path.isfile(pointer):
+            given = pointer.parent / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+            break
+    if given.name == "lora" and os.path.isfile(given.parent / "config.json"):
+        given = given.parent
+    weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
+    if not any(os.path.isfile(given / name) for name in weights):
+        raise EvaluationError(
+            f"no checkpoint at {path}: expected a run folder, <run>/checkpoints/checkpoint-<n>, its lora/ folder, "
+            "or <run>/checkpoints/latest"
+        )
+    return given

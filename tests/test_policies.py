@@ -1,0 +1,77 @@
+"""Policies: what is frozen is asked without gradient, in any order, and the student is in use afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.policies import STUDENT, Policies, Request
+
+POLICIES = ("teacher_b", None, "teacher_a", "teacher_b", None)
+
+
+@pytest.fixture
+def policies(backbone, adapters, text):
+    backbone.negative = text(1, 9)
+    with torch.no_grad():
+        for parameter in adapters.parameters(STUDENT):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    return Policies(backbone, adapters)
+
+
+def requests(policies, text):
+    """Five requests of different policies, sizes, noise levels and guidance, the last two of them by row."""
+    generator = torch.Generator().manual_seed(3)
+    shape = policies.backbone.latent_shape(64)
+    sigmas = (0.9, 0.5, 0.3, torch.tensor([0.9, 0.1]), torch.tensor([0.7, 0.2]))
+    scales = (1.0, 2.0, 3.0, 1.0, torch.tensor([1.0, 4.0]))
+    rows = (1, 3, 2, 2, 2)
+    return [
+        Request(policy, torch.randn(n, *shape, generator=generator), sigma, text(n, i), scale)
+        for i, (policy, n, sigma, scale) in enumerate(zip(POLICIES, rows, sigmas, scales, strict=True))
+    ]
+
+
+def test_every_request_has_its_own_answer(policies, adapters, text):
+    asked = requests(policies, text)
+    answers = policies.frozen(asked)
+    assert adapters.active == STUDENT
+    for request, answer in zip(asked, answers, strict=True):
+        assert answer.dtype == torch.float32 and not answer.requires_grad
+        with torch.no_grad(), adapters.using(request.policy):
+            own, _ = policies.backbone.velocity(request.x, request.sigma, request.conditions, request.guidance)
+        assert torch.equal(answer, own)
+    backwards = policies.frozen(asked[::-1])[::-1]
+    assert all(torch.equal(mine, other) for mine, other in zip(answers, backwards, strict=True))
+    assert policies.frozen([]) == []
+
+
+def test_equal_policies_are_asked_one_after_another(policies, adapters, text, monkeypatch):
+    used, use = [], adapters.use
+    monkeypatch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
+    policies.frozen(requests(policies, text))
+    assert used == ["teacher_b", "teacher_b", None, None, "teacher_a", STUDENT]
+
+
+def test_the_base_alone_needs_no_student(backbone, text):
+    x = torch.randn(1, *backbone.latent_shape(64))
+    (answer,) = Policies(backbone, Adapters(backbone.transformer)).frozen([Request(None, x, 0.5, text(1))])
+    with torch.no_grad():
+        assert torch.equal(answer, backbone.velocity(x, 0.5, text(1))[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_students_gradient_survives_requests_before_its_backward(policies, adapters, text, checkpointing):
+    if checkpointing:
+        policies.backbone.transformer.enable_gradient_checkpointing()
+    gradients = []
+    for between in ([], requests(policies, text)):
+        x = torch.randn(2, *policies.backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
+        guided, conditional = policies.student(x, 0.7, text(2), 2.0)
+        policies.frozen(between)
+        (guided.square().mean() + conditional.mean()).backward()
+        gradients.append([p.grad.clone() for p in adapters.parameters(STUDENT) if p.grad is not None])
+        policies.backbone.transformer.zero_grad()
+    assert gradients[0]
+    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))

@@ -1,0 +1,85 @@
+"""Write the tables of docs/configuration.md from the declarations of the keys.
+
+python -m tools.configuration            # rewrites docs/configuration.md below its marker
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+from diffusionopd.algorithms import ALGORITHMS
+from diffusionopd.config_schema import Key, keys_of
+from diffusionopd.config_schema.upstream import UpstreamSettings
+from diffusionopd.data.tasks import Task
+from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.training.plan import COMMON
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+_HEADER = "| key | default | values | on resume | |\n| --- | --- | --- | --- | --- |"
+MARKER = "<!-- written by python -m tools.configuration from here on -->"
+
+
+def explanations(group: type) -> dict[str, str]:
+    """Field -> the text under it, of a group and what it derives from."""
+    found: dict[str, str] = {}
+    for cls in reversed(group.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return found
+
+
+def render() -> str:
+    """The whole page: what is written by hand up to the marker, then the tables."""
+    head = PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
+    shown: set[str] = set()
+    sections = []
+    own = [group for cls in ALGORITHMS.values() for group in cls.groups]
+    for group in dict.fromkeys([*COMMON, *own, UpstreamSettings]):
+        rows = _rows(group, shown)
+        title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        if rows:
+            sections.append(f"## {title}\n\n{_HEADER}\n{rows}")
+    fields = "\n".join(
+        f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |" for name, declared in keys_of(Task).items()
+    )
+    tasks = f"## The fields of a task\n\n| field | on resume | |\n| --- | --- | --- |\n{fields}"
+    targets = ", ".join(f"`{name}`" for name in StableDiffusion3.LORA_TARGETS)
+    families = f"## LoRA targets by model family\n\nStable Diffusion 3: {targets}."
+    return head + MARKER + "\n\n" + "\n\n".join([*sections, tasks, families]) + "\n"
+
+
+def _rows(group: type, shown: set[str]) -> str:
+    rows, texts = [], explanations(group)
+    for field, declared in keys_of(group).items():
+        if declared.name not in shown:
+            shown.add(declared.name)
+            users = [name for name, cls in ALGORITHMS.items() if any(declared.name in _names(g) for g in cls.groups)]
+            only = f" Read by {', '.join(users)}." if users else ""
+            cells = (f"`{declared.name}`", f"`{declared.default!r}`", _values(declared), declared.resume)
+            rows.append(f"| {' | '.join(cells)} | {texts[field]}{only} |")
+    return "\n".join(rows)
+
+
+def _names(group: type) -> set[str]:
+    return {declared.name for declared in keys_of(group).values()}
+
+
+def _values(declared: Key) -> str:
+    if declared.choices:
+        return ", ".join(f"`{choice}`" for choice in declared.choices if choice != "") or "`True`"
+    if declared.form:
+        return declared.form[0]
+    if declared.interval:
+        return f"`{declared.interval}`"
+    return {bool: "", int: "an integer"}.get(type(declared.default), "")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE}")
