@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.lora import AdapterError
+from diffusionopd.models.lora_files import AdapterError
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import checkpoint, loop, train
