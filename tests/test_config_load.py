@@ -284,12 +284,17 @@ def test_the_command_line_of_the_scripts(capsys, monkeypatch):
         parse(["--help"], "how it is used")
     assert capsys.readouterr().out == "how it is used\n"
     for arguments, fact in ((["--dryrun"], "--dryrun"), ([], "--config")):
-        with pytest.raises(ValueError, match=fact):
+        with pytest.raises(ConfigError, match=fact):
             parse(arguments, "usage")
-    for rank, said in (("0", "error: wrong\nin round 2\n"), ("1", "")):
+    error = ValueError("wrong")
+    error.add_note("in round 2")
+    for rank, raised, status, said in (
+        ("0", error, 1, "in round 2"),
+        ("0", ConfigError(["x"]), 2, "x"),
+        ("1", error, 1, ""),
+    ):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as ended, plain_errors():
-            error = ValueError("wrong")
-            error.add_note("in round 2")
-            raise error
-        assert (ended.value.code, capsys.readouterr().err) == (1, said)
+            raise raised
+        printed = capsys.readouterr().err
+        assert ended.value.code == status and said in printed and bool(printed) == bool(said)

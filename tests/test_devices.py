@@ -10,7 +10,7 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.backbone import BackboneError, encoder_place, find_device
 from diffusionopd.training import setup, train
 
-from .test_trainer import assert_bitwise, metrics, student
+from .helpers import assert_bitwise, metrics, student
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -68,7 +68,7 @@ def test_naming_the_training_device_changes_nothing(tiny_config, tmp_path, monke
 
     monkeypatch.setattr(setup, "load_text_encoder", noted)
     settings = {"num_epochs": 1, "monitor_freq": 1, "log_with": "none"}
-    plain = train(tiny_config(**settings))
+    plain = train(tiny_config(**settings, cache_dir=str(tmp_path / "cache1")))
     named = tiny_config(**settings, run_name="named", cache_dir=str(tmp_path / "cache2"))
     named.text_encoder_device = named.vae_device = "cpu"
     moved = train(named)

@@ -19,7 +19,7 @@ from diffusionopd.training import train
 from tools.costs.models import PUBLISHED, read_pipeline
 
 from .conftest import ROOT, TARGETS
-from .test_trainer import metrics
+from .helpers import metrics
 
 MODELS = [model for model in PUBLISHED if not model.endswith("turbo")]  # which is large with other weights
 OPD = f"{ROOT}/config/opd.py"

@@ -20,7 +20,7 @@ from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import checkpoint, train
 from diffusionopd.training import loop as trainer_run
 
-from .test_trainer import metrics
+from .helpers import metrics
 
 
 def checkpoints(tmp_path: Path) -> Path:
@@ -90,7 +90,7 @@ def longest_file():
 def test_embeddings_that_cannot_be_stored_end_the_run_at_its_start(tiny_config, tmp_path, longest_file):
     longest_file(8000)
     with pytest.raises(TextCacheError, match=r"text cache.*File too large.*What is encoded is kept.*cache_dir"):
-        train(tiny_config())
+        train(tiny_config(cache_dir=str(tmp_path / "cache")))
     assert not checkpoints(tmp_path).exists()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from ml_collections import ConfigDict
 
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.evaluation.evaluate import evaluate_task
@@ -16,10 +16,12 @@ from diffusionopd.launch import worker_environments
 from diffusionopd.models import sharding as engine
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.training import checkpoint, train
+from diffusionopd.training import train
+from diffusionopd.training.setup import Run
 
 from .conftest import ROOT
-from .test_trainer import assert_bitwise, launch, metrics
+from .forked import fork
+from .helpers import assert_bitwise, metrics, state
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -31,48 +33,28 @@ ZERO3 = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
 }
-# Runs one after another in each of the processes: a list of (environment, configuration).
-SCRIPT = """
-import json, os
-import torch
-from ml_collections import ConfigDict
-from diffusionopd.models import sharding as engine
-from diffusionopd.training import Trainer, train
-
-torch.distributed.destroy_process_group = lambda *args, **kwargs: None  # the next run takes the group over
-original, seen = Trainer.close, []
-
-def close(trainer):
-    base = {n: p for n, p in trainer.backbone.transformer.named_parameters() if ".lora_" not in n}
-    shares = [getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p) for p in base.values()]
-    loras = [p for name in trainer.adapters.configs for p in trainer.adapters.parameters(name)]
-    assert all(type(p) is torch.nn.Parameter and p.numel() > 0 for p in loras), "LoRAs stay whole"
-    seen.append(sum(share.numel() for share in shares))
-    original(trainer)
-
-Trainer.close = close
-for environment, config in json.load(open("RUNS")):
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    train(ConfigDict(config))
-if os.environ["RANK"] == "0":
-    json.dump(seen, open("RUNS.seen", "w"))
-"""
 
 
-def launch_runs(folder: Path, *runs: tuple[dict, object]) -> list[int]:
-    """Train the configurations in two processes; the values of the base that the first process held in each run."""
-    file = folder / "runs.json"
-    file.write_text(json.dumps([(environment, config.to_dict()) for environment, config in runs]))
-    script = folder / "runs.py"
-    script.write_text(SCRIPT.replace("RUNS", str(file)))
-    launch(script)
-    return json.loads((folder / "runs.json.seen").read_text())
+def train_sharded(folder: Path, environment: dict[str, str], config: ConfigDict) -> int:
+    """Train in two processes; how many values of the base the first one held at the end."""
 
+    def run(rank: int) -> None:
+        original = Run.close
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_state(folder / "state")[0]
+        def close(run: Run) -> None:
+            base = {n: p for n, p in run.backbone.transformer.named_parameters() if ".lora_" not in n}
+            shares = [getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p) for p in base.values()]
+            loras = [p for name in run.adapters.configs for p in run.adapters.parameters(name)]
+            assert all(type(p) is torch.nn.Parameter and p.numel() > 0 for p in loras), "LoRAs stay whole"
+            if rank == 0:
+                (folder / "held").write_text(str(sum(share.numel() for share in shares)))
+            original(run)
+
+        Run.close = close
+        train(config)
+
+    fork(run, 2, environment=environment)
+    return int((folder / "held").read_text())
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -90,6 +72,7 @@ def assert_same_rounds(a: list[dict], b: list[dict]) -> None:
             assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-9), (x["round"], key)
 
 
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one_process_and_resumes_either_way(tiny_config, tmp_path):
     """Two teachers, guidance, noise, EMA, and an evaluation whose three prompts do not divide by two processes."""
     common = {"sample__noise_level": 0.7, "train__cfg": True, "sample__guidance_scale": 2.0}
@@ -102,14 +85,14 @@ def test_sharded_training_is_that_of_one_process_and_resumes_either_way(tiny_con
     whole = train(tiny_config(run_name="whole", **one))
     logs = tmp_path / "logs"
     from_one = str(logs / "whole" / "checkpoints" / "checkpoint-1")
-    held = launch_runs(
-        tmp_path,
+    runs = (
         (FSDP, tiny_config(run_name="sharded", **common)),
         (FSDP, tiny_config(run_name="from-one", resume_from=from_one, **common)),
         (FSDP, tiny_config(run_name="half-sharded", **half)),
         ({}, tiny_config(run_name="half-whole", **half)),
         (FSDP, tiny_config(run_name="nft-sharded", **nft)),
     )
+    held = [train_sharded(tmp_path, *run) for run in runs]
     assert held[0] < 0.6 * held[3]  # half, and the few layers outside the blocks whole between steps
     sharded = logs / "sharded" / "checkpoints"
     assert_same_rounds(metrics(logs / "whole"), metrics(logs / "sharded"))
@@ -124,6 +107,7 @@ def test_sharded_training_is_that_of_one_process_and_resumes_either_way(tiny_con
     assert_bitwise(*(state(logs / name / "checkpoints" / "checkpoint-1") for name in ("half-sharded", "half-whole")))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not engine.is_deepspeed_available(), reason="needs deepspeed")
 def test_zero3_trains_the_same_student(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -135,7 +119,7 @@ def test_zero3_trains_the_same_student(tiny_config, tmp_path, monkeypatch):
         for name, options in runs
         for kind, environment in (("sharded", ZERO3), ("whole", {}))
     ]
-    held = launch_runs(tmp_path, *both)
+    held = [train_sharded(tmp_path, *run) for run in both]
     assert held[0] < 0.6 * held[1]
     for name, options in runs:
         sharded, whole = (tmp_path / "logs" / f"{name}-{kind}" for kind in ("sharded", "whole"))

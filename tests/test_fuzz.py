@@ -27,7 +27,8 @@ from diffusionopd.algorithms.optim import Ema, OptimizerSettings, StudentOptimiz
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.prompts import PromptError, read_prompts
 from diffusionopd.evaluation.results import EvaluationError, ResultFolder, read_averages, read_records
-from diffusionopd.models.lora import AdapterError, Adapters, load_lora
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.training import checkpoint, load_config
 from diffusionopd.training.resume import ResumeError, RunError, find_start, read_run_config
@@ -368,12 +369,12 @@ def test_checkpoints_of_another_content(saved, data):
         path.write_bytes(data.draw(altered(json.loads(contents[path])).map(encode) | deep))
     if kind != "manifest":
         (folder / "manifest.json").unlink()
-        checkpoint._seal(folder, 1)
+        checkpoint._finalize(folder, 1)
     with only(checkpoint.CheckpointError, checkpoint.NewerFormatError, ResumeError, RunError, naming=folder):
         resume(folder)
     with only(checkpoint.NewerFormatError, naming=folder):
         checkpoint.find_latest(folder.parent)
-    checkpoint._next_sequence(folder.parent)
+    assert checkpoint.folders(folder.parent) == [folder]
 
 
 @fuzz(data=st.data())

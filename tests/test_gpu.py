@@ -16,27 +16,23 @@ from diffusionopd.models.acceleration import ATTENTION_BACKENDS, choose_attentio
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.training import checkpoint, profile, train
+from diffusionopd.training import checkpoint, train
+from diffusionopd.training.profiling import profile
 
 from .conftest import TARGETS
-from .test_trainer import assert_bitwise, metrics
+from .helpers import assert_bitwise, metrics
 
 pytestmark = pytest.mark.gpu
 
 GPU = "cuda"
-STAGE1 = {
-    "sample__num_image_per_prompt": 2,
-    "sample__num_batches_per_epoch": 4,
-    "train__gradient_accumulation_steps": 2,
-}
 RUNS = {
     "ode": {},
     "sde": {"sample__noise_level": 0.7},
     "surrogate": {"sample__noise_level": 0.7, "train__loss": "policy_gradient"},
-    "sft": {"train__algorithm": "sft", **STAGE1},
-    "nft": {"train__algorithm": "nft", **STAGE1},
-    "grpo": {"train__algorithm": "grpo", "sample__noise_level": 0.7, **STAGE1},
-    "grpo_guard": {"train__algorithm": "grpo_guard", "sample__noise_level": 0.7, **STAGE1},
+    "sft": {"train__algorithm": "sft"},
+    "nft": {"train__algorithm": "nft"},
+    "grpo": {"train__algorithm": "grpo", "sample__noise_level": 0.7},
+    "grpo_guard": {"train__algorithm": "grpo_guard", "sample__noise_level": 0.7},
 }
 
 

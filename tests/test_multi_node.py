@@ -16,8 +16,8 @@ from diffusionopd.signals import STOPPED
 from diffusionopd.training import checkpoint, train
 
 from .conftest import ROOT
+from .helpers import assert_equal_rounds, metrics
 from .helpers_processes import kill, linux, start, wait_for_first_round
-from .test_trainer import assert_equal_rounds, metrics
 
 LAUNCHERS = ROOT / "scripts" / "multi_node"
 
@@ -55,8 +55,7 @@ def test_two_machines_equal_one_process(tiny_config, tmp_path):
         kill(*machines)
     rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
     assert [len(part) for part in rows] == [2, 2]
-    for a, b in zip(*rows, strict=True):
-        assert_equal_rounds(a, b)
+    assert_equal_rounds(*rows)
 
 
 # ---- under Slurm -----------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from diffusionopd.training.stop import Stopped, read_pending
 
 from . import forked
 from .conftest import ROOT
+from .helpers import assert_bitwise, metrics
 from .helpers_processes import alive, kill, linux, start, wait_for, wait_for_first_round
-from .test_trainer import assert_bitwise, metrics
 
 # ---- signals themselves ----------------------------------------------------------------------------------------------
 

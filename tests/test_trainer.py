@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.lora import AdapterError
+from diffusionopd.models.lora_files import AdapterError
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.training import checkpoint, loop, train
+from diffusionopd.training import checkpoint, setup, train
 from diffusionopd.training.resume import RunError
 
 from .helpers import assert_bitwise, assert_equal_rounds, metrics, state, student, train_forked
@@ -54,7 +54,7 @@ def test_the_saved_lora_is_the_average_and_the_state_is_the_student(finished_run
 
 
 def test_base_and_teachers_are_bitwise_unchanged(tiny_config, monkeypatch):
-    build, before, modules = loop.build, {}, {}
+    build, before, modules = setup.build, {}, {}
 
     def watched(*arguments):
         run = build(*arguments)
@@ -63,7 +63,7 @@ def test_base_and_teachers_are_bitwise_unchanged(tiny_config, monkeypatch):
         before.update({name: p.detach().clone() for name, p in modules.items()})
         return run
 
-    monkeypatch.setattr(loop, "build", watched)
+    monkeypatch.setattr(setup, "build", watched)
     train(tiny_config(num_epochs=2))
     changed = {name for name, parameter in modules.items() if not torch.equal(parameter, before[name])}
     assert changed and all(f".{STUDENT}." in name for name in changed)
