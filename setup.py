@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "numpy>=1.26,<3",
     "pillow>=11,<14",
     "requests>=2.32,<3",
+    "urllib3>=2.8,<3",
     "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
 ]

@@ -338,9 +338,7 @@ def test_a_worker_that_retries_asks_again_and_says_so(short_pauses):
         warnings.simplefilter("always")
         assert "mean" in worker.submit(images(1), ["p"], [{}]).result()
     assert scorer.asked == 4
-    first, last = (str(record.message) for record in said)
-    assert first == "the server does not answer; asked again for up to 10 seconds"
-    assert last == "reward 'r' is back after 0 seconds"
+    assert [str(record.message) for record in said] == ["the server does not answer; asked again for up to 10 seconds"]
 
 
 @pytest.mark.parametrize(("retry", "least"), [(True, 3), (False, 1)])

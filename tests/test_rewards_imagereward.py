@@ -234,7 +234,7 @@ def test_weights_are_loaded_once_and_frozen(folder):
 
 
 def test_the_configuration_has_the_published_sizes():
-    """BLIP with `vit="large"` at 224 pixels, and BERT's base size over the vocabulary of `bert-base-uncased` plus two."""
+    """BLIP with `vit="large"` at 224 pixels, and a BERT of base size with two tokens more."""
     vision, text = PUBLISHED
     assert (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (224, 16, 1024, 24)
     assert (vision.intermediate_size, vision.num_attention_heads, vision.hidden_act) == (4096, 1024 // 64, "gelu")
