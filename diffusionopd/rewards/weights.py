@@ -90,7 +90,7 @@ def renamed(state: StateDict, rules: Mapping[str, Any]) -> dict[str, Tensor]:
         rules: `{pattern: replacement}` as of `re.sub`, applied one after the other. A new name with `{}` in it takes a
             stacked projection apart: the three thirds of the tensor become those of `q`, `k` and `v`.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, replacement in rules.items():
             key = re.sub(pattern, replacement, key)
