@@ -12,6 +12,7 @@ guidance) are found beside its checkpoint; flags go before them.
 
 import argparse
 import ast
+import re
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -78,8 +79,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
+    """The first that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)
 
 
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
@@ -105,64 +106,65 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
     """
     options = {name: dict(values) for name, values in configured.items()}
     for text in given:
-        name, dot, rest = text.partition(".")
-        option, equals, value = rest.partition("=")
-        if not (name and dot and option and equals):
+        if not (match := re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)):
             raise EvaluationError(f"--reward_options takes REWARD.OPTION=VALUE, not {text!r}")
-        chosen = options.setdefault(name, {})
+        name, option, value = match.groups()
         try:
-            chosen[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a plain word, path or address
-            chosen[option] = value
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a plain word, path or address
+        options.setdefault(name, {})[option] = value
     return options
 
 
-def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[tuple[str, str | None, float | None]]:
-    """Name, source of the LoRA and own guidance of each model. Raises `EvaluationError` if one is missing."""
-    found: list[tuple[str, str | None, float | None]] = [("base", None, None)] if flags.base else []
+def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model]:
+    """The models that flags name. Raises `EvaluationError` or `AdapterError` if one is missing."""
+    found = [Model("base")] if flags.base else []
     teachers = {teacher["name"]: teacher for teacher in config.get("train", {}).get("teachers", [])}
+    sample = config.get("sample", {})
     for name in flags.teacher or []:
-        if name not in teachers:
-            named = ", ".join(teachers) or "none; name a configuration with --config"
-            raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
-        if not teachers[name].get("lora_path"):
-            raise EvaluationError(f"teacher '{name}' of the configuration has no lora_path")
-        scales = [config.get("sample", {}).get(f"{whose}_guidance_scale") for whose in ("teacher", "eval")]
-        own = first(teachers[name].get("guidance_scale"), *scales, 4.5)
-        found.append((f"teacher-{name}", teachers[name]["lora_path"], own if flags.guidance_scale is None else None))
+        teacher = teachers.get(name, {})
+        if not teacher.get("lora_path"):
+            known = ", ".join(teachers) or "none; name a configuration with --config"
+            raise EvaluationError(f"no teacher '{name}' with a lora_path in the configuration; its teachers: {known}")
+        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
+        scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
+        found.append(Model(f"teacher-{name}", load_lora(teacher["lora_path"]), scale))
     if flags.checkpoint_path:
-        found.append(("student", str(find_checkpoint(flags.checkpoint_path)), None))
+        found.append(Model("student", load_lora(str(find_checkpoint(flags.checkpoint_path)))))
     for source in [*(flags.lora or []), *(flags.lora_hf_path or [])]:
         path = Path(source).absolute()
-        found.append((path.parent.name if path.suffix == ".safetensors" else path.name, source, None))
+        name = path.parent.name if path.suffix == ".safetensors" else path.name
+        found.append(Model(name, load_lora(source)))
     return found
 
 
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
-    sample, pretrained, models = config.get("sample", {}), config.get("pretrained", {}), find_models(flags, config)
-    # A flag goes before the task's own settings, and these before the configuration's common ones.
-    given = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
-    given = {name: value for name, value in given.items() if value is not None}
+    sample, pretrained = config.get("sample", {}), config.get("pretrained", {})
     tasks = config.get("train", {}).get("teachers", [])
+    models = find_models(flags, config)
+    # A flag goes before the task's own settings, and these before the configuration's common ones.
     common = first(sample.get("eval_num_steps"), 40), first(sample.get("eval_guidance_scale"), 4.5)
-    benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks, *common) for dataset in flags.dataset]
+    benchmarks = [
+        replace(
+            benchmark,
+            num_steps=first(flags.num_inference_steps, benchmark.num_steps),
+            guidance_scale=first(flags.guidance_scale, benchmark.guidance_scale),
+        )
+        for benchmark in (find_benchmark(name, flags.rewards, flags.limit, tasks, *common) for name in flags.dataset)
+    ]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
-
-    def chosen(name: str, default: Any) -> Any:
-        """A flag, else the key of the same name."""
-        return first(getattr(flags, name), config.get(name), default)
-
+    alike = ("resolution", "max_sequence_length", "text_encoder_device", "vae_device")  # flags and keys of one name
+    settings = {name: first(getattr(flags, name), config.get(name)) for name in alike}
     return Job(
         base=flags.model or pretrained.get("model") or DEFAULT_MODEL,
         revision=flags.revision or pretrained.get("revision") or None,
-        models=[Model(name, load_lora(source) if source else None, guidance) for name, source, guidance in models],
-        benchmarks=[replace(benchmark, **given) for benchmark in benchmarks],
+        models=models,
+        benchmarks=benchmarks,
         output=Path(flags.output_dir),
-        resolution=chosen("resolution", 512),
-        max_sequence_length=chosen("max_sequence_length", 128),
         dtype=DTYPES[flags.mixed_precision] if flags.mixed_precision else None,
         seed=flags.seed,
         batch_size=flags.batch_size,
@@ -170,9 +172,8 @@ def make_job(flags: argparse.Namespace) -> Job:
         save_images=flags.save_images,
         resume=flags.resume,
         cache_dir=flags.cache_dir,
-        text_encoder_device=chosen("text_encoder_device", ""),
-        vae_device=chosen("vae_device", ""),
         reward_options=options,
+        **{name: value for name, value in settings.items() if value is not None},
     )
 
 

@@ -58,19 +58,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def test_results_do_not_depend_on_batch_size_or_processes(tmp_path):
+def test_results_do_not_depend_on_batch_size_or_processes(tmp_path, monkeypatch):
     summaries = {}
     for batch_size in (1, 4, 32):
         folder = tmp_path / str(batch_size)
         summaries[batch_size] = evaluate(
             generate, PROMPTS, {"mean": Mean()}, folder, batch_size=batch_size, save_images=True, images_per_prompt=2
         )
-    barrier = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.barrier", lambda *_: both.wait())
 
     def process(rank: int) -> dict:
         return evaluate(
             generate, PROMPTS, {"mean": Mean()}, tmp_path / "shared", batch_size=3, save_images=True,
-            images_per_prompt=2, rank=rank, world=2, barrier=lambda: barrier.wait() and None,
+            images_per_prompt=2, rank=rank, world=2,
         )  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
@@ -121,14 +122,20 @@ def test_in_memory_evaluation_equals_the_one_with_files(tmp_path):
     assert means == {name: summary.mean for name, summary in files.items()}
 
 
-def test_in_memory_evaluation_by_two_processes():
-    other: list = []
-    evaluate_task(
-        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=1, world=2, gather=lambda r: other.extend(r) or r
-    )
-    both = evaluate_task(
-        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2, gather=lambda records: records + other
-    )
+def test_in_memory_evaluation_by_two_processes(monkeypatch):
+    gathered: list[list] = []
+
+    def gather(items):
+        gathered.append(list(items))
+        return list(items)
+
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", gather)
+    evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=1, world=2)
+    failures, other = gathered
+    assert failures == []
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", lambda own: own and own + other)
+    both = evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2)
+    monkeypatch.undo()
     assert both == pytest.approx(evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3), rel=1e-12)
 
 
@@ -143,7 +150,6 @@ def test_an_in_memory_evaluation_stops_between_batches_on_every_process_alike(ra
         batch_size=1,
         rank=rank,
         world=2,
-        gather=lambda records: pytest.fail("what was stopped must not be gathered"),
         stopped=lambda: answers.pop(0),
     )
     assert means is None and answers == []
@@ -220,7 +226,7 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         find_benchmark("mine")
     with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
         find_benchmark("nonesuch")
-    with pytest.raises(RewardError, match="did you mean"):
+    with pytest.raises(RewardError, match="Did you mean"):
         find_benchmark("mine", ["jpeg_compressability"])
     with pytest.raises(
         PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets"
