@@ -14,7 +14,7 @@ import argparse
 import ast
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.config_schema import redacted
 from diffusionopd.evaluation.job import TIMEOUT, Job, Model, find_checkpoint, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
-from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark
+from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.models.backbone import DTYPES
 from diffusionopd.models.lora_files import load_lora
@@ -47,9 +47,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
-    parser.add_argument(
-        "--output_dir", required=True, help="gets the files; a folder each for several models and datasets"
-    )
+    files = "gets the files; a folder each for several models and datasets"
+    parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", type=Path, help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
     parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
     parser.add_argument("--model", help=f"base model, hub id or folder (default {DEFAULT_MODEL})")
@@ -59,28 +58,22 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
     parser.add_argument("--max_sequence_length", type=int, help="T5 tokens a prompt is cut or padded to (default 128)")
     parser.add_argument("--mixed_precision", choices=DTYPES, help="of the model (default fp16 on a GPU, no on a CPU)")
-    parser.add_argument("--seed", type=int, default=42, help="of the initial noise")
+    parser.add_argument("--seed", type=int, help="of the initial noise (default 42)")
     parser.add_argument("--limit", type=int, help="score the first prompts only")
-    parser.add_argument("--num_images_per_prompt", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=16, help="images a process makes at a time")
+    parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
+    parser.add_argument("--batch_size", type=int, help="images a process makes at a time (default 16)")
     parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
-    parser.add_argument(
-        "--reward_options", nargs="+", default=[], metavar="REWARD.OPTION=VALUE", help="docs/rewards.md has them"
-    )
+    form = "REWARD.OPTION=VALUE, as docs/rewards.md has them"
+    parser.add_argument("--reward_options", nargs="+", default=[], metavar="OPTION", help=form)
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
-    parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
+    parser.add_argument("--cache_dir", help="folder of the prompt embeddings (default .cache/text)")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")
     flags = parser.parse_args(arguments)
     if not (flags.base or flags.teacher or flags.checkpoint_path or flags.lora or flags.lora_hf_path):
         parser.error("no model to evaluate: --base, --teacher, --checkpoint_path, --lora or --lora_hf_path")
     return flags
-
-
-def first(*values: Any) -> Any:
-    """The first that is not None, if there is one."""
-    return next((value for value in values if value is not None), None)
 
 
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
@@ -142,39 +135,22 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
-    sample, pretrained = config.get("sample", {}), config.get("pretrained", {})
-    tasks = config.get("train", {}).get("teachers", [])
-    models = find_models(flags, config)
-    # A flag goes before the task's own settings, and these before the configuration's common ones.
-    common = first(sample.get("eval_num_steps"), 40), first(sample.get("eval_guidance_scale"), 4.5)
-    benchmarks = [
-        replace(
-            benchmark,
-            num_steps=first(flags.num_inference_steps, benchmark.num_steps),
-            guidance_scale=first(flags.guidance_scale, benchmark.guidance_scale),
-        )
-        for benchmark in (find_benchmark(name, flags.rewards, flags.limit, tasks, *common) for name in flags.dataset)
-    ]
+    pretrained, models = config.get("pretrained", {}), find_models(flags, config)
+    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
+    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
-    alike = ("resolution", "max_sequence_length", "text_encoder_device", "vae_device")  # flags and keys of one name
-    settings = {name: first(getattr(flags, name), config.get(name)) for name in alike}
-    return Job(
-        base=flags.model or pretrained.get("model") or DEFAULT_MODEL,
-        revision=flags.revision or pretrained.get("revision") or None,
-        models=models,
-        benchmarks=benchmarks,
-        output=Path(flags.output_dir),
-        dtype=DTYPES[flags.mixed_precision] if flags.mixed_precision else None,
-        seed=flags.seed,
-        batch_size=flags.batch_size,
-        images_per_prompt=flags.num_images_per_prompt,
-        save_images=flags.save_images,
-        resume=flags.resume,
-        cache_dir=flags.cache_dir,
-        reward_options=options,
-        **{name: value for name, value in settings.items() if value is not None},
-    )
+    # Most fields of a job are flags of the same name; some are keys of a configuration, too.
+    named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
+    named |= {
+        "base": flags.model or pretrained.get("model") or DEFAULT_MODEL,
+        "revision": flags.revision or pretrained.get("revision") or None,
+        "models": models,
+        "benchmarks": benchmarks,
+        "dtype": DTYPES.get(flags.mixed_precision),
+        "reward_options": options,
+    }
+    return Job(**{name: value for name, value in named.items() if value is not None})
 
 
 def main() -> None:

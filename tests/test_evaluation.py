@@ -201,6 +201,11 @@ def test_an_image_does_not_depend_on_its_neighbours(batch_size, backbone, pipeli
 # ---- what is evaluated -----------------------------------------------------------------------------------------------
 
 
+def of(task: dict) -> dict:
+    """A configuration with one task."""
+    return {"train": {"teachers": [task]}}
+
+
 def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("dataset/drawbench", "assets/tiny/dataset/ocr", "mine"):
@@ -211,29 +216,31 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     }  # fmt: skip
     assert find_benchmark("drawbench").rewards == BENCHMARKS["drawbench"][1]
     assert len(find_benchmark("drawbench", limit=2).prompts) == 2
-    assert find_benchmark("ocr", tasks=[task]).rewards == ("tiny_ocr",)
+    assert find_benchmark("ocr", of(task)).rewards == ("tiny_ocr",)
     assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
-    common = find_benchmark("ocr", tasks=[task], num_steps=9, guidance_scale=3.0)
+    sample = {"eval_num_steps": 9, "eval_guidance_scale": 3.0}
+    common = find_benchmark("ocr", of(task) | {"sample": sample})
     assert (common.guidance_scale, common.num_steps) == (3.0, 9)
-    task_with_own = task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}
-    own = find_benchmark("ocr", tasks=[task_with_own], num_steps=9, guidance_scale=3.0)
-    assert (own.guidance_scale, own.num_steps) == (1.0, 7)
+    config = of(task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}) | {"sample": sample}
+    for given, wanted in (((), (7, 1.0)), ((5, 2.0), (5, 2.0))):
+        own = find_benchmark("ocr", config, (), None, *given)
+        assert (own.num_steps, own.guidance_scale) == wanted
     task |= {"dataset": "mine"}
-    assert find_benchmark("ocr", tasks=[task]).rewards == ("ocr",)
-    chosen = find_benchmark(str(tmp_path / "mine"), ["jpeg_compressibility"])
+    assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
+    chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):
         find_benchmark("mine")
     with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
         find_benchmark("nonesuch")
     with pytest.raises(RewardError, match="Did you mean"):
-        find_benchmark("mine", ["jpeg_compressability"])
+        find_benchmark("mine", {}, ["jpeg_compressability"])
     with pytest.raises(
         PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets"
     ):
         find_benchmark("geneval")
     with pytest.raises(BenchmarkError, match="limit of 0"):
-        find_benchmark("mine", ["ocr"], limit=0)
+        find_benchmark("mine", {}, ["ocr"], limit=0)
 
 
 def test_checkpoints_are_found_however_they_are_named(tmp_path):
@@ -256,15 +263,15 @@ def test_checkpoints_are_found_however_they_are_named(tmp_path):
 def test_values_that_no_image_can_be_made_with():
     for values in ({"num_steps": 0}, {"guidance_scale": float("nan")}, {"guidance_scale": -1.0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
-            Job("model", None, [BASE], [replace(MINE, **values)], Path("out"))
+            Job("model", [BASE], [replace(MINE, **values)], Path("out"))
     for values in ({"resolution": 70}, {"resolution": 0}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
-            Job("model", None, [BASE], [MINE], Path("out"), **values)
+            Job("model", [BASE], [MINE], Path("out"), **values)
     with pytest.raises(EvaluationError, match="guidance_scale"):
-        Job("model", None, [Model("teacher-a", None, float("inf"))], [MINE], Path("out"))
+        Job("model", [Model("teacher-a", None, float("inf"))], [MINE], Path("out"))
     for models, benchmarks in (([BASE], [MINE, MINE]), ([BASE, BASE], [MINE]), ([], [MINE]), ([BASE], [])):
         with pytest.raises(EvaluationError, match="each once"):
-            Job("model", None, models, benchmarks, Path("out"))
+            Job("model", models, benchmarks, Path("out"))
 
 
 def test_a_models_own_guidance_goes_before_that_of_the_benchmark():
@@ -275,9 +282,9 @@ def test_several_models_and_datasets_get_a_folder_each():
     other, teacher = replace(MINE, name="other"), Model("teacher-a")
     folders = {}
     for models, benchmarks in (([BASE], [MINE]), ([BASE], [MINE, other]), ([BASE, teacher], [MINE])):
-        job = Job("model", None, models, benchmarks, Path("out"))
+        job = Job("model", models, benchmarks, Path("out"))
         folders[len(models), len(benchmarks)] = job.folder(models[-1], benchmarks[-1])
-    both = Job("model", None, [BASE, teacher], [MINE, other], Path("out"))
+    both = Job("model", [BASE, teacher], [MINE, other], Path("out"))
     assert folders == {(1, 1): Path("out"), (1, 2): Path("out/other"), (2, 1): Path("out/teacher-a")}
     assert both.folder(teacher, other) == Path("out/teacher-a/other")
 

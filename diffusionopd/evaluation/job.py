@@ -53,10 +53,10 @@ class Job:
     """
 
     base: str
-    revision: str | None
     models: Sequence[Model]
     benchmarks: Sequence[Benchmark]
     output: Path
+    revision: str | None = None
     resolution: int = 512
     seed: int = 42
     batch_size: int = 16

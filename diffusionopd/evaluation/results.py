@@ -130,14 +130,11 @@ def read_averages(path: Path) -> dict[str, Summary]:
 
 def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
     """Text table of every dataset's scores: mean, standard error, number of samples."""
-    rows = [("dataset", "score", "mean", "s.e.", "n")]
+    rows = [f"{'dataset':16} {'score':32} {'mean':>10} {'s.e.':>10} {'n':>8}"]
     for dataset, scores in summaries.items():
         for name, summary in scores.items():
-            rows.append((dataset, name, f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", str(summary.count)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    line = "{{:<{}}}  {{:<{}}}  {{:>{}}}  {{:>{}}}  {{:>{}}}".format(*widths)
-    return "\n".join(line.format(*row) for row in rows)
+            rows.append(f"{dataset:16} {name:32} {summary.mean:10.4f} {summary.standard_error:10.4f} {summary.count:8}")
+    return "\n".join(rows)
 
 
 @dataclass
