@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "numpy>=1.26,<3",
     "pillow>=11,<14",
     "requests>=2.32,<3",
+    "urllib3>=2.8,<3",
     "matplotlib>=3.9,<4",
     "jinja2>=3.1,<4",  # report pages
     "pooch>=1.8,<2",  # downloads

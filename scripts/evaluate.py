@@ -12,8 +12,9 @@ guidance) are found beside its checkpoint; flags go before them.
 
 import argparse
 import ast
+import re
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.config_schema import redacted
 from diffusionopd.evaluation.job import TIMEOUT, Job, Model, find_checkpoint, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
-from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark
+from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.models.backbone import DTYPES
 from diffusionopd.models.lora_files import load_lora
@@ -46,9 +47,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
-    parser.add_argument(
-        "--output_dir", required=True, help="gets the files; a folder each for several models and datasets"
-    )
+    files = "gets the files; a folder each for several models and datasets"
+    parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", type=Path, help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
     parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
     parser.add_argument("--model", help=f"base model, hub id or folder (default {DEFAULT_MODEL})")
@@ -58,28 +58,22 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
     parser.add_argument("--max_sequence_length", type=int, help="T5 tokens a prompt is cut or padded to (default 128)")
     parser.add_argument("--mixed_precision", choices=DTYPES, help="of the model (default fp16 on a GPU, no on a CPU)")
-    parser.add_argument("--seed", type=int, default=42, help="of the initial noise")
+    parser.add_argument("--seed", type=int, help="of the initial noise (default 42)")
     parser.add_argument("--limit", type=int, help="score the first prompts only")
-    parser.add_argument("--num_images_per_prompt", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=16, help="images a process makes at a time")
+    parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
+    parser.add_argument("--batch_size", type=int, help="images a process makes at a time (default 16)")
     parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
-    parser.add_argument(
-        "--reward_options", nargs="+", default=[], metavar="REWARD.OPTION=VALUE", help="docs/rewards.md has them"
-    )
+    form = "REWARD.OPTION=VALUE, as docs/rewards.md has them"
+    parser.add_argument("--reward_options", nargs="+", default=[], metavar="OPTION", help=form)
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
-    parser.add_argument("--cache_dir", default=".cache/text", help="folder of the prompt embeddings")
+    parser.add_argument("--cache_dir", help="folder of the prompt embeddings (default .cache/text)")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")
     flags = parser.parse_args(arguments)
     if not (flags.base or flags.teacher or flags.checkpoint_path or flags.lora or flags.lora_hf_path):
         parser.error("no model to evaluate: --base, --teacher, --checkpoint_path, --lora or --lora_hf_path")
     return flags
-
-
-def first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
 
 
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
@@ -105,75 +99,58 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
     """
     options = {name: dict(values) for name, values in configured.items()}
     for text in given:
-        name, dot, rest = text.partition(".")
-        option, equals, value = rest.partition("=")
-        if not (name and dot and option and equals):
+        if not (match := re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)):
             raise EvaluationError(f"--reward_options takes REWARD.OPTION=VALUE, not {text!r}")
-        chosen = options.setdefault(name, {})
+        name, option, value = match.groups()
         try:
-            chosen[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a plain word, path or address
-            chosen[option] = value
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a plain word, path or address
+        options.setdefault(name, {})[option] = value
     return options
 
 
-def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[tuple[str, str | None, float | None]]:
-    """Name, source of the LoRA and own guidance of each model. Raises `EvaluationError` if one is missing."""
-    found: list[tuple[str, str | None, float | None]] = [("base", None, None)] if flags.base else []
+def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model]:
+    """The models that flags name. Raises `EvaluationError` or `AdapterError` if one is missing."""
+    found = [Model("base")] if flags.base else []
     teachers = {teacher["name"]: teacher for teacher in config.get("train", {}).get("teachers", [])}
+    sample = config.get("sample", {})
     for name in flags.teacher or []:
-        if name not in teachers:
-            named = ", ".join(teachers) or "none; name a configuration with --config"
-            raise EvaluationError(f"no teacher '{name}' in the configuration; there are: {named}")
-        if not teachers[name].get("lora_path"):
-            raise EvaluationError(f"teacher '{name}' of the configuration has no lora_path")
-        scales = [config.get("sample", {}).get(f"{whose}_guidance_scale") for whose in ("teacher", "eval")]
-        own = first(teachers[name].get("guidance_scale"), *scales, 4.5)
-        found.append((f"teacher-{name}", teachers[name]["lora_path"], own if flags.guidance_scale is None else None))
+        teacher = teachers.get(name, {})
+        if not teacher.get("lora_path"):
+            known = ", ".join(teachers) or "none; name a configuration with --config"
+            raise EvaluationError(f"no teacher '{name}' with a lora_path in the configuration; its teachers: {known}")
+        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
+        scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
+        found.append(Model(f"teacher-{name}", load_lora(teacher["lora_path"]), scale))
     if flags.checkpoint_path:
-        found.append(("student", str(find_checkpoint(flags.checkpoint_path)), None))
+        found.append(Model("student", load_lora(str(find_checkpoint(flags.checkpoint_path)))))
     for source in [*(flags.lora or []), *(flags.lora_hf_path or [])]:
         path = Path(source).absolute()
-        found.append((path.parent.name if path.suffix == ".safetensors" else path.name, source, None))
+        name = path.parent.name if path.suffix == ".safetensors" else path.name
+        found.append(Model(name, load_lora(source)))
     return found
 
 
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
-    sample, pretrained, models = config.get("sample", {}), config.get("pretrained", {}), find_models(flags, config)
-    # A flag goes before the task's own settings, and these before the configuration's common ones.
-    given = {"guidance_scale": flags.guidance_scale, "num_steps": flags.num_inference_steps}
-    given = {name: value for name, value in given.items() if value is not None}
-    tasks = config.get("train", {}).get("teachers", [])
-    common = first(sample.get("eval_num_steps"), 40), first(sample.get("eval_guidance_scale"), 4.5)
-    benchmarks = [find_benchmark(dataset, flags.rewards, flags.limit, tasks, *common) for dataset in flags.dataset]
+    pretrained, models = config.get("pretrained", {}), find_models(flags, config)
+    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
+    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
-
-    def chosen(name: str, default: Any) -> Any:
-        """A flag, else the key of the same name."""
-        return first(getattr(flags, name), config.get(name), default)
-
-    return Job(
-        base=flags.model or pretrained.get("model") or DEFAULT_MODEL,
-        revision=flags.revision or pretrained.get("revision") or None,
-        models=[Model(name, load_lora(source) if source else None, guidance) for name, source, guidance in models],
-        benchmarks=[replace(benchmark, **given) for benchmark in benchmarks],
-        output=Path(flags.output_dir),
-        resolution=chosen("resolution", 512),
-        max_sequence_length=chosen("max_sequence_length", 128),
-        dtype=DTYPES[flags.mixed_precision] if flags.mixed_precision else None,
-        seed=flags.seed,
-        batch_size=flags.batch_size,
-        images_per_prompt=flags.num_images_per_prompt,
-        save_images=flags.save_images,
-        resume=flags.resume,
-        cache_dir=flags.cache_dir,
-        text_encoder_device=chosen("text_encoder_device", ""),
-        vae_device=chosen("vae_device", ""),
-        reward_options=options,
-    )
+    # Most fields of a job are flags of the same name; some are keys of a configuration, too.
+    named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
+    named |= {
+        "base": flags.model or pretrained.get("model") or DEFAULT_MODEL,
+        "revision": flags.revision or pretrained.get("revision") or None,
+        "models": models,
+        "benchmarks": benchmarks,
+        "dtype": DTYPES.get(flags.mixed_precision),
+        "reward_options": options,
+    }
+    return Job(**{name: value for name, value in named.items() if value is not None})
 
 
 def main() -> None:

@@ -58,19 +58,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def test_results_do_not_depend_on_batch_size_or_processes(tmp_path):
+def test_results_do_not_depend_on_batch_size_or_processes(tmp_path, monkeypatch):
     summaries = {}
     for batch_size in (1, 4, 32):
         folder = tmp_path / str(batch_size)
         summaries[batch_size] = evaluate(
             generate, PROMPTS, {"mean": Mean()}, folder, batch_size=batch_size, save_images=True, images_per_prompt=2
         )
-    barrier = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.barrier", lambda *_: both.wait())
 
     def process(rank: int) -> dict:
         return evaluate(
             generate, PROMPTS, {"mean": Mean()}, tmp_path / "shared", batch_size=3, save_images=True,
-            images_per_prompt=2, rank=rank, world=2, barrier=lambda: barrier.wait() and None,
+            images_per_prompt=2, rank=rank, world=2,
         )  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
@@ -121,14 +122,20 @@ def test_in_memory_evaluation_equals_the_one_with_files(tmp_path):
     assert means == {name: summary.mean for name, summary in files.items()}
 
 
-def test_in_memory_evaluation_by_two_processes():
-    other: list = []
-    evaluate_task(
-        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=1, world=2, gather=lambda r: other.extend(r) or r
-    )
-    both = evaluate_task(
-        generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2, gather=lambda records: records + other
-    )
+def test_in_memory_evaluation_by_two_processes(monkeypatch):
+    gathered: list[list] = []
+
+    def gather(items):
+        gathered.append(list(items))
+        return list(items)
+
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", gather)
+    evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=1, world=2)
+    failures, other = gathered
+    assert failures == []
+    monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", lambda own: own and own + other)
+    both = evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3, rank=0, world=2)
+    monkeypatch.undo()
     assert both == pytest.approx(evaluate_task(generate, PROMPTS, {"mean": Mean()}, batch_size=3), rel=1e-12)
 
 
@@ -143,7 +150,6 @@ def test_an_in_memory_evaluation_stops_between_batches_on_every_process_alike(ra
         batch_size=1,
         rank=rank,
         world=2,
-        gather=lambda records: pytest.fail("what was stopped must not be gathered"),
         stopped=lambda: answers.pop(0),
     )
     assert means is None and answers == []
@@ -195,6 +201,11 @@ def test_an_image_does_not_depend_on_its_neighbours(batch_size, backbone, pipeli
 # ---- what is evaluated -----------------------------------------------------------------------------------------------
 
 
+def of(task: dict) -> dict:
+    """A configuration with one task."""
+    return {"train": {"teachers": [task]}}
+
+
 def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("dataset/drawbench", "assets/tiny/dataset/ocr", "mine"):
@@ -205,29 +216,31 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     }  # fmt: skip
     assert find_benchmark("drawbench").rewards == BENCHMARKS["drawbench"][1]
     assert len(find_benchmark("drawbench", limit=2).prompts) == 2
-    assert find_benchmark("ocr", tasks=[task]).rewards == ("tiny_ocr",)
+    assert find_benchmark("ocr", of(task)).rewards == ("tiny_ocr",)
     assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
-    common = find_benchmark("ocr", tasks=[task], num_steps=9, guidance_scale=3.0)
+    sample = {"eval_num_steps": 9, "eval_guidance_scale": 3.0}
+    common = find_benchmark("ocr", of(task) | {"sample": sample})
     assert (common.guidance_scale, common.num_steps) == (3.0, 9)
-    task_with_own = task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}
-    own = find_benchmark("ocr", tasks=[task_with_own], num_steps=9, guidance_scale=3.0)
-    assert (own.guidance_scale, own.num_steps) == (1.0, 7)
+    config = of(task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}) | {"sample": sample}
+    for given, wanted in (((), (7, 1.0)), ((5, 2.0), (5, 2.0))):
+        own = find_benchmark("ocr", config, (), None, *given)
+        assert (own.num_steps, own.guidance_scale) == wanted
     task |= {"dataset": "mine"}
-    assert find_benchmark("ocr", tasks=[task]).rewards == ("ocr",)
-    chosen = find_benchmark(str(tmp_path / "mine"), ["jpeg_compressibility"])
+    assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
+    chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):
         find_benchmark("mine")
     with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
         find_benchmark("nonesuch")
-    with pytest.raises(RewardError, match="did you mean"):
-        find_benchmark("mine", ["jpeg_compressability"])
+    with pytest.raises(RewardError, match="Did you mean"):
+        find_benchmark("mine", {}, ["jpeg_compressability"])
     with pytest.raises(
         PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets"
     ):
         find_benchmark("geneval")
     with pytest.raises(BenchmarkError, match="limit of 0"):
-        find_benchmark("mine", ["ocr"], limit=0)
+        find_benchmark("mine", {}, ["ocr"], limit=0)
 
 
 def test_checkpoints_are_found_however_they_are_named(tmp_path):
@@ -250,15 +263,15 @@ def test_checkpoints_are_found_however_they_are_named(tmp_path):
 def test_values_that_no_image_can_be_made_with():
     for values in ({"num_steps": 0}, {"guidance_scale": float("nan")}, {"guidance_scale": -1.0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
-            Job("model", None, [BASE], [replace(MINE, **values)], Path("out"))
+            Job("model", [BASE], [replace(MINE, **values)], Path("out"))
     for values in ({"resolution": 70}, {"resolution": 0}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
-            Job("model", None, [BASE], [MINE], Path("out"), **values)
+            Job("model", [BASE], [MINE], Path("out"), **values)
     with pytest.raises(EvaluationError, match="guidance_scale"):
-        Job("model", None, [Model("teacher-a", None, float("inf"))], [MINE], Path("out"))
+        Job("model", [Model("teacher-a", None, float("inf"))], [MINE], Path("out"))
     for models, benchmarks in (([BASE], [MINE, MINE]), ([BASE, BASE], [MINE]), ([], [MINE]), ([BASE], [])):
         with pytest.raises(EvaluationError, match="each once"):
-            Job("model", None, models, benchmarks, Path("out"))
+            Job("model", models, benchmarks, Path("out"))
 
 
 def test_a_models_own_guidance_goes_before_that_of_the_benchmark():
@@ -269,9 +282,9 @@ def test_several_models_and_datasets_get_a_folder_each():
     other, teacher = replace(MINE, name="other"), Model("teacher-a")
     folders = {}
     for models, benchmarks in (([BASE], [MINE]), ([BASE], [MINE, other]), ([BASE, teacher], [MINE])):
-        job = Job("model", None, models, benchmarks, Path("out"))
+        job = Job("model", models, benchmarks, Path("out"))
         folders[len(models), len(benchmarks)] = job.folder(models[-1], benchmarks[-1])
-    both = Job("model", None, [BASE, teacher], [MINE, other], Path("out"))
+    both = Job("model", [BASE, teacher], [MINE, other], Path("out"))
     assert folders == {(1, 1): Path("out"), (1, 2): Path("out/other"), (2, 1): Path("out/teacher-a")}
     assert both.folder(teacher, other) == Path("out/teacher-a/other")
 

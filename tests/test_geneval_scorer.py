@@ -90,7 +90,7 @@ class HandMade:
     def __init__(self, images: list[dict[str, list[Detection]]]):
         self.images, self.batches = list(images), []
 
-    def detect(self, pixels):
+    def __call__(self, pixels):
         self.batches.append(len(pixels))
         return [self.images.pop(0) for _ in pixels]
 
@@ -118,11 +118,11 @@ def scorer(folder, detector_folder):
 
 
 def test_scores_of_a_batch(scorer):
-    scorer.detector = HandMade([objects for _, objects in BATCH])
+    scorer.detect = HandMade([objects for _, objects in BATCH])
     images = torch.zeros(len(BATCH), 3, HEIGHT, WIDTH)
     scores = scorer.score(images, ["p"] * len(BATCH), [metadata for metadata, _ in BATCH])
     no = NOT_APPLICABLE
-    assert scorer.detector.batches == [2, 2, 1]
+    assert scorer.detect.batches == [2, 2, 1]
     assert scores["geneval"].tolist() == [1, 0, 0.5, 1, 0.5]
     assert scores["accuracy"].tolist() == [1, 0, 1, 1, 0]
     assert scores["strict_accuracy"].tolist() == [1, 0, 0, 1, 0]
@@ -140,7 +140,7 @@ def test_colours_are_those_of_the_picture_itself(scorer):
     asked = [DOG | {"color": "black"}, DOG | {"color": "white"}]
     scorer.colours = lambda image, name, items: ["white" if image.mean() > 127 else "black"] * len(items)
     for order, wanted in (([0, 1], [1, 1]), ([1, 0], [0, 0]), ([0, 0], [1, 0])):
-        scorer.detector = HandMade([{"dog": [detection(4, 4, 40, 36)]}] * 2)
+        scorer.detect = HandMade([{"dog": [detection(4, 4, 40, 36)]}] * 2)
         scores = scorer.score(pixels[order], ["p"] * 2, [line("colors", clause) for clause in asked])
         assert scores["colors_accuracy"].tolist() == wanted
 
@@ -155,7 +155,7 @@ def test_the_overall_score_is_made_of_the_six_tags(scorer):
 def test_from_pixels_to_scores(scorer):
     """The objects that the detector finds make their own prompt right, and another one wrong."""
     pixels = np.stack([picture(5), picture(6)])
-    found = scorer.detector.detect(pixels)
+    found = scorer.detect(pixels)
     metadata, absent = [], {"class": "zebra", "count": 1}
     for objects in found:
         assert objects and "zebra" not in objects
@@ -168,7 +168,7 @@ def test_from_pixels_to_scores(scorer):
 
 
 def test_mistakes_are_named(scorer, folder, tmp_path):
-    with pytest.raises(RewardError, match="cannot judge the prompt 'a sign': 'tag' is None"):
+    with pytest.raises(RewardError, match="cannot judge the prompt 'a sign'"):
         scorer.score(np.stack([picture(0)] * 2), ["a photo of a dog", "a sign"], [BATCH[0][0], {}])
     with pytest.raises(RewardError, match="tools.download rewards geneval"):
         GenEval(clip=folder, checkpoint=str(tmp_path / "none.pth"))

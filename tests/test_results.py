@@ -128,9 +128,9 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
     opened(tmp_path).append([record(0), record(3)])
     with pytest.raises(EvaluationError, match="seed was 1, is 2"):
         opened(tmp_path, resume=True, settings={"seed": 2})
-    with pytest.raises(EvaluationError, match="only 2 are wanted"):
+    with pytest.raises(EvaluationError, match="sample 3 .* the 2 wanted now"):
         opened(tmp_path, resume=True, texts=TEXTS[:2])
-    with pytest.raises(EvaluationError, match="prompt of sample 3 has changed"):
+    with pytest.raises(EvaluationError, match="sample 3 has another prompt"):
         opened(tmp_path, resume=True, texts=[*TEXTS[:3], "another", *TEXTS[4:]])
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(EvaluationError, match="no readable"):
@@ -140,8 +140,8 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
 def test_table_is_aligned():
     table = format_table({"ocr": summarise([record(0, 1.0), record(1, 2.0)])}).splitlines()
     assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n"]
-    assert table[2].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
-    assert len({line.rstrip()[-1] for line in table}) and table[0].index("score") == table[2].index("a ")
+    assert table[1].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
+    assert len({len(line) for line in table}) == 1 and table[0].index("score") == table[1].index("a ")
 
 
 def test_a_combined_figure_is_the_plain_mean_of_means():

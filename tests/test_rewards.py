@@ -92,7 +92,7 @@ def test_names_of_the_upstream_release_are_known():
 
 
 def test_a_misspelled_reward_names_the_nearest():
-    with pytest.raises(RewardError, match="did you mean 'pickscore'"):
+    with pytest.raises(RewardError, match="Did you mean pickscore"):
         build_scorer("pikscore")
 
 
@@ -120,7 +120,7 @@ def test_an_option_that_a_scorer_does_not_have_is_refused():
 
 def test_options_are_checked_without_loading_anything():
     check_options({"pickscore": {"model": "no/such-model", "dtype": "bfloat16"}})
-    with pytest.raises(RewardError, match="did you mean 'pickscore'"):
+    with pytest.raises(RewardError, match="Did you mean pickscore"):
         check_options({"pickscor": {}})
     with pytest.raises(RewardError, match="must be {option: value}, not 3"):
         check_options({"pickscore": 3})
@@ -338,9 +338,7 @@ def test_a_worker_that_retries_asks_again_and_says_so(short_pauses):
         warnings.simplefilter("always")
         assert "mean" in worker.submit(images(1), ["p"], [{}]).result()
     assert scorer.asked == 4
-    first, last = (str(record.message) for record in said)
-    assert first == "the server does not answer; asked again for up to 10 seconds"
-    assert last == "reward 'r' is back after 0 seconds"
+    assert [str(record.message) for record in said] == ["the server does not answer; asked again for up to 10 seconds"]
 
 
 @pytest.mark.parametrize(("retry", "least"), [(True, 3), (False, 1)])

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusionopd.rewards import RewardError
-from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip
-from diffusionopd.rewards.open_clip_keys import read_config
+from diffusionopd.rewards import RewardError, hpsv2
+from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip, to_transformers
 from tests.helpers_rewards import MEAN, STD, assert_one_score_a_pair, smooth_images
 
+PUBLISHED = hpsv2.CONFIG
 SIDE, PATCH, CONTEXT = 32, 8, 24
 VISION, TEXT, COMMON, LAYERS, HEADS = 160, 128, 48, 2, 2  # head widths 80 and 64, as in ViT-H-14
 BYTES = sorted(ByteLevel.alphabet())
@@ -87,7 +87,14 @@ def folder(tmp_path_factory, state):
     torch.save({"epoch": 1, "name": "tiny", "state_dict": state}, path / "hps.pt")
     vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
     CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CONTEXT).save_pretrained(path / "tokenizer")
-    yield path
+    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_act": "gelu"}
+    vision = {"hidden_size": VISION, "intermediate_size": 2 * VISION, "image_size": SIDE, "patch_size": PATCH}
+    text = {"hidden_size": TEXT, "intermediate_size": 2 * TEXT, "max_position_embeddings": CONTEXT}
+    text |= {"vocab_size": len(VOCABULARY), "eos_token_id": len(VOCABULARY) - 1}
+    config = CLIPConfig(text_config=shape | text, vision_config=shape | vision, projection_dim=COMMON)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hpsv2, "CONFIG", config)
+        yield path
     load_hps_clip.cache_clear()
 
 
@@ -215,21 +222,26 @@ def test_weights_are_loaded_once_and_frozen(folder):
     assert not any(parameter.requires_grad for parameter in first.clip.model.parameters())
 
 
-def test_the_published_sizes_give_the_published_configuration():
-    """ViT-H-14 of open_clip's `model_configs`, from tensors without data."""
+def test_the_configuration_has_the_published_sizes():
+    """ViT-H-14 of open_clip's `model_configs`, whose heads are 80 and 64 wide."""
     sizes = {
         "visual.conv1.weight": (1280, 3, 14, 14),
         "visual.positional_embedding": (257, 1280),
+        "visual.proj": (1280, 1024),
+        "visual.transformer.resblocks.31.mlp.c_fc.bias": (5120,),
         "token_embedding.weight": (49408, 1024),
         "positional_embedding": (77, 1024),
         "text_projection": (1024, 1024),
+        "transformer.resblocks.23.mlp.c_fc.bias": (4096,),
     }
-    sizes |= {f"visual.transformer.resblocks.{i}.mlp.c_fc.bias": (5120,) for i in range(32)}
-    sizes |= {f"transformer.resblocks.{i}.mlp.c_fc.bias": (4096,) for i in range(24)}
-    config = read_config({name: torch.empty(shape, device="meta") for name, shape in sizes.items()})
+    config = PUBLISHED
+    with torch.device("meta"):
+        model = CLIPModel(config).state_dict()
+        official = to_transformers({name: torch.empty(shape) for name, shape in sizes.items()})
+    assert {name: model[name].shape for name in official} == {name: value.shape for name, value in official.items()}
+    assert len([name for name in model if name.endswith("layer_norm1.bias")]) == 32 + 24
     vision, text = config.vision_config, config.text_config
-    assert (vision.image_size, vision.num_hidden_layers, vision.num_attention_heads) == (224, 32, 16)
-    assert (text.num_hidden_layers, text.num_attention_heads, text.eos_token_id) == (24, 16, 49407)
+    assert (vision.num_attention_heads, text.num_attention_heads, text.eos_token_id) == (1280 // 80, 1024 // 64, 49407)
 
 
 # ---- what is wrong with the files ------------------------------------------------------------------------------------
@@ -252,7 +264,7 @@ def broken(state: dict[str, torch.Tensor], case: str) -> object:
     if case == "missing":
         del changed["visual.transformer.resblocks.1.attn.in_proj_bias"]
     elif case == "first missing":
-        del changed["visual.conv1.weight"]
+        del changed["visual.proj"]
     elif case == "shape":
         changed["ln_final.bias"] = torch.zeros(3)
     else:
@@ -266,7 +278,7 @@ def broken(state: dict[str, torch.Tensor], case: str) -> object:
         ("bare", "state_dict"),
         ("list", "indices"),
         ("missing", r"layers\.1\.self_attn\.q_proj\.bias"),
-        ("first missing", r"no entry 'visual\.conv1\.weight'"),
+        ("first missing", r"visual_projection|'visual\.proj'"),
         ("shape", "size mismatch"),
         ("score_predictor.weight", r"Unexpected.*score_predictor\.weight"),
         ("transformer.resblocks.0.ln_3.bias", r"Unexpected.*layers\.0\.ln_3\.bias"),

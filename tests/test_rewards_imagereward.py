@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import BertTokenizer
+from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
-from diffusionopd.rewards import RewardError
+from diffusionopd.rewards import RewardError, imagereward
 from diffusionopd.rewards.imagereward import ImageReward, load_imagereward
 from tests.helpers_rewards import MEAN, STD, assert_one_score_a_pair, smooth_images
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # constants of the official class
+PUBLISHED = imagereward.VISION, imagereward.TEXT
 SIDE, PATCH, VISION, TEXT, LAYERS, HEADS = 32, 8, 128, 128, 2, 2  # heads of 64, as in the official model
 MAX_TOKENS = 35
 WORDS = ["a", "red", "circle", "left", "of", "blue", "square", "painting", "the", "ocean", ",", "birds"]
@@ -91,7 +92,19 @@ def folder(tmp_path_factory, state):
     path = tmp_path_factory.mktemp("imagereward")
     torch.save(state, path / "ImageReward.pt")
     BertTokenizer(vocab={token: i for i, token in enumerate(VOCABULARY)}).save_pretrained(path / "tokenizer")
-    yield path
+    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    vision = BlipVisionConfig(
+        hidden_size=VISION, intermediate_size=4 * VISION, image_size=SIDE, patch_size=PATCH,
+        layer_norm_eps=PUBLISHED[0].layer_norm_eps, **shape,
+    )  # fmt: skip
+    text = BlipTextConfig(
+        hidden_size=TEXT, intermediate_size=4 * TEXT, encoder_hidden_size=VISION, vocab_size=len(VOCABULARY) + 2,
+        max_position_embeddings=64, **shape,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagereward, "VISION", vision)
+        patch.setattr(imagereward, "TEXT", text)
+        yield path
     load_imagereward.cache_clear()
 
 
@@ -220,6 +233,17 @@ def test_weights_are_loaded_once_and_frozen(folder):
     assert not first.model.training and not any(p.requires_grad for p in first.model.parameters())
 
 
+def test_the_configuration_has_the_published_sizes():
+    """BLIP with `vit="large"` at 224 pixels, and a BERT of base size with two tokens more."""
+    vision, text = PUBLISHED
+    assert (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (224, 16, 1024, 24)
+    assert (vision.intermediate_size, vision.num_attention_heads, vision.hidden_act) == (4096, 1024 // 64, "gelu")
+    assert (text.vocab_size, text.max_position_embeddings, text.hidden_size) == (30522 + 2, 512, 768)
+    assert (text.num_hidden_layers, text.num_attention_heads, text.intermediate_size) == (12, 768 // 64, 3072)
+    assert (text.encoder_hidden_size, text.is_decoder, text.hidden_act) == (1024, True, "gelu")
+    assert (vision.layer_norm_eps, text.layer_norm_eps) == (1e-6, 1e-12)
+
+
 # ---- what is wrong with the files ------------------------------------------------------------------------------------
 
 
@@ -235,9 +259,9 @@ def test_missing_files_are_named_with_the_command(folder, tmp_path):
     [
         ("blip.visual_encoder.blocks.1.attn.qkv.bias", {}, r"layers\.1\.self_attn\.qkv\.bias"),
         ("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias", {}, r"layer\.1\.crossattention"),
-        ("blip.visual_encoder.patch_embed.proj.weight", {}, "no entry 'embeddings.patch_embedding.weight'"),
+        ("blip.visual_encoder.patch_embed.proj.weight", {}, "embeddings.patch_embedding.weight"),
         ("mlp.layers.4.weight", {}, "layers.4.weight"),
-        (None, {"blip.text_decoder.cls.bias": torch.zeros(1)}, "unexpected entry 'blip.text_decoder.cls.bias'"),
+        (None, {"blip.text_decoder.cls.bias": torch.zeros(1)}, "Unexpected.*blip.text_decoder.cls.bias"),
         (
             None,
             {"blip.visual_encoder.head.weight": torch.zeros(1)},

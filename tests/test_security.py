@@ -22,7 +22,7 @@ from diffusionopd.models.backbone import BackboneError, load_backbone, load_text
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
-from diffusionopd.rewards.chat_server import ChatServer
+from diffusionopd.rewards.unifiedreward import UnifiedReward, api_root, read_key
 from diffusionopd.rewards.weights import load_official
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.training.command import parse, plain_errors
@@ -419,46 +419,44 @@ def test_redacted(monkeypatch):
 @pytest.mark.parametrize("url", ["http://u:p@host", "http://host/v1?key=1", "u:p@host"])
 def test_addresses_with_secrets_are_refused_unquoted(url):
     with pytest.raises(RewardError, match="would end up in logs") as caught:
-        ChatServer(url)
+        api_root(url)
     assert "u:p" not in str(caught.value) and "key=1" not in str(caught.value)
 
 
 def test_a_key_in_place_of_its_variable_is_not_repeated():
     with pytest.raises(RewardError, match="must name an environment variable") as caught:
-        ChatServer("http://127.0.0.1:1", "sk-0123456789")
+        read_key("sk-0123456789")
     assert "sk-" not in str(caught.value)
 
 
-def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn):
+def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn, tmp_path):
+    question = tmp_path / "question.txt"
+    question.write_text("{prompt}")
     monkeypatch.setenv("A_KEY", "some key")
-    ChatServer("http://127.0.0.1:1", "A_KEY")
-    ChatServer("https://elsewhere.example:1", "A_KEY")
-    ChatServer("http://elsewhere.example:1", "NOT_SET")
+    monkeypatch.setattr(UnifiedReward, "_request", lambda *arguments: None)
+    options = {"api_key_variable": "A_KEY", "question": str(question)}
+    UnifiedReward("http://127.0.0.1:1", **options)
+    UnifiedReward("https://elsewhere.example:1", **options)
+    UnifiedReward("http://elsewhere.example:1", **options | {"api_key_variable": "NOT_SET"})
     assert len(recwarn) == 0
     with pytest.warns(UserWarning, match="unencrypted"):
-        ChatServer("http://elsewhere.example:1", "A_KEY")
+        UnifiedReward("http://elsewhere.example:1", **options)
 
 
-def test_pictures_are_not_sent_where_a_server_redirects(server):
+@pytest.mark.filterwarnings("ignore:.*asks in words of its own")
+def test_images_are_not_sent_where_a_server_redirects(server):
     server.redirects = {"/v1/models": f"{server.url}/elsewhere", "/v1/chat/completions": f"{server.url}/elsewhere"}
-    chat = ChatServer(server.url, retries=0)
     with pytest.raises(RewardError, match="HTTP 302"):
-        chat.check()
+        UnifiedReward(server.url, retries=0)
     assert [path for path, _ in server.requests] == ["/v1/models"]
 
 
-def test_an_answer_without_end_is_cut(server, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.chat_server.LARGEST_ANSWER", 1000)
-    server.files["/v1/models"] = b"x" * 2000
-    with pytest.raises(RewardError, match="more than 1,000 bytes"):
-        ChatServer(server.url, retries=0).check()
-
-
+@pytest.mark.filterwarnings("ignore:.*asks in words of its own")
 def test_a_server_cannot_write_to_the_terminal(server):
     server.statuses["/v1/models"] = 500
     server.files["/v1/models"] = b"\x1b]0;title\x07\x1b[2J\x9b1m text"
     with pytest.raises(RewardError) as caught:
-        ChatServer(server.url, retries=0).check()
+        UnifiedReward(server.url, retries=0)
     assert str(caught.value).isprintable()
 
 

@@ -15,9 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusionopd.data.prompts import Prompt
-from diffusionopd.distributed import gather_over_processes
+from diffusionopd.distributed import barrier, gather_over_processes
 from diffusionopd.evaluation.results import AVERAGES, Record, ResultFolder, Summary, read_averages, summarise
 from diffusionopd.rewards import RewardError, Scorer, score_all, to_uint8
+
+TIMEOUT = 12 * 3600.0
+"""Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
 
 Generate = Callable[[Sequence[str], Sequence[tuple[int, int]]], Tensor]
 """Makes the images `[B, 3, H, W]` in [0, 1] of B prompts and their (prompt index, image number): `ImageGenerator`."""
@@ -52,9 +55,11 @@ def score_samples(
             texts = [prompt.text for prompt in batch]
             images = to_uint8(generate(texts, samples))
             scores = score_all(scorers, images, texts, [prompt.metadata for prompt in batch])
-            rows = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(ids))]
-            entries = zip(ids, batch, rows, strict=True)
-            yield [Record(sample_id, prompt.text, prompt.metadata, row) for sample_id, prompt, row in entries], images
+            records = []
+            for i, prompt in enumerate(batch):
+                row = {name: float(values[i]) for name, values in scores.items()}
+                records.append(Record(ids[i], prompt.text, prompt.metadata, row))
+            yield records, images
             bar.update(len(ids))
 
 
@@ -72,7 +77,6 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     in_step: bool = False,
-    barrier: Callable[[], object] = lambda: None,
 ) -> dict[str, Summary]:
     """Score the images of all prompts and write the files of `diffusionopd.evaluation.results`.
 
@@ -81,7 +85,6 @@ def evaluate(
         settings: JSON values that the images depend on, kept beside the results and compared on resume.
         rank, world: this process's share is every `world`-th sample left to do.
         in_step: whether all processes must make the same number of batches, as with a sharded base.
-        barrier: returns once all processes have called it.
 
     Returns:
         mean, standard error and count of each score, on every process.
@@ -95,7 +98,7 @@ def evaluate(
     if rank == 0:
         described = {**(settings or {}), "rewards": sorted(scorers), "images_per_prompt": images_per_prompt}
         files.open(described, texts, resume, save_images)
-    barrier()
+    barrier("the end of a data set", TIMEOUT)
     done = files.done()
     left = [sample_id for sample_id in range(len(texts)) if sample_id not in done]
     own = left[rank::world]
@@ -108,10 +111,10 @@ def evaluate(
             for record, pixels in zip(records, images, strict=True):
                 files.save_image(record.sample_id, pixels)
         files.append(records)
-    barrier()
+    barrier("the end of a data set", TIMEOUT)
     if rank == 0:
         files.close(_combined(scorers))
-    barrier()
+    barrier("the end of a data set", TIMEOUT)
     return read_averages(files.folder / AVERAGES)
 
 
@@ -124,14 +127,12 @@ def evaluate_task(
     rank: int = 0,
     world: int = 1,
     in_step: bool = False,
-    gather: Callable[[list], list] = gather_over_processes,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The mean of each score over the prompts, one image each, without files: for evaluation during training.
 
     Args:
         rank, world, in_step: as for `evaluate`.
-        gather: joins the lists of all processes.
         stopped: asked before each batch, equally often on every process, where it must have the same answer.
 
     Returns:
@@ -154,7 +155,8 @@ def evaluate_task(
             failures = [f"rank {rank}: {error}"]
     if failures := gather_over_processes(failures):
         raise RewardError("; ".join(failures))
-    return {name: summary.mean for name, summary in summarise(gather(records), _combined(scorers)).items()}
+    summaries = summarise(gather_over_processes(records), _combined(scorers))
+    return {name: summary.mean for name, summary in summaries.items()}
 
 
 def _most_batches(samples: int, world: int, batch_size: int) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from diffusionopd.distributed import barrier, together
-from diffusionopd.evaluation.evaluate import evaluate
+from diffusionopd.distributed import together
+from diffusionopd.evaluation.evaluate import TIMEOUT, evaluate
 from diffusionopd.evaluation.results import EvaluationError, Summary
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark
@@ -25,9 +24,6 @@ from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import build_scorer
-
-TIMEOUT = 12 * 3600.0
-"""Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
 
 _RUNTIME_OPTIONS = frozenset(
     "device base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
@@ -57,10 +53,10 @@ class Job:
     """
 
     base: str
-    revision: str | None
     models: Sequence[Model]
     benchmarks: Sequence[Benchmark]
     output: Path
+    revision: str | None = None
     resolution: int = 512
     seed: int = 42
     batch_size: int = 16
@@ -76,27 +72,30 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises `EvaluationError` for values that no image can be made with."""
-        for name in ("batch_size", "images_per_prompt", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise EvaluationError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if (steps := min((benchmark.num_steps for benchmark in self.benchmarks), default=1)) < 1:
-            raise EvaluationError(f"num_steps must be at least 1, not {steps}")
-        for scale in (model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks):
-            if not math.isfinite(scale) or scale < 0:
-                raise EvaluationError(f"guidance_scale must be a number of at least 0, not {scale}")
-        if self.resolution % 16 or self.resolution < 1:
-            raise EvaluationError(f"resolution must be a positive multiple of 16, not {self.resolution}")
-        if not 0 <= self.seed < 2**63:
-            raise EvaluationError(f"seed must be at least 0 and below 2**63, not {self.seed}")
-        for what, items in (("dataset", self.benchmarks), ("model", self.models)):
-            given = [item.name for item in items]
-            if not given or len(set(given)) < len(given):
-                raise EvaluationError(f"evaluate at least one {what}, each once; given: {', '.join(given) or 'none'}")
+        steps = [benchmark.num_steps for benchmark in self.benchmarks]
+        scales = [model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks]
+        unusable = {
+            "batch_size must be at least 1": self.batch_size < 1,
+            "images_per_prompt must be at least 1": self.images_per_prompt < 1,
+            "max_sequence_length must be at least 1": self.max_sequence_length < 1,
+            "num_steps must be at least 1": min(steps, default=1) < 1,
+            "guidance_scale must be at least 0": not all(0 <= scale < math.inf for scale in scales),
+            "resolution must be a positive multiple of 16": self.resolution < 16 or self.resolution % 16 > 0,
+            "seed must be at least 0 and below 2**63": not 0 <= self.seed < 2**63,
+            "at least one dataset is needed, each once": not _each_once(self.benchmarks),
+            "at least one model is needed, each once": not _each_once(self.models),
+        }
+        if problems := [problem for problem, found in unusable.items() if found]:
+            raise EvaluationError("; ".join(problems))
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
         parts = [item.name for item, of in ((model, self.models), (benchmark, self.benchmarks)) if len(of) > 1]
         return self.output.joinpath(*parts)
+
+
+def _each_once(items: Sequence[Model | Benchmark]) -> bool:
+    return 0 < len(items) == len({item.name for item in items})
 
 
 def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]]]:
@@ -154,7 +153,6 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
                 rank=rank,
                 world=world,
                 in_step=backbone.sharding is not None,
-                barrier=lambda: barrier("the end of a data set", TIMEOUT),
             )
     return results
 
@@ -201,16 +199,16 @@ def find_checkpoint(path: str) -> Path:
         EvaluationError: nothing of the kind is there.
     """
     given = Path(path)
-    if given.name == "latest" and given.parent.is_dir():
+    if given.name == "latest":
         given = given.parent
     for pointer in (given / "checkpoints" / "latest", given / "latest"):
-        if os.path.isfile(pointer):
-            given = pointer.parent / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+        if pointer.is_file():
+            given = pointer.parent / pointer.read_text(encoding="utf-8").strip()
             break
-    if given.name == "lora" and os.path.isfile(given.parent / "config.json"):
+    if given.name == "lora" and (given.parent / "config.json").is_file():
         given = given.parent
     weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
-    if not any(os.path.isfile(given / name) for name in weights):
+    if not any((given / name).is_file() for name in weights):
         raise EvaluationError(
             f"no checkpoint at {path}: expected a run folder, <run>/checkpoints/checkpoint-<n>, its lora/ folder, "
             "or <run>/checkpoints/latest"

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusionopd.config_schema import is_number
 from diffusionopd.files import write_atomically, writing
 from diffusionopd.rewards import NOT_APPLICABLE
 
@@ -64,36 +63,14 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n")  # a complete line ends in a line feed, so the last piece is empty
     records = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            records.append(_record(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
-            if number == len(lines):  # a complete line ends in a line feed, so the last piece is empty
-                break
-            raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from None
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from error
     return records
-
-
-def _record(content: Any) -> Record:
-    """The record in a JSON value; ValueError or TypeError for any other."""
-    record = Record(**content)
-    named = isinstance(record.prompt, str) and isinstance(record.metadata, dict) and isinstance(record.scores, dict)
-    if not named or not isinstance(record.sample_id, int) or isinstance(record.sample_id, bool) or record.sample_id < 0:
-        raise ValueError("a field is of another kind")
-    if not all(is_number(score) for score in record.scores.values()):
-        raise ValueError("a score is no finite number")
-    json.dumps(content, ensure_ascii=False).encode()  # halves of surrogate pairs could not be written again
-    return record
-
-
-def _write(path: Path, content: bytes | str) -> None:
-    """Write a file atomically; FolderError when the disk is full or it cannot be written."""
-    with writing(path, "file", _KEPT):
-        write_atomically(path, content)
 
 
 def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] | None = None) -> dict[str, Summary]:
@@ -144,32 +121,20 @@ def read_averages(path: Path) -> dict[str, Summary]:
         EvaluationError: the file is missing or is no such file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        counts, errors = content.get("counts", {}), content.get("standard_errors", {})
-        return {
-            name: Summary(float(mean), float(errors.get(name, 0.0)), int(counts.get(name, 0)))
-            for name, mean in content.items()
-            if not isinstance(mean, dict)
-        }
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        means = json.loads(path.read_text(encoding="utf-8"))
+        counts, errors = means.pop("counts", {}), means.pop("standard_errors", {})
+        return {name: Summary(float(m), errors.get(name, 0.0), counts.get(name, 0)) for name, m in means.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path} cannot be read as average scores: {error}") from error
 
 
 def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
     """Text table of every dataset's scores: mean, standard error, number of samples."""
-    rows = [("dataset", "score", "mean", "s.e.", "n")]
+    rows = [f"{'dataset':16} {'score':32} {'mean':>10} {'s.e.':>10} {'n':>8}"]
     for dataset, scores in summaries.items():
         for name, summary in scores.items():
-            rows.append((dataset, name, f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", str(summary.count)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+            rows.append(f"{dataset:16} {name:32} {summary.mean:10.4f} {summary.standard_error:10.4f} {summary.count:8}")
+    return "\n".join(rows)
 
 
 @dataclass
@@ -198,17 +163,14 @@ class ResultFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         records = self._merge() if resume else []
         if records:
-            self._check_settings(settings)
-            self._check_prompts(records, texts)
+            self._check(settings, texts, records)
         if need_images:
             records = [record for record in records if self.image_path(record.sample_id).is_file()]
-        for path in [self.folder / AVERAGES, *self._parts()]:
+        images = [] if resume else (self.folder / "images").glob("*.jpg")
+        for path in [self.folder / AVERAGES, *self._parts(), *images]:
             path.unlink(missing_ok=True)
-        if not resume:
-            for path in (self.folder / "images").glob("*.jpg"):
-                path.unlink()
-        _write(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
-        self._write(records)
+        self._write(SETTINGS, json.dumps(settings, indent=2) + "\n")
+        self._write_records(records)
 
     def done(self) -> set[int]:
         """Ids of the samples that need no work; to be called after `open`."""
@@ -218,15 +180,14 @@ class ResultFolder:
         """Add records to this process's file at once, so that a kill loses at most the batch in work."""
         path = self.folder / (RESULTS if self.world == 1 else PART.format(rank=self.rank))
         with writing(path, "file", _KEPT), path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line(record) for record in records))
+            file.write("".join(map(_line, records)))
 
     def save_image(self, sample_id: int, pixels: np.ndarray) -> None:
         """Write an image, uint8 `[H, W, 3]`, atomically."""
-        path, encoded = self.image_path(sample_id), io.BytesIO()
         # Encoded in memory: given a file, Pillow does not notice when a full disk takes a part only.
+        encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, format="JPEG", quality=95, subsampling=0)
-        path.parent.mkdir(exist_ok=True)
-        _write(path, encoded.getvalue())
+        self._write(self.image_path(sample_id), encoded.getvalue())
 
     def image_path(self, sample_id: int) -> Path:
         """Where the image of a sample is or will be."""
@@ -235,11 +196,10 @@ class ResultFolder:
     def close(self, combined: Mapping[str, Sequence[str]] | None = None) -> None:
         """Merge the parts, sorted by sample, and write the averages; `combined` as for `summarise`."""
         records = self._merge()
-        self._write(records)
+        self._write_records(records)
         for part in self._parts():
             part.unlink()
-        averages = averages_json(summarise(records, combined))
-        _write(self.folder / AVERAGES, json.dumps(averages, indent=4) + "\n")
+        self._write(AVERAGES, json.dumps(averages_json(summarise(records, combined)), indent=4) + "\n")
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format(rank="*")))
@@ -249,32 +209,28 @@ class ResultFolder:
         found = {r.sample_id: r for path in [self.folder / RESULTS, *self._parts()] for r in read_records(path)}
         return [found[sample_id] for sample_id in sorted(found)]
 
-    def _write(self, records: Iterable[Record]) -> None:
-        _write(self.folder / RESULTS, "".join(_line(record) for record in records))
+    def _write(self, name: str | Path, content: bytes | str) -> None:
+        """Write a file of the folder atomically; FolderError when the disk is full or it cannot be written."""
+        with writing(self.folder / name, "file", _KEPT):
+            write_atomically(self.folder / name, content)
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+    def _write_records(self, records: Iterable[Record]) -> None:
+        self._write(RESULTS, "".join(map(_line, records)))
+
+    def _check(self, settings: Mapping[str, Any], texts: Sequence[str], records: Sequence[Record]) -> None:
+        """Raises `EvaluationError` unless the records are those of an evaluation with these settings and prompts."""
         try:
             before = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise EvaluationError(
-                f"{self.folder} holds results but no readable {SETTINGS} ({error}); {_REMEDY}"
-            ) from error
-        now = json.loads(json.dumps(settings))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if changed:
-            differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-            raise EvaluationError(f"{self.folder} holds results of another evaluation: {differences}; {_REMEDY}")
-
-    def _check_prompts(self, records: Sequence[Record], texts: Sequence[str]) -> None:
-        if beyond := [record.sample_id for record in records if record.sample_id >= len(texts)]:
-            raise EvaluationError(
-                f"{self.folder} already holds {len(records)} samples, up to number {max(beyond)}, but only "
-                f"{len(texts)} are wanted now; raise --limit, {_REMEDY}"
-            )
-        if other := [record.sample_id for record in records if record.prompt != texts[record.sample_id]]:
-            raise EvaluationError(
-                f"{self.folder}: the prompt of sample {other[0]} has changed since it was scored; {_REMEDY}"
-            )
+        except (OSError, ValueError, TypeError) as error:
+            raise EvaluationError(f"{self.folder} has no readable {SETTINGS} ({error}); {_REMEDY}") from error
+        now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
+        if other := [record.sample_id for record in records if record.prompt != wanted.get(record.sample_id)]:
+            differences.append(f"sample {other[0]} has another prompt, or is not among the {len(texts)} wanted now")
+        if differences:
+            what = "; ".join(differences)
+            raise EvaluationError(f"{self.folder} holds results of another evaluation: {what}; {_REMEDY}")
 
 
 def _line(record: Record) -> str:

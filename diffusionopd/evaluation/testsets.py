@@ -38,37 +38,42 @@ class Benchmark:
     guidance_scale: float
 
 
+def first(*values: Any) -> Any:
+    """The first that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)
+
+
 def find_benchmark(
     dataset: str,
+    config: Mapping[str, Any] | None = None,
     rewards: Sequence[str] = (),
     limit: int | None = None,
-    tasks: Sequence[Mapping[str, Any]] = (),
-    num_steps: int = 40,
-    guidance_scale: float = 4.5,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Benchmark:
-    """The test prompts of a benchmark and the rewards to score it with.
+    """The test prompts of a benchmark, the rewards to score it with, and how its images are made.
 
     Args:
-        dataset: name of one of `tasks`, else one of `BENCHMARKS`, else a folder with test prompts.
-        rewards: in place of the benchmark's own.
+        dataset: name of a task of the configuration, else one of `BENCHMARKS`, else a folder with test prompts.
+        config: nested dicts. A task may have `eval_num_steps` and `eval_guidance_scale` of its own, which go before
+            those of the section `sample`.
+        rewards, num_steps, guidance_scale: in place of the benchmark's own.
         limit: use the first prompts only.
-        tasks: `train.teachers` of a config: `{name, dataset, prompt_fn, proxy_reward}` each, and `eval_guidance_scale`
-            and `eval_num_steps` where the task has its own.
-        num_steps, guidance_scale: unless the task has its own.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
         RewardError: an unknown reward.
         PromptError: the prompt file is missing or malformed.
     """
-    task = next((task for task in tasks if task["name"] == dataset), {})
+    config = config or {}
+    tasks, sample = config.get("train", {}).get("teachers", []), config.get("sample", {})
+    task: Mapping[str, Any] = next((task for task in tasks if task["name"] == dataset), {})
     if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
         raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
-    named = bool(task) or dataset in BENCHMARKS
-    if not named and not os.path.isdir(dataset):
+    if not task and dataset not in BENCHMARKS and not os.path.isdir(dataset):
         known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
         raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
-    folder = Path(task["dataset"] if task else BENCHMARKS[dataset][0] if named else dataset)
+    folder = Path(task.get("dataset") or BENCHMARKS.get(dataset, (dataset, ()))[0])
     # A folder that a named benchmark has its prompts in is scored as that is.
     of_folder = (names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve())
     chosen = tuple(rewards) or next(of_folder, ()) or tuple(task.get("proxy_reward") or ())
@@ -80,11 +85,10 @@ def find_benchmark(
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
     prompts = load_prompts(folder, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")
-    own_steps, own_guidance = task.get("eval_num_steps"), task.get("eval_guidance_scale")
     return Benchmark(
-        dataset if named else folder.resolve().name,
+        dataset if task or dataset in BENCHMARKS else folder.resolve().name,
         prompts[:limit],
         chosen,
-        num_steps=num_steps if own_steps is None else own_steps,
-        guidance_scale=guidance_scale if own_guidance is None else own_guidance,
+        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps"), 40),
+        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"), 4.5),
     )

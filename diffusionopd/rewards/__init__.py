@@ -4,12 +4,13 @@ A scorer's module is imported when the scorer is built, and its optional package
 nothing. To add a reward: write a class with `score` (see `Scorer`) and name it in `REGISTRY`, or call `register`.
 """
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scorer, Scores
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
@@ -53,11 +54,9 @@ def register(name: str, target: str) -> None:
 
 def check_name(name: str) -> None:
     """Raises `RewardError` for a name that no config may use, with the nearest one that it may."""
-    if name in REGISTRY:
-        return
-    near = difflib.get_close_matches(name, REGISTRY, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(REGISTRY))}"
-    raise RewardError(f"unknown reward '{name}'; {hint}")
+    if name not in REGISTRY:
+        hint = nearest(name, REGISTRY) or f" Known: {', '.join(sorted(REGISTRY))}"
+        raise RewardError(f"unknown reward '{name}'.{hint}")
 
 
 def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Scorer:
@@ -72,13 +71,10 @@ def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | No
         RewardError: unknown name, a package that is not installed (with the command that installs it), a file or server
             that is not there, or an option that the scorer does not have.
     """
-    options = options or {}
-    factory = _factory(name, options)
-    arguments = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    try:
-        return factory(**{**arguments, **options})
-    except ImportError as error:
-        raise _not_installed(name, error) from error
+    factory = _factory(name, options or {})
+    own = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    with _packages(name):
+        return factory(**{**own, **(options or {})})
 
 
 def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -100,10 +96,8 @@ def _factory(name: str, options: Mapping[str, Any]) -> Any:
     """The class of a scorer, once it is known to have these options."""
     check_name(name)
     module, attribute = REGISTRY[name].split(":")
-    try:
+    with _packages(name):
         factory = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise _not_installed(name, error) from error
     signature = inspect.signature(factory)
     try:
         signature.bind_partial(**options)
@@ -113,9 +107,14 @@ def _factory(name: str, options: Mapping[str, Any]) -> Any:
     return factory
 
 
-def _not_installed(name: str, error: ImportError) -> RewardError:
-    install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
-    return RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}")
+@contextmanager
+def _packages(name: str) -> Iterator[None]:
+    """A package that is missing inside the block is named with the command that installs it."""
+    try:
+        yield
+    except ImportError as error:
+        install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
+        raise RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}") from error
 
 
 def build_composite(

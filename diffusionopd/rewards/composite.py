@@ -1,11 +1,11 @@
 """Several rewards at once, and their weighted mean."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from diffusionopd.config_schema import is_number
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores
 from diffusionopd.rewards.images import Images
 
@@ -32,8 +32,7 @@ def weighted_average(parts: Mapping[str, np.ndarray], weights: Mapping[str, floa
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raises `RewardError` unless there are weights, finite, none negative, and not all zero."""
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
+        if not is_number(weight) or weight < 0:
             raise RewardError(f"weight of reward '{name}' must be a number of at least 0, not {weight!r}")
     if not any(weights.values()):
         raise RewardError(f'a composite reward needs a weight above 0, such as {{"pickscore": 1.0}}, not {weights}')

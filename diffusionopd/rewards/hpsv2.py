@@ -5,15 +5,52 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusionopd.rewards.base import RewardError, Scores
 from diffusionopd.rewards.clip import CLIP_H_PROCESSOR, Clip
 from diffusionopd.rewards.images import Images, fit_and_pad
-from diffusionopd.rewards.open_clip_keys import read_config, to_transformers
-from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPS_v2.1_compressed.pt"
+
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+CONFIG = CLIPConfig(
+    text_config=_LARGE | {"hidden_act": "gelu"},
+    vision_config=_HUGE | {"patch_size": 14, "hidden_act": "gelu"},
+    projection_dim=1024,
+)
+"""ViT-H-14 of open_clip's `model_configs`; what is left out is as in transformers' defaults."""
+
+# open_clip's names (`VisionTransformer` and `CLIP`, as they are in tgxs002/HPSv2) -> transformers'
+_NAMES = {
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"\.attn\.in_proj_": ".self_attn.{}_proj.",
+    r"\.attn\.out_proj\.": ".self_attn.out_proj.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
+    r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"^visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",  # sic
+    r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^text_projection$": "text_projection.weight",
+}
+
+
+def to_transformers(state: StateDict) -> StateDict:
+    """open_clip's tensors under the names of `CLIPModel`; one that open_clip's CLIP does not have keeps its own."""
+    plain = {name: value for name, value in state.items() if name != "attn_mask"}  # a constant of old versions
+    for name in ("visual.proj", "text_projection"):  # multiplied from the right, without a linear layer
+        plain[name] = plain[name].T.contiguous()
+    return renamed(plain, _NAMES)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -21,12 +58,6 @@ def clean_prompt(prompt: str) -> str:
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
-
-
-def _build_model(file: Any) -> CLIPModel:
-    state = file["state_dict"]
-    config = read_config(state)
-    return filled(lambda: CLIPModel(config), to_transformers(state))
 
 
 @functools.cache
@@ -38,14 +69,16 @@ def load_hps_clip(checkpoint: str, tokenizer: str, device: str, dtype: str) -> C
             the model pools them; a dtype that is none.
     """
     number = scorer_dtype(dtype)
-    model = load_official("hpsv2", checkpoint, _build_model).to(device, number)
-    words, expected = load_tokenizer(CLIPTokenizer, tokenizer), model.config.text_config.eos_token_id
+    model = load_official(
+        "hpsv2", checkpoint, lambda file: filled(lambda: CLIPModel(CONFIG), to_transformers(file["state_dict"]))
+    )
+    words, expected = load_tokenizer(CLIPTokenizer, tokenizer), CONFIG.text_config.eos_token_id
     if words.eos_token_id != expected:
         raise RewardError(
             f"the tokenizer '{tokenizer}' ends a text with token {words.eos_token_id}, the model of reward 'hpsv2' "
             f"with {expected}: use {CLIP_H_PROCESSOR}"
         )
-    return Clip(model, words, prepare=fit_and_pad, clean=clean_prompt)
+    return Clip(model.to(device, number), words, prepare=fit_and_pad, clean=clean_prompt)
 
 
 class Hpsv2:

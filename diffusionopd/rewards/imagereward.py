@@ -4,20 +4,20 @@ Letters: B images, S side of the square that the model sees, L tokens of a promp
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertTokenizer
+from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from diffusionopd.rewards.aesthetic import AestheticHead
 from diffusionopd.rewards.base import RewardError, Scores
-from diffusionopd.rewards.blip_keys import read_text_config, read_vision_config, split_parts
 from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
-from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/ImageReward.pt"
 TOKENIZER = "bert-base-uncased"
@@ -27,13 +27,20 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output on the authors' data (`ImageReward.py` of the official repository)."""
 
 
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION = BlipVisionConfig(**_LARGE, image_size=224, layer_norm_eps=1e-6)  # timm's; transformers' default is 1e-5
+TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+"""BLIP's `vit="large"` and `med_config.json`; what is left out is as in transformers' defaults."""
+
+
 class ImageRewardModel(nn.Module):
     """BLIP's text encoder, which attends to the image's patches, and a head on its first token."""
 
-    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: AestheticHead):
-        """Args: `head`, of the aesthetic predictor's form, on the text encoder's width."""
+    def __init__(self) -> None:
         super().__init__()
-        self.vision, self.text, self.head = vision, text, head
+        self.vision = BlipVisionModel(VISION)
+        self.text = BlipTextModel(TEXT, add_pooling_layer=False)
+        self.head = AestheticHead(TEXT.hidden_size)
 
     def forward(self, pixels: Tensor, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """`[B, 3, S, S]`, `[B, L]` and `[B, L]` to `[B]` float32, of mean 0 and deviation 1 on the authors' data."""
@@ -42,14 +49,28 @@ class ImageRewardModel(nn.Module):
         return (self.head(states[:, 0].float()) - MEAN) / STD
 
 
-def _build_model(state: Any) -> ImageRewardModel:
-    vision, text, head = split_parts(state)
-    vision_config, text_config = read_vision_config(vision), read_text_config(text)
-    return ImageRewardModel(
-        filled(lambda: BlipVisionModel(vision_config), vision),
-        filled(lambda: BlipTextModel(text_config, add_pooling_layer=False), text),
-        filled(lambda: AestheticHead(text_config.hidden_size), head),
-    )
+# BLIP's names (`VisionTransformer` and `BertModel` of `med.py`, as they are in THUDM/ImageReward) -> those of
+# ImageRewardModel; the text encoder's are the same in transformers
+_NAMES = {
+    r"^mlp\.": "head.",
+    r"^blip\.text_encoder\.": "text.",
+    r"^blip\.visual_encoder\.": "vision.",
+    r"^vision\.cls_token$": "vision.embeddings.class_embedding",
+    r"^vision\.pos_embed$": "vision.embeddings.position_embedding",
+    r"^vision\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
+    r"^vision\.norm\.": "vision.post_layernorm.",
+    r"^vision\.blocks\.": "vision.encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+}
+_UNUSED = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
+"""Projections of BLIP's contrastive loss, and a constant; the score reads neither."""
+
+
+def _build_model(state: StateDict) -> ImageRewardModel:
+    used = {name: value for name, value in state.items() if not _UNUSED.fullmatch(name)}
+    return filled(ImageRewardModel, renamed(used, _NAMES))
 
 
 @functools.cache
@@ -62,7 +83,7 @@ def load_imagereward(
         RewardError: as `load_official`; a tokenizer that is missing or another model's; a dtype that is none.
     """
     number = scorer_dtype(dtype)
-    model = load_official("imagereward", checkpoint, _build_model).to(device).eval()
+    model = load_official("imagereward", checkpoint, _build_model).to(device)
     model.vision.to(number)
     model.text.to(number)
     words = load_tokenizer(BertTokenizer, tokenizer)

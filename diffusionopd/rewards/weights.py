@@ -17,16 +17,12 @@ Built = TypeVar("Built")
 Module = TypeVar("Module", bound=nn.Module)
 Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
 
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
-"""What torch and the key maps raise for a file that holds something else."""
-
 
 def scorer_dtype(name: str) -> torch.dtype:
     """The floating-point dtype of a name such as "float32". Raises `RewardError` for any other name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if name not in ("float32", "bfloat16", "float16"):
         raise RewardError(f"'{name}' is no dtype of a scorer: use float32, bfloat16 or float16")
-    return dtype
+    return getattr(torch, name)
 
 
 def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Built:
@@ -45,12 +41,11 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
         raise RewardError(f"reward '{reward}' needs {path}. To fetch it: {fetch}")
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True))
-    except _UNREADABLE as error:
-        problem = f"no entry {error}" if isinstance(error, KeyError) else str(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run the code in it
-            problem = "it holds more than weights, which is not run"
+    except Exception as error:  # torch and the key maps raise whatever they meet in a file of another kind
+        # torch's own words advise to run the code in it
+        said = "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else error
         raise RewardError(
-            f"{path} is not the checkpoint of reward '{reward}': {problem}. Remove it and fetch it again: {fetch}"
+            f"{path} is not the checkpoint of reward '{reward}': {said}. Remove it and fetch it again: {fetch}"
         ) from error
 
 
@@ -66,7 +61,7 @@ def filled(factory: Callable[[], Module], state: StateDict) -> Module:
 
     with init_empty_weights():
         module = factory()
-    module.load_state_dict(dict(state), assign=True)
+    module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
 
 
@@ -77,36 +72,28 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
         RewardError: it cannot be had, with the command that fetches it. transformers 5 does not say so: it returns one
             with nothing but special tokens.
     """
-    problem = "its vocabulary is not there"
     try:
         tokenizer = kind.from_pretrained(name, trust_remote_code=False)
-        if len(tokenizer) > len(tokenizer.all_special_tokens):
-            return tokenizer
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is not there")
+        return tokenizer
     except (OSError, ValueError) as error:
-        problem = str(error)
-    raise RewardError(f"the tokenizer '{name}' cannot be loaded: {problem}. To fetch it: hf download {name}")
+        raise RewardError(
+            f"the tokenizer '{name}' cannot be loaded: {error}. To fetch it: hf download {name}"
+        ) from error
 
 
-def renamed(key: str, rules: Mapping[str, Any]) -> str:
-    """The name of a tensor after replacements, `{pattern: replacement}` as of `re.sub`, one after the other."""
-    for pattern, replacement in rules.items():
-        key = re.sub(pattern, replacement, key)
-    return key
+def renamed(state: StateDict, rules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors under other names.
 
-
-def count_blocks(state: StateDict, prefix: str) -> int:
-    """Number of the transformer blocks `prefix0.`, `prefix1.`, ... in a state dict."""
-    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def patch_grid(positions: int, patch: int) -> int:
-    """Side in pixels of the square image that a vision transformer of this many positions (one is CLS) sees."""
-    return round((positions - 1) ** 0.5) * patch
-
-
-def count_heads(width: int, head_width: int) -> int:
-    """Number of attention heads of this width; their number is in no tensor's shape, their width is customary."""
-    heads, rest = divmod(width, head_width)
-    if rest or not heads:
-        raise ValueError(f"a width of {width} is no multiple of a head's {head_width}")
-    return heads
+    Args:
+        rules: `{pattern: replacement}` as of `re.sub`, applied one after the other. A new name with `{}` in it takes a
+            stacked projection apart: the three thirds of the tensor become those of `q`, `k` and `v`.
+    """
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in rules.items():
+            key = re.sub(pattern, replacement, key)
+        parts = value.chunk(3) if "{}" in key else [value]
+        result |= {key.format(letter): part for letter, part in zip("qkv", parts, strict=False)}
+    return result

@@ -1,12 +1,13 @@
 """Scoring beside training: one thread, a bounded number of waiting batches, a time limit."""
 
 import math
+import queue
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any
 
 from diffusionopd.rewards.base import RewardError, RewardUnavailableError, Scorer, Scores
@@ -51,11 +52,9 @@ class RewardWorker:
         """
         self.combined = getattr(scorer, "combined", {})
         self._scorer, self._name, self._timeout, self._retry = scorer, name, timeout, retry_unavailable
-        self._began: float | None = None  # when the batch in work was begun, by the monotonic clock
-        self._pending: deque[tuple[Future[Scores], tuple]] = deque()
-        self._max_pending = max_pending
-        self._changed = threading.Condition()  # guards what waits and whether the worker is closed
-        self._closed, self._cancelled = False, threading.Event()
+        self._began = math.inf  # when the batch in work was begun, by the monotonic clock
+        self._pending: queue.Queue[tuple[Future[Scores], tuple]] = queue.Queue(max_pending)
+        self._closed, self._cancelled = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="rewards", daemon=True)
         self._thread.start()
 
@@ -67,17 +66,14 @@ class RewardWorker:
             closed, or once the batch in work, this one or one before it, is over its time.
         """
         batch = to_uint8(images).copy(), tuple(prompts), tuple(metadata)
-        with self._changed:
-            while len(self._pending) >= self._max_pending and not self._closed and not self.overdue:
-                self._changed.wait(POLL)
-            if self._closed:
-                return failed(RewardError(f"the worker of reward '{self._name}' is closed"))
-            if overdue := self.overdue:
-                return failed(overdue)
-            future = _Result(self)
-            self._pending.append((future, batch))
-            self._changed.notify_all()
-        return future
+        future = _Result(self)
+        while not self._closed.is_set() and not self.overdue:
+            with suppress(queue.Full):
+                self._pending.put((future, batch), timeout=POLL)
+                if not self._cancelled.is_set():
+                    return future
+                future.cancel()  # it came after what `close` has dropped
+        return failed(self.overdue or RewardError(f"the worker of reward '{self._name}' is closed"))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`, but given up with `RewardError` when it takes too long, and until the scorer is back."""
@@ -88,20 +84,18 @@ class RewardWorker:
 
         With `cancel`, a batch being scored is waited for `SHUTDOWN_GRACE` seconds only.
         """
-        with self._changed:
-            self._closed = True
-            if cancel:
-                self._cancelled.set()
-                while self._pending:
-                    self._pending.popleft()[0].cancel()
-            self._changed.notify_all()
+        self._closed.set()
+        if cancel:
+            self._cancelled.set()
+            with suppress(queue.Empty):
+                while True:
+                    self._pending.get_nowait()[0].cancel()
         self._thread.join(SHUTDOWN_GRACE if cancel else None)
 
     @property
     def overdue(self) -> RewardError | None:
         """An error while the batch in work has taken longer than the timeout; None otherwise."""
-        began = self._began
-        if began is None or time.monotonic() - began <= self._timeout:
+        if time.monotonic() - self._began <= self._timeout:
             return None
         return RewardError(
             f"reward '{self._name}' has been scoring one batch for more than {self._timeout:g} seconds; "
@@ -109,44 +103,34 @@ class RewardWorker:
         )
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closed)
-                if not self._pending:
-                    return
-                future, batch = self._pending.popleft()
-                self._changed.notify_all()
-            if not future.set_running_or_notify_cancel():
-                continue
+        while not (self._closed.is_set() and self._pending.empty()):
             try:
-                scores = self._scored(batch)
-            except BaseException as error:  # the future carries it: a failing reward must not end the training
-                future.set_exception(error)
-            else:
-                future.set_result(scores)
+                future, batch = self._pending.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._scored(batch))
+                except BaseException as error:  # the future carries it: a failing reward must not end the training
+                    future.set_exception(error)
 
     def _scored(self, batch: tuple) -> Scores:
-        began, pause, retried = time.monotonic(), FIRST_PAUSE, False
-        self._began = began
+        """The scores, asked for again and again while the reward is unavailable and there is time."""
+        self._began, pause = time.monotonic(), FIRST_PAUSE
         try:
             while True:
                 try:
-                    scores = self._scorer.score(*batch)
-                    break
+                    return self._scorer.score(*batch)
                 except RewardUnavailableError as error:
-                    late = time.monotonic() - began + pause > self._timeout
+                    late = time.monotonic() - self._began + pause > self._timeout
                     if not self._retry or late or self._cancelled.is_set():
                         raise
-                    if not retried:
+                    if pause == FIRST_PAUSE:
                         warnings.warn(f"{error}; asked again for up to {self._timeout:g} seconds", stacklevel=2)
-                    retried = True
-                    self._cancelled.wait(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
+                self._cancelled.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
         finally:
-            self._began = None
-        if retried:
-            warnings.warn(f"reward '{self._name}' is back after {time.monotonic() - began:.0f} seconds", stacklevel=2)
-        return scores
+            self._began = math.inf
 
 
 class _Result(Future[Scores]):

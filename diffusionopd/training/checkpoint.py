@@ -16,13 +16,14 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusionopd.files import force_to_disk, sha256, write_atomically, write_json
@@ -41,10 +42,6 @@ class CheckpointError(ValueError):
     """Raised where a checkpoint cannot be written or must not be trusted; names the file and what is wrong with it."""
 
 
-class NewerFormatError(CheckpointError):
-    """Raised for a valid checkpoint that a later version of this program wrote."""
-
-
 def save(
     root: str | Path, name: str, write: Callable[[Path], None], limit: int | None = None, protect: Iterable[Path] = ()
 ) -> Path:
@@ -55,8 +52,6 @@ def save(
     One process calls this. Raises CheckpointError if the disk is full or a file cannot be written; whatever fails, also
     inside `write`, the checkpoints that were there stay.
     """
-    if not re.fullmatch(r"checkpoint-\d+", name):
-        raise CheckpointError(f"a checkpoint is named 'checkpoint-<number>', got {name!r}")
     root = Path(root)
     partial = _hidden(root)
     try:
@@ -68,16 +63,13 @@ def save(
         _finalize(partial, 1 + max(known, default=0))
         _publish(partial, root / name)
         write_atomically(root / LATEST, name + "\n", fsync=True)
-    except BaseException as error:
+    except (OSError, SafetensorError) as error:  # the second where a library lets Rust write
+        raise CheckpointError(
+            f"cannot write {root / name}: {error}. Earlier checkpoints are untouched; free some space, or keep fewer "
+            "with --config.num_checkpoint_limit."
+        ) from error
+    finally:
         _discard(partial)
-        # Libraries written in Rust put the system's error into a text of their own.
-        if isinstance(error, OSError) or "os error" in str(error) or "No space left" in str(error):
-            there = next(folder for folder in (root / name).absolute().parents if folder.exists())
-            raise CheckpointError(
-                f"cannot write {root / name}: {error}; {shutil.disk_usage(there).free:,} bytes are free there. Earlier "
-                "checkpoints are untouched; free some space, or keep fewer with --config.num_checkpoint_limit."
-            ) from error
-        raise
     _prune(root, limit or 0, {(root / name).resolve(), *(path.resolve() for path in protect)})
     return root / name
 
@@ -87,8 +79,8 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
     `hashes` False compares presence and sizes only. Files that the manifest does not know are ignored.
     """
-    for name, (size, digest) in _read_manifest(Path(folder))[1].items():
-        path = Path(folder) / name
+    for name, entry in _read_manifest(Path(folder))[1].items():
+        path, size, digest = Path(folder) / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
@@ -98,17 +90,11 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The valid checkpoint saved last, or None if there is none; warns about each newer one that is damaged.
-
-    NewerFormatError for one that a later version wrote: it is not damaged, and going on from an older one would in time
-    overwrite it.
-    """
+    """The valid checkpoint saved last, or None if there is none; warns about each newer one that is damaged."""
     for folder in folders(root):
         try:
             verify(folder)
             return folder
-        except NewerFormatError:
-            raise
         except (CheckpointError, OSError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and skipped: {error}", stacklevel=2)
     return None
@@ -125,40 +111,32 @@ def folders(root: str | Path) -> list[Path]:
 def save_state(folder: str | Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     """Write named tensors (any device, dtype and shape, bit for bit) and JSON values into a folder, made if needed.
 
-    Raises CheckpointError for a value that JSON cannot hold. Nothing is pickled.
+    Nothing is pickled; TypeError for a value that JSON cannot hold.
     """
     folder = Path(folder)
-    try:
-        write_json(folder / _SCALARS, scalars)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the state for {folder} holds a value that JSON cannot: {error}") from error
-    # copy: tied or sliced tensors share storage, which the format refuses; bytes and write_bytes(): a full disk is then
-    # Python's OSError.
+    write_json(folder / _SCALARS, scalars)
+    # copy: tied or sliced tensors share storage, which the format refuses.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     (folder / _TENSORS).write_bytes(safetensors.torch.save(plain))
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote, tensors on the CPU; CheckpointError if either file is missing or damaged."""
-    with _reading(folder):
-        tensors = safetensors.torch.load((Path(folder) / _TENSORS).read_bytes())
-    return tensors, load_scalars(folder)
+    return _read(Path(folder) / _TENSORS, safetensors.torch.load), load_scalars(folder)
 
 
 def load_scalars(folder: str | Path) -> dict[str, Any]:
     """The JSON values alone of what `save_state` wrote; CheckpointError if the file is missing or damaged."""
-    with _reading(folder):
-        return dict(json.loads((Path(folder) / _SCALARS).read_text("utf-8")))
+    return dict(_read(Path(folder) / _SCALARS, json.loads))
 
 
-@contextmanager
-def _reading(folder: str | Path) -> Iterator[None]:
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing: {folder} is no saved state") from None
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
-        raise CheckpointError(f"the state in {folder} cannot be read: {error}") from error
+        return parse(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: its folder is incomplete, or not of this program") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged and cannot be read: {error}") from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -217,11 +195,15 @@ def _hidden(root: Path) -> Path:
 def _clean(root: Path) -> None:
     """Remove what interrupted saves left behind, except the work of another process that still lives."""
     for path in root.glob(".*"):
-        owner = _LEFTOVER.fullmatch(path.name)
-        host, pid = (owner[1], int(owner[2])) if owner else ("", 0)
-        dead = host == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(pid))
-        if dead or path.name.startswith(f".{LATEST}.") or (owner and time.time() - path.stat().st_mtime > _STALE):
-            _discard(path)
+        if owner := _LEFTOVER.fullmatch(path.name):
+            here, pid = owner[1] == socket.gethostname(), int(owner[2])
+            living = here and pid != os.getpid() and psutil.pid_exists(pid)
+            recent = not here and time.time() - path.stat().st_mtime < _STALE
+            if living or recent:
+                continue
+        elif not path.name.startswith(f".{LATEST}."):
+            continue
+        _discard(path)
 
 
 def _discard(path: Path) -> None:
@@ -233,25 +215,15 @@ def _discard(path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """Its sequence number, and size and sha256 of each file."""
-    path = folder / MANIFEST
+def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Its sequence number, and `bytes` and `sha256` of each file."""
+    manifest = _read(folder / MANIFEST, json.loads)
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        if manifest.pop("digest") != _digest(manifest):
-            raise ValueError("it does not match its own digest")
-        newer, sequence = manifest["format"] > FORMAT, int(manifest["sequence"])
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {folder} is incomplete, or not of this program") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if newer:
-        raise NewerFormatError(
-            f"{folder} has format {manifest['format']}, this program reads {FORMAT}: update the program, or move that "
-            "folder away to go on from an earlier checkpoint"
-        )
-    return sequence, files
+        if manifest.pop("digest") != _digest(manifest) or manifest["format"] != FORMAT:
+            raise ValueError(f"it does not match its own digest, or is not of format {FORMAT}")
+        return manifest["sequence"], manifest["files"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
 
 
 def _sequence(folder: Path) -> float:

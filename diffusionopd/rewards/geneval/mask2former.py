@@ -117,18 +117,11 @@ def by_class(found: Iterable[tuple[int, Detection]]) -> dict[str, list[Detection
     return objects
 
 
-class Mask2Former:
-    """The detector on a frozen transformers model."""
-
-    def __init__(self, model: Mask2FormerForUniversalSegmentation):
-        """Args: `model`, with COCO's 80 classes in COCO's order."""
-        self.model = model
-
-    @torch.no_grad()
-    def detect(self, pixels: np.ndarray) -> list[dict[str, list[Detection]]]:
-        """As `Detector.detect`."""
-        images, resized = preprocess(torch.from_numpy(pixels).to(self.model.device))
-        padded, original = (images.shape[2], images.shape[3]), (pixels.shape[1], pixels.shape[2])
-        outputs = self.model(pixel_values=images.to(self.model.dtype))
-        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [by_class(instances(*pair, padded, resized, original, THRESHOLD)) for pair in logits]
+@torch.no_grad()
+def detect(model: Mask2FormerForUniversalSegmentation, pixels: np.ndarray) -> list[dict[str, list[Detection]]]:
+    """What a frozen model of COCO's 80 classes finds in uint8 `[B, H, W, 3]` images, as a `detector.Detector` does."""
+    images, resized = preprocess(torch.from_numpy(pixels).to(model.device))
+    padded, original = (images.shape[2], images.shape[3]), (pixels.shape[1], pixels.shape[2])
+    outputs = model(pixel_values=images.to(model.dtype))
+    logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+    return [by_class(instances(*pair, padded, resized, original, THRESHOLD)) for pair in logits]

@@ -164,50 +164,31 @@ def parse_request(prompt: str, metadata: Mapping[str, Any]) -> Request:
         RewardError: what is missing or not GenEval's, with the prompt.
     """
     try:
-        tag = _one_of("tag", metadata.get("tag"), TAGS)
-        include, exclude = (_clauses(name, metadata.get(name)) for name in ("include", "exclude"))
+        include, exclude = (
+            tuple(_clause(entry, index) for index, entry in enumerate(metadata.get(name) or ()))
+            for name in ("include", "exclude")
+        )
         if not include:
             raise ValueError("'include' is missing or empty")
-        return Request(tag, include, exclude)
-    except ValueError as error:
+        return Request(_one_of(metadata.get("tag"), TAGS), include, exclude)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RewardError(
-            f"reward 'geneval' cannot judge the prompt {prompt!r}: {error}. It needs metadata as in GenEval's "
+            f"reward 'geneval' cannot judge the prompt {prompt!r}: {error!r}. It needs metadata as in GenEval's "
             'test_metadata.jsonl: {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ...}'
         ) from error
 
 
-def _clauses(name: str, given: Any) -> tuple[Clause, ...]:
-    if not isinstance(given, list | tuple | None):
-        raise ValueError(f"'{name}' is {given!r}, no list of clauses")
-    return tuple(_clause(f"{name}[{i}]", entry, i) for i, entry in enumerate(given or ()))
+def _clause(entry: Mapping[str, Any], index: int) -> Clause:
+    count, colour, position = entry["count"], entry.get("color"), entry.get("position")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count {count!r} is no whole number of at least 1")
+    if position is not None:
+        relation, target = position
+        position = _one_of(relation, POSITIONS), _one_of(target, range(index))  # later clauses are not judged yet
+    return Clause(_one_of(entry["class"], CLASSES), count, colour and _one_of(colour, COLOURS), position)
 
 
-def _clause(name: str, entry: Any, index: int) -> Clause:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"'{name}' is {entry!r}, no clause")
-    count, colour, position = entry.get("count"), entry.get("color"), entry.get("position")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"'{name}.count' is {count!r}, no whole number of at least 1")
-    return Clause(
-        class_name=_one_of(f"{name}.class", entry.get("class"), CLASSES),
-        count=count,
-        colour=None if colour is None else _one_of(f"{name}.color", colour, COLOURS),
-        position=None if position is None else _position(f"{name}.position", position, index),
-    )
-
-
-def _position(name: str, given: Any, index: int) -> tuple[str, int]:
-    """A relation to an earlier clause: later ones are not judged yet."""
-    if not isinstance(given, list | tuple) or len(given) != 2:
-        raise ValueError(f"'{name}' is {given!r}, no pair of a relation and the index of a clause")
-    relation, target = given
-    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < index:
-        raise ValueError(f"'{name}' points to clause {target!r}, which is none before clause {index}")
-    return _one_of(name, relation, POSITIONS), target
-
-
-def _one_of(name: str, given: Any, known: Sequence[str]) -> str:
-    if not isinstance(given, str) or given not in known:
-        shown = ", ".join(known) if len(known) <= 10 else f"one of GenEval's {len(known)} classes"
-        raise ValueError(f"'{name}' is {given!r}, not {shown}")
+def _one_of(given: Any, known: Sequence[Any]) -> Any:
+    if given not in known:
+        raise ValueError(f"{given!r} is none of {', '.join(map(str, known))}")
     return given

@@ -99,7 +99,7 @@ class GenEval:
             raise RewardError(f"reward 'geneval': batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
         # First, because its file is missing at once, and CLIP only after several tries to reach the hub.
-        self.detector = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
+        self.detect = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
@@ -108,7 +108,7 @@ class GenEval:
         pixels = to_uint8(images)
         found = []
         for start in range(0, len(pixels), self.batch_size):
-            found += self.detector.detect(pixels[start : start + self.batch_size])
+            found += self.detect(pixels[start : start + self.batch_size])
         verdicts = [
             judge(select_objects(detections, request.tag), request, partial(self.colours, image))
             for detections, request, image in zip(found, requests, pixels, strict=True)
@@ -117,10 +117,8 @@ class GenEval:
 
 
 def _scores(verdicts: Sequence[Verdict], tags: Sequence[str]) -> Scores:
-    soft, correct, strict = (
-        np.array([getattr(verdict, kind) for verdict in verdicts], dtype=np.float64)
-        for kind in ("soft", "correct", "strict")
-    )
+    rows = [(verdict.soft, verdict.correct, verdict.strict) for verdict in verdicts]
+    soft, correct, strict = np.array(rows, dtype=np.float64).reshape(-1, 3).T
     scores = {"geneval": soft, "accuracy": correct, "strict_accuracy": strict}
     for tag in TAGS:
         is_tag = np.array([tag == other for other in tags], dtype=bool)
