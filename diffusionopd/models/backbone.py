@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.stages import stage
@@ -255,14 +255,6 @@ class ModelInfo:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
 
-    def resolution_problem(self, resolution: int) -> str:
-        """Why no image of ``resolution`` pixels can be made; empty if one can."""
-        try:
-            self.family.shape_of(resolution, self.configs)
-        except ValueError as error:
-            return str(error)
-        return ""
-
 
 def _kind(index: Mapping[str, Any], part: str) -> Any:
     """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
@@ -274,7 +266,7 @@ def _kind(index: Mapping[str, Any], part: str) -> Any:
 
 
 @contextmanager
-def _loading(model: str, what: str = "base model") -> Iterator[None]:
+def _loading(model: str) -> Iterator[None]:
     """Turn what the libraries raise inside into BackboneError with the remedy."""
     try:
         yield
@@ -284,7 +276,7 @@ def _loading(model: str, what: str = "base model") -> Iterator[None]:
             if Path(model).is_dir()
             else "Check the name and the connection, accept the model's licence on the hub, and log in (hf auth login)."
         )
-        raise BackboneError(f"the {what} {model!r} cannot be loaded: {error}. {remedy}") from error
+        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {remedy}") from error
 
 
 def read_model(model: str, revision: str | None = None) -> ModelInfo:
@@ -329,20 +321,6 @@ def load_backbone(
     return info.family(transformer, vae, scheduler, index=index, **placed)
 
 
-class TextEncoder:
-    """A pipeline's own text encoders: prompts to rows on the CPU."""
-
-    def __init__(self, family: type[Backbone], pipeline: Any, device: torch.device, max_sequence_length: int) -> None:
-        self.family, self.pipeline, self.device = family, pipeline, device
-        self.max_sequence_length = max_sequence_length
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> list[Row]:
-        """One row per prompt, in order; ``conditions.NEGATIVE`` stands for the family's negative prompt."""
-        rows = self.family.encode(self.pipeline, list(prompts), self.device, self.max_sequence_length)
-        return [{name: part.cpu() for name, part in row.items()} for row in rows]
-
-
 def load_text_encoder(
     model: str,
     revision: str | None = None,
@@ -351,13 +329,13 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     max_sequence_length: int | None = None,
 ) -> TextEncoder:
-    """Load the text encoders and tokenizers of a diffusers folder or hub id, and nothing else of it.
+    """Load the text encoders and tokenizers of a diffusers folder or hub id alone; rows are on the CPU.
 
     ``max_sequence_length`` None is the family's. Raises BackboneError naming the remedy.
     """
     device, info = torch.device(device), read_model(model, revision)
     index = info.configs["index"]
-    with _loading(model, "text encoders of"):
+    with _loading(model):
         with torch.device("meta"):  # some pipelines read the transformer's configuration
             transformer = _kind(index, "transformer").from_config(info.configs["transformer"])
         # from_pretrained needs what is absent passed as None.
@@ -369,7 +347,14 @@ def load_text_encoder(
     for name in info.family.TEXT:
         if isinstance(encoder := getattr(pipeline, name), nn.Module):
             encoder.to(device).requires_grad_(False).eval()
-    return TextEncoder(info.family, pipeline, device, max_sequence_length or info.family.DEFAULTS.max_sequence_length)
+    length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> list[Row]:
+        rows = info.family.encode(pipeline, list(prompts), device, length)
+        return [{name: part.cpu() for name, part in row.items()} for row in rows]
+
+    return encode
 
 
 def _absent_encoders(info: ModelInfo) -> tuple[str, ...]:

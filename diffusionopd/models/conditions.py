@@ -18,6 +18,9 @@ Row = Mapping[str, Tensor]
 Those whose name begins with ``tokens`` are sequences ``[L, ...]``, all of one length; others have no length.
 """
 
+TextEncoder = Callable[[Sequence[str]], list[Row]]
+"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt."""
+
 
 @dataclass(frozen=True)
 class Conditions:

@@ -23,14 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusionopd.files import write_atomically, writing
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 
 _FORMAT = 2
 _CHECKSUM = "crc32"  # its name among the tensors of a file
 _REMEDY = "What is encoded is kept: free some space, or move the cache (cache_dir), and run again."
-
-Encoder = Callable[[list[str]], list[Row]]
-"""B prompts to B rows, in order."""
 
 
 class TextCacheError(ValueError):
@@ -66,7 +63,7 @@ class TextCache:
     def fill(
         self,
         prompts: Iterable[str],
-        load_encoder: Callable[[], Encoder],
+        load_encoder: Callable[[], TextEncoder],
         batch_size: int = 16,
         rank: int = 0,
         world: int = 1,
@@ -83,7 +80,8 @@ class TextCache:
             return 0
         encoder = load_encoder()
         try:
-            with tqdm(total=len(missing), desc="encoding prompts", unit="prompt", disable=rank > 0) as progress:
+            bar = tqdm(total=len(missing), desc="encoding prompts", unit="prompt", disable=rank > 0)
+            with writing(self.folder, "text cache", _REMEDY), bar as progress:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
                     files = self._encoded(encoder, batch)
@@ -91,8 +89,7 @@ class TextCache:
                         self._check_space(sum(map(len, files)) * len(missing) * world // len(files))
                     for prompt, content in zip(batch, files, strict=True):
                         # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
-                        with writing(self.path(prompt), "text cache file", _REMEDY):
-                            write_atomically(self.path(prompt), content)
+                        write_atomically(self.path(prompt), content)
                     progress.update(len(batch))
         finally:
             del encoder
@@ -110,7 +107,7 @@ class TextCache:
         """
         return Conditions.of([self._load(prompt) for prompt in prompts]).to(device, dtype)
 
-    def _encoded(self, encoder: Encoder, prompts: list[str]) -> list[bytes]:
+    def _encoded(self, encoder: TextEncoder, prompts: list[str]) -> list[bytes]:
         """The files of a batch; TextCacheError unless the encoder gives one finite row per prompt."""
         files = []
         for prompt, row in zip(prompts, encoder(prompts), strict=True):
@@ -129,8 +126,7 @@ class TextCache:
 
     def _check_space(self, needed: int) -> None:
         """Stop before the first write if the job cannot fit; ``needed`` bytes over all processes that share it."""
-        with writing(self.folder, "text cache", _REMEDY):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise TextCacheError(

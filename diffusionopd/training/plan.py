@@ -288,8 +288,11 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         with_test=values.get("eval_freq") != 0,
     )
     model = _local_model(values, problems)
-    if model and problems.good("resolution") and (what := model.resolution_problem(values["resolution"])):
-        problems.add("resolution", f"is {values['resolution']}", what)
+    if model and problems.good("resolution"):
+        try:
+            model.family.shape_of(values["resolution"], model.configs)
+        except ValueError as error:
+            problems.add("resolution", f"is {values['resolution']}", str(error))
     check_batches(values, num_processes, algorithm.one_step, problems)
     if problems.good("reward_options", *keys_of(WatchSettings)):
         check_options(values["reward_options"])
