@@ -172,18 +172,18 @@ def test_alpha_per_module_and_files_without_metadata(pipeline_folder, make_lora,
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(next(k for k in t if "lora_B" in k)), "missing or mismatched.*lora_B"),
+        (lambda t: t.pop(next(k for k in t if "lora_B" in k)), r"pair.*\.attn\."),
         (
             lambda t: [t.pop(k) for k in list(t) if "blocks.1.attn.to_q" in k],
-            "names modules that have no tensors.*1.attn.to_q",
+            "no tensors.*1.attn.to_q",
         ),
         (lambda t: t.update({"base_model.model.extra.weight": torch.ones(2, 2)}), "unexpected tensors.*extra"),
-        (lambda t: [t[k].zero_() for k in t if "lora_B" in k], "every lora_B is zero"),
+        (lambda t: [t[k].zero_() for k in t if "lora_B" in k], "lora_B"),
         (
             lambda t: [t[k].zero_() for k in t if "2.attn.to_k.lora_B" in k],
-            "lora_B is all zero in transformer_blocks.2.attn.to_k",
+            "lora_B.*: transformer_blocks.2.attn.to_k$",
         ),
-        (lambda t: next(iter(t.values())).fill_(float("nan")), "non-finite values in"),
+        (lambda t: next(iter(t.values())).fill_(float("nan")), "not finite.*: transformer_blocks"),
         (
             lambda t: t.update({k: torch.ones(t[k].shape[0], 7) for k in list(t) if "blocks.0.attn.to_q.lora_A" in k}),
             "shapes of another base.*0.attn.to_q",
@@ -211,11 +211,11 @@ def test_unknown_modules_truncated_files_and_missing_sources(pipeline_folder, ma
     renamed = edited(
         make_lora(4), tmp_path, lambda t: [t.update({k.replace("blocks.3", "blocks.9"): t.pop(k)}) for k in list(t)]
     )
-    with pytest.raises(AdapterError, match="has no modules transformer_blocks.9"):
+    with pytest.raises(AdapterError, match="base model.*: transformer_blocks.9"):
         adapters.add_teacher("teacher", renamed)
     file = renamed / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+    with pytest.raises(AdapterError, match=str(renamed)):
         adapters.add_teacher("teacher", renamed)
     file.unlink()
     with pytest.raises(AdapterError, match="adapter_model.safetensors"):

@@ -13,6 +13,7 @@ rules follow from the declarations.
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -52,17 +53,18 @@ class Key:
         """What is wrong with ``value`` and the remedy; None if nothing is."""
         if self.optional and value is None:
             return None
-        expected = _type_name(self.default)
-        if not _has_type(value, self.default) and not self.optional:
-            return f"is {value!r}", f"It must be {expected}."
-        if self.choices and value not in self.choices:
-            choices = ", ".join(repr(choice) for choice in self.choices)
-            return f"is {value!r}", f"It must be one of {choices}.{nearest(str(value), map(str, self.choices))}"
-        if self.form and not self.form[1](value):
-            return f"is {value!r}", f"It must be {self.form[0]}."
-        if self.interval and not _inside(value, self.interval):
-            return f"is {value!r}", f"It must be {expected} in {self.interval}."
-        return None
+        expected, fits = _type_of(self.default)
+        wrong = ""
+        if not fits(value) and not self.optional:
+            wrong = f"{expected}."
+        elif self.choices and value not in self.choices:
+            choices = ", ".join(map(repr, self.choices))
+            wrong = f"one of {choices}.{nearest(str(value), map(str, self.choices))}"
+        elif self.form and not self.form[1](value):
+            wrong = f"{self.form[0]}."
+        elif self.interval and not _inside(value, self.interval):
+            wrong = f"{expected} in {self.interval}."
+        return (f"is {value!r}", f"It must be {wrong}") if wrong else None
 
 
 def key(name: str, default: Any, interval: str = "", **options: Any) -> Any:
@@ -147,28 +149,29 @@ def is_device(value: str | None) -> bool:
     return re.fullmatch(r"(cpu|cuda(:\d+)?)?", value or "") is not None
 
 
+def comparable(value: Any) -> Any:
+    """``value`` as it comes back from JSON; None is unset."""
+    return "" if value is None else json.loads(json.dumps(value, default=str))
+
+
 def unset(value: str | None) -> bool:
     """Whether a string key has no value: None, blank, or the word that command lines write for None."""
     return value is None or not value.strip() or value.strip().lower() == "none"
 
 
-def _type_name(default: Any) -> str:
-    names = {bool: "True or False", int: "an integer", float: "a finite number", dict: "a dict"}
-    return names.get(type(default), "a list" if isinstance(default, list | tuple) else "a string or None")
-
-
-def _has_type(value: Any, default: Any) -> bool:
+def _type_of(default: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What values of a key are called, and which they are, by its default."""
     if isinstance(default, bool):
-        return isinstance(value, bool)
+        return "True or False", lambda value: isinstance(value, bool)
     if isinstance(default, int):
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return "an integer", lambda value: type(value) is int and abs(value) < 2**63
     if isinstance(default, float):
-        return is_number(value)
-    if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple)
+        return "a finite number", is_number
     if isinstance(default, dict):
-        return isinstance(value, dict)
-    return value is None or isinstance(value, str)
+        return "a dict", lambda value: isinstance(value, dict)
+    if isinstance(default, list | tuple):
+        return "a list", lambda value: isinstance(value, list | tuple)
+    return "a string or None", lambda value: value is None or isinstance(value, str)
 
 
 def _inside(value: float, interval: str) -> bool:

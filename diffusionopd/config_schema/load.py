@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
@@ -71,32 +71,29 @@ def _call(file: Path, name: str) -> Any:
         raise ConfigError([f"--config: there is no file {file}. Use for example config/opd.py:mopd"])
     with _legacy_imp():
         module = _load_source("diffusionopd_config", str(file))
-        names = [key for key in vars(module) if _is_configuration(module, key)]
+        names = [key for key, value in vars(module).items() if _is_configuration(module, key, value)]
         choose = f" Use one of {', '.join(f'{file}:{key}' for key in names)}." if names else ""
-        missing = ConfigError([f"--config: {file} has no {name!r}.{nearest(name, names)}{choose}"])
-        getter = getattr(module, "get_config", None)
-        if getter is None and name in names:
-            return getattr(module, name)()
+        what = f"has no {name!r}" if name else "needs a name"
+        missing = ConfigError([f"--config: {file} {what}.{nearest(name, names)}{choose}"])
+        getter: Any = getattr(module, "get_config", None)
+        arguments = [name] if name else []
         if getter is None:
-            raise missing
-        if not name and _needs_argument(getter):
-            raise ConfigError([f"--config: {file} has several configurations.{choose}"])
+            getter, arguments = vars(module).get(name), []
         try:
-            return getter(name) if name else getter()
+            signature(getter).bind(*arguments)
+        except TypeError:  # there is none, or it is asked for another number of names
+            raise missing from None
+        try:
+            return getter(*arguments)
         except KeyError as error:
-            if name in names or error.args != (name,):
-                raise
-            raise missing from error
+            if error.args == (name,) and name not in names:
+                raise missing from error
+            raise
 
 
-def _is_configuration(module: ModuleType, name: str) -> bool:
-    value = getattr(module, name)
+def _is_configuration(module: ModuleType, name: str, value: Any) -> bool:
     own = callable(value) and getattr(value, "__module__", None) == module.__name__
     return own and name != "get_config" and not name.startswith("_")
-
-
-def _needs_argument(function: Callable) -> bool:
-    return any(parameter.default is parameter.empty for parameter in signature(function).parameters.values())
 
 
 def _load_source(name: str, path: str) -> ModuleType:
@@ -112,17 +109,15 @@ def _load_source(name: str, path: str) -> ModuleType:
 @contextmanager
 def _legacy_imp() -> Iterator[None]:
     """Offer ``imp.load_source``, with which upstream files read their base.py; Python 3.12 has no ``imp`` any more."""
-    absent = object()
-    before: Any = sys.modules.get("imp", absent)
+    before = sys.modules.get("imp")
     stand_in = ModuleType("imp")
     stand_in.load_source = _load_source  # type: ignore[attr-defined]
     sys.modules["imp"] = stand_in
     try:
         yield
     finally:
-        if before is absent:
-            del sys.modules["imp"]
-        else:
+        del sys.modules["imp"]
+        if before is not None:
             sys.modules["imp"] = before
 
 
@@ -133,10 +128,7 @@ def _with_defaults(schema: Schema, given: ConfigDict | Mapping[str, Any]) -> Con
             merged[key] |= value
         else:
             merged[key] = value
-    try:
-        return ConfigDict(merged, type_safe=False)
-    except (ValueError, TypeError) as error:  # names that are no text or hold dots
-        raise ConfigError([f"the configuration has a key that cannot be set: {error}"]) from error
+    return ConfigDict(merged, type_safe=False)
 
 
 def _override(config: ConfigDict, key: str, text: str | None) -> str | None:

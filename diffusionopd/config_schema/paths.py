@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from diffusionopd.config_schema.keys import unset
 from diffusionopd.config_schema.problems import Problems
@@ -14,67 +13,49 @@ _PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placehol
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
 
 
-def is_path(text: str) -> bool:
-    """Whether the system can look it up: without NUL and halves of surrogate pairs, and not too long."""
-    try:
-        os.stat(text)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def with_origin(source: str) -> str:
     """``source`` for messages, with a word when it is no path here and so is looked up on the hub."""
     return f"{source} (hub)" if not Path(source).exists() else source
 
 
-def gap(source: Any) -> str:
+def gap(source: str | None) -> str:
     """Why ``source`` is no path or hub id at all; empty if it may be one."""
-    if source is None or isinstance(source, str) and unset(source):
+    if source is None or unset(source):
         return "is not set"
-    if not isinstance(source, str):
-        return f"is {source!r}, which is not a string"
-    if not is_path(source):
-        return f"is {source[:80]!r}, which can be no path"
     return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
 
 
-def check_model(key: str, model: Any, problems: Problems) -> None:
+def check_model(key: str, model: str, problems: Problems) -> None:
     """The base model is a hub id or a diffusers folder that is there."""
-    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder."
-    if what := gap(model):
-        problems.add(key, what, remedy)
-    elif Path(model).exists():
-        if not (Path(model) / "model_index.json").is_file():
-            problems.add(key, f"is {model}, which has no model_index.json", remedy)
-    elif not _is_hub_id(model) or model.count("/") != 1:
-        problems.add(key, f"is {model}, which does not exist here", remedy)
+    what = gap(model)
+    if not what and Path(model).exists():
+        what = "" if (Path(model) / "model_index.json").is_file() else f"is {model}, which has no model_index.json"
+    elif not what and (not _is_hub_id(model) or model.count("/") != 1):
+        what = f"is {model}, which does not exist here"
+    if what:
+        problems.add(key, what, "Give a hub id (organisation/name) or a local diffusers pipeline folder.")
 
 
-def check_adapter(key: str, source: Any, problems: Problems) -> None:
+def check_adapter(key: str, source: str, problems: Problems) -> None:
     """A LoRA is a folder or file that is there, or a hub id."""
-    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
-    if what := gap(source):
+    what, path = gap(source), Path(source or "")
+    if not what and path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
+        what = f"is {source}, a folder without a .safetensors file"
+    elif not what and path.is_file() and path.suffix != ".safetensors":
+        what = f"is {source}, which is not a .safetensors file"
+    elif not what and not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
+        what = f"is {source}, which does not exist here"
+    if what:
+        remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
         problems.add(key, what, remedy)
-        return
-    path = Path(source)
-    if path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
-        problems.add(key, f"is {source}, a folder without a .safetensors file", remedy)
-    elif path.is_file() and path.suffix != ".safetensors":
-        problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
-    elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
-        problems.add(key, f"is {source}, which does not exist here", remedy)
 
 
 def check_writable(key: str, folder: Path, problems: Problems) -> None:
     """A folder exists and can be written, or can be made."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        problems.add(key, f"needs the folder {folder}, but {existing} is a file", "Name another folder.")
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problems.add(key, f"needs the folder {folder}, but {existing} is not writable", "Name another folder.")
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        what = "not writable" if existing.is_dir() else "a file"
+        problems.add(key, f"needs the folder {folder}, but {existing} is {what}", "Name another folder.")
 
 
 def _is_hub_id(source: str) -> bool:

@@ -28,10 +28,9 @@ class Problems:
 
     def add(self, key: str, what: str, remedy: str) -> None:
         """Note that ``key`` is unusable: ``what`` is wrong (a predicate) and what to do about it."""
-        if key.endswith(self._ignored):
-            return
         self._bad.add(key)
-        self.found.append(f"{key} {what}. {remedy}".rstrip())
+        if not key.endswith(self._ignored):
+            self.found.append(f"{key} {what}. {remedy}".rstrip())
 
     def good(self, *keys: str) -> bool:
         """Whether nothing has been found wrong with any of ``keys``, so that checks may build on their values."""

@@ -6,7 +6,7 @@ whatever the number of processes and the size of a backward batch. Letters: B ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -57,7 +57,7 @@ class Batch:
     text: Conditions  # of B prompts
     steps: tuple[int, ...]  # the sampler steps that are trained, increasing
     draw: Callable[[Stream, int], Tensor]  # (what for, step) -> [B, C, h, w] standard normal noise
-    wants_images: bool = False  # whether the final latents are looked at: the rollout goes to its end
+    wants_images: bool = False  # whether the final latents are used: the rollout goes to its end
 
     @property
     def slices(self) -> dict[str, slice]:
@@ -104,7 +104,7 @@ class Batches:
     ) -> None:
         """``prompts``, ``samplers``: by task. ``steps(round, task)``: the trained sampler steps.
 
-        ``wants_images(round)``: whether a round's images are looked at. ``dtype``: of the text embeddings.
+        ``wants_images(round)``: whether a round's images are scored or saved. ``dtype``: of the text embeddings.
         """
         self.shape, self.tasks, self.settings = shape, tasks, settings
         self.prompts, self.samplers, self.text = prompts, samplers, text
@@ -130,43 +130,39 @@ class Batches:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, index: int) -> list[Batch]:
-        return list(self._batches(index))
-
-    def _batches(self, index: int) -> Iterator[Batch]:
-        shape, wanted = self.shape, self.wants_images(index)
+        shape, wanted, size = self.shape, self.wants_images(index), self.shape.backward_size
+        made = []
         for task in shape.tasks_of(index):
             for batch in range(shape.batches_per_task):
                 first = (batch * shape.num_processes + self.rank) * shape.batch_size
-                for start in range(first, first + shape.batch_size, shape.backward_size):
-                    samples = range(start, start + shape.backward_size)
-                    yield self._batch(index, task, samples, wanted and batch == 0)
+                for start in range(first, first + shape.batch_size, size):
+                    made.append(self._batch(index, task, range(start, start + size), wanted and batch == 0))
+        return made
 
     def _batch(self, index: int, task: int, samples: Sequence[int], wants_images: bool) -> Batch:
         own, key = self.tasks[task], (self.settings.seed, index, task)
         groups = [sample // self.shape.images_per_prompt for sample in samples]
         sampler, known = self.samplers[own.name], self.prompts[own.name]
         prompts = [known[sampler.index(index, group)] for group in groups]
-        starts = groups if self.settings.same_latent else samples
+        pinned = self.device.type == "cuda"
+
+        def drawn(keys: Sequence[Sequence[int]]) -> Tensor:
+            made = noise(self.latent_shape, keys)
+            return made.pin_memory() if pinned else made
 
         def draw(stream: Stream, step: int) -> Tensor:
-            drawn = noise(self.latent_shape, [(stream, *key, i, step) for i in samples])
-            return self._pinned(drawn).to(self.device, non_blocking=True)
+            return drawn([(stream, *key, i, step) for i in samples]).to(self.device, non_blocking=True)
 
         text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
+        rows = [Row(own.name, i, p, own.adapter, own.guidance_scale) for i, p in zip(samples, prompts, strict=True)]
         return Batch(
-            rows=tuple(
-                Row(own.name, sample, prompt, own.adapter, own.guidance_scale)
-                for sample, prompt in zip(samples, prompts, strict=True)
-            ),
-            noise=self._pinned(noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in starts])),
-            text=text.pin_memory() if self.device.type == "cuda" else text,
+            rows=tuple(rows),
+            noise=drawn([(Stream.LATENT, *key, i) for i in (groups if self.settings.same_latent else samples)]),
+            text=text.pin_memory() if pinned else text,
             steps=self.steps(index, task),
             draw=draw,
             wants_images=wants_images,
         )
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
 def choose_steps(trained_steps: int, count: int, *key: int) -> tuple[int, ...]:

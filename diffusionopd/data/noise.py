@@ -27,8 +27,6 @@ class Stream(IntEnum):
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on the non-negative integers of ``key`` alone."""
-    if any(k < 0 for k in key):
-        raise ValueError(f"random keys are non-negative integers, not {key}")
     # The length goes in too: SeedSequence ignores trailing zeros.
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))

@@ -32,6 +32,37 @@ class BatchSettings:
     """Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an equal
     share of the rounds, one after another. `num_batches_per_epoch` is shared by the tasks of a round."""
 
+    def check(self, visited: int, num_processes: int, one_step: bool, inner_epochs: int, problems: Problems) -> None:
+        """Everything that must divide something else.
+
+        ``visited``: the tasks of a round; ``one_step``: it may not have several optimizer steps.
+        """
+        batches, size = self.num_batches_per_epoch, self.train_batch_size
+        part, steps, group = self.batch_size, self.gradient_accumulation_steps, self.num_image_per_prompt
+        if batches % visited:
+            what = f"is {batches}, not a multiple of the {visited} teachers"
+            up = math.ceil(batches / visited) * visited
+            remedy = f"Set it to {up} (and train.gradient_accumulation_steps to match)."
+            problems.add("sample.num_batches_per_epoch", what, remedy)
+        if (images := batches // visited * size * num_processes) % group:
+            what = f"is {group}, which does not divide the {images} images of a task in a round"
+            problems.add("sample.num_image_per_prompt", what, f"Choose a divisor of {images}.")
+        if size % part:
+            what = f"is {part}, which does not divide sample.train_batch_size {size}"
+            problems.add("train.batch_size", what, f"Choose a divisor of {size}.")
+            return
+        right, key = batches * size // part, "train.gradient_accumulation_steps"
+        several = "a multiple of it for a step every several rounds"
+        if one_step and steps % right:
+            what = f"is {steps}, but one optimizer step per round needs {right}"
+            problems.add(key, what, f"Set it to {right} ({batches} batches x {size} images / {part}), or {several}.")
+        elif right % steps and steps % right:
+            what = f"is {steps}, which does not divide the {right} backward batches of a round"
+            problems.add(key, what, f"Choose a divisor of {right}, or {several}.")
+        if steps > right and inner_epochs > 1:
+            what = f"is {inner_epochs}, but with an optimizer step every several rounds all passes would be the same"
+            problems.add("train.num_inner_epochs", what, f"Set it to 1, or {key} to {right}.")
+
 
 @dataclass(frozen=True)
 class RoundShape:
@@ -106,14 +137,13 @@ class RoundShape:
 
 def round_shape(settings: BatchSettings, num_tasks: int, num_processes: int, num_rounds: int) -> RoundShape:
     """The shape that settings in which nothing is wrong describe."""
-    visited = num_tasks if settings.task_order == TOGETHER else 1
     return RoundShape(
-        num_rounds=num_rounds,
-        num_processes=num_processes,
-        num_tasks=num_tasks,
+        num_rounds,
+        num_processes,
+        num_tasks,
         batch_size=settings.train_batch_size,
         backward_size=settings.batch_size,
-        batches_per_task=settings.num_batches_per_epoch // visited,
+        batches_per_task=settings.num_batches_per_epoch // (num_tasks if settings.task_order == TOGETHER else 1),
         images_per_prompt=settings.num_image_per_prompt,
         accumulation=settings.gradient_accumulation_steps,
         task_order=settings.task_order,
@@ -123,39 +153,3 @@ def round_shape(settings: BatchSettings, num_tasks: int, num_processes: int, num
 def tasks_per_round(values: Mapping[str, Any]) -> int:
     """How many tasks a round visits; training from rewards without ``train.teachers`` has one."""
     return max(1, len(values["train.teachers"])) if values["train.task_order"] == TOGETHER else 1
-
-
-def check_batches(values: Mapping[str, Any], num_processes: int, one_step: bool, problems: Problems) -> None:
-    """Everything that must divide something else; ``one_step``: a round may not have several optimizer steps."""
-    batches, tasks, order = "sample.num_batches_per_epoch", "train.teachers", "train.task_order"
-    batch, group = "sample.train_batch_size", "sample.num_image_per_prompt"
-    if problems.good(batches, tasks, order) and values[batches] % (visited := tasks_per_round(values)):
-        up = math.ceil(values[batches] / visited) * visited
-        what = f"is {values[batches]}, not a multiple of the {visited} teachers"
-        problems.add(batches, what, f"Set it to {up} (and train.gradient_accumulation_steps to match).")
-    if problems.good(batch, group, batches, tasks, order):
-        images = values[batches] // tasks_per_round(values) * values[batch] * num_processes
-        if images % values[group]:
-            what = f"is {values[group]}, which does not divide the {images} images of a task in a round"
-            problems.add(group, what, f"Choose a divisor of {images}.")
-    part, steps, epochs = "train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"
-    if not problems.good(batch, part):
-        return
-    if values[batch] % values[part]:
-        what = f"is {values[part]}, which does not divide {batch} {values[batch]}"
-        problems.add(part, what, f"Choose a divisor of {values[batch]}.")
-        return
-    if not problems.good(steps, batches):
-        return
-    right = values[batches] * values[batch] // values[part]
-    several = "a multiple of it for a step every several rounds"
-    if one_step and values[steps] % right:
-        what = f"is {values[steps]}, but one optimizer step per round needs {right}"
-        arithmetic = f"{values[batches]} batches x {values[batch]} images / {values[part]}"
-        problems.add(steps, what, f"Set it to {right} ({arithmetic}), or {several}.")
-    elif right % values[steps] and values[steps] % right:
-        what = f"is {values[steps]}, which does not divide the {right} backward batches of a round"
-        problems.add(steps, what, f"Choose a divisor of {right}, or {several}.")
-    if values[steps] > right and problems.good(epochs) and values[epochs] > 1:
-        what = f"is {values[epochs]}, but with an optimizer step every several rounds all passes would be the same"
-        problems.add(epochs, what, f"Set it to 1, or {steps} to {right}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -21,22 +22,13 @@ class PromptSampler:
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, task_index: int, groups_per_round: int) -> None:
-        """Raises ValueError without prompts or with fewer than one group a round."""
-        if len(prompts) == 0:
-            raise ValueError("a sampler needs at least one prompt")
-        if groups_per_round < 1:
-            raise ValueError(f"groups_per_round must be at least 1, got {groups_per_round}")
         self._count = len(prompts)
         self._key = (Stream.PROMPT, seed, task_index)
         self._groups_per_round = groups_per_round
-        self._cached: tuple[int, list[int]] = (-1, [])  # the permutation last used: (epoch, its order)
+        self._permutation = lru_cache(1)(self._draw)
 
     def index(self, round_index: int, group_index: int) -> int:
         """Index of the prompt for a group (0 <= group_index < groups_per_round) of a round (counted from 0)."""
-        if round_index < 0:
-            raise ValueError(f"rounds count from 0, got {round_index}")
-        if not 0 <= group_index < self._groups_per_round:
-            raise ValueError(f"group {group_index} is outside the round's {self._groups_per_round} groups")
         epoch, offset = divmod(round_index * self._groups_per_round + group_index, self._count)
         return self._permutation(epoch)[offset]
 
@@ -49,8 +41,5 @@ class PromptSampler:
                 break
         return sorted(used)
 
-    def _permutation(self, epoch: int) -> list[int]:
-        if self._cached[0] != epoch:
-            order = torch.randperm(self._count, generator=generator(*self._key, epoch)).tolist()
-            self._cached = (epoch, order)
-        return self._cached[1]
+    def _draw(self, epoch: int) -> list[int]:
+        return torch.randperm(self._count, generator=generator(*self._key, epoch)).tolist()

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest
-from diffusionopd.config_schema.paths import check_adapter, gap, is_path
+from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS
 
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None
-
-
-def _is_scale(value: Any) -> bool:
-    return is_number(value) and value >= 1
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -39,17 +32,13 @@ class Task:
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""
-    prompt_fn: str = key("prompt_fn", "")
+    prompt_fn: str = key("prompt_fn", "", choices=tuple(FORMATS))
     """One of "general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files."""
-    guidance_scale: float = key(
-        "guidance_scale", 4.5, form=("a number of at least 1 (1: without)", _is_scale), resume=TEACHERS
-    )
+    guidance_scale: float = key("guidance_scale", 4.5, "[1, inf)", resume=TEACHERS)
     """Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`)."""
-    eval_guidance_scale: float = key(
-        "eval_guidance_scale", 4.5, form=("a number of at least 1 (1: without)", _is_scale), resume=FREE
-    )
+    eval_guidance_scale: float = key("eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`)."""
-    eval_num_steps: int = key("eval_num_steps", 40, form=("an integer of at least 1", _is_count), resume=FREE)
+    eval_num_steps: int = key("eval_num_steps", 40, "[1, inf)", resume=FREE)
     """Sampler steps in evaluations on this task; optional (`sample.eval_num_steps`)."""
 
     @property
@@ -99,56 +88,49 @@ def check_tasks(
             continue
         given = {name: value for name, value in entry.items() if value is not None}
         fields = {name: declared.default for name, declared in FIELDS.items()} | dict(defaults) | given
-        check_fields(place, fields, problems, reward_names)
+        _check_fields(place, fields, problems, reward_names)
         if from_rewards:
             fields["lora_path"] = ""
             if fields["proxy_reward"] == {}:
                 problems.add(f"{place}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
-        else:
+        elif problems.good(f"{place}.lora_path"):
             check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
         prompts.append(_check_dataset(place, fields, with_test, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
-    names = [task.name for task in tasks]
-    for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
-        problems.add(f"{where}[].name", f"is {name!r} for {names.count(name)} teachers", "Names must differ.")
+    for name, count in Counter(str(task.name) for task in tasks).items():
+        if count > 1:
+            problems.add(f"{where}[].name", f"is {name!r} for {count} teachers", "Names must differ.")
     return tuple(tasks), tuple(prompts)
-
-
-def check_fields(
-    place: str, fields: Mapping[str, Any], problems: Problems, reward_names: Collection[str] | None = None
-) -> None:
-    """Names and values of a task's fields, whether or not the files that they name exist."""
-    for name in sorted(fields.keys() - FIELDS.keys()):
-        remedy = nearest(name, FIELDS).strip() or f"Fields are {', '.join(FIELDS)}."
-        problems.add(f"{place}.{name}", "is not a field of a teacher", remedy)
-    for name in ("name", "guidance_scale", "eval_guidance_scale", "eval_num_steps"):
-        if name in fields and (form := FIELDS[name].form) and not form[1](fields[name]):
-            problems.add(f"{place}.{name}", f"is {fields[name]!r}", f"It must be {form[0]}.")
-    rewards = fields.get("proxy_reward", {})
-    if not isinstance(rewards, Mapping):
-        problems.add(f"{place}.proxy_reward", f"is {rewards!r}", "It must be a dict {reward: weight}.")
-        return
-    for name, weight in rewards.items():
-        if not is_number(weight):
-            what = f"gives {name} the weight {weight!r}"
-            problems.add(f"{place}.proxy_reward", what, "A weight must be a finite number.")
-        if reward_names is not None and name not in reward_names:
-            remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
-            problems.add(f"{place}.proxy_reward", f"names the unknown reward {name!r}", remedy)
 
 
 def check_saved_tasks(entries: Any, problems: Problems) -> None:
     """The tasks of a run's config.json: fields that this version does not know are left alone."""
     for index, entry in enumerate(entries):
         place = f"train.teachers[{index}]"
-        if not isinstance(entry, Mapping):
+        if isinstance(entry, Mapping):
+            known = {name: value for name, value in entry.items() if name in FIELDS and value is not None}
+            _check_fields(place, {"name": ""} | known, problems)
+        else:
             problems.add(place, f"is {entry!r}", "It must be an object.")
-            continue
-        given = {name: value for name, value in entry.items() if name in FIELDS and value is not None}
-        check_fields(place, {"name": None} | given, problems)
-        for name in ("dataset", "lora_path", "prompt_fn"):
-            if not isinstance(given.get(name, ""), str) or not is_path(given.get(name, "")):
-                problems.add(f"{place}.{name}", f"is {given[name]!r}", "It must be a string.")
+
+
+def _check_fields(
+    place: str, fields: Mapping[str, Any], problems: Problems, reward_names: Collection[str] | None = None
+) -> None:
+    """Names and values of a task's fields, whether or not the files that they name exist."""
+    for name in sorted(fields.keys() - FIELDS.keys()):
+        remedy = nearest(name, FIELDS).strip() or f"Fields are {', '.join(FIELDS)}."
+        problems.add(f"{place}.{name}", "is not a field of a teacher", remedy)
+    for name, declared in FIELDS.items():
+        if name in fields and (problem := declared.problem(fields[name])):
+            problems.add(f"{place}.{name}", *problem)
+    rewards = f"{place}.proxy_reward"
+    for name, weight in fields.get("proxy_reward", {}).items() if problems.good(rewards) else ():
+        if not is_number(weight):
+            problems.add(rewards, f"gives {name} the weight {weight!r}", "A weight must be a finite number.")
+        if reward_names is not None and name not in reward_names:
+            remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
+            problems.add(rewards, f"names the unknown reward {name!r}", remedy)
 
 
 def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -162,24 +144,18 @@ def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _check_dataset(place: str, fields: Mapping[str, Any], with_test: bool, problems: Problems) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
-    prompt_fn, dataset = fields["prompt_fn"], fields["dataset"]
-    if not isinstance(prompt_fn, str) or prompt_fn not in FORMATS:
-        remedy = f"It must be one of {', '.join(FORMATS)}.{nearest(str(prompt_fn), FORMATS)}"
-        problems.add(f"{place}.prompt_fn", f"is {prompt_fn!r}", remedy)
+    if not problems.good(key := f"{place}.dataset", f"{place}.prompt_fn"):
         return 0
-    if what := gap(dataset):
-        problems.add(f"{place}.dataset", what, "Name the folder with the prompt files.")
+    if what := gap(fields["dataset"]):
+        problems.add(key, what, "Name the folder with the prompt files.")
         return 0
-    files = {split: Path(dataset, FORMATS[prompt_fn][0].format(split=split)) for split in ("train", "test")}
-    for split, file in files.items():
-        if not file.is_file() and (split == "train" or with_test):
-            needed = f"prompt_fn {prompt_fn!r}" + (" with eval_freq" if split == "test" else "")
-            remedy = "dataset/README.md says where prompt files come from."
-            problems.add(f"{place}.dataset", f"lacks {file}, which {needed} reads", remedy)
-    if not files["train"].is_file():
-        return 0
-    with files["train"].open("rb") as lines:
-        count = sum(1 for line in lines if line.strip())
-    if count == 0:
-        problems.add(f"{place}.dataset", f"has no prompt in {files['train']}", "Put one on each line.")
+    pattern = FORMATS[fields["prompt_fn"]][0]
+    train, test = (Path(fields["dataset"], pattern.format(split=split)) for split in ("train", "test"))
+    for file, needed in ((train, True), (test, with_test)):
+        if needed and not file.is_file():
+            what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
+            problems.add(key, what, "dataset/README.md says where prompt files come from.")
+    count = sum(1 for line in train.read_bytes().split(b"\n") if line.strip()) if train.is_file() else 0
+    if train.is_file() and not count:
+        problems.add(key, f"has no prompt in {train}", "Put one on each line.")
     return count

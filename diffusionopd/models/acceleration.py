@@ -35,24 +35,21 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
     shape; merged teachers are one adapter. Raises nothing here: compilation happens at the first forward.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    most = 4 * MOST_GRAPHS
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, most)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:
     """AccelerationError when what ``compile`` needs on ``device`` is not installed."""
-    gpu = device.type == "cuda"
-    variable, usual = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
-    given = os.environ.get(variable)
-    names = (given,) if given else usual
-    if not any(shutil.which(name) for name in names):
-        what = "a C compiler" if gpu else "a C++ compiler"
+    kind, variable, usual = ("C", "CC", "gcc, clang, cc") if device.type == "cuda" else ("C++", "CXX", "g++, clang++")
+    names = os.environ.get(variable, usual)
+    if not any(map(shutil.which, names.split(", "))):
         raise AccelerationError(
-            f"compile needs {what} ({', '.join(names)}), and there is none. Install one, name it in {variable}, or "
-            "set --config.compile=False."
+            f"compile needs a {kind} compiler ({names}), and there is none. Install one, name it in {variable}, or set "
+            "--config.compile=False."
         )
 
 

@@ -6,12 +6,11 @@ outside that file knows the family.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,11 +19,10 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.stages import stage
@@ -32,10 +30,10 @@ from diffusionopd.stages import stage
 FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
+_MODELS = ("transformer", "vae")
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
-# What the libraries raise for a folder that holds something else, or damaged files.
-_UNREADABLE = (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError)
 
 
 class BackboneError(ValueError):
@@ -179,48 +177,42 @@ class Backbone(ABC):
             conditions: of B samples.
             guidance: scale, of all samples or ``[B]`` on the host; a sample at 1 has no second branch.
         """
-        sigma = self._per_sample(sigma, len(x))
-        scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * len(x)
+        rows = len(x)
+        if isinstance(sigma, Tensor):
+            sigma = sigma.to(self.device, torch.float64, non_blocking=True).expand(rows)
+        else:
+            sigma = torch.full((rows,), sigma, dtype=torch.float64, device=self.device)
+        scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * rows
         guided = [row for row, scale in enumerate(scales) if self.evaluations_at(scale) > 1]
         if not guided:
             v = self._evaluate(x, sigma, conditions, guidance)
             return v, v
         if self.negative is None:
             raise ValueError(f"guidance {guidance} needs the conditions of the negative prompt: set backbone.negative")
-        everything = len(guided) == len(x)
-        rows = slice(None) if everything else guided
+        own = slice(None) if len(guided) == rows else guided
         v = self._evaluate(
-            torch.cat([x[rows], x]),
-            torch.cat([sigma[rows], sigma]),
+            torch.cat([x[own], x]),
+            torch.cat([sigma[own], sigma]),
             Conditions.cat([self.negative.expand(len(guided)), conditions]),
-            torch.cat([guidance[rows], guidance]) if isinstance(guidance, Tensor) else guidance,
+            torch.cat([guidance[own], guidance]) if isinstance(guidance, Tensor) else guidance,
         )
-        negative, conditional = v.split([len(guided), len(x)])
+        negative, conditional = v.split([len(guided), rows])
         if isinstance(guidance, Tensor):
-            guidance = guidance[rows].to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
-        v_guided = self._guide(conditional[rows], negative, guidance)
-        if not everything:
+            guidance = guidance[own].to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        v_guided = self._guide(conditional[own], negative, guidance)
+        if len(guided) < rows:
             v_guided = conditional.index_copy(0, torch.tensor(guided, device=v.device), v_guided)
         return v_guided, conditional
 
     def _evaluate(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         self.evaluations += len(x)
         x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
-        with self._autocast():
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.PADDABLE:
                 return self._forward(x, sigma, conditions, guidance).float()
             scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
             alone = zip(x.split(1), sigma.split(1), conditions.each(), scales, strict=True)
             return torch.cat([self._forward(*sample) for sample in alone]).float()
-
-    def _autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-
-    def _per_sample(self, value: float | Tensor, count: int) -> Tensor:
-        """float64 ``[count]`` on the device, without waiting for it."""
-        if isinstance(value, Tensor):
-            return value.to(self.device, torch.float64, non_blocking=True).expand(count)
-        return torch.full((count,), value, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
@@ -263,21 +255,9 @@ class ModelInfo:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
 
-    def resolution_problem(self, resolution: int) -> str:
-        """Why no image of ``resolution`` pixels can be made; empty if one can."""
-        try:
-            self.family.shape_of(resolution, self.configs)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    def kind(self, part: str) -> Any:
-        """The class of the transformer, VAE or scheduler."""
-        return _kind(self.configs["index"], part)
-
 
 def _kind(index: Mapping[str, Any], part: str) -> Any:
-    """A class of diffusers itself: other libraries may stand for code."""
+    """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
     library, name = (index.get(part) or (None, ""))[:2]
     found = getattr(diffusers, str(name), None) if library == "diffusers" else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin | diffusers.SchedulerMixin)):
@@ -286,17 +266,17 @@ def _kind(index: Mapping[str, Any], part: str) -> Any:
 
 
 @contextmanager
-def _loading(model: str, what: str = "base model") -> Iterator[None]:
+def _loading(model: str) -> Iterator[None]:
     """Turn what the libraries raise inside into BackboneError with the remedy."""
     try:
         yield
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
         remedy = (
             "The folder must be a complete diffusers pipeline folder; download or build it again."
             if Path(model).is_dir()
             else "Check the name and the connection, accept the model's licence on the hub, and log in (hf auth login)."
         )
-        raise BackboneError(f"the {what} {model!r} cannot be loaded: {error}. {remedy}") from error
+        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {remedy}") from error
 
 
 def read_model(model: str, revision: str | None = None) -> ModelInfo:
@@ -307,9 +287,8 @@ def read_model(model: str, revision: str | None = None) -> ModelInfo:
         if name not in FAMILIES:
             raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
         family = pkgutil.resolve_name(FAMILIES[name])
-        configs = {"index": index}
-        for part in ("transformer", "vae"):
-            configs[part] = _kind(index, part).load_config(model, subfolder=part, revision=revision)
+        own = {part: _kind(index, part).load_config(model, subfolder=part, revision=revision) for part in _MODELS}
+        configs = {"index": index, **own}
         if problem := family.unsupported(configs):
             raise ValueError(problem)
         return ModelInfo(model, revision, family, configs)
@@ -328,48 +307,18 @@ def load_backbone(
 
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
-    info, common = read_model(model, revision), {"revision": revision, "use_safetensors": True}
+    info = read_model(model, revision)
+    index = info.configs["index"]
     with _loading(model):
         transformer, vae = (
-            info.kind(part).from_pretrained(model, subfolder=part, dtype=kept, **common)
-            for part, kept in (("transformer", dtype), ("vae", torch.float32))
+            _kind(index, part).from_pretrained(
+                model, subfolder=part, dtype=kept, revision=revision, use_safetensors=True
+            )
+            for part, kept in zip(_MODELS, (dtype, torch.float32), strict=True)
         )
-        scheduler = info.kind("scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
-    return info.family(
-        transformer,
-        vae,
-        scheduler,
-        index=info.configs["index"],
-        dtype=dtype,
-        device=device,
-        vae_device=vae_device,
-        sharding=sharding,
-    )
-
-
-class TextEncoder:
-    """A pipeline's own text encoders: prompts to rows on the CPU."""
-
-    def __init__(
-        self, family: type[Backbone], pipeline: Any, device: torch.device, max_sequence_length: int | None
-    ) -> None:
-        self.family = family
-        self.pipeline = pipeline
-        self.device = device
-        self.max_sequence_length = max_sequence_length or family.DEFAULTS.max_sequence_length
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> list[Row]:
-        """One row per prompt, in order; ``conditions.NEGATIVE`` stands for the family's negative prompt."""
-        rows = self.family.encode(self.pipeline, list(prompts), self.device, self.max_sequence_length)
-        return [{name: part.cpu() for name, part in row.items()} for row in rows]
-
-    def close(self) -> None:
-        """Drop the encoders and give their memory back."""
-        self.pipeline = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        scheduler = _kind(index, "scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "vae_device": vae_device, "sharding": sharding}
+    return info.family(transformer, vae, scheduler, index=index, **placed)
 
 
 def load_text_encoder(
@@ -380,48 +329,49 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     max_sequence_length: int | None = None,
 ) -> TextEncoder:
-    """Load the text encoders and tokenizers of a diffusers folder or hub id, and nothing else of it.
+    """Load the text encoders and tokenizers of a diffusers folder or hub id alone; rows are on the CPU.
 
     ``max_sequence_length`` None is the family's. Raises BackboneError naming the remedy.
     """
     device, info = torch.device(device), read_model(model, revision)
-    with _loading(model, "text encoders of"):
+    index = info.configs["index"]
+    with _loading(model):
         with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = info.kind("transformer").from_config(info.configs["transformer"])
+            transformer = _kind(index, "transformer").from_config(info.configs["transformer"])
         # from_pretrained needs what is absent passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(info)])
-        pipeline = getattr(diffusers, info.configs["index"]["_class_name"]).from_pretrained(
-            model,
-            revision=revision,
-            transformer=transformer,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **absent,
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "transformer": transformer}
+        pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+            model, revision=revision, **options, **absent
         )
     for name in info.family.TEXT:
         if isinstance(encoder := getattr(pipeline, name), nn.Module):
             encoder.to(device).requires_grad_(False).eval()
-    return TextEncoder(info.family, pipeline, device, max_sequence_length)
+    length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> list[Row]:
+        rows = info.family.encode(pipeline, list(prompts), device, length)
+        return [{name: part.cpu() for name, part in row.items()} for row in rows]
+
+    return encode
 
 
 def _absent_encoders(info: ModelInfo) -> tuple[str, ...]:
     """The family's ``MAY_LACK`` if one of them is absent. ValueError for a class that does not belong there: it may
     stand for code."""
-    index = info.configs["index"]
-    absent: tuple[str, ...] = ()
+    index, family, root = info.configs["index"], info.family, Path(info.model)
     for name, entry in index.items():
-        if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list | tuple) and any(entry):
-            library, kind = (str(part) for part in entry)
-            if library != "transformers" or kind not in info.family.TEXT.get(name, ()):
+        if name.startswith(("text_encoder", "tokenizer")) and any(entry):
+            library, kind = entry
+            if library != "transformers" or kind not in family.TEXT.get(name, ()):
                 raise ValueError(f"its model_index.json asks for {library}.{kind} as {name}")
-    for name in info.family.TEXT:
-        present = not Path(info.model).is_dir() or (Path(info.model) / name).is_dir()
-        if not (present and (index.get(name) or (None,))[0]):
-            if name not in info.family.MAY_LACK:
-                raise ValueError(f"it has no {name}")
-            absent = info.family.MAY_LACK
-    return absent
+    absent = {
+        name for name in family.TEXT if not any(index.get(name) or ()) or root.is_dir() and not (root / name).is_dir()
+    }
+    if needed := absent - set(family.MAY_LACK):
+        raise ValueError(f"it has no {', '.join(sorted(needed))}")
+    return family.MAY_LACK if absent else ()
 
 
 def text_key(model: str, revision: str | None = None) -> str:
@@ -433,18 +383,18 @@ def text_key(model: str, revision: str | None = None) -> str:
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join(versions).encode())
     root = Path(model)
-    if not root.is_dir():
+    if root.is_dir():
+        for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root)}:{size}".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(2**20))
+                handle.seek(max(0, size - 2**20))
+                digest.update(handle.read())
+    else:
         with _loading(model):
             index = Path(hf_hub_download(model, "model_index.json", revision=revision))
         digest.update(f"{model}@{index.parent.name}".encode())
-        return digest.hexdigest()[:16]
-    for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)}:{size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(2**20))
-            handle.seek(max(0, size - 2**20))
-            digest.update(handle.read())
     return digest.hexdigest()[:16]
 
 

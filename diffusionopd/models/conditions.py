@@ -18,6 +18,9 @@ Row = Mapping[str, Tensor]
 Those whose name begins with ``tokens`` are sequences ``[L, ...]``, all of one length; others have no length.
 """
 
+TextEncoder = Callable[[Sequence[str]], list[Row]]
+"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt."""
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -32,26 +35,20 @@ class Conditions:
 
     @staticmethod
     def of(rows: Sequence[Row], multiple: int = 1) -> Conditions:
-        """One batch of ``rows``; if they are padded, to a multiple of ``multiple``. ValueError for different names."""
-        if any(row.keys() != rows[0].keys() for row in rows):
-            raise ValueError("rows of different text encoders cannot be one batch")
-        lengths = tuple(next((len(part) for name, part in row.items() if _is_sequence(name)), 0) for row in rows)
-        longest = max(lengths)
-        if min(lengths) < longest:
-            longest = -(-longest // multiple) * multiple
-        padded = [{name: _padded(part, longest, 0, name) for name, part in row.items()} for row in rows]
-        parts = {name: torch.stack([row[name] for row in padded]) for name in rows[0]}
-        return Conditions(parts, lengths if min(lengths) < longest else None)
+        """One batch of ``rows``; arguments and error as of :meth:`cat`."""
+        return Conditions.cat([Conditions({name: part[None] for name, part in row.items()}) for row in rows], multiple)
 
     @staticmethod
-    def cat(batches: Sequence[Conditions]) -> Conditions:
-        """Several batches as one, padded to the longest."""
+    def cat(batches: Sequence[Conditions], multiple: int = 1) -> Conditions:
+        """Several batches as one, padded to the longest, and that to a multiple. ValueError for different names."""
+        names = batches[0].parts.keys()
+        if any(batch.parts.keys() != names for batch in batches):
+            raise ValueError("rows of different text encoders cannot be one batch")
         lengths = tuple(length for batch in batches for length in batch.each_length())
         longest = max(batch.padded_length for batch in batches)
-        parts = {
-            name: torch.cat([_padded(batch.parts[name], longest, 1, name) for batch in batches])
-            for name in batches[0].parts
-        }
+        if min(lengths) < longest:
+            longest = -(-longest // multiple) * multiple
+        parts = {name: torch.cat([_padded(name, batch.parts[name], longest) for batch in batches]) for name in names}
         return Conditions(parts, lengths if min(lengths) < longest else None)
 
     def __len__(self) -> int:
@@ -120,7 +117,7 @@ def _is_sequence(name: str) -> bool:
     return name.startswith("tokens")
 
 
-def _padded(part: Tensor, length: int, dim: int, name: str) -> Tensor:
-    """``part`` with zeros behind its sequence along ``dim``, if it is one."""
-    missing = length - part.shape[dim] if _is_sequence(name) else 0
-    return pad(part, [0, 0] * (part.ndim - dim - 1) + [0, missing]) if missing else part
+def _padded(name: str, part: Tensor, length: int) -> Tensor:
+    """``part`` ``[B, L, ...]`` with zeros behind its sequences, if it is of sequences."""
+    missing = length - part.shape[1] if _is_sequence(name) else 0
+    return pad(part, [0, 0] * (part.ndim - 2) + [0, missing]) if missing else part

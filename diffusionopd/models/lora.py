@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from diffusionopd.models.lora_files import (
     AdapterError,
     LoraWeights,
     load_lora,
-    some,
+    refuse,
 )
 
 
@@ -46,7 +47,6 @@ class Adapters:
         self.inert = frozenset(inert)
         self._active: list[str] = []
         self.configs: dict[str, LoraConfig] = {}
-        self._trainable: dict[str, bool] = {}
 
     def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
         """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base."""
@@ -111,9 +111,8 @@ class Adapters:
 
     def save_peft(self, name: str, folder: Path, base_model: str | None = None) -> None:
         """Write a folder in PEFT's own form, for ``PeftModel.from_pretrained``."""
-        folder.mkdir(parents=True, exist_ok=True)
         self._described(name, base_model).save_pretrained(str(folder))
-        self._save(name, folder / PEFT_WEIGHTS, PEFT_PREFIX, {})
+        save_file(self._stored(name, PEFT_PREFIX), folder / PEFT_WEIGHTS, {"format": "pt"})
 
     def save_diffusers(self, name: str, folder: Path, base_model: str | None = None) -> None:
         """Write ``pytorch_lora_weights.safetensors`` for a stock pipeline's ``load_lora_weights``.
@@ -121,55 +120,36 @@ class Adapters:
         The PEFT config goes into the header: without it diffusers reloads alpha = rank, here half the strength.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        config = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in self._described(name, base_model).to_dict().items()}
-        described = json.dumps(
-            config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-        )
-        self._save(name, folder / DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX, {"lora_adapter_metadata": described})
+        options = self._described(name, base_model).to_dict().items()
+        config = {f"{DIFFUSERS_PREFIX}{key}": sorted(v) if isinstance(v, set) else v for key, v in options}
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+        save_file(self._stored(name, DIFFUSERS_PREFIX), folder / DIFFUSERS_WEIGHTS, header)
 
-    def _save(self, name: str, file: Path, prefix: str, metadata: dict[str, str]) -> None:
-        tensors = {f"{prefix}{key}": tensor.cpu().contiguous() for key, tensor in self.state_dict(name).items()}
-        save_file(tensors, file, metadata={"format": "pt"} | metadata)
+    def _stored(self, name: str, prefix: str) -> dict[str, Tensor]:
+        return {f"{prefix}{key}": tensor.cpu().contiguous() for key, tensor in self.state_dict(name).items()}
 
     def _described(self, name: str, base_model: str | None) -> LoraConfig:
-        config = copy.deepcopy(self.configs[name])
-        config.base_model_name_or_path = base_model
-        config.inference_mode = True
-        return config
+        return replace(self.configs[name], base_model_name_or_path=base_model, inference_mode=True)
 
     def _check_fit(self, weights: LoraWeights) -> None:
-        linear = {n: m for n, m in self._modules() if isinstance(m, nn.Linear)}
-        unknown = weights.a.keys() - linear.keys()
-        if unknown:
-            raise AdapterError(f"{weights.source}: this base model has no modules {some(unknown)}")
-        missing = _targets(weights.target_modules, linear) - weights.a.keys()
-        if missing:
-            raise AdapterError(
-                f"{weights.source}: its config names modules that have no tensors in the file: {some(missing)}. "
-                "Loaded as it is they would silently stay untrained; save the adapter again."
-            )
-        wrong = [
-            f"{n} (LoRA {tuple(weights.b[n].shape[:1]) + tuple(a.shape[1:])}, base {tuple(linear[n].weight.shape)})"
-            for n, a in weights.a.items()
-            if (weights.b[n].shape[0], a.shape[1]) != tuple(linear[n].weight.shape)
-        ]
-        if wrong:
-            raise AdapterError(f"{weights.source}: shapes of another base model: {some(wrong)}")
-        untrained = {n for n, b in weights.b.items() if not b.any()} - self.inert
-        if untrained:
-            raise AdapterError(
-                f"{weights.source}: lora_B is all zero in {some(untrained)}: these modules were never trained, or "
-                "their tensors were lost when the adapter was saved."
-            )
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The base's modules by their original names, with injected layers looked through."""
-        inner = tuple(f"{n}." for n, m in self.transformer.named_modules() if isinstance(m, LoraLayer))
-        for name, module in self.transformer.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module.get_base_layer()
-            elif not name.startswith(inner):
-                yield name, module
+        linear = {  # by their original names, also inside injected layers
+            name.removesuffix(".base_layer"): tuple(module.weight.shape)
+            for name, module in self.transformer.named_modules()
+            if isinstance(module, nn.Linear) and ".lora_" not in name
+        }
+        shapes = {name: (weights.b[name].shape[0], a.shape[1]) for name, a in weights.a.items()}
+        targets = LoraConfig(target_modules=weights.target_modules or [])
+        untrained = "lora_B is all zero (never trained, or lost when it was saved)"
+        missing = "modules that its config names have no tensors, and would silently stay untrained (save it again)"
+        problems = {
+            "the base model has no such modules": shapes.keys() - linear.keys(),
+            missing: {n for n in linear if check_target_module_exists(targets, n)} - shapes.keys(),
+            "shapes of another base model": [
+                f"{n} (LoRA {shape}, base {linear[n]})" for n, shape in shapes.items() if linear.get(n, shape) != shape
+            ],
+            untrained: {n for n, b in weights.b.items() if not b.any()} - self.inert,
+        }
+        refuse(weights.source, problems)
 
     def _layers(self, name: str) -> Iterator[tuple[str, LoraLayer]]:
         for module, layer in self.transformer.named_modules():
@@ -179,13 +159,11 @@ class Adapters:
     def _inject(self, name: str, config: LoraConfig, trainable: bool) -> None:
         if name in self.configs:
             raise AdapterError(f"there is already an adapter named {name!r}")
-        if "." in name or not name:
-            raise AdapterError(f"an adapter's name must not be empty or contain a dot: {name!r}")
+        config.inference_mode = not trainable
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             inject_adapter_in_model(config, self.transformer, adapter_name=name)
         self.configs[name] = config
-        self._trainable[name] = trainable
         for _, layer in self._layers(name):
             layer.lora_A[name].float()
             layer.lora_B[name].float()
@@ -194,32 +172,20 @@ class Adapters:
             if isinstance(layer, LoraLayer):
                 layer._active_adapter = self._active
                 layer._disable_adapters = False
-        for other, wants_grad in self._trainable.items():  # injecting resets requires_grad everywhere
+        for other, own in self.configs.items():  # injecting resets requires_grad everywhere
             for parameter in self.parameters(other):
-                parameter.requires_grad_(wants_grad)
+                parameter.requires_grad_(not own.inference_mode)
 
 
 def _config_of(weights: LoraWeights) -> LoraConfig:
     """A PEFT config that covers exactly the modules of ``weights``, with their own ranks and alphas."""
-    ranks, alphas = weights.rank, weights.alpha
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    escaped = {n: re.escape(n) for n in ranks}
+    ranks = {name: a.shape[0] for name, a in weights.a.items()}
+    rank, alpha = max(ranks.values()), max(weights.alpha.values())
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == math.floor(alpha) else alpha,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=sorted(ranks),
-        rank_pattern={escaped[n]: r for n, r in ranks.items() if r != rank},
-        alpha_pattern={escaped[n]: x for n, x in alphas.items() if x != alpha},
+        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(name): x for name, x in weights.alpha.items() if x != alpha},
         use_rslora=weights.rslora,
     )
-
-
-def _targets(target_modules: list[str] | str | None, linear: Mapping[str, nn.Linear]) -> set[str]:
-    """The linear modules that PEFT's ``target_modules`` (name endings, or one regular expression) selects."""
-    if target_modules is None:
-        return set()
-    if target_modules == "all-linear":
-        return set(linear)
-    if isinstance(target_modules, str):
-        return {n for n in linear if re.fullmatch(target_modules, n)}
-    return {n for n in linear if any(n == t or n.endswith(f".{t}") for t in target_modules)}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -23,13 +21,7 @@ PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 """Under which the two formats store the transformer's modules."""
-# PEFT options that change the arithmetic of a layer in ways that (A, B, alpha) alone do not describe.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
-# What the libraries and a config's odd values raise while a file is read.
-_UNREADABLE = (
-    SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
-    AttributeError, OverflowError, re.error,
-)  # fmt: skip
+_MOST = 6  # names in a message
 
 
 class AdapterError(ValueError):
@@ -44,13 +36,8 @@ class LoraWeights:
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     alpha: dict[str, float]
-    target_modules: list[str] | str | None  # None: the file does not say which modules it should cover
+    target_modules: Collection[str] | str | None  # None: the file does not say which modules it should cover
     rslora: bool = False
-
-    @property
-    def rank(self) -> dict[str, int]:
-        """Rank r of every module, by its name."""
-        return {name: a.shape[0] for name, a in self.a.items()}
 
 
 def load_lora(source: str | Path) -> LoraWeights:
@@ -61,33 +48,33 @@ def load_lora(source: str | Path) -> LoraWeights:
     unreadable, unpaired, non-finite or never trained (all ``lora_B`` zero).
     """
     path = _locate(str(source))
-    for read in FORMATS:
-        if (weights := read(path)) is not None:
-            _check_values(weights)
-            return weights
-    raise AdapterError(f"{path} holds no LoRA: expected {PEFT_CONFIG} with {PEFT_WEIGHTS}, or {DIFFUSERS_WEIGHTS}")
+    try:
+        found = next(filter(None, (read(path) for read in FORMATS)), None)
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever the libraries raise for a damaged file
+        raise AdapterError(f"{path} cannot be used as a LoRA: {error!r}; fetch or save it again") from error
+    if found is None:
+        raise AdapterError(f"{path} holds no LoRA: expected {PEFT_CONFIG} with {PEFT_WEIGHTS}, or {DIFFUSERS_WEIGHTS}")
+    return found
 
 
 def _locate(source: str) -> Path:
     """The local folder or file of ``source``, downloaded first when it is a hub id."""
     path = Path(source)
-    if os.path.exists(path):  # unlike Path.exists, False for what can be no path
+    if path.exists():
         return path / "lora" if (path / "lora" / PEFT_CONFIG).is_file() else path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", source) or source.startswith(".") or ".." in source.split("/"):
-        raise AdapterError(f"no LoRA at {source!r}: neither a file or folder nor a hub id such as owner/name/subfolder")
-    owner, name, *subfolder = source.split("/")
-    patterns = ["/".join([*subfolder, "*"])] if subfolder else None
+    owner, name, subfolder = (source.split("/", 2) + ["", ""])[:3]
     try:
-        root = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns))
+        root = Path(snapshot_download(f"{owner}/{name}", allow_patterns=[f"{subfolder}/*"] if subfolder else None))
     except Exception as error:
         raise AdapterError(
             f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. "
             "Check the spelling and the connection, or download it and give the folder."
         ) from error
-    path = root.joinpath(*subfolder)
-    if not path.exists():
-        raise AdapterError(f"the hub repository {owner}/{name} has no folder {'/'.join(subfolder)!r}")
-    return path
+    if not (root / subfolder).exists():
+        raise AdapterError(f"the hub repository {owner}/{name} has no folder {subfolder!r}")
+    return root / subfolder
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -95,24 +82,13 @@ def _locate(source: str) -> Path:
 
 def read_peft(path: Path) -> LoraWeights | None:
     """A folder of PEFT's: config in JSON, weights beside it."""
-    file = path / PEFT_CONFIG
-    if not file.is_file():
+    if not (path / PEFT_CONFIG).is_file():
         return None
-    with _reading(file):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        used = [key for key in _UNSUPPORTED if config.get(key)]
-        kind, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
-        if kind != "LORA" or used or bias != "none":
-            raise ValueError(f"only plain LoRA without biases is supported, not {kind}, bias={bias}, {used}")
-        rank, alpha = config["r"], config["lora_alpha"]
-    safe, pickled = path / PEFT_WEIGHTS, path / "adapter_model.bin"
-    a, b = _pair(_read_tensors(pickled if pickled.is_file() and not safe.is_file() else safe), path)
-    with _reading(file):
-        wrong = [name for name, x in a.items() if x.shape[0] != _by_pattern(config, "rank_pattern", name, rank)]
-        if wrong:
-            raise ValueError(f"the rank of {some(wrong)} is not {rank}")
-        alphas = {name: _by_pattern(config, "alpha_pattern", name, alpha) for name in a}
-        return LoraWeights(str(path), a, b, alphas, _targets(config), bool(config.get("use_rslora")))
+    config = LoraConfig.from_pretrained(str(path))
+    pickled = path / "adapter_model.bin"
+    if pickled.is_file() and not (path / PEFT_WEIGHTS).is_file():
+        return _paired(path, torch.load(pickled, map_location="cpu", weights_only=True), config)
+    return _paired(path, load_file(path / PEFT_WEIGHTS), config)
 
 
 def read_diffusers(path: Path) -> LoraWeights | None:
@@ -123,117 +99,58 @@ def read_diffusers(path: Path) -> LoraWeights | None:
     file = path / DIFFUSERS_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         return None
-    tensors = _read_tensors(file)
-    with _reading(file):
-        with safe_open(file, "pt") as handle:
-            header = json.loads((handle.metadata() or {}).get("lora_adapter_metadata") or "{}")
-        config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in header.items()}
-        stored = {_module(key.removesuffix(".alpha")): t.item() for key, t in tensors.items() if key.endswith(".alpha")}
-    a, b = _pair({key: t for key, t in tensors.items() if not key.endswith(".alpha")}, file)
-    with _reading(file):
-        alphas = {
-            name: _positive(stored[name])
-            if name in stored
-            else _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha", x.shape[0]))
-            for name, x in a.items()
-        }
-        return LoraWeights(str(file), a, b, alphas, _targets(config), bool(config.get("use_rslora")))
+    with safe_open(file, "pt") as handle:
+        header = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    own = {key.removeprefix(DIFFUSERS_PREFIX): v for key, v in header.items() if key.startswith(DIFFUSERS_PREFIX)}
+    return _paired(file, load_file(file), LoraConfig.from_peft_type(**own) if own else None)
 
 
 FORMATS: Sequence[Callable[[Path], LoraWeights | None]] = (read_peft, read_diffusers)
 """Each returns None for a path that is not of its format; the first that reads one is taken."""
 
 
-# --- what the formats share ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn what goes wrong inside into AdapterError naming the file."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise AdapterError(f"{file} cannot be used as a LoRA: {reason}; fetch or save it again") from error
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickled one that holds nothing else."""
-    with _reading(file):
-        if file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            with safe_open(file, "pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        for name, tensor in tensors.items():
-            if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise ValueError(f"{name} is of type {tensor.dtype}")
-        return tensors
-
-
-def _module(key: str) -> str:
-    """The transformer's own name of a module."""
-    return key.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX)
-
-
-def _pair(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split tensors into ``A`` and ``B`` by module name; every one must be half of a pair of one rank."""
-    halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+def _paired(source: Path, tensors: Mapping[str, Tensor], config: LoraConfig | None) -> LoraWeights:
+    """What a file holds, by module. AdapterError unless every tensor is an alpha or half of a usable pair."""
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    alpha: dict[str, float] = {}
     unexpected = []
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight", _module(key))
-        if match is None or tensor.ndim != 2:
-            unexpected.append(key)
+        name = key.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX)
+        if name.endswith(".alpha"):
+            alpha[name.removesuffix(".alpha")] = tensor.item()
+        elif (match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight", name)) and tensor.ndim == 2:
+            (a if match[2] == "A" else b)[match[1]] = tensor
         else:
-            halves[match[2]][match[1]] = tensor
-    a, b = halves["A"], halves["B"]
-    unpaired = [f"{n}.lora_{'B' if n in a else 'A'}" for n in a.keys() ^ b.keys()]
-    unpaired += [
-        f"{n} (rank {a[n].shape[0]} and {b[n].shape[1]})" for n in a.keys() & b.keys() if a[n].shape[0] != b[n].shape[1]
-    ]
-    if unexpected:
-        raise AdapterError(f"{where}: unexpected tensors, not two-dimensional lora_A or lora_B: {some(unexpected)}")
-    if unpaired or not a:
-        raise AdapterError(f"{where}: missing or mismatched tensors: {some(unpaired) or 'the file is empty'}")
-    return a, b
-
-
-def _check_values(weights: LoraWeights) -> None:
-    broken = {n for half in (weights.a, weights.b) for n, tensor in half.items() if not torch.isfinite(tensor).all()}
-    if broken:
-        raise AdapterError(f"{weights.source}: non-finite values in {some(broken)}")
-    if not any(tensor.any() for tensor in weights.b.values()):
+            unexpected.append(key)
+    refuse(source, {"unexpected tensors, not of a plain LoRA": unexpected, "half of a pair": a.keys() ^ b.keys()})
+    ranks = {name: tensor.shape[0] for name, tensor in a.items()}
+    expected = ranks if config is None else {n: _pattern(config.rank_pattern, n, config.r) for n in a}
+    for name, rank in ranks.items():
+        alpha.setdefault(name, float(_pattern(config.alpha_pattern, name, config.lora_alpha) if config else rank))
+    broken = [n for n in a if not (0 < alpha[n] < torch.inf and a[n].isfinite().all() and b[n].isfinite().all())]
+    problems = {
+        "ranks of lora_A, lora_B and the config differ": [n for n in a if not ranks[n] == b[n].shape[1] == expected[n]],
+        "values that are not finite, or an alpha that is not above 0": broken,
+    }
+    refuse(source, problems)
+    if not any(tensor.any() for tensor in b.values()):
         raise AdapterError(
-            f"{weights.source}: every lora_B is zero, so this LoRA changes nothing. "
+            f"{source}: no lora_B that is not zero, so this LoRA changes nothing. "
             "It was never trained, or its keys were lost when it was saved."
         )
+    targets, rslora = (config.target_modules, config.use_rslora) if config else (None, False)
+    return LoraWeights(str(source), a, b, alpha, targets, rslora)
 
 
-def _by_pattern(config: Mapping[str, Any], kind: str, name: str, default: Any) -> float:
-    """PEFT's rank and alpha patterns: keys are regular expressions that match the end of a module's name."""
-    for key, value in (config.get(kind) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return _positive(value)
-    return _positive(default)
+def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """A module's own rank or alpha, by PEFT's patterns."""
+    return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
-def _positive(value: Any) -> float:
-    if isinstance(value, bool | str) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{value!r} is no rank or alpha")
-    return float(value)
-
-
-def _targets(config: Mapping[str, Any]) -> list[str] | str | None:
-    targets = config.get("target_modules")
-    names = targets if isinstance(targets, list) else [targets or ""]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"target_modules is {str(targets)[:80]}")
-    if isinstance(targets, str):
-        re.compile(targets)
-    return targets
-
-
-def some(names: Sequence[str] | set[str], most: int = 6) -> str:
-    """The first names for a message, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def refuse(source: object, problems: Mapping[str, Collection[str]]) -> None:
+    """Raise AdapterError for the first of ``problems``, what is wrong -> with which modules, that has any."""
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+            raise AdapterError(f"{source}: {what}: {', '.join(sorted(names)[:_MOST])}{more}")

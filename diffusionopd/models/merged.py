@@ -58,10 +58,7 @@ class MergedTeachers(Adapters):
 
     def merged_bytes(self) -> dict[str, int]:
         """What the copies of each teacher take, by its name."""
-        return {
-            name: sum(merged.weight.numel() * merged.weight.element_size() for _, merged in layers)
-            for name, layers in self._merged.items()
-        }
+        return {name: sum(merged.weight.nbytes for _, merged in layers) for name, layers in self._merged.items()}
 
 
 @torch.no_grad()

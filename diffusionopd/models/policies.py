@@ -54,9 +54,9 @@ class Policies:
         """
         answers: dict[int, Tensor] = {}
         for policy in dict.fromkeys(request.policy for request in requests):  # as few switches as possible
-            for i, request in enumerate(requests):
-                if request.policy == policy:
-                    answers[i], _ = self._ask(policy, request.x, request.sigma, request.conditions, request.guidance)
+            for i, r in enumerate(requests):
+                if r.policy == policy:
+                    answers[i], _ = self._ask(policy, r.x, r.sigma, r.conditions, r.guidance)
         if STUDENT in self.adapters.configs:
             self.adapters.use(STUDENT)
         return [answers[i] for i in range(len(requests))]

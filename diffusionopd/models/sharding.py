@@ -8,8 +8,7 @@ average, checkpoints and messages are the same with and without, and a run may b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -81,7 +80,7 @@ def _shard_fsdp(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    layers = _lora_layers(transformer)
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
     whole = {p for layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
@@ -120,26 +119,11 @@ def _shard_zero3(
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9, "zero_optimization": zero}
-    layers = _lora_layers(transformer)
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    hidden = []  # DeepSpeed shards every parameter that it finds: these it must not find
     for layer in layers:
-        layer.lora_A.to(device)
-        layer.lora_B.to(device)
-    with _without_loras(layers):
-        engine, *_ = deepspeed.initialize(model=transformer, config=config)
+        hidden.append({part: layer._modules.pop(part).to(device) for part in ("lora_A", "lora_B")})
+    engine, *_ = deepspeed.initialize(model=transformer, config=config)
+    for layer, loras in zip(layers, hidden, strict=True):
+        layer._modules |= loras
     return engine
-
-
-@contextmanager
-def _without_loras(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """DeepSpeed shards every parameter that it finds; inside the block it does not find these."""
-    parts = ("lora_A", "lora_B")
-    hidden = [(layer, {part: layer._modules.pop(part) for part in parts}) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, modules in hidden:
-            layer._modules |= modules
-
-
-def _lora_layers(transformer: nn.Module) -> list[LoraLayer]:
-    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]

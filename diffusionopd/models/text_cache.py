@@ -10,9 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -24,15 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusionopd.files import writing
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.files import write_atomically, writing
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 
 _FORMAT = 2
 _CHECKSUM = "crc32"  # its name among the tensors of a file
 _REMEDY = "What is encoded is kept: free some space, or move the cache (cache_dir), and run again."
-
-Encoder = Callable[[list[str]], list[Row]]
-"""B prompts to B rows, in order."""
 
 
 class TextCacheError(ValueError):
@@ -68,7 +63,7 @@ class TextCache:
     def fill(
         self,
         prompts: Iterable[str],
-        load_encoder: Callable[[], Encoder],
+        load_encoder: Callable[[], TextEncoder],
         batch_size: int = 16,
         rank: int = 0,
         world: int = 1,
@@ -85,15 +80,16 @@ class TextCache:
             return 0
         encoder = load_encoder()
         try:
-            with tqdm(total=len(missing), desc="encoding prompts", unit="prompt", disable=rank > 0) as progress:
+            bar = tqdm(total=len(missing), desc="encoding prompts", unit="prompt", disable=rank > 0)
+            with writing(self.folder, "text cache", _REMEDY), bar as progress:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
                     files = self._encoded(encoder, batch)
                     if start == 0:
                         self._check_space(sum(map(len, files)) * len(missing) * world // len(files))
                     for prompt, content in zip(batch, files, strict=True):
-                        with writing(self.path(prompt), "text cache file", _REMEDY):
-                            _write_atomically(self.path(prompt), content)
+                        # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
+                        write_atomically(self.path(prompt), content)
                     progress.update(len(batch))
         finally:
             del encoder
@@ -109,23 +105,12 @@ class TextCache:
 
         Raises TextCacheError naming the first prompt that is absent or damaged (a damaged file is removed first).
         """
-        if not prompts:
-            raise TextCacheError("no prompts given: an empty batch has no conditions")
-        rows = [self._load(prompt) for prompt in prompts]
-        try:
-            return Conditions.of(rows).to(device, dtype)
-        except (ValueError, RuntimeError) as error:
-            raise TextCacheError(
-                f"prompts {prompts[0]!r} ... in {self.folder} do not fit together ({error}): remove the folder"
-            ) from error
+        return Conditions.of([self._load(prompt) for prompt in prompts]).to(device, dtype)
 
-    def _encoded(self, encoder: Encoder, prompts: list[str]) -> list[bytes]:
+    def _encoded(self, encoder: TextEncoder, prompts: list[str]) -> list[bytes]:
         """The files of a batch; TextCacheError unless the encoder gives one finite row per prompt."""
-        rows = encoder(prompts)
-        if len(rows) != len(prompts):
-            raise TextCacheError(f"the text encoder returned {len(rows)} rows for {len(prompts)} prompts")
         files = []
-        for prompt, row in zip(prompts, rows, strict=True):
+        for prompt, row in zip(prompts, encoder(prompts), strict=True):
             # clone(): rows of a batch share its storage, which safetensors refuses.
             stored = {
                 name: part.detach().to("cpu", self.dtype if part.is_floating_point() else None).contiguous().clone()
@@ -135,15 +120,13 @@ class TextCache:
                 raise TextCacheError(
                     f"the conditions of prompt {prompt!r} are not finite in {self.dtype}: encode in float32 or bfloat16"
                 )
-            files.append(
-                safetensors.torch.save(stored | {_CHECKSUM: _checksum(stored)}, {"prompt": json.dumps(prompt)})
-            )
+            metadata = {"prompt": json.dumps(prompt)}
+            files.append(safetensors.torch.save(stored | {_CHECKSUM: _checksum(stored)}, metadata))
         return files
 
     def _check_space(self, needed: int) -> None:
         """Stop before the first write if the job cannot fit; ``needed`` bytes over all processes that share it."""
-        with writing(self.folder, "text cache", _REMEDY):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise TextCacheError(
@@ -154,12 +137,11 @@ class TextCache:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 return _CHECKSUM in file.keys()  # noqa: SIM118
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # none there, or none that this process may read: it is written again
             return False
         except safetensors.SafetensorError as error:
-            return self._discard(path, error)
-        except OSError as error:
-            raise TextCacheError(f"cannot read the text cache file {path}: {error}") from error
+            _discard(path, error)
+            return False
 
     def _read(self, prompt: str) -> Row:
         path = self.path(prompt)
@@ -167,33 +149,19 @@ class TextCache:
             row = safetensors.torch.load(path.read_bytes())
             if not torch.equal(row.pop(_CHECKSUM), _checksum(row)):
                 raise ValueError("its checksum does not match")
-        except FileNotFoundError:
-            raise TextCacheError(f"prompt {prompt!r} is not in the text cache {self.folder}: fill it first") from None
         except OSError as error:
-            raise TextCacheError(f"cannot read the text cache file {path} of prompt {prompt!r}: {error}") from error
-        except (safetensors.SafetensorError, LookupError, ValueError, RuntimeError) as error:
-            self._discard(path, error)
+            raise TextCacheError(f"prompt {prompt!r} is not in the text cache, fill it first: {error}") from None
+        except (safetensors.SafetensorError, LookupError, ValueError) as error:
+            _discard(path, error)
             raise TextCacheError(
-                f"the file of prompt {prompt!r} was damaged ({error}) and is removed: run again"
+                f"the file of prompt {prompt!r} was damaged and is removed, run again: {error}"
             ) from None
         return row
 
-    @staticmethod
-    def _discard(path: Path, problem: Exception) -> bool:
-        warnings.warn(f"removed the damaged text cache file {path}: {problem}", stacklevel=3)
-        path.unlink(missing_ok=True)
-        return False
 
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _discard(path: Path, problem: Exception) -> None:
+    warnings.warn(f"removed the damaged text cache file {path}: {problem}", stacklevel=4)
+    path.unlink(missing_ok=True)
 
 
 def _checksum(row: Row) -> Tensor:

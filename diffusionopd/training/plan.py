@@ -20,6 +20,7 @@ from diffusionopd.config_schema import (
     Problems,
     Schema,
     check_no_secrets,
+    comparable,
     flatten,
     key,
     keys_of,
@@ -27,12 +28,12 @@ from diffusionopd.config_schema import (
     to_plain,
     unset,
 )
-from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, is_path, with_origin
+from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
-from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, check_batches, round_shape
+from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
-from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
+from diffusionopd.models.backbone import ModelInfo, read_model
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
@@ -80,16 +81,11 @@ class RunSettings:
 
     def check(self, problems: Problems) -> None:
         """The folder can be written, what is resumed from is there, trackers are installed."""
-        for name in ("save_dir", "logdir", "run_name", "resume_from"):
-            value = getattr(self, name)
-            if value and not is_path(value):
-                problems.add(name, f"is {value[:80]!r}, which can be no path", "Name a folder.")
-        if problems.good("save_dir", "logdir", "run_name"):
-            if unset(self.save_dir) and (unset(self.run_name) or unset(self.logdir)):
-                problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
-            else:
-                check_writable("logdir" if unset(self.save_dir) else "save_dir", self.run_dir, problems)
-        if problems.good("resume_from") and not unset(self.resume_from) and self.resume_from != "auto":
+        if unset(self.save_dir) and (unset(self.run_name) or unset(self.logdir)):
+            problems.add("run_name", "is empty", "Set run_name (and logdir), or save_dir.")
+        else:
+            check_writable("logdir" if unset(self.save_dir) else "save_dir", self.run_dir, problems)
+        if not unset(self.resume_from) and self.resume_from != "auto":
             folder = Path(self.resume_from)
             if not (folder / "state").is_dir():
                 what = "has no state/ to resume from" if folder.is_dir() else "does not exist"
@@ -153,6 +149,8 @@ COMMON = (
 )
 SCHEMA = Schema(*COMMON, *(group for cls in ALGORITHMS.values() for group in cls.groups), UpstreamSettings)
 _COMMON_KEYS = frozenset(Schema(*COMMON).keys)
+
+
 # What a task has that does not say so itself.
 _TASK_DEFAULTS = {
     "guidance_scale": "sample.teacher_guidance_scale",
@@ -212,6 +210,7 @@ class Plan(RoundPlan):
         """The plan as a table for people, without a trailing newline."""
         shape, nfe = self.shape, self.nfe_per_round
         batches = f"{shape.batches_per_task} batch{'' if shape.batches_per_task == 1 else 'es'} per process"
+        average = " on average" if len(self.algorithm.steps(self, (0, 0, 0))) < self.sampler.trained_steps else ""
         rows = [
             ("model", with_origin(self.values["pretrained.model"])),
             ("written to", str(self.run.run_dir)),
@@ -222,15 +221,15 @@ class Plan(RoundPlan):
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("student NFE", f"{nfe.student} per round, with gradient"),
+            ("teacher NFE", nfe.teacher and f"{nfe.teacher} per round"),
+            ("sampling NFE", nfe.sampling and f"{nfe.sampling} per round{average}"),
+            ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta"),
         ]
-        average = " on average" if len(self.algorithm.steps(self, (0, 0, 0))) < self.sampler.trained_steps else ""
-        rows += [("teacher NFE", f"{nfe.teacher} per round")] if nfe.teacher else []
-        rows += [("sampling NFE", f"{nfe.sampling} per round{average}")] if nfe.sampling else []
-        rows += [("base NFE", f"{nfe.base} per round, for train.beta")] if nfe.base else []
         for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
             rows += [(f"task {task.name}", f"{prompts} prompts, as many as {rounds:g} rounds draw")]
             rows += [("", self._source(task))]
+        rows = [(name, value) for name, value in rows if value]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
 
@@ -274,11 +273,15 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     """
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
+
+    # Keys by themselves
     values = flatten(config)
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
     problems = Problems(() if sources else (".dataset", ".lora_path"))
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     algorithm = ALGORITHMS[values["train.algorithm"]] if problems.good("train.algorithm") else Algorithm
+
+    # What they point to
     if sources:
         _check_sources(values, problems)
     tasks, num_prompts = check_tasks(
@@ -289,23 +292,40 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         defaults={field: values[name] for field, name in _TASK_DEFAULTS.items() if problems.good(name)},
         with_test=values.get("eval_freq") != 0,
     )
-    model = _local_model(values, problems)
-    if model and problems.good("resolution") and (what := model.resolution_problem(values["resolution"])):
-        problems.add("resolution", f"is {values['resolution']}", what)
-    check_batches(values, num_processes, algorithm.one_step, problems)
+    model = _check_local_model(values, problems)
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
         except RewardError as error:
             problems.add("reward_options", f"cannot be used: {error}", "")
-    if sampler := _read_good(SamplerSettings, values, problems):
+
+    # What must go together
+    sampler, batches = _read_good(SamplerSettings, values, problems), _read_good(BatchSettings, values, problems)
+    if sampler:
         sampler.check(problems)
-    if algorithm is not Algorithm and sampler and (settings := _read_good(algorithm.groups[0], values, problems)):
+    if batches and problems.good("train.teachers"):
+        passes = sampler.num_inner_epochs if sampler else 1
+        batches.check(tasks_per_round(values), num_processes, algorithm.one_step, passes, problems)
+    settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
+    if settings:
         algorithm.check(settings, sampler, values, problems)
-    _check_timeouts(values, num_processes, algorithm, problems)
+    if algorithm.has_rewards and num_processes > 1:
+        _check_timeouts(values, problems)
     if problems.found:
         raise ConfigError(problems.found)
-    return _make_plan(values, algorithm, tasks, num_prompts, num_processes, model)
+
+    # The plan
+    assert sampler and batches
+    run, watch = read(RunSettings, values), read(WatchSettings, values)
+    shape = round_shape(batches, len(tasks), num_processes, run.num_epochs)
+    changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
+    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
+        what = "distillation" if algorithm.one_step else algorithm.name
+        notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
+    if rest := shape.num_rounds % shape.rounds_per_step:
+        notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
+    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
 
 
 def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:
@@ -313,15 +333,20 @@ def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) ->
     return read(group, values) if problems.good(*(k.name for k in keys_of(group).values())) else None
 
 
-def _local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
-    """What the small files of a base model here say; nothing is downloaded."""
-    if not problems.good("pretrained.model") or not (Path(values["pretrained.model"]) / "model_index.json").is_file():
+def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
+    """What the small files of a base model here say, of which the resolution must be; nothing is downloaded."""
+    key = "pretrained.model"
+    if not problems.good(key) or not (Path(values[key]) / "model_index.json").is_file():
         return None
     try:
-        return read_model(values["pretrained.model"])
-    except BackboneError as error:
-        problems.add("pretrained.model", f"is {values['pretrained.model']}: {error}", "")
+        model = read_model(values[key])
+        key = "resolution"
+        if problems.good(key):
+            model.family.shape_of(values[key], model.configs)
+    except ValueError as error:
+        problems.add(key, f"is {values[key]}: {error}", "")
         return None
+    return model
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
@@ -330,8 +355,8 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
     if run := _read_good(RunSettings, values, problems):
         run.check(problems)
     if problems.good("cache_dir"):
-        if unset(values["cache_dir"]) or not is_path(values["cache_dir"]):
-            problems.add("cache_dir", f"is {str(values['cache_dir'])[:80]!r}", "Name a folder for prompt embeddings.")
+        if unset(values["cache_dir"]):
+            problems.add("cache_dir", f"is {values['cache_dir']!r}", "Name a folder for prompt embeddings.")
         else:
             check_writable("cache_dir", Path(values["cache_dir"]), problems)
     if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
@@ -340,47 +365,14 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
         problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
 
 
-def _check_timeouts(
-    values: Mapping[str, Any], num_processes: int, algorithm: type[Algorithm], problems: Problems
-) -> None:
+def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:
     """Processes must wait for each other longer than one of them may wait for a reward that is trained on."""
     scoring, waiting = "reward_timeout", "collective_timeout"
-    if num_processes == 1 or not algorithm.has_rewards or not problems.good(scoring, waiting):
-        return
-    if values[scoring] >= values[waiting]:
+    if problems.good(scoring, waiting) and values[scoring] >= values[waiting]:
         what = f"is {values[scoring]:g} seconds, not below the {values[waiting]:g} of {waiting}"
         remedy = f"While one process waits for a reward the others wait for it: raise {waiting} above it, or lower it."
         problems.add(scoring, what, remedy)
 
 
-def _make_plan(
-    values: Mapping[str, Any],
-    algorithm: type[Algorithm],
-    tasks: tuple[Task, ...],
-    num_prompts: tuple[int, ...],
-    num_processes: int,
-    model: ModelInfo | None,
-) -> Plan:
-    run, sampler = read(RunSettings, values), read(SamplerSettings, values)
-    settings: Any = read(algorithm.groups[0], values)
-    shape = round_shape(read(BatchSettings, values), len(tasks), num_processes, run.num_epochs)
-    changed = [name for name, declared in SCHEMA.keys.items() if _plain(values[name]) != _plain(declared.default)]
-    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
-    if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
-        what = "distillation" if algorithm.one_step else algorithm.name
-        notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
-    if rest := shape.num_rounds % shape.rounds_per_step:
-        notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
-    watch = read(WatchSettings, values)
-    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
-
-
 def _guidance(scale: float) -> str:
     return "none (1.0)" if scale == 1.0 else f"{scale:g}"
-
-
-def _plain(value: Any) -> Any:
-    """``value`` for comparison: a tuple and a list with the same items are the same setting, None is unset."""
-    if isinstance(value, list | tuple):
-        return list(value)
-    return "" if value is None else value

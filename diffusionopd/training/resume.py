@@ -25,10 +25,10 @@ from diffusionopd.config_schema import (
     TEACHERS,
     ConfigError,
     Problems,
+    comparable,
     find_secrets,
     flatten,
     read,
-    to_plain,
     unset,
 )
 from diffusionopd.data.prompts import Prompt
@@ -122,8 +122,6 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if problems.found or any(find_secrets(values)):
         return fresh
     run = read(RunSettings, values)
-    if unset(run.save_dir) and (unset(run.run_name) or unset(run.logdir)):
-        return fresh
     folder = find_checkpoint(run.resume_from, run.run_dir)
     if folder is None:
         return fresh
@@ -192,21 +190,17 @@ def read_run_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"it holds a {type(config).__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        values = flatten(config)
+        if wrong := values.keys() & set(SECTIONS):
+            raise TypeError(f"{', '.join(wrong)} must be an object")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError([f"{path} is not the config.json of a run: {error}"]) from None
     problems = Problems()
-    for section in SECTIONS:
-        if not isinstance(config.get(section, {}), Mapping):
-            problems.add(section, f"is {config[section]!r}", "It must be an object.")
-    if not problems.found:
-        values = flatten(config)
-        for name, declared in SCHEMA.keys.items():
-            if name in values and declared.used and (problem := declared.problem(values[name])):
-                problems.add(name, *problem)
-        if problems.good("train.teachers"):
-            check_saved_tasks(values.get("train.teachers", []), problems)
+    for name, declared in SCHEMA.keys.items():
+        if name in values and declared.used and (problem := declared.problem(values[name])):
+            problems.add(name, *problem)
+    if problems.good("train.teachers"):
+        check_saved_tasks(values.get("train.teachers", []), problems)
     if problems.found:
         raise ConfigError(f"{path}: {problem}" for problem in problems.found)
     return config
@@ -229,12 +223,9 @@ def _adapt(start: Resume, values: Mapping[str, Any], before: int, now: int) -> N
         changes = adapted_batches(values, before, now)
     except ValueError as error:
         raise ResumeError(f"{start.folder} cannot be resumed with {now} processes: {error}") from None
-    adapted = to_plain(start.given)
-    for name, new in changes.items():
-        section, leaf = name.split(".")
-        adapted[section][leaf] = new
+    start.config, start.written_for = start.given.copy_and_resolve_references(), before
+    start.config.update_from_flattened_dict(changes)
     listed = ", ".join(f"{name} {values[name]} -> {new}" for name, new in changes.items() if new != values[name])
-    start.config, start.written_for = ConfigDict(adapted, type_safe=False), before
     start.notes.append(f"processes {before} -> {now}, so that a round stays the same: {listed}")
 
 
@@ -290,7 +281,7 @@ def changes_since(
     refused: list[str] = []
     free: list[str] = []
     for name in sorted(before | now):
-        old, new = _plain(before.get(name)), _plain(now.get(name))
+        old, new = comparable(before.get(name)), comparable(now.get(name))
         if old != new and name not in _BATCH_KEYS:
             (refused if _is_experiment(name, before, now) else free).append(f"{name}: {old!r} -> {new!r}")
     old_round, new_round = _geometry(saved, written_for), _geometry(values, num_processes)
@@ -301,34 +292,29 @@ def changes_since(
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with a key for each field of each task, and the guidance that each teacher really has."""
     flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
-    tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(values["train.teachers"]):
         fields = {"guidance_scale": values["sample.teacher_guidance_scale"]}
         fields |= {name: value for name, value in task.items() if value is not None}
         flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
-    if tasks:
+    if values["train.teachers"]:
         del flat["sample.teacher_guidance_scale"]
     for reward, options in values["reward_options"].items():
-        flat |= {f"reward_options.{reward}.{name}": value for name, value in dict(options).items()}
+        flat |= {f"reward_options.{reward}.{name}": value for name, value in options.items()}
     return flat
 
 
 def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a change of an expanded key changes what the student is trained on, or towards."""
-    names = [values["train.algorithm"] for values in (before, now)]
-    algorithms = [ALGORITHMS[n] for n in names if n in ALGORITHMS]
-    from_rewards = any(cls.has_rewards for cls in algorithms)
+    algorithms = [values["train.algorithm"] for values in (before, now)]
+    from_rewards = any(ALGORITHMS[name].has_rewards for name in algorithms if name in ALGORITHMS)
     if name == "num_epochs":  # by which a cascade's tasks share the rounds
         return CASCADE in (before["train.task_order"], now["train.task_order"])
     if name.startswith("reward_options."):
         reward, option = name.split(".")[1:3]
         return from_rewards and option not in _RUNTIME_OPTIONS and reward in _trained_on(before) | _trained_on(now)
-    if name.startswith("train.teachers["):
-        declared = FIELDS.get(name.rpartition("].")[2])
-    elif name in SCHEMA.keys and not any(is_used(name, n) for n in names):
+    if name in SCHEMA.keys and not any(is_used(name, algorithm) for algorithm in algorithms):
         return False
-    else:
-        declared = SCHEMA.keys.get(name)
+    declared = SCHEMA.keys.get(name) or FIELDS.get(name.rpartition("].")[2])
     rule = declared.resume if declared else FREE
     return rule == REFUSE or rule == (REWARDS if from_rewards else TEACHERS)
 
@@ -336,11 +322,6 @@ def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any])
 def _trained_on(expanded: Mapping[str, Any]) -> set[str]:
     tasks = [value for name, value in expanded.items() if name.endswith(".proxy_reward")] or [expanded["reward_fn"]]
     return {reward for rewards in tasks for reward in rewards}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as it comes back from JSON; None is unset."""
-    return "" if value is None else json.loads(json.dumps(value, default=str))
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -359,19 +340,14 @@ def weight_digests(tasks: Sequence[Task], backbone: Backbone, adapters: Adapters
 
     The base's is by type: a run that goes on in another ``mixed_precision`` holds other numbers.
     """
-    own = (
-        p for module in (backbone.transformer, backbone.vae) for n, p in module.named_parameters() if ".lora_" not in n
-    )
-    digests = {f"the base model ({backbone.dtype})": _sha256(_bytes(_sampled(p)) for p in own)}
+    base = [*backbone.transformer.named_parameters(), *backbone.vae.named_parameters()]
+    own = (_bytes(_sampled(parameter)) for name, parameter in base if ".lora_" not in name)
+    digests = {f"the base model ({backbone.dtype})": _sha256(own)}
     for task in tasks:
-        config = {
-            name: value
-            for name, value in vars(adapters.configs[task.adapter]).items()
-            if "alpha" in name or "rslora" in name
-        }
-        scale = json.dumps(config, sort_keys=True).encode()
+        options = vars(adapters.configs[task.adapter]).items()
+        scale = json.dumps({name: v for name, v in options if "alpha" in name or "rslora" in name}, sort_keys=True)
         tensors = map(_bytes, adapters.parameters(task.adapter))
-        digests[f"the teacher of {task.name}"] = _sha256([scale, *tensors])
+        digests[f"the teacher of {task.name}"] = _sha256([scale.encode(), *tensors])
     return digests
 
 
