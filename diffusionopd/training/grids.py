@@ -27,17 +27,16 @@ def sample_grid(images: np.ndarray, captions: Sequence[str], path: str | Path, t
     columns = math.ceil(math.sqrt(count))
     font = ImageFont.load_default(_FONT_SIZE)
     letters = int(0.92 * width / font.getlength("n"))
-    wrap = {"width": letters, "max_lines": _CAPTION_LINES, "placeholder": "…"}
-    texts = ["\n".join(textwrap.wrap(caption, **wrap)) for caption in captions]
+    lines = [textwrap.wrap(text, letters, max_lines=_CAPTION_LINES, placeholder="…") for text in captions]
     cell_width, cell_height = width + 2 * _PADDING, height + 3 * _PADDING + _LINE_HEIGHT * _CAPTION_LINES
     top = _LINE_HEIGHT + 2 * _PADDING if title else 0
     grid = Image.new("RGB", (columns * cell_width, top + math.ceil(count / columns) * cell_height), "white")
     draw = ImageDraw.Draw(grid)
     draw.text((_PADDING, _PADDING), title, fill="black", font=font)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
         x, y = i % columns * cell_width + _PADDING, top + i // columns * cell_height + _PADDING
         grid.paste(Image.fromarray(image), (x, y))
-        draw.text((x, y + height + _PADDING), text, fill="black", font=font)
+        draw.text((x, y + height + _PADDING), "\n".join(text), fill="black", font=font)
     encoded = io.BytesIO()
     grid.save(encoded, format="PNG")  # given a file, Pillow does not notice when a full disk takes a part only
     return write_atomically(path, encoded.getvalue())
