@@ -12,17 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import record_function
 
 
-@dataclass
 class _Timer:
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    inner: list[float] = field(default_factory=lambda: [0.0])  # for each open stage: seconds of the stages inside it
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inner = [0.0]  # for each open stage: seconds of the stages inside it
 
     def now(self) -> float:
         """The clock, when the device has finished what was launched so far: else a stage would get others' time."""

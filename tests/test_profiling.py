@@ -10,8 +10,7 @@ import pytest
 
 from diffusionopd import stages
 from diffusionopd.stages import stage, timed_stages
-from diffusionopd.training import profile
-from diffusionopd.training.profiling import OTHER
+from diffusionopd.training.profiling import OTHER, profile
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_floats_are_rounded_and_clamped():
         (torch.full((1, 3, 8, 8), float("nan")), "not finite"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "uint8 or float"),
         (np.zeros((1, 8, 8, 3)), "uint8"),
-        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "differ in size"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "same shape"),
     ],
 )
 def test_images_of_another_form_are_refused(images, problem):

@@ -15,7 +15,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from diffusionopd.rewards.aesthetic import AestheticHead
-from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
 from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
@@ -80,19 +80,13 @@ def load_imagereward(
     """Model and tokenizer, once for all scorers in a process; the head stays in float32, as officially.
 
     Raises:
-        RewardError: as `load_official`; a tokenizer that is missing or another model's; a dtype that is none.
+        RewardError: as `load_official`; a tokenizer that is missing; a dtype that is none.
     """
     number = scorer_dtype(dtype)
     model = load_official("imagereward", checkpoint, _build_model).to(device)
     model.vision.to(number)
     model.text.to(number)
-    words = load_tokenizer(BertTokenizer, tokenizer)
-    if len(words) > model.text.config.vocab_size:
-        raise RewardError(
-            f"the tokenizer '{tokenizer}' has {len(words)} tokens, the model of reward 'imagereward' has "
-            f"{model.text.config.vocab_size}: use {TOKENIZER}"
-        )
-    return model, words
+    return model, load_tokenizer(BertTokenizer, tokenizer)
 
 
 class ImageReward:

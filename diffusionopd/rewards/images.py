@@ -28,23 +28,22 @@ def to_uint8(images: Images) -> np.ndarray:
     Raises:
         ValueError: another shape or dtype, a value that is not finite, PIL images of several sizes.
     """
-    if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"an image array must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
-        return images
-    if not isinstance(images, Tensor):
+    if isinstance(images, Tensor):
+        images = images.detach()
+        if images.is_floating_point():
+            if not torch.isfinite(images).all():
+                raise ValueError("an image tensor holds values that are not finite")
+            images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        images = images.movedim(-3, -1).contiguous().cpu().numpy()
+    elif not isinstance(images, np.ndarray):
         arrays = each_uint8(images)
-        if len({array.shape for array in arrays}) > 1:
-            raise ValueError(f"the images of a batch differ in size: {sorted({image.size for image in images})}")
-        return np.stack(arrays) if len(arrays) else np.zeros((0, 0, 0, 3), dtype=np.uint8)
-    if images.ndim != 4 or images.shape[1] != 3 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise ValueError(f"an image tensor must be uint8 or float [B, 3, H, W], not {images.dtype} {[*images.shape]}")
-    images = images.detach()
-    if images.is_floating_point():
-        if not torch.isfinite(images).all():
-            raise ValueError("an image tensor holds values that are not finite")
-        images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        images = np.stack(arrays) if len(arrays) else np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            "images must be [B, 3, H, W] tensors, uint8 or float, uint8 [B, H, W, 3] arrays, or PIL images; these are "
+            f"{images.dtype} {list(images.shape)} as [B, H, W, 3]"
+        )
+    return images
 
 
 def each_uint8(images: Images) -> Sequence[np.ndarray]:

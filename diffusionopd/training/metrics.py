@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -25,8 +24,7 @@ class MetricsWriter:
     def __init__(self, path: str | Path | None, log_with: Sequence[str] = (), accelerator: Any = None) -> None:
         """`path` None writes no file (processes other than the first); `log_with` names the trackers in use."""
         self._path = None if path is None else Path(path)
-        self._log_with = ", ".join(log_with)
-        self._accelerator: Any = accelerator if log_with else None
+        self._log_with, self._accelerator = log_with, accelerator
         self._tracking = bool(log_with)  # until a tracker fails
         self._unwritten: list[str] = []
         self._failing = False  # and so said
@@ -41,7 +39,7 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """Write a round's row, which has its number as `round`; a value that is not finite becomes null."""
         strict = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._unwritten.append(json.dumps(strict, allow_nan=False))
+        self._unwritten.append(json.dumps(strict) + "\n")
         self._flush()
         if self._tracking:
             numbers = {name: float(v) for name, v in row.items() if name != "round" and isinstance(v, int | float)}
@@ -56,7 +54,7 @@ class MetricsWriter:
         self._flush()
         if self._unwritten:
             warnings.warn(f"the metrics of {len(self._unwritten)} rounds are missing in {self._path}", stacklevel=2)
-        if self._accelerator is not None:
+        if self._log_with:
             trackers, self._accelerator.trackers = self._accelerator.trackers, []  # `end_training` would end them again
             for tracker in trackers:
                 self._try(tracker.finish)
@@ -64,8 +62,8 @@ class MetricsWriter:
     def truncate_after(self, round_index: int) -> None:
         """Drop the lines of later rounds, and a line that a crash cut short; called when resuming after that round."""
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text("utf-8", "replace").split("\n")
-            write_atomically(self._path, "".join(f"{x}\n" for x in lines if _round_of(x) <= round_index), fsync=True)
+            lines = self._path.read_text("utf-8", "replace").splitlines(keepends=True)
+            write_atomically(self._path, "".join(x for x in lines if _round_of(x) <= round_index), fsync=True)
 
     def _flush(self, fsync: bool = False) -> None:
         """Write the lines that are due, or keep them; said once until it is possible again."""
@@ -74,7 +72,7 @@ class MetricsWriter:
             return
         try:
             if self._unwritten:
-                _append("".join(f"{line}\n" for line in self._unwritten).encode(), self._path)
+                _append("".join(self._unwritten), self._path)
                 self._unwritten.clear()
             if fsync and self._path.exists():
                 force_to_disk(self._path)
@@ -93,31 +91,26 @@ class MetricsWriter:
             call()
         except Exception as error:  # noqa: BLE001 - trackers raise whatever their client library raises
             if self._tracking:
-                warnings.warn(
-                    f"tracker {self._log_with} failed and is off from here on ({error!r}); metrics.jsonl goes on",
-                    stacklevel=3,
-                )
+                off = "failed and is off from here on"
+                warnings.warn(f"{', '.join(self._log_with)} {off}: {error!r}; metrics.jsonl goes on", stacklevel=3)
             self._tracking = False
 
 
-def _append(content: bytes, path: Path) -> None:
+def _append(lines: str, path: Path) -> None:
     """Add lines to a file; OSError leaves it as it was."""
-    with path.open("ab+", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a crash cut the last line short
-            content = b"\n" + content
-        try:
-            if (written := file.write(content)) != len(content):
-                raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes written")
-        except OSError:
-            with suppress(OSError):
-                file.truncate(end)
-            raise
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, end)
+        raise
 
 
 def _round_of(line: str) -> float:
     """The round of a line of metrics.jsonl; infinity if the line is no such object."""
     try:
-        return int(json.loads(line)["round"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return json.loads(line)["round"] if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
         return math.inf

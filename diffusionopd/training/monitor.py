@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Monitor:
 
     def watch(self, batches: Sequence[MonitoredBatch], *, score: bool, grid: str = "", title: str = "") -> None:
         """Have images decoded, scored when ``score``, written to ``grid`` (a file name) when given. Does not wait."""
-        computed = _computed(batches)
+        device = batches[0].latents.device
+        computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._rounds.append(self._thread.submit(self._decode_and_score, batches, computed, score, grid, title))
 
     def collect(self) -> dict[str, float]:
@@ -81,9 +82,8 @@ class Monitor:
             scores = self._result(f"monitoring of task {task!r}" if task else "writing the sample grid", future, {})
             for row, (own, name) in enumerate(self._names):
                 if own == task and name in scores:
-                    values = torch.as_tensor(scores[name], dtype=torch.float64)
-                    values = values[(values != NOT_APPLICABLE) & values.isfinite()]
-                    totals[row] += torch.tensor([values.sum().item(), float(len(values))])
+                    values = scores[name][scores[name] != NOT_APPLICABLE]
+                    totals[row] += torch.tensor([values.sum(), len(values)])
         rows = zip(self._names, sum_over_processes(totals).tolist(), strict=True)
         return {f"monitor/{task}/{name}": total / count for (task, name), (total, count) in rows if count}
 
@@ -128,19 +128,10 @@ class Monitor:
         return result
 
 
-def _computed(batches: Sequence[MonitoredBatch]) -> torch.cuda.Event | None:
-    """The moment at which the GPU has computed what was launched so far, the latents among it."""
-    device = batches[0].latents.device
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextmanager
-def _beside(computed: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
+def _beside(computed: torch.cuda.Event | None, device: torch.device) -> AbstractContextManager:
     """Launch on a stream of its own what needs ``computed``, so that neither waits for what is launched after that."""
     if computed is None:
-        yield
-        return
+        return nullcontext()
     stream = torch.cuda.Stream(device)
     stream.wait_event(computed)
-    with torch.cuda.stream(stream):
-        yield
+    return torch.cuda.stream(stream)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, Scores
 from diffusionopd.rewards.clip import CLIP_L, Clip, load_clip
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
@@ -95,8 +95,6 @@ class GenEval:
         Raises:
             RewardError: as `build_detector` and `load_clip`.
         """
-        if batch_size < 1:
-            raise RewardError(f"reward 'geneval': batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
         # First, because its file is missing at once, and CLIP only after several tries to reach the hub.
         self.detect = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
