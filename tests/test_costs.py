@@ -16,19 +16,20 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from diffusionopd.config_schema import check, load_config
+from diffusionopd.models.backbone import BackboneError
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora import Adapters
-from diffusionopd.training import train
+from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.training import check, load_config, train
 from tools import cost as command
-from tools.costs import round as rounds
-from tools.costs.count import Cost, count, measure
-from tools.costs.models import PUBLISHED, ArchitectureError, build, prompt_tokens, read_pipeline
-from tools.costs.round import count_round, measure_step, memory
+from tools.costs.count import Cost, count_decode, measure
+from tools.costs.models import PUBLISHED, Pipeline, read_pipeline
+from tools.costs.round import memory, step_cost, work
 
 from .conftest import ROOT, TARGETS
 
-LENGTH, SIDE = 5, 16  # text tokens, latent positions a side: 64 image tokens
+LENGTH, SIDE = 5, 16  # text tokens, latent positions per side: 64 image tokens
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 SHAPES = {
     "plain": {"dual_attention_layers": (), "qk_norm": None},
     "normalised": {"dual_attention_layers": (), "qk_norm": "rms_norm"},
@@ -52,8 +53,16 @@ def small(**changes) -> dict:
     } | changes
 
 
-def counted(config: dict, targets=TARGETS, **options) -> Cost:
-    return measure(config, (config["in_channels"], SIDE, SIDE), LENGTH, rank=4, targets=targets, **options)
+def counted(config: dict, targets=TARGETS, resolution: int = SIDE, **options) -> Cost:
+    """Of an SD3 whose VAE does not reduce, and whose prompts have three tokens of CLIP and two of T5."""
+    configs = {
+        "index": read_pipeline(MEDIUM).configs["index"],
+        "transformer": config,
+        "vae": {"block_out_channels": [32]},
+    }
+    encoders = {"text_encoder": SimpleNamespace(max_position_embeddings=3)}
+    pipeline = Pipeline("small", None, StableDiffusion3, configs, encoders)
+    return measure(pipeline, resolution, LENGTH - 3, rank=4, targets=targets, **options)
 
 
 def real(config: dict, targets: list[str] | None = None, half: bool = False) -> SD3Transformer2DModel:
@@ -112,18 +121,18 @@ def gpu_kernels(monkeypatch):
     ("name", "parameters", "layers"),
     [
         ("stabilityai/stable-diffusion-3-medium-diffusers", 2_028_328_000, 191),
-        ("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520, 191),
+        (MEDIUM, 2_243_171_520, 191),
         ("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, 303),
     ],
 )
 def test_parameters_of_the_published_models(name, parameters, layers):
-    transformer = build(PUBLISHED[name])
+    transformer = read_pipeline(name).backbone(torch.bfloat16).transformer
     assert sum(p.numel() for p in transformer.parameters()) == parameters
     adapters = Adapters(transformer)
     adapters.add_student("student", rank=32, alpha=64, target_modules=TARGETS)
     assert len(adapters.parameters("student")) / 2 == layers
-    if "3.5-medium" in name:
-        cost = measure(PUBLISHED[name], (16, 8, 8), 205, rank=32, targets=TARGETS)
+    if name == MEDIUM:
+        cost = measure(read_pipeline(name), 64, 128, rank=32)
         trained = sum(p.numel() for p in adapters.parameters("student"))
         assert (cost.parameters, cost.lora_parameters, cost.lora_layers) == (parameters, trained, layers)
         assert cost.buffers == sum(b.numel() for b in transformer.buffers()) == 384**2 * 1536
@@ -133,14 +142,14 @@ def test_parameters_of_the_published_models(name, parameters, layers):
         ]
         assert cost.largest_block == max(blocks)
         assert cost.adapted_parameters == 191 * 1536**2
+        assert (cost.latent, cost.embedding) == (16 * 8 * 8, (77 + 128) * 4096 + 2048)
+        assert cost.vae_parameters == 83_819_683
 
 
-def test_the_published_parts_beside_the_transformer():
-    """CLIP ViT-L/14, ViT-bigG/14 and T5 v1.1 XXL with a shared embedding; the autoencoder of 84 M parameters."""
-    parts = read_pipeline("stabilityai/stable-diffusion-3.5-medium")
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (*parts.encoders, parts.vae)]
-    assert sizes == [123_650_304, 694_659_840, 4_762_310_656, 83_819_683]
-    assert parts.latent_shape(512) == (16, 64, 64)
+def test_the_published_text_encoders():
+    """CLIP ViT-L/14, ViT-bigG/14 and T5 v1.1 XXL with a shared embedding."""
+    assert read_pipeline(MEDIUM).encoder_parameters() == 123_650_304 + 694_659_840 + 4_762_310_656
+    assert set(PUBLISHED) >= {MEDIUM}
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -185,20 +194,15 @@ def test_checkpointing_computes_the_blocks_again():
     assert replace(again, backward=plain.backward, kept=plain.kept, activations=plain.activations) == plain
 
 
-def test_flops_of_the_parts_beside_the_transformer(pipeline_folder):
-    parts = read_pipeline(str(pipeline_folder))
-    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+def test_the_parts_beside_the_transformer(pipeline_folder):
+    pipeline, pipe = read_pipeline(str(pipeline_folder)), StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
     latents = torch.zeros(2, 8, SIDE, SIDE)
+    decoded = count_decode(pipeline, SIDE * pipe.vae_scale_factor, 2)
     with torch.no_grad():
-        decoded = count(parts.vae, lambda: parts.vae.decode(torch.zeros(2, 8, SIDE, SIDE)))
         assert decoded.flops == count_flops(lambda: pipe.vae.decode(latents))
         assert decoded.peak > pipe.vae.decode(latents).sample.nbytes
-        stock_encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        for encoder, stock in zip(parts.encoders, stock_encoders, strict=True):
-            tokens = prompt_tokens(encoder, 14)
-            found = count(encoder, lambda e=encoder, n=tokens: e(torch.zeros(1, n, dtype=torch.long)))
-            assert found.flops == count_flops(lambda e=stock, n=tokens: e(torch.zeros(1, n, dtype=torch.long)))
-            assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in stock.parameters())
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    assert pipeline.encoder_parameters() == sum(p.numel() for encoder in encoders for p in encoder.parameters())
 
 
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def test_attention_keeps_what_one_kernel_keeps():
     """Queries, keys, values, result and a float32 a row and head: not a matrix of all pairs of tokens."""
     config, width = small(**SHAPES["plain"], num_layers=1), 48
     kept = [
-        measure(config, (8, side, side), LENGTH, rank=4, targets=["attn.to_q"], half=False).kept
+        counted(config, ["attn.to_q"], resolution=side, half=False).kept
         for side in (16, 32, 48)  # 64, 256 and 576 tokens
     ]
     per_token = (kept[1] - kept[0]) / (256 - 64)
@@ -279,10 +283,15 @@ def test_activations_are_affine_in_the_rows():
         assert five == pytest.approx(two + 3 * (two - one), rel=0.01)
 
 
+def costs_of(config):
+    plan = check(config, 1)
+    return plan, step_cost(plan, read_pipeline(config.pretrained.model), plan.shape.backward_size)
+
+
 def test_rows_of_memory_are_the_tensors_of_a_run(tiny_config, backbone):
     config = tiny_config(train__ema=True)
-    plan, pipeline = check(config, 1), read_pipeline(config.pretrained.model)
-    rows = memory(config, plan, pipeline, measure_step(config, plan, pipeline), shards=1)
+    plan, cost = costs_of(config)
+    rows = memory(plan, cost, shards=1)
 
     def size(tensors) -> int:
         return sum(tensor.nbytes for tensor in tensors)
@@ -298,7 +307,7 @@ def test_rows_of_memory_are_the_tensors_of_a_run(tiny_config, backbone):
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert rows["student: LoRA, gradient, optimizer, EMA"] == 3 * size(trained) + size(moments)
-    assert rows["teachers, or nft's old policy"] == 2 * size(trained)
+    assert rows["teachers"] == 2 * size(trained)
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------------
@@ -312,12 +321,6 @@ ALGORITHMS = {
 }
 
 
-def costs_of(config, processes: int = 1, checked: bool = True):
-    plan, pipeline = check(config, processes, sources=checked), read_pipeline(config.pretrained.model)
-    cost = measure_step(config, plan, pipeline)
-    return cost, count_round(config, plan, pipeline, cost), plan, pipeline
-
-
 def nfe_of_a_run(config, folder) -> int:
     train(config)
     return json.loads((folder / "logs" / "run" / "metrics.jsonl").read_text().splitlines()[0])["evaluations"]
@@ -326,46 +329,40 @@ def nfe_of_a_run(config, folder) -> int:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nfe_is_what_a_run_counts(tiny_config, tmp_path, name):
     config = tiny_config(num_epochs=1, **ALGORITHMS[name])
-    assert nfe_of_a_run(config, tmp_path) == costs_of(config)[1].nfe
+    plan, cost = check(config, 1), counted(small(**SHAPES["plain"], num_layers=1))
+    assert nfe_of_a_run(config, tmp_path) == sum(nfe for nfe, _ in work(plan, cost).values())
+    assert (memory(plan, cost, 1).get("other frozen adapters", 0) > 0) == (name == "nft")
 
 
-def test_a_monitored_round_is_walked_to_its_end(tiny_config, tmp_path):
-    config = tiny_config(num_epochs=1, sample_freq=1, train__timestep_fraction=0.5)
-    round_cost = costs_of(config)[1]
-    assert round_cost.finishing == 2 * 2 * 2
-    assert nfe_of_a_run(config, tmp_path) == round_cost.nfe + round_cost.finishing
+def flops_of(plan, cost) -> int:
+    return sum(flops for _, flops in work(plan, cost).values())
 
 
 def test_a_published_round():
-    """10 steps, 9 trained, guidance everywhere: in three passes 19 student forwards, 9 backwards, 10 of the teacher."""
+    """10 steps, 9 trained, guidance everywhere."""
     config = load_config(f"{ROOT}/config/opd.py:sopd_ocr")
-    cost, round_cost, plan, pipeline = costs_of(config, 8, checked=False)
-    forward_flops = cost.forward + cost.lora_forward
-    assert round_cost.flops == 72 * 2 * 9 * (2 * forward_flops + cost.backward)
-    assert round_cost.reference_flops == 72 * 2 * (29 * forward_flops + 9 * cost.backward)
-    assert round_cost.replicated_bytes_sent == 2 * 7 * 4 * cost.lora_parameters // 8
-    assert round_cost.sharded_bytes_sent > 100 * round_cost.replicated_bytes_sent
-    merged = config.copy_and_resolve_references()
-    merged.train.merge_teachers = True
-    assert count_round(merged, plan, pipeline, cost).flops == round_cost.flops - 72 * 2 * 9 * cost.lora_forward
-    peak, sharded = (sum(memory(config, plan, pipeline, cost, shards).values()) for shards in (1, 8))
-    assert sharded < peak < sum(memory(merged, plan, pipeline, cost, 1).values())
+    plan, cost = check(config, 8, sources=False), counted(small(**SHAPES["dual"], num_layers=6))
+    assert flops_of(plan, cost) == 72 * 2 * 9 * (2 * (cost.forward + cost.lora_forward) + cost.backward)
+    config.train.merge_teachers = True
+    merged = check(config, 8, sources=False)
+    assert flops_of(merged, cost) == flops_of(plan, cost) - 72 * 2 * 9 * cost.lora_forward
+    peak, sharded = (sum(memory(plan, cost, shards).values()) for shards in (1, 8))
+    assert sharded < peak < sum(memory(merged, cost, 1).values())
 
 
 def test_checkpointing_trades_work_for_memory(tiny_config):
     plain, more = (costs_of(tiny_config(activation_checkpointing=on)) for on in (False, True))
-    assert plain[1].nfe == more[1].nfe
-    assert 1.1 < more[1].flops / plain[1].flops < 1.4
-    assert plain[0].activations > more[0].activations
+    assert 1.1 < flops_of(*more) / flops_of(*plain) < 1.4
+    assert plain[1].activations > more[1].activations
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def test_every_shipped_configuration_has_a_cost(monkeypatch, capsys, tiny_config):
-    cost = costs_of(tiny_config())[0]  # the same for all: what a step costs is tested above
-    monkeypatch.setattr(command, "measure_step", lambda *_: cost)
-    monkeypatch.setattr(rounds, "count", lambda *_: SimpleNamespace(flops=1, peak=1))
+    cost = costs_of(tiny_config())[1]  # the same for all: what a step costs is tested above
+    monkeypatch.setattr(command, "step_cost", lambda *_: cost)
+    monkeypatch.setattr(command, "outside_training", lambda *_: {})
     monkeypatch.chdir(ROOT)
     for file in ("opd", "teacher", "tiny"):
         lines = (ROOT / f"config/{file}.py").read_text().splitlines()
@@ -391,7 +388,7 @@ def test_the_command_from_anywhere_writes_its_figures(tmp_path):
 
 
 def test_unknown_architectures_are_named():
-    with pytest.raises(ArchitectureError, match="owner/other"):
+    with pytest.raises(BackboneError, match="owner/other"):
         read_pipeline("owner/other")
 
 

@@ -165,7 +165,7 @@ def test_a_page_without_pictures_or_monitoring(folders, tmp_path):
 
 def test_what_is_missing_is_named(folders, tmp_path):
     run, evaluations = folders
-    with pytest.raises(ReportError, match="no run folder"):
+    with pytest.raises(ReportError, match=r"config\.json"):
         collect(tmp_path, evaluations, title="")
     with pytest.raises(ReportError, match=r"base/compose/average_scores.json"):
         collect(run, tmp_path, title="")

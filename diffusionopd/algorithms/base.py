@@ -144,12 +144,14 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Nfe:
-    """Forward passes of the transformer per round, in single images, over all processes."""
+    """Forward passes of the transformer per round, in single images, over all processes, and what is kept for them."""
 
     student: int = 0  # with gradient
     teacher: int = 0
     sampling: int = 0  # of the student or its old policy, without gradient; an expectation where steps are drawn
     base: int = 0
+    kept_latents: int = 2  # per image: tensors of a latent's size that live as long as the round, its noise included
+    extra_adapters: int = 0  # frozen adapters of the student's size beside the teachers'
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class Algorithm:
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
-        """Forward passes per round."""
+        """Forward passes per round, and the memory that goes with them."""
         raise NotImplementedError
 
     @classmethod

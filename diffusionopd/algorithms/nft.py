@@ -113,4 +113,5 @@ class Nft(Algorithm):
         own = plan.nfe(sampler.guidance)
         student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
         sampling = shape.images_per_round * sampler.num_steps * own + student
-        return Nfe(student=student, sampling=sampling, base=student if plan.settings.beta > 0 else 0)
+        base = student if plan.settings.beta > 0 else 0
+        return Nfe(student=student, sampling=sampling, base=base, extra_adapters=1)

@@ -151,4 +151,5 @@ class Opd(Algorithm):
             teacher=round(visits * teachers),
             sampling=round(shape.images_per_round * own * unsupervised),
             base=student if plan.settings.beta > 0 else 0,
+            kept_latents=1 + (4 * (drawn or sampler.trained_steps) if sampler.num_inner_epochs > 1 else 0),
         )

@@ -7,7 +7,7 @@ count follows the GPU: attention and RMS norms in one kernel each, layer norms i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,15 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora import Adapters
-from tools.costs.models import build, transformer_inputs
+from tools.costs.models import Pipeline
 
 aten = torch.ops.aten
 # Attention's one kernel has another name on a CPU, which torch's own table lacks.
@@ -60,7 +59,7 @@ class Tally(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             name, size = storage._cdata, storage.nbytes()
-            if name not in self._known | given:  # neither a view nor in place
+            if name not in self._known and name not in given:  # neither a view nor in place
                 self._known.add(name)
                 self.live += size
                 self.peak = max(self.peak, self.live)
@@ -77,7 +76,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """What a GPU's kernel keeps: its input and a float32 a row."""
+    """What a GPU's kernel keeps: its input and a float32 per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -90,15 +89,15 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @contextmanager
-def as_on_a_gpu(half: bool) -> Iterator[None]:
-    """Fake CPU tensors that go through a GPU's kernels; ``half`` is under autocast."""
+def as_on_a_gpu() -> Iterator[None]:
+    """Fake CPU tensors that go through a GPU's kernels."""
     layer_norm = F.layer_norm
 
     def wide_layer_norm(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return layer_norm(x.float() if half else x, *rest, **options)
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
 
     with (
-        FakeTensorMode(),
+        FakeTensorMode(allow_non_fake_inputs=True),
         sdpa_kernel(SDPBackend.FLASH_ATTENTION),
         patch.object(F, "layer_norm", wide_layer_norm),
         patch.object(F, "rms_norm", lambda x, *_, **__: _RmsNorm.apply(x)),
@@ -106,36 +105,14 @@ def as_on_a_gpu(half: bool) -> Iterator[None]:
         yield
 
 
-def _without_values(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace tensors on the meta device by fake ones; frozen ones in ``dtype``, trained ones with a gradient."""
-    replaced: dict[Tensor, Tensor] = {}  # a tied one once
-    for part in module.modules():
-        named: list[dict[str, Any]] = [part._parameters, part._buffers]
-        for tensors in named:
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if tensor not in replaced:
-                    replaced[tensor] = _without_value(tensor, dtype)
-                tensors[name] = replaced[tensor]
-
-
-def _without_value(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = tensor.requires_grad or not tensor.is_floating_point()
-    value = torch.zeros(tensor.shape, dtype=tensor.dtype if kept else dtype)
-    if not isinstance(tensor, nn.Parameter):
-        return value
-    parameter = nn.Parameter(value, tensor.requires_grad)
-    parameter.grad = torch.zeros_like(value) if tensor.requires_grad else None
-    return parameter
-
-
-def count(model: nn.Module, call: Callable[[], object]) -> Tally:
-    """FLOPs and peak bytes of a call of ``model``, which is on the meta device, in float32 without gradient."""
-    with as_on_a_gpu(half=False), torch.no_grad():
-        _without_values(model.requires_grad_(False).eval(), torch.float32)
+def count_decode(pipeline: Pipeline, resolution: int, images: int) -> Tally:
+    """FLOPs, and peak bytes beside weights, of decoding ``images`` latents at a time."""
+    backbone = pipeline.backbone(torch.float32)
+    with as_on_a_gpu():
+        backbone.vae.to_empty(device="cpu")
+        backbone.vae_device = torch.device("cpu")
         with Tally() as tally:
-            call()
+            backbone.decode(torch.zeros(images, *backbone.latent_shape(resolution)))
     return tally
 
 
@@ -151,9 +128,12 @@ class Cost:
     parameters: int  # of the frozen base
     buffers: int  # values that are no parameters
     largest_block: int  # parameters of it
+    vae_parameters: int
     lora_parameters: int
     lora_layers: int
     adapted_parameters: int  # of the base's matrices that have an adapter
+    latent: int  # values of an image's latent
+    embedding: int  # values of a prompt's embedding
     forward: int  # of the base alone
     lora_forward: int
     backward: int  # with what checkpointing computes again
@@ -162,12 +142,12 @@ class Cost:
 
 
 def measure(
-    config: Mapping[str, Any],
-    latent: Sequence[int],
-    text_tokens: int,
+    pipeline: Pipeline,
+    resolution: int,
+    max_sequence_length: int,
     *,
     rank: int,
-    targets: Sequence[str],
+    targets: Sequence[str] | None = None,
     rows: int = 1,
     half: bool = True,
     checkpointing: bool = False,
@@ -175,39 +155,37 @@ def measure(
     """Count a training step of a transformer with a LoRA: forward and backward over ``rows`` latents.
 
     Args:
-        config: the transformer's configuration.
-        latent: shape ``(C, h, w)`` of a latent.
-        text_tokens: tokens of a prompt.
-        rows: forward passes of single images in the step, two an image under guidance.
+        resolution: pixels of a side of an image.
+        max_sequence_length: as the key of this name.
+        targets: modules that the LoRA adapts; None for the family's own.
+        rows: forward passes of single images in the step, two per image under guidance.
         half: bf16 or fp16 under autocast on a GPU, else float32.
         checkpointing: compute activations again in the backward pass.
     """
-    transformer = build(config).requires_grad_(False).eval()
+    dtype = torch.bfloat16 if half else torch.float32
+    backbone = pipeline.backbone(dtype)
+    transformer, latent = backbone.transformer, backbone.latent_shape(resolution)
     sizes = {
         "parameters": _size(transformer.parameters()),
         "buffers": _size(transformer.buffers()),
-        "largest_block": max(
-            _size(block.parameters())
-            for blocks in transformer.modules()
-            if isinstance(blocks, nn.ModuleList)
-            for block in blocks
-        ),
+        "largest_block": max(_size(block.parameters()) for block in backbone.blocks()),
+        "vae_parameters": _size(backbone.vae.parameters()),
     }
-    fuse_norms(transformer)
     adapters = Adapters(transformer)
-    adapters.add_student("student", rank=rank, alpha=rank, target_modules=list(targets))
+    adapters.add_student("student", rank=rank, alpha=rank, target_modules=targets or pipeline.family.LORA_TARGETS)
     adapters.use("student")
-    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
     if checkpointing:
         transformer.enable_gradient_checkpointing()
-    dtype = torch.bfloat16 if half else torch.float32
-    with as_on_a_gpu(half):
-        _without_values(transformer, dtype)
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    with as_on_a_gpu():
+        transformer.to_empty(device="cpu")
+        backbone.device = torch.device("cpu")
+        for parameter in adapters.parameters("student"):
+            parameter.grad = torch.zeros_like(parameter)
 
         def forward(rows: int) -> Tensor:
-            inputs = transformer_inputs(config, latent, text_tokens, rows, dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                return transformer(**inputs, return_dict=False)[0].float()
+            conditions = pipeline.conditions(rows, max_sequence_length, dtype)
+            return backbone.velocity(torch.zeros(rows, *latent, dtype=dtype), 0.5, conditions)[0]
 
         with adapters.using(None), torch.no_grad(), Tally() as base:
             forward(1)
@@ -215,18 +193,21 @@ def measure(
             velocity = forward(rows)
             ahead, kept = step.flops, step.live
             velocity.sum().backward()
-    return Cost(
-        **sizes,
-        lora_parameters=_size(adapters.parameters("student")),
-        lora_layers=len(layers),
-        adapted_parameters=sum(layer.get_base_layer().weight.numel() for layer in layers),
-        forward=base.flops,
-        lora_forward=ahead // rows - base.flops,
-        backward=(step.flops - ahead) // rows,
-        kept=kept,
-        activations=step.peak,
-    )
+        conditions = pipeline.conditions(1, max_sequence_length, dtype)
+        return Cost(
+            **sizes,
+            lora_parameters=_size(adapters.parameters("student")),
+            lora_layers=len(layers),
+            adapted_parameters=_size(layer.get_base_layer().weight for layer in layers),
+            latent=torch.Size(latent).numel(),
+            embedding=_size(conditions.parts.values()),
+            forward=base.flops,
+            lora_forward=ahead // rows - base.flops,
+            backward=(step.flops - ahead) // rows,
+            kept=kept,
+            activations=step.peak,
+        )
 
 
-def _size(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
+def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)

@@ -44,12 +44,11 @@ def download(items: Mapping[str, Item], root: Path, force: bool = False) -> Iter
         What the part is, what became of it, and whether all is well.
     """
     for part in dict.fromkeys(part for item in items.values() for part in item.parts):
-        name = part.name if isinstance(part, Repository) else part.path
         try:
             if isinstance(part, Repository):
                 snapshot(part)
-                yield name, "in the hub's cache", True
+                yield part.name, "in the hub's cache", True
             else:
-                yield name, "loaded" if fetch(part, root, force) else "there already, verified", True
+                yield part.path, "loaded" if fetch(part, root, force) else "there already, verified", True
         except DownloadError as error:
-            yield name, str(error), False
+            yield part.name if isinstance(part, Repository) else part.path, str(error), False

@@ -11,9 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pooch import file_hash
-
-from diffusionopd.files import write_atomically
+from diffusionopd.files import force_to_disk, sha256, write_atomically
 from tools.downloads.catalogue import HUB, File
 from tools.downloads.transfer import LARGEST, DownloadError, Refused, receive, receive_from_hub, resolve, stated
 
@@ -46,7 +44,6 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
             except Refused:
                 if url == file.urls[-1]:
                     raise
-        record(path, file_hash(str(path)))
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
     return True
@@ -54,7 +51,7 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
 
 def verify(file: File, path: Path) -> None:
     """Check a file that is there, and record its digest. Raises DownloadError if it is not what it should be."""
-    actual, size = file_hash(str(path)), path.stat().st_size
+    actual, size = sha256(path), path.stat().st_size
     expected, expected_size = file.sha256 or recorded(path), 0
     if not expected:
         expected_size, expected = stated(file.urls[0])
@@ -75,22 +72,21 @@ def _load(url: str, file: File, path: Path, pause: float) -> None:
     else:
         partial, expected = place, file.sha256
         receive(resolve(url), partial, pause, file.size if file.size and not file.extract else LARGEST)
-    if file.extract:
-        source = partial.read_bytes()
-        partial.unlink()
-        partial.write_bytes(question(source))
-    actual = file_hash(str(partial))
-    if actual.startswith(expected):
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+    try:
+        if file.extract:
+            partial.write_bytes(question(partial.read_bytes()))
+        actual = sha256(partial)
+        if not actual.startswith(expected):
+            raise DownloadError(
+                f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of "
+                f"{expected[:12]}…). Nothing of it is kept; try again, or without mirrors and proxies"
+            )
+        force_to_disk(partial)
         os.replace(partial, path)
-    shutil.rmtree(place, ignore_errors=True)
-    if not actual.startswith(expected):
+        record(path, actual)
+    finally:
         partial.unlink(missing_ok=True)
-        raise DownloadError(
-            f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of {expected[:12]}…). "
-            "Nothing of it is kept; try again, or without mirrors and proxies"
-        )
+        shutil.rmtree(place, ignore_errors=True)
 
 
 # ---- Digests ---------------------------------------------------------------------------------------------------------
@@ -101,9 +97,9 @@ def recorded(path: Path) -> str:
     return _sums(path).get(path.name, "")
 
 
-def record(path: Path, sha256: str) -> None:
-    """Enter a file's digest, in place of an earlier one."""
-    entries = sorted((_sums(path) | {path.name: sha256}).items())
+def record(path: Path, digest: str) -> None:
+    """Enter a file's SHA-256, in place of an earlier one."""
+    entries = sorted((_sums(path) | {path.name: digest}).items())
     write_atomically(path.with_name(SUMS), "".join(f"{digest}  {name}\n" for name, digest in entries))
 
 
@@ -120,34 +116,30 @@ def _sums(path: Path) -> dict[str, str]:
 def question(source: bytes) -> bytes:
     """UnifiedReward's question out of the Python file that asks it, with `{prompt}` where the caption goes.
 
-    It is the one text that is assigned to `question`, holds the caption and asks for a "Final Score:". The file is
+    It is the one f-string that is assigned to `question`, holds the caption and asks for a "Final Score:". The file is
     parsed, never run.
 
     Raises:
         DownloadError: no such text, or several different ones.
     """
     try:
-        tree = ast.parse(source)
+        nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError) as error:
         raise DownloadError(f"the source of the question is not a Python file: {error}") from None
-    assigned = (
-        node.value
-        for node in ast.walk(tree)
+    texts = {
+        _template(node.value)
+        for node in nodes
         if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == "question" for target in node.targets)
-    )
-    found = {text for text in map(_template, assigned) if "{prompt}" in text and "Final Score:" in text}
+        and ast.unparse(node.targets[0]) == "question"
+        and isinstance(node.value, ast.JoinedStr)
+    }
+    found = [text for text in texts if "{prompt}" in text and "Final Score:" in text]
     if len(found) != 1:
         raise DownloadError(f"the source of the question holds {len(found)} texts that may be it, not one")
-    return f"{found.pop()}\n".encode()
+    return f"{found[0]}\n".encode()
 
 
-def _template(node: ast.expr) -> str:
-    """A string or f-string with `{name}` where a variable goes; "" for anything else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(_template, node.values))
-    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
-        return f"{{{node.value.id}}}"
-    return ""
+def _template(text: ast.JoinedStr) -> str:
+    """An f-string with `{name}` where a variable goes."""
+    parts = (ast.literal_eval(p) if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in text.values)  # type: ignore[attr-defined]
+    return "".join(parts)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import requests
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-from pooch import HTTPDownloader
+from tqdm import tqdm
 
 from diffusionopd.config_schema import redacted
 from tools.downloads.catalogue import GITHUB, HUB, Repository
@@ -29,7 +27,7 @@ AS_IT_IS = {"Accept-Encoding": "identity"}
 
 
 class DownloadError(ValueError):
-    """Raised when something could not be downloaded: what, why and the remedy, without secrets."""
+    """Raised when something could not be downloaded; its message has no secrets."""
 
     def __init__(self, message: object) -> None:
         super().__init__(redacted(message))
@@ -42,9 +40,9 @@ class Refused(DownloadError):
 def resolve(url: str) -> str:
     """The address to ask: `HF_ENDPOINT` in place of the hub, `DIFFUSIONOPD_MIRROR` in front of GitHub's."""
     if url.startswith(HUB):
-        owner, name, path = url.removeprefix(HUB).split("/", 2)
+        repository, path = _hub_file(url)
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        return f"{endpoint.rstrip('/')}/{owner}/{name}/resolve/main/{path}"
+        return f"{endpoint.rstrip('/')}/{repository}/resolve/main/{path}"
     if url.startswith(GITHUB) and (mirror := os.environ.get("DIFFUSIONOPD_MIRROR")):
         return f"{mirror.rstrip('/')}/{url}"
     return url
@@ -53,15 +51,20 @@ def resolve(url: str) -> str:
 # ---- The hub ---------------------------------------------------------------------------------------------------------
 
 
+def _hub_file(url: str) -> tuple[str, str]:
+    """Repository and path of `hub:owner/name/path`."""
+    owner, name, path = url.removeprefix(HUB).split("/", 2)
+    return f"{owner}/{name}", path
+
+
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     page = f"https://huggingface.co/{name}"
     try:
         yield
-    except (GatedRepoError, RepositoryNotFoundError) as error:  # the second is also what a refused token looks like
-        known = "asks for its licence to be accepted" if isinstance(error, GatedRepoError) else "is not accessible"
+    except (GatedRepoError, RepositoryNotFoundError):  # the second is also what a refused token looks like
         remedy = f"accept the licence at {page}, then run `hf auth login` or set HF_TOKEN"
-        raise Refused(f"{name} {known}: {remedy}") from None
+        raise Refused(f"{name} is not accessible: {remedy}") from None
     except EntryNotFoundError:
         raise Refused(f"{page} lacks the file") from None
     except Exception as error:  # the client lets errors of several libraries through
@@ -81,17 +84,16 @@ def snapshot(repository: Repository) -> None:
 
 def receive_from_hub(url: str, folder: Path) -> Path:
     """Load `hub:owner/name/path` into a folder, going on with what is there; returns the file. Raises as `receive`."""
-    owner, name, file = url.removeprefix(HUB).split("/", 2)
-    with _hub_errors(f"{owner}/{name}"):
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file, local_dir=folder))
+    repository, path = _hub_file(url)
+    with _hub_errors(repository):
+        return Path(huggingface_hub.hf_hub_download(repository, path, local_dir=folder))
 
 
 def stated(url: str) -> tuple[int, str]:
     """What the source says of a file without loading it: its size in bytes and its SHA-256; 0 and "" if it does not."""
     if url.startswith(HUB):
-        owner, name, file = url.removeprefix(HUB).split("/", 2)
-        with _hub_errors(f"{owner}/{name}"):
-            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(f"{owner}/{name}", file))
+        with _hub_errors(_hub_file(url)[0]):
+            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(*_hub_file(url)))
         return found.size or 0, found.etag if re.fullmatch(r"[0-9a-f]{64}", found.etag or "") else ""
     address = resolve(url)
     try:
@@ -103,52 +105,6 @@ def stated(url: str) -> tuple[int, str]:
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
-
-
-class _Partial(io.FileIO):
-    """A partial file that goes on behind the bytes that are there, and the check of an answer before it is written."""
-
-    def __init__(self, path: Path, url: str, largest: int) -> None:
-        super().__init__(path, "ab")
-        self.url, self.largest = url, largest
-        self.start, self.total = self.tell(), 0  # bytes there, and bytes of the file if the server says so
-
-    def check(self, answer: requests.Response, *args: Any, **options: Any) -> None:
-        """Raise for an answer that is not the rest of the file; start over where it is all of it. Requests' hook."""
-        there, length = answer.headers.get("Content-Range", ""), int(answer.headers.get("Content-Length", 0))
-        if self.url.startswith("https://") and not answer.url.startswith("https://"):
-            raise DownloadError(f"{self.url} leads away from https; try without proxies and mirrors")
-        if answer.status_code in (401, 403, 404, 410):
-            raise Refused(
-                f"{self.url} is refused or not there ({answer.status_code}); try a browser or another network"
-            )
-        if "text/html" in answer.headers.get("Content-Type", "") or "Content-Encoding" in answer.headers:
-            raise DownloadError(f"{self.url} gave a web page or packed data; try without proxies and mirrors")
-        fits = answer.status_code == 206 and there.startswith(f"bytes {self.start}-")
-        complete = answer.status_code == 416 and there == f"bytes */{self.start}"
-        if not (answer.is_redirect or fits or complete):  # all of it, or something else: nothing fits what is there
-            self.truncate(0)
-            self.start = 0
-        if complete:
-            raise _Complete
-        answer.raise_for_status()
-        if length and not answer.is_redirect:
-            self.total = self.start + length
-            self._check_size(self.total)
-
-    def _check_size(self, size: int) -> None:
-        if size > self.largest:
-            self.truncate(0)
-            raise DownloadError(f"{self.url} sends more than the {self.largest} bytes that the file may have")
-
-    def write(self, chunk: Any) -> int:
-        """Append."""
-        self._check_size(self.tell() + len(chunk))
-        return super().write(chunk)
-
-
-class _Complete(Exception):
-    """Nothing is left to load."""
 
 
 def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST) -> None:
@@ -165,13 +121,13 @@ def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST)
     """
     idle = 0
     while True:
-        size = partial.stat().st_size if partial.exists() else 0
+        size = _size(partial)
         try:
-            return _receive_once(url, partial, largest)
+            return _receive_once(url, partial, size, largest)
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:  # also of a redirection
             raise DownloadError(f"{url} is or leads to no http address ({type(error).__name__})") from None
         except requests.RequestException as error:
-            idle = 0 if partial.exists() and partial.stat().st_size > size else idle + 1
+            idle = 0 if _size(partial) > size else idle + 1
             if idle == ATTEMPTS:
                 reason = error.response.status_code if error.response is not None else type(error).__name__
                 raise DownloadError(
@@ -181,16 +137,34 @@ def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST)
             time.sleep(pause * 2 ** max(0, idle - 1))
 
 
-def _receive_once(url: str, partial: Path, largest: int) -> None:
-    try:
-        with _Partial(partial, url, largest) as file:
-            headers = AS_IT_IS | ({"Range": f"bytes={file.start}-"} if file.start else {})
-            options = {"timeout": TIMEOUT, "headers": headers, "hooks": {"response": file.check}}
-            HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=CHUNK, **options)(url, file, None)
-            if file.total and file.tell() != file.total:
-                raise requests.ConnectionError(f"{file.tell()} of {file.total} bytes arrived")
-    except _Complete:
-        pass
-    finally:
-        if partial.exists() and not partial.stat().st_size:
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _receive_once(url: str, partial: Path, start: int, largest: int) -> None:
+    def stay_on_https(answer: requests.Response, *args: Any, **options: Any) -> None:
+        if url.startswith("https://") and not answer.url.startswith("https://"):
+            raise DownloadError(f"{url} leads away from https; try without proxies and mirrors")
+
+    headers = AS_IT_IS | ({"Range": f"bytes={start}-"} if start else {})
+    hooks = {"response": stay_on_https}
+    with requests.get(url, headers=headers, timeout=TIMEOUT, stream=True, hooks=hooks) as answer:
+        there = answer.headers.get("Content-Range", "")
+        if answer.status_code in (401, 403, 404, 410):
+            raise Refused(f"{url} is refused or not there ({answer.status_code}); try a browser or another network")
+        if answer.status_code == 416 and there == f"bytes */{start}":  # nothing is left to load
+            return
+        if answer.status_code == 416:
             partial.unlink()
+        answer.raise_for_status()
+        if "text/html" in answer.headers.get("Content-Type", "") or "Content-Encoding" in answer.headers:
+            raise DownloadError(f"{url} gave a web page or packed data; try without proxies and mirrors")
+        goes_on = answer.status_code == 206 and there.startswith(f"bytes {start}-")
+        total = int(answer.headers.get("Content-Length", 0)) + (start if goes_on else 0)
+        bar = tqdm(total=total, initial=start if goes_on else 0, unit="B", unit_scale=True, disable=None)
+        with bar, partial.open("ab" if goes_on else "wb") as file:
+            for chunk in answer.iter_content(CHUNK):
+                if max(total, file.tell() + len(chunk)) > largest:
+                    partial.unlink()
+                    raise DownloadError(f"{url} sends more than the {largest} bytes that the file may have")
+                bar.update(file.write(chunk))

@@ -5,25 +5,20 @@ models side by side.
 """
 
 from tools.report.collect import Image, Report, ReportError, Task, collect, render, summary, text_table
-from tools.report.comparison import compare, csv_table, published_models, render_comparison, text_comparison
-from tools.report.evaluations import ComparisonError, Evaluation, Model, read_models
+from tools.report.comparison import (
+    ComparisonError,
+    Evaluation,
+    Model,
+    compare,
+    csv_table,
+    published_models,
+    read_models,
+    render_comparison,
+    text_comparison,
+)  # fmt: skip
 
 __all__ = [
-    "ComparisonError",
-    "Evaluation",
-    "Image",
-    "Model",
-    "Report",
-    "ReportError",
-    "Task",
-    "collect",
-    "compare",
-    "csv_table",
-    "published_models",
-    "read_models",
-    "render",
-    "render_comparison",
-    "summary",
-    "text_comparison",
+    "ComparisonError", "Evaluation", "Image", "Model", "Report", "ReportError", "Task", "collect", "compare",
+    "csv_table", "published_models", "read_models", "render", "render_comparison", "summary", "text_comparison",
     "text_table",
-]
+]  # fmt: skip

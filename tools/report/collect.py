@@ -3,11 +3,13 @@
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from diffusionopd.config_schema import ConfigError, is_number
@@ -82,19 +84,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         ReportError: there is no such file, or not one complete round in it.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ReportError(f"{path} does not exist: has the run been trained?")
-    rounds = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
+    path, rounds = run / "metrics.jsonl", {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # a line cut short by a kill
             row = json.loads(line)
-        except (ValueError, RecursionError):  # a line cut short by a kill
-            continue
-        if isinstance(row, dict) and isinstance(row.get("round"), int) and not isinstance(row["round"], bool):
             rounds[row["round"]] = row
     if not rounds:
-        raise ReportError(f"{path} holds no finished round")
+        raise ReportError(f"{path} holds no finished round: has the run been trained?")
     return [rounds[number] for number in sorted(rounds)]
 
 
@@ -114,59 +110,33 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
         ReportError: something is missing, with its path.
     """
     try:
-        config = read_run_config(run / "config.json")
-    except ConfigError as error:
-        raise ReportError(f"{run} is no run folder: {error}") from error
-    rows = read_metrics(run)
-    rounds = int(rows[-1]["round"])
-    seconds = max(seconds, sum(value for _, value in points(rows, "seconds")))
-    try:
+        config, rows = read_run_config(run / "config.json"), read_metrics(run)
         teachers = config["train"]["teachers"]
-        names = [teacher["name"] for teacher in teachers]
-        tasks = [_collect_task(teacher, names, rows, evaluations, num_images) for teacher in teachers]
+        models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), STUDENT]
+        tasks = []
+        for teacher in teachers:
+            name, reward = teacher["name"], next(iter(teacher["proxy_reward"]), "")
+            folders = {model: evaluations / model / name for model in models}
+            scores = {model: read_averages(folder / AVERAGES)[reward] for model, folder in folders.items()}
+            shown = {model: folders[model] for model in (BASE, f"teacher-{name}", STUDENT)}
+            keys = (f"monitor/{name}/{reward}", f"eval/{name}/{reward}", f"loss/{name}")
+            monitored, evaluated, loss = (points(rows, key) for key in keys)
+            images = _images(shown, reward, num_images)
+            tasks.append(Task(name, reward, scores, monitored, evaluated, loss, images))
+        rounds = int(rows[-1]["round"])
+        seconds = max(seconds, sum(value for _, value in points(rows, "seconds")))
         facts = [*_run_facts(config, tasks, rounds, seconds), *machine_facts()]
+    except (ConfigError, EvaluationError) as error:
+        raise ReportError(f"the run or an evaluation cannot be read: {error}") from error
     except KeyError as error:
-        raise ReportError(f"{run / 'config.json'} or an evaluation lacks {error}") from error
+        raise ReportError(f"{run / 'config.json'} or an evaluation of {evaluations} lacks {error}") from error
     return Report(title, tasks, rounds, seconds, facts)
-
-
-def _collect_task(
-    teacher: Mapping[str, Any],
-    names: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    evaluations: Path,
-    num_images: int,
-) -> Task:
-    name, reward = teacher["name"], next(iter(teacher["proxy_reward"]), "")
-    models = [BASE, *(f"teacher-{other}" for other in names), STUDENT]
-    scores = {model: _score(evaluations / model / name, reward) for model in models}
-    shown = (BASE, f"teacher-{name}", STUDENT)
-    return Task(
-        name,
-        reward,
-        scores,
-        monitored=points(rows, f"monitor/{name}/{reward}"),
-        evaluated=points(rows, f"eval/{name}/{reward}"),
-        loss=points(rows, f"loss/{name}"),
-        images=_images({model: evaluations / model / name for model in shown}, reward, num_images),
-    )
-
-
-def _score(folder: Path, reward: str) -> Summary:
-    try:
-        averages = read_averages(folder / AVERAGES)
-    except EvaluationError as error:
-        raise ReportError(f"an evaluation is missing: {error}") from error
-    if reward not in averages:
-        raise ReportError(f"{folder} was not scored with '{reward}'; it has {', '.join(averages) or 'no score'}")
-    return averages[reward]
 
 
 def _images(folders: Mapping[str, Path], reward: str, count: int) -> list[Image]:
     records = {model: {r.sample_id: r for r in read_records(folder / RESULTS)} for model, folder in folders.items()}
-    common = sorted(set.intersection(*(set(by_id) for by_id in records.values())))
     images = []
-    for sample_id in common[:count]:
+    for sample_id in sorted(set.intersection(*map(set, records.values())))[:count]:
         files = {model: folder / "images" / f"{sample_id:05d}.jpg" for model, folder in folders.items()}
         if all(file.is_file() for file in files.values()):
             scores = {model: by_id[sample_id].scores[reward] for model, by_id in records.items()}
@@ -194,8 +164,8 @@ def _run_facts(config: Mapping[str, Any], tasks: Sequence[Task], rounds: int, se
 def machine_facts() -> list[tuple[str, str]]:
     """What this process runs on: processor, system, versions."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else None
+    model = found[1] if found else platform.machine()
     versions = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -212,19 +182,16 @@ def machine_facts() -> list[tuple[str, str]]:
 def render(report: Report) -> str:
     """The page as one HTML document that refers to nothing outside itself."""
     shares = [task.gap_closed for task in report.tasks if task.gap_closed is not None]
+    mean_gap = percent(fmean(shares) if shares else None)
+    helpers = {"percent": percent, "label": label, "duration": duration, "image": image_of}
     return render_page(
         "report.html.j2",
         title=report.title,
-        tasks=report.tasks,
-        models=report.models,
-        rounds=report.rounds,
-        duration=duration(report.seconds),
-        mean_gap=sum(shares) / len(shares) if shares else None,
-        plots=_plots(report),
         facts=report.facts,
-        percent=percent,
-        label=label,
-        image=image_of,
+        report=report,
+        mean_gap=mean_gap,
+        plots=_plots(report),
+        **helpers,
     )
 
 
@@ -264,21 +231,20 @@ def summary(report: Report) -> dict[str, Any]:
 
 def duration(seconds: float) -> str:
     """`45 s`, `9 min 12 s` or `3 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def text_table(report: Report) -> str:
     """Base, teachers and student against the tasks' scores, for the terminal."""
-    rows = [["", *(task.reward for task in report.tasks)]]
-    for model in report.models:
-        rows.append([label(model), *(f"{task.scores[model].mean:.3f}" for task in report.tasks)])
-    rows.append(["gap closed", *(percent(task.gap_closed) for task in report.tasks)])
-    return aligned(rows)
+    return aligned(
+        [
+            ["", *(task.reward for task in report.tasks)],
+            *([label(model), *(f"{t.scores[model].mean:.3f}" for t in report.tasks)] for model in report.models),
+            ["gap closed", *(percent(task.gap_closed) for task in report.tasks)],
+        ]
+    )
 
 
 def label(model: str) -> str:

@@ -34,19 +34,16 @@ def image_of(file: Path) -> dict[str, str]:
             return {"src": data_uri("image/jpeg", file.read_bytes()), "class": "pixels"}
         image = opened.convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=90)
+    image.save(buffer := io.BytesIO(), format="JPEG", quality=90)
     return {"src": data_uri("image/jpeg", buffer.getvalue()), "class": ""}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of a text table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
 
 
 def data_uri(kind: str, content: bytes) -> str:
