@@ -153,9 +153,9 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
             )
         return latest
     folder = None if unset(resume_from) else Path(str(resume_from))
-    if folder is not None and not folder.is_dir():
-        return None  # check() names it
     if folder is not None:
+        if not folder.is_dir():
+            return None  # check() names it
         checkpoint.verify(folder)
     if present and (folder is None or folder.resolve().parent != root.resolve()):
         raise RunError(
@@ -290,7 +290,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a change of an expanded key changes what the student is trained on, or towards."""
     algorithms = [values["train.algorithm"] for values in (before, now)]
-    from_rewards = any(ALGORITHMS[name].has_rewards for name in algorithms if name in ALGORITHMS)
+    from_rewards = any(ALGORITHMS[each].has_rewards for each in algorithms if each in ALGORITHMS)
     if name == "num_epochs":  # by which a cascade's tasks share the rounds
         return CASCADE in (before["train.task_order"], now["train.task_order"])
     if name.startswith("reward_options."):
