@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
 from pathlib import Path
@@ -138,19 +138,14 @@ def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
             reward = key.split(".")[1]
             if reward not in config.reward_options:
                 config.reward_options[reward] = ConfigDict(type_safe=False)
-        value = _parse(text, _current(config, key))
-        config_path.set_value(key, config, value, accept_new_attributes=True)
+        current = None
+        with suppress(KeyError):
+            current = config_path.get_value(key, config)
+        config_path.set_value(key, config, _parse(text, current), accept_new_attributes=True)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         return f"--config.{key} cannot be set: {reason}.{nearest(key, flatten(config))}"
     return None
-
-
-def _current(config: ConfigDict, key: str) -> Any:
-    try:
-        return config_path.get_value(key, config)
-    except KeyError:
-        return None
 
 
 def _parse(text: str | None, current: Any) -> Any:

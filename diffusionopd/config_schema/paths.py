@@ -27,27 +27,29 @@ def gap(source: str | None) -> str:
 
 def check_model(key: str, model: str, problems: Problems) -> None:
     """The base model is a hub id or a diffusers folder that is there."""
-    what = gap(model)
-    if not what and Path(model).exists():
-        what = "" if (Path(model) / "model_index.json").is_file() else f"is {model}, which has no model_index.json"
-    elif not what and (not _is_hub_id(model) or model.count("/") != 1):
-        what = f"is {model}, which does not exist here"
-    if what:
-        problems.add(key, what, "Give a hub id (organisation/name) or a local diffusers pipeline folder.")
+    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder."
+    if what := gap(model):
+        problems.add(key, what, remedy)
+    elif Path(model).exists():
+        if not (Path(model) / "model_index.json").is_file():
+            problems.add(key, f"is {model}, which has no model_index.json", remedy)
+    elif not _is_hub_id(model) or model.count("/") != 1:
+        problems.add(key, f"is {model}, which does not exist here", remedy)
 
 
 def check_adapter(key: str, source: str, problems: Problems) -> None:
     """A LoRA is a folder or file that is there, or a hub id."""
-    what, path = gap(source), Path(source or "")
-    if not what and path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
-        what = f"is {source}, a folder without a .safetensors file"
-    elif not what and path.is_file() and path.suffix != ".safetensors":
-        what = f"is {source}, which is not a .safetensors file"
-    elif not what and not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
-        what = f"is {source}, which does not exist here"
-    if what:
-        remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
+    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
+    if what := gap(source):
         problems.add(key, what, remedy)
+        return
+    path = Path(source)
+    if path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
+        problems.add(key, f"is {source}, a folder without a .safetensors file", remedy)
+    elif path.is_file() and path.suffix != ".safetensors":
+        problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
+    elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
+        problems.add(key, f"is {source}, which does not exist here", remedy)
 
 
 def check_writable(key: str, folder: Path, problems: Problems) -> None:

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 class Problems:
     """Collects what is wrong, and remembers which keys are unusable, so that later checks do not build on them.
 
-    What is wrong with a key that ends in one of ``ignored`` does not matter.
+    What is wrong with a key that ends in one of ``ignored`` is not reported.
     """
 
     def __init__(self, ignored: tuple[str, ...] = ()) -> None:

@@ -83,34 +83,25 @@ class BatchError(ValueError):
     """The batches of a round cannot be made; the message names the round and says why."""
 
 
+@dataclass
 class Batches:
     """A process's batches of any round. The next round's are made in a thread while this one trains, if wanted."""
 
-    def __init__(
-        self,
-        shape: RoundShape,
-        tasks: Sequence[Task],
-        settings: NoiseSettings,
-        *,
-        prompts: Mapping[str, Sequence[Prompt]],
-        samplers: Mapping[str, PromptSampler],
-        text: TextCache,
-        latent_shape: Sequence[int],
-        steps: Callable[[int, int], tuple[int, ...]],
-        wants_images: Callable[[int], bool],
-        device: torch.device,
-        dtype: torch.dtype,
-        rank: int = 0,
-    ) -> None:
-        """``prompts``, ``samplers``: by task. ``steps(round, task)``: the trained sampler steps.
+    shape: RoundShape
+    tasks: Sequence[Task]
+    settings: NoiseSettings
+    prompts: Mapping[str, Sequence[Prompt]]  # by task
+    samplers: Mapping[str, PromptSampler]  # by task
+    text: TextCache
+    latent_shape: Sequence[int]
+    steps: Callable[[int, int], tuple[int, ...]]  # (round, task) -> the trained sampler steps
+    wants_images: Callable[[int], bool]  # whether a round's images are scored or saved
+    device: torch.device
+    dtype: torch.dtype  # of the text embeddings
+    rank: int = 0
 
-        ``wants_images(round)``: whether a round's images are scored or saved. ``dtype``: of the text embeddings.
-        """
-        self.shape, self.tasks, self.settings = shape, tasks, settings
-        self.prompts, self.samplers, self.text = prompts, samplers, text
-        self.latent_shape, self.steps, self.wants_images = tuple(latent_shape), steps, wants_images
-        self.device, self.dtype, self.rank = device, dtype, rank
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if settings.prefetch else None
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if self.settings.prefetch else None
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
     def round(self, index: int) -> list[Batch]:

@@ -45,7 +45,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 def check_compiler(device: torch.device) -> None:
     """AccelerationError when what ``compile`` needs on ``device`` is not installed."""
     kind, variable, usual = ("C", "CC", "gcc, clang, cc") if device.type == "cuda" else ("C++", "CXX", "g++, clang++")
-    names = os.environ.get(variable, usual)
+    names = os.environ.get(variable) or usual
     if not any(map(shutil.which, names.split(", "))):
         raise AccelerationError(
             f"compile needs a {kind} compiler ({names}), and there is none. Install one, name it in {variable}, or set "

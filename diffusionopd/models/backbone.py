@@ -21,6 +21,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
@@ -405,10 +406,9 @@ def find_device(name: str | None, default: torch.device, key: str) -> torch.devi
     """The device that the setting ``key`` names; ``default`` for none. BackboneError for one that is not there."""
     if not name:
         return default
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.") from error
+    if not is_device(name):
+        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.")
+    device = torch.device(name)
     present = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= present:
         raise BackboneError(f"{key} is {name!r}, but this process sees {present} GPUs: name another, or none.")

@@ -71,7 +71,7 @@ class RunSettings:
     @property
     def run_dir(self) -> Path:
         """``save_dir`` where it is set, else ``<logdir>/<run_name>``."""
-        return Path(self.logdir, self.run_name) if unset(self.save_dir) else Path(self.save_dir)
+        return Path(self.logdir or "", self.run_name or "") if unset(self.save_dir) else Path(self.save_dir)
 
     @property
     def trackers(self) -> list[str]:

@@ -21,6 +21,7 @@ from diffusionopd.config_schema import (
     FREE,
     REFUSE,
     REWARDS,
+    ROUND,
     SECTIONS,
     TEACHERS,
     ConfigError,
@@ -39,12 +40,8 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
 from diffusionopd.training.plan import SCHEMA, RunSettings, is_used
 
-_BATCH_KEYS = (
-    "sample.train_batch_size",
-    "sample.num_batches_per_epoch",
-    "train.batch_size",
-    "train.gradient_accumulation_steps",
-)
+# In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
+_BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)
 # Options of a reward that is trained on: placement and timeouts, not the score.
 _RUNTIME_OPTIONS = frozenset(
     "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
@@ -72,24 +69,15 @@ class Resume:
     given: ConfigDict  # as it was given
     written_for: int  # processes that the per-process keys of ``given`` are meant for
     folder: Path | None = None  # the checkpoint; None for a fresh start
-    scalars: Mapping[str, Any] = field(default_factory=dict)  # of its state
+    completed: int = 0  # rounds done when it was saved
+    unevaluated: dict[str, Any] | None = None  # metrics of the last round, when a signal interrupted its evaluation
+    digests: Mapping[str, str] = field(default_factory=dict)  # of prompts and weights, when it was saved
     allow_change: bool = False
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
-    @property
-    def completed(self) -> int:
-        """Rounds done when the checkpoint was saved."""
-        return int(self.scalars.get("round", 0))
-
-    @property
-    def unevaluated(self) -> dict[str, Any] | None:
-        """The metrics of the last round, when a signal interrupted its evaluation."""
-        return self.scalars.get("unevaluated")
-
     def check_digests(self, digests: Mapping[str, str]) -> None:
         """Compare what has a digest both now and in the checkpoint; RunError unless changes are allowed."""
-        before = self.scalars.get("digests", {})
-        changed = sorted(name for name, digest in digests.items() if before.get(name, digest) != digest)
+        changed = sorted(name for name, digest in digests.items() if self.digests.get(name, digest) != digest)
         if not changed:
             return
         what = f"{', '.join(changed)}: not what {self.folder} was trained with"
@@ -126,12 +114,13 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if folder is None:
         return fresh
     saved, scalars = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
-    tables = [scalars.get(name, {}) for name in ("digests", "versions")]
-    written_for = scalars.get("written_for", scalars.get("num_processes"))
-    counts = all(isinstance(count, int) and count >= 0 for count in (scalars.get("round"), written_for))
-    if not counts or not written_for or not all(isinstance(table, dict) for table in tables):
+    completed, written_for = scalars.get("round", -1), scalars.get("written_for", scalars.get("num_processes", 0))
+    digests, before = scalars.get("digests", {}), scalars.get("versions", {})
+    expected = isinstance(completed, int) and isinstance(written_for, int) and completed >= 0 < written_for
+    if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
-    start = Resume(config, config, num_processes, folder, scalars, allow_change)
+    unevaluated = scalars.get("unevaluated")
+    start = Resume(config, config, num_processes, folder, completed, unevaluated, digests, allow_change)
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
@@ -141,7 +130,7 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
         raise ResumeError(f"this is not the experiment that {folder} belongs to:{listed}\n{_REMEDY}")
     if refused or free:
         start.notes.append("changed since then: " + ", ".join([*refused, *free]))
-    before, now = scalars.get("versions", {}), versions()
+    now = versions()
     if other := [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]:
         start.notes.append("saved with other versions: " + ", ".join(other))
     return start
@@ -163,21 +152,15 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
                 "nothing to resume. Put one back from a copy, or move them away to start this run afresh."
             )
         return latest
-    if unset(resume_from):
-        if present:
-            raise RunError(
-                f"{run_dir} already holds a run with {present[0].name}. Add --config.resume_from=auto to go on with "
-                "it, or choose another --config.run_name."
-            )
-        return None
-    folder = Path(str(resume_from))
-    if not folder.is_dir():
-        return None  # check() names it
-    checkpoint.verify(folder)
-    if present and folder.resolve().parent != root.resolve():
+    folder = None if unset(resume_from) else Path(str(resume_from))
+    if folder is not None:
+        if not folder.is_dir():
+            return None  # check() names it
+        checkpoint.verify(folder)
+    if present and (folder is None or folder.resolve().parent != root.resolve()):
         raise RunError(
-            f"{run_dir} already holds a run with {present[0].name}, which going on from {folder} would overwrite. "
-            "Choose another --config.run_name."
+            f"{run_dir} already holds a run with {present[0].name}, which {folder or 'a fresh start'} would overwrite. "
+            "Add --config.resume_from=auto to go on with it, or choose another --config.run_name."
         )
     return folder
 
@@ -292,11 +275,12 @@ def changes_since(
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with a key for each field of each task, and the guidance that each teacher really has."""
     flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
-    for i, task in enumerate(values["train.teachers"]):
+    tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]  # the others are check()'s
+    for i, task in enumerate(tasks):
         fields = {"guidance_scale": values["sample.teacher_guidance_scale"]}
         fields |= {name: value for name, value in task.items() if value is not None}
         flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
-    if values["train.teachers"]:
+    if tasks:
         del flat["sample.teacher_guidance_scale"]
     for reward, options in values["reward_options"].items():
         flat |= {f"reward_options.{reward}.{name}": value for name, value in options.items()}
@@ -306,7 +290,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a change of an expanded key changes what the student is trained on, or towards."""
     algorithms = [values["train.algorithm"] for values in (before, now)]
-    from_rewards = any(ALGORITHMS[name].has_rewards for name in algorithms if name in ALGORITHMS)
+    from_rewards = any(ALGORITHMS[each].has_rewards for each in algorithms if each in ALGORITHMS)
     if name == "num_epochs":  # by which a cascade's tasks share the rounds
         return CASCADE in (before["train.task_order"], now["train.task_order"])
     if name.startswith("reward_options."):

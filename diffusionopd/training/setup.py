@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,7 +32,6 @@ from diffusionopd.models.backbone import (
     find_device,
     load_backbone,
     load_text_encoder,
-    read_model,
     text_key,
 )
 from diffusionopd.models.conditions import NEGATIVE
@@ -68,7 +67,6 @@ class Run:
     adapters: Adapters
     text: TextCache
     test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
-    rewards: Mapping[str, RewardWorker]  # by task; those that are trained on
     scorers: Mapping[str, Mapping[str, RewardWorker]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
@@ -80,26 +78,9 @@ class Run:
         """Whether this process writes."""
         return self.accelerator.is_main_process
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The student's tensors are their moving averages inside the block, where there are any."""
-        if self.ema is None:
-            yield
-        else:
-            with self.ema.in_use():
-                yield
-
-    def close(self) -> None:
-        """End threads and trackers, and write what is left."""
-        self.batches.close()
-        self.monitor.close()
-        for worker in self.rewards.values():
-            worker.close(cancel=True)
-        for scorers in self.scorers.values():
-            for scorer in scorers.values():
-                scorer.close(cancel=True)
-        self.metrics.close()
-        self.accelerator.end_training()
+        return self.ema.in_use() if self.ema else nullcontext()
 
 
 @contextmanager
@@ -120,12 +101,8 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         return
     accelerator.project_configuration.project_dir = str(plan.run.run_dir)
     accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
-    with ending_together():
-        run = build(plan, resume, accelerator)
-        try:
-            yield run
-        finally:
-            run.close()
+    with ending_together(), ExitStack() as closing:
+        yield build(plan, resume, accelerator, closing)
 
 
 def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
@@ -151,22 +128,29 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     )
 
 
-def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
-    """Build everything; weights load here. Errors as of :func:`diffusionopd.training.train`."""
-    memory, base, watch = plan.read(MemorySettings), plan.read(BaseSettings), plan.watch
-    device, dtype = accelerator.device, DTYPES[memory.mixed_precision]
-    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitStack) -> Run:
+    """Build everything; weights load here. Errors as of :func:`diffusionopd.training.train`.
+
+    ``closing`` ends the threads and trackers, the last made first, and writes what is left.
+    """
+    memory, base, watch, run_dir = plan.read(MemorySettings), plan.read(BaseSettings), plan.watch, plan.run.run_dir
+    device, is_main, dtype = accelerator.device, accelerator.is_main_process, DTYPES[memory.mixed_precision]
+    closing.callback(accelerator.end_training)
     if dtype == torch.float16 and device.type == "cpu":
         raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
     # Matrix products and convolutions: torch has a switch for each, and that of convolutions is on by default.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = memory.allow_tf32
     if is_main:
-        ensure_writable(plan.run.run_dir, "run folder", _RUN_FOLDER)
+        ensure_writable(run_dir, "run folder", _RUN_FOLDER)
     ensure_writable(memory.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
 
     # Prompts, and what is trained on them
-    train = {task.name: load_prompts(task.dataset, task.prompt_fn, "train") for task in plan.tasks}
-    test = _test_prompts(plan) if watch.eval_freq else {}
+    train, test = (
+        {task.name: load_prompts(task.dataset, task.prompt_fn, split) for task in tasks}
+        for split, tasks in (("train", plan.tasks), ("test", plan.tasks if watch.eval_freq else ()))
+    )
+    if watch.eval_num_prompts:
+        test = {name: prompts[: watch.eval_num_prompts] for name, prompts in test.items()}
     noise = plan.read(NoiseSettings)
     samplers = {
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
@@ -175,30 +159,27 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     agree(data_facts(resume, train, test))
     digests = prompt_digests(train)
     resume.check_digests(digests)
-    rewards = _build_rewards(plan, str(device)) if plan.algorithm.has_rewards else {}
+    rewards = _build_rewards(plan, str(device), closing)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
     texts = [NEGATIVE]
     for index, task in enumerate(plan.tasks):
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
         texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
-    text = _fill_text_cache(plan, texts, device, dtype, rank, world)
+    text = _fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype)
     backbone.negative = text.get([NEGATIVE], device, dtype)
-    weights = weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters)
+    digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
     backbone.shard()
 
     # The algorithm and its state
-    optimizer = StudentOptimizer(
-        adapters.parameters(STUDENT), plan.read(OptimizerSettings), dynamic_scale=dtype == torch.float16
-    )
-    average = plan.read(EmaSettings)
+    optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
+    optimizer = StudentOptimizer(adapters.parameters(STUDENT), optimization, dynamic_scale=dtype == torch.float16)
     ema = None
     if average.ema:
-        fused = plan.read(OptimizerSettings).fused_optimizer
-        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, fused)
+        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, optimization.fused_optimizer)
     algorithm = plan.algorithm(
         Models(Policies(backbone, adapters), optimizer, rewards),
         plan.settings,
@@ -208,6 +189,31 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
     )
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
+
+    # Metrics, monitoring and evaluation
+    with writing(run_dir, "run folder", _RUN_FOLDER):
+        metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
+        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
+        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
+        if is_main:
+            write_json(run_dir / "config.json", resume.given.to_dict())
+    closing.callback(metrics.close)
+    # What is no plain value becomes text.
+    shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
+    metrics.start_trackers(plan.run.run_project, shown)
+    scorers = _build_scorers(plan, str(device), closing)
+    # Rewards that are trained on are measured anyway.
+    watched = plan.tasks if watch.monitor_freq and not plan.algorithm.has_rewards else ()
+    monitor = Monitor(
+        # One at a time: the images are decoded beside the next round, and share its memory.
+        partial(backbone.decode, chunk=1),
+        {task.name: task.proxy_reward for task in watched},
+        run_dir / "samples",
+        str(device),
+        watch.reward_options,
+        watch.reward_timeout,
+    )
+    closing.callback(monitor.close)
 
     batches = Batches(
         plan.shape,
@@ -221,47 +227,14 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator) -> Run:
         wants_images=lambda index: plan.wants_scores(index + 1) or plan.wants_grid(index + 1),
         device=device,
         dtype=dtype,
-        rank=rank,
+        rank=accelerator.process_index,
     )
-
-    # Metrics and monitoring
-    run_dir = plan.run.run_dir
-    with writing(run_dir, "run folder", _RUN_FOLDER):
-        metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
-        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
-        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
-        if is_main:
-            write_json(run_dir / "config.json", resume.given.to_dict())
-    metrics.start_trackers(plan.run.run_project, _flat_values(plan.values))
-    # Rewards that are trained on are measured anyway.
-    watched = bool(watch.monitor_freq) and not plan.algorithm.has_rewards
-    monitor = Monitor(
-        # One at a time: the images are decoded beside the next round, and share its memory.
-        partial(backbone.decode, chunk=1),
-        {task.name: task.proxy_reward for task in plan.tasks} if watched else {},
-        run_dir / "samples",
-        str(device),
-        watch.reward_options,
-        watch.reward_timeout,
-    )
+    closing.callback(batches.close)
     return Run(
-        plan=plan,
-        resume=resume,
-        accelerator=accelerator,
-        algorithm=algorithm,
-        batches=batches,
-        optimizer=optimizer,
-        ema=ema,
-        backbone=backbone,
-        adapters=adapters,
-        text=text,
-        test=test,
-        rewards=rewards,
-        scorers=_build_scorers(plan, str(device)),
-        metrics=metrics,
-        monitor=monitor,
-        digests=digests | weights,
-    )
+        plan=plan, resume=resume, accelerator=accelerator, algorithm=algorithm, batches=batches, optimizer=optimizer,
+        ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers, metrics=metrics,
+        monitor=monitor, digests=digests,
+    )  # fmt: skip
 
 
 def check_devices(plan: Plan, device: torch.device) -> None:
@@ -333,10 +306,11 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
     assert resume.folder is not None
     folder = resume.folder / "state"
     tensors, scalars = load_state(folder)
+    student = [tensor for name, tensor in tensors.items() if name.startswith("student.")]
+    student = [tensors[f"student.{i}"] for i in range(len(student)) if f"student.{i}" in tensors]
+    if [p.shape for p in student] != [p.shape for p in optimizer.parameters]:
+        raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
     try:
-        student = [tensors[f"student.{i}"] for i in range(sum(name.startswith("student.") for name in tensors))]
-        if [p.shape for p in student] != [p.shape for p in optimizer.parameters]:
-            raise RunError(f"{folder} holds a student of another rank, target set or base; it cannot be resumed here")
         with torch.no_grad():
             for parameter, saved in zip(optimizer.parameters, student, strict=True):
                 parameter.copy_(saved)
@@ -345,8 +319,11 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
         optimizer.load_state(own, scalars["scaler"])
         algorithm.load_state(tensors)
+<<<<<<< HEAD
     except RunError:
         raise
+=======
+>>>>>>> simplify2
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise RunError(
             f"{folder} is not the state of such a run ({error!r}); resume from another checkpoint"
@@ -357,50 +334,41 @@ def _merges(plan: Plan) -> bool:
     return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
 
 
-def _test_prompts(plan: Plan) -> dict[str, Sequence[Prompt]]:
-    most = plan.watch.eval_num_prompts or None
-    return {task.name: load_prompts(task.dataset, task.prompt_fn, "test")[:most] for task in plan.tasks}
-
-
-def _build_rewards(plan: Plan, device: str) -> dict[str, RewardWorker]:
+def _build_rewards(plan: Plan, device: str, closing: ExitStack) -> dict[str, RewardWorker]:
     """The rewards that are trained on, by task, before any weight is loaded; RewardError for one that cannot be had."""
-    workers = {}
-    for task in plan.tasks:
-        scorer = build_composite(task.proxy_reward, device, plan.watch.reward_options)
+    workers, watch = {}, plan.watch
+    for task in plan.tasks if plan.algorithm.has_rewards else ():
+        scorer = build_composite(task.proxy_reward, device, watch.reward_options)
         name = ", ".join(task.proxy_reward)
-        workers[task.name] = RewardWorker(scorer, name=name, timeout=plan.watch.reward_timeout, retry_unavailable=True)
+        worker = RewardWorker(scorer, name=name, timeout=watch.reward_timeout, retry_unavailable=True)
+        closing.callback(worker.close, cancel=True)
+        workers[task.name] = worker
     return workers
 
 
-def _build_scorers(plan: Plan, device: str) -> dict[str, dict[str, RewardWorker]]:
+def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dict[str, RewardWorker]]:
     """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
     scorers: dict[str, dict[str, RewardWorker]] = {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         for name in task.proxy_reward:
             try:
                 scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
-                scorers.setdefault(task.name, {})[name] = RewardWorker(
-                    scorer, 1, name=name, timeout=plan.watch.reward_timeout
-                )
             except RewardError as error:
                 warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+                continue
+            worker = RewardWorker(scorer, 1, name=name, timeout=plan.watch.reward_timeout)
+            closing.callback(worker.close, cancel=True)
+            scorers.setdefault(task.name, {})[name] = worker
     return scorers
 
 
-def _fill_text_cache(
-    plan: Plan, texts: Sequence[str], device: torch.device, dtype: torch.dtype, rank: int, world: int
-) -> TextCache:
+def _fill_text_cache(plan: Plan, texts: Sequence[str], accelerator: Accelerator, dtype: torch.dtype) -> TextCache:
     """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
     model, revision, length = base.model, base.revision or None, base.max_sequence_length
-    read_model(model, revision)  # which may be refused, before anything is encoded
-    place, precision = encoder_place(memory.text_encoder_device, device, dtype)
+    place, precision = encoder_place(memory.text_encoder_device, accelerator.device, dtype)
     load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(memory.cache_dir, text_key(model, revision), length, dtype)
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    together(lambda: cache.fill(texts, load, **share), "encoding the prompts", LONGEST_TIMEOUT)
     return cache
-
-
-def _flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for trackers: what is no plain value becomes text."""
-    return {name: v if isinstance(v, int | float | str) or v is None else str(v) for name, v in values.items()}
