@@ -319,11 +319,6 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
         optimizer.load_state(own, scalars["scaler"])
         algorithm.load_state(tensors)
-<<<<<<< HEAD
-    except RunError:
-        raise
-=======
->>>>>>> simplify2
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise RunError(
             f"{folder} is not the state of such a run ({error!r}); resume from another checkpoint"
