@@ -257,7 +257,7 @@ class ModelInfo:
         return self.family.evaluations_of(guidance, self.configs)
 
 
-def _kind(index: Mapping[str, Any], part: str) -> Any:
+def part_class(index: Mapping[str, Any], part: str) -> Any:
     """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
     library, name = (index.get(part) or (None, ""))[:2]
     found = getattr(diffusers, str(name), None) if library == "diffusers" else None
@@ -288,7 +288,7 @@ def read_model(model: str, revision: str | None = None) -> ModelInfo:
         if name not in FAMILIES:
             raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
         family = pkgutil.resolve_name(FAMILIES[name])
-        own = {part: _kind(index, part).load_config(model, subfolder=part, revision=revision) for part in _MODELS}
+        own = {part: part_class(index, part).load_config(model, subfolder=part, revision=revision) for part in _MODELS}
         configs = {"index": index, **own}
         if problem := family.unsupported(configs):
             raise ValueError(problem)
@@ -312,12 +312,12 @@ def load_backbone(
     index = info.configs["index"]
     with _loading(model):
         transformer, vae = (
-            _kind(index, part).from_pretrained(
+            part_class(index, part).from_pretrained(
                 model, subfolder=part, dtype=kept, revision=revision, use_safetensors=True
             )
             for part, kept in zip(_MODELS, (dtype, torch.float32), strict=True)
         )
-        scheduler = _kind(index, "scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
+        scheduler = part_class(index, "scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "vae_device": vae_device, "sharding": sharding}
     return info.family(transformer, vae, scheduler, index=index, **placed)
 
@@ -338,7 +338,7 @@ def load_text_encoder(
     index = info.configs["index"]
     with _loading(model):
         with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = _kind(index, "transformer").from_config(info.configs["transformer"])
+            transformer = part_class(index, "transformer").from_config(info.configs["transformer"])
         # from_pretrained needs what is absent passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(info)])
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "transformer": transformer}

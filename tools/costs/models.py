@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from diffusionopd.models.backbone import FAMILIES, Backbone, ModelInfo, read_model
+from diffusionopd.models.backbone import FAMILIES, Backbone, ModelInfo, part_class, read_model
 from diffusionopd.models.conditions import Conditions
 
 _PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
@@ -29,11 +29,13 @@ class Pipeline(ModelInfo):
 
     def backbone(self, dtype: torch.dtype) -> Backbone:
         """Of tensors on the meta device, the transformer in ``dtype``."""
+        index = self.configs["index"]
         with torch.device("meta"):
-            transformer, vae = (self.kind(part).from_config(self.configs[part]) for part in ("transformer", "vae"))
+            transformer, vae = (
+                part_class(index, part).from_config(self.configs[part]) for part in ("transformer", "vae")
+            )
         transformer = transformer.bfloat16() if dtype == torch.bfloat16 else transformer
-        index, scheduler = self.configs["index"], self.kind("scheduler")()
-        return self.family(transformer, vae, scheduler, index=index, dtype=dtype, device="meta")
+        return self.family(transformer, vae, part_class(index, "scheduler")(), index=index, dtype=dtype, device="meta")
 
     def conditions(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> Conditions:
         """What SD3's transformer sees of prompts: CLIP's tokens, then T5's, which are zeros where there is no T5."""
