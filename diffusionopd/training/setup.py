@@ -135,7 +135,6 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
     """
     memory, base, watch, run_dir = plan.read(MemorySettings), plan.read(BaseSettings), plan.watch, plan.run.run_dir
     device, is_main, dtype = accelerator.device, accelerator.is_main_process, DTYPES[memory.mixed_precision]
-    closing.callback(accelerator.end_training)
     if dtype == torch.float16 and device.type == "cpu":
         raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
     # Matrix products and convolutions: torch has a switch for each, and that of convolutions is on by default.
@@ -197,6 +196,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
         metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
         if is_main:
             write_json(run_dir / "config.json", resume.given.to_dict())
+    closing.callback(accelerator.end_training)
     closing.callback(metrics.close)
     # What is no plain value becomes text.
     shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
