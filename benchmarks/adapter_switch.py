@@ -2,8 +2,7 @@
 
     python benchmarks/adapter_switch.py
 
-A 24-block SD3 transformer with the LoRA targets of SD3.5-Medium (its width does not matter for a switch) and four
-adapters.
+A 24-block SD3 transformer with the LoRA targets of SD3.5-Medium and four adapters; width does not matter for a switch.
 """
 
 # ruff: noqa: E402
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.world import SD35_MEDIUM, TARGETS
+from benchmarks.world import SD35_MEDIUM, SMALL, TARGETS
 from diffusionopd.models.lora import Adapters
 
 NAMES = ("student", "teacher_a", "teacher_b", "teacher_c")
@@ -29,11 +28,8 @@ NAMES = ("student", "teacher_a", "teacher_b", "teacher_c")
 
 def build() -> tuple[SD3Transformer2DModel, Adapters]:
     """A narrow transformer with the blocks of SD3.5-Medium, and four adapters."""
-    transformer = SD3Transformer2DModel(
-        **SD35_MEDIUM
-        | {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16, "pos_embed_max_size": 16}
-        | {"sample_size": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16}
-    )
+    blocks = {name: SD35_MEDIUM[name] for name in ("num_layers", "dual_attention_layers")}
+    transformer = SD3Transformer2DModel(**SMALL | blocks)
     transformer._hf_peft_config_loaded = True  # diffusers sets it when it injects adapters itself
     adapters = Adapters(transformer)
     for name in NAMES:
@@ -56,7 +52,7 @@ def main() -> None:
     transformer, adapters = build()
     layers = sum(isinstance(m, LoraLayer) for m in transformer.modules())
     ours = median_seconds(adapters.use, 4000)
-    peft = median_seconds(lambda name: transformer.set_adapter(name), 40)
+    peft = median_seconds(transformer.set_adapter, 40)
     print(f"{layers} LoRA layers, {len(NAMES)} adapters, median of one switch")
     print(f"diffusionopd   {1e3 * ours:9.4f} ms")
     print(f"PEFT           {1e3 * peft:9.4f} ms")

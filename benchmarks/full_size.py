@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.full_size_config import FOLDER, PROMPTS, TASKS
 from benchmarks.world import RANDOM, random_lora, random_model
+from diffusionopd.files import write_atomically
 from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 
@@ -48,11 +48,13 @@ def main() -> None:
         torch.manual_seed(0)
         pipeline = build_pipeline(args.shape).to(getattr(torch, args.dtype))
     pipeline.save_pretrained(folder / "model")
-    write_teachers(pipeline.transformer, folder / "teachers")
-    for task in TASKS:
-        (folder / "dataset" / task).mkdir(parents=True, exist_ok=True)
+    loras = {task: random_lora(pipeline.transformer, seed, gap=0.1) for seed, task in enumerate(TASKS)}
+    adapters = Adapters(pipeline.transformer)
+    for task, lora in loras.items():
+        adapters.add_teacher(task, lora)
+        adapters.save_peft(task, folder / "teachers" / task / "lora")
         for split in ("train", "test"):
-            (folder / "dataset" / task / f"{split}.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+            write_atomically(folder / "dataset" / task / f"{split}.txt", "\n".join(PROMPTS) + "\n")
     name = "mopd" if args.shape == "sd35" else f"{args.shape}_mopd"
     print(f"written to {folder}; use it with --config benchmarks/full_size_config.py:{name}")
 
@@ -68,31 +70,21 @@ def parse() -> argparse.Namespace:
 
 def build_pipeline(shape: str) -> StableDiffusion3Pipeline:
     """All parts with random weights; ``shape`` one of :data:`benchmarks.world.RANDOM`."""
-    transformer, vae = random_model(shape, vae=shape)
-    tokenizers = [*(models.clip_tokenizer(pad, CLIP_TOKENS) for pad in ("<|endoftext|>", "!"))]
-    tokenizers.append(models.t5_tokenizer(T5_TOKENS))
+    transformer, vae = random_model(shape)
+    first, second = (models.clip_tokenizer(pad, CLIP_TOKENS) for pad in ("<|endoftext|>", "!"))
+    third = models.t5_tokenizer(T5_TOKENS)
     clips = [
         models.clip_encoder(tokenizer, seed=0, width=width, num_hidden_layers=1, num_attention_heads=2)
-        for tokenizer, width in zip(tokenizers, CLIP_WIDTHS[shape], strict=False)
+        for tokenizer, width in zip((first, second), CLIP_WIDTHS[shape], strict=True)
     ]
-    t5 = models.t5_encoder(
-        tokenizers[2], seed=0, width=transformer.config.joint_attention_dim, num_layers=1, d_kv=16, num_heads=2, d_ff=64
-    )
+    t5_sizes = {"num_layers": 1, "d_kv": 16, "num_heads": 2, "d_ff": 64}
+    t5 = models.t5_encoder(third, seed=0, width=transformer.config.joint_attention_dim, **t5_sizes)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        **models.text_parts(tokenizers, [*clips, t5]),
+        **models.text_parts([first, second, third], [*clips, t5]),
     )
-
-
-def write_teachers(transformer: nn.Module, folder: Path) -> None:
-    """A random LoRA per task, in PEFT's form."""
-    loras = [random_lora(transformer, seed, gap=0.1) for seed in range(len(TASKS))]
-    adapters = Adapters(transformer)
-    for task, lora in zip(TASKS, loras, strict=True):
-        adapters.add_teacher(task, lora)
-        adapters.save_peft(task, folder / task / "lora")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def get_config(name: str) -> ConfigDict:
 
 
 def mopd() -> ConfigDict:
-    """Three teachers, one student, at SD3.5-Medium's size; pictures are scored by the size of their file.
+    """Three teachers, one student, at SD3.5-Medium's size; images are scored by the size of their file.
 
     Command:   python -m tools.profile_round --config benchmarks/full_size_config.py:mopd
     Hardware:  one GPU of 24 GB or more
@@ -33,7 +33,7 @@ def mopd() -> ConfigDict:
 
 
 def small_mopd() -> ConfigDict:
-    """The same on a model of a few layers and pictures of 64 pixels, in float32, on a CPU."""
+    """The same on a model of a few layers and images of 64 pixels, in float32, on a CPU."""
     config = _distillation("small")
     config.resolution = 64
     config.mixed_precision = "no"

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.world import RANDOM, RANK, TARGETS, TEXT_TOKENS, restore_layers
+from benchmarks.upstream import restore_layers
+from benchmarks.world import RANDOM, RANK, TARGETS, TEXT_TOKENS
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora import Adapters
 
 HALF = torch.bfloat16
-LAYERS = ("fused", "stock")
 # Operators that only describe memory that is there.
 VIEWS = set(
     "_reshape_alias _unsafe_view alias as_strided chunk detach device expand permute reshape select slice split "
@@ -52,19 +52,19 @@ def main() -> None:
     args = parser.parse_args()
     if torch.version.cuda is None:
         sys.exit("error: this torch is built for CPUs alone; a CUDA build counts, on a machine without a GPU too")
-    found = {layers: count(RANDOM[args.random], layers) for layers in LAYERS}
+    found = count(RANDOM[args.random])
     print(f"{'launches of a forward':<24}{'with a LoRA':>12}{'without':>12}")
-    for layers, (adapted, bare) in found.items():
-        print(f"{layers + ' layers':<24}{adapted.total():>12}{bare.total():>12}")
-    for layers, (adapted, _) in found.items():
-        print(f"{layers}, with a LoRA: " + ", ".join(f"{n} {name}" for name, n in adapted.most_common(10)))
+    for layers, launches in found.items():
+        print(f"{layers + ' layers':<24}{launches['adapted'].total():>12}{launches['bare'].total():>12}")
+    for layers, launches in found.items():
+        print(f"{layers}, with a LoRA: " + ", ".join(f"{n} {op}" for op, n in launches["adapted"].most_common(10)))
     if args.json:
-        figures = {layers: {"adapted": dict(a), "bare": dict(b)} for layers, (a, b) in found.items()}
-        args.json.write_text(json.dumps(figures | {"torch": torch.__version__}, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(found | {"torch": torch.__version__}, indent=2) + "\n", encoding="utf-8")
 
 
-def count(config: Mapping[str, Any], layers: str) -> tuple[Counter[str], Counter[str]]:
-    """Launches by operator of a forward with a LoRA in use and of one with none; ``layers`` is fused or stock."""
+def count(config: Mapping[str, Any]) -> dict[str, dict[str, Counter[str]]]:
+    """Launches by operator: of the fused and stock layers, with a LoRA in use (adapted) and without (bare)."""
+    found: dict[str, dict[str, Counter[str]]] = {}
     with pretended_gpu():
         torch.set_default_dtype(HALF)
         try:
@@ -74,8 +74,6 @@ def count(config: Mapping[str, Any], layers: str) -> tuple[Counter[str], Counter
         fuse_norms(transformer)
         adapters = Adapters(transformer)
         adapters.add_student("lora", rank=RANK, alpha=2 * RANK, target_modules=TARGETS)
-        if layers == "stock":
-            restore_layers(transformer)
         sizes = transformer.config
         inputs = {
             "hidden_states": torch.randn(6, sizes.in_channels, 64, 64, dtype=HALF),
@@ -83,13 +81,16 @@ def count(config: Mapping[str, Any], layers: str) -> tuple[Counter[str], Counter
             "encoder_hidden_states": torch.randn(6, TEXT_TOKENS, sizes.joint_attention_dim, dtype=HALF),
             "pooled_projections": torch.randn(6, sizes.pooled_projection_dim, dtype=HALF),
         }
-        found = []
-        for name in ("lora", None):
-            adapters.use(name)
-            with torch.no_grad(), Launches() as launches:
-                transformer(**inputs)
-            found.append(launches.by_operator)
-    return found[0], found[1]
+        for layers in ("fused", "stock"):
+            if layers == "stock":
+                restore_layers(transformer)
+            found[layers] = {}
+            for name, adapter in {"adapted": "lora", "bare": None}.items():
+                adapters.use(adapter)
+                with torch.no_grad(), Launches() as launches:
+                    transformer(**inputs)
+                found[layers][name] = launches.by_operator
+    return found
 
 
 class Launches(TorchDispatchMode):

@@ -23,7 +23,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
-from benchmarks.upstream import upstream_round
-from benchmarks.world import World, add_flags, recorded, trained_steps
-from diffusionopd.data.batches import choose_steps
-from diffusionopd.models.acceleration import AccelerationError
+from benchmarks.upstream import restore_layers, upstream_round
+from benchmarks.world import World, add_flags, recorded
+from diffusionopd.algorithms.opd import Opd
+from diffusionopd.data.batches import Batch, choose_steps
+from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.merged import MergedTeachers
 
 Round = Callable[[], object]
@@ -62,7 +65,7 @@ def main() -> None:
     seconds, peaks = time_all(rounds, resident, args.repeats, args.device)
     rounds.clear()  # their models make room for the one that is counted
     result = summarise(world, seconds, resident, peaks)
-    print(table(result, args))
+    print(table(result, world))
     if args.json:
         machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
@@ -86,50 +89,54 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def distilled(**switches: Any) -> Callable[[World], Round]:
-    """The project's own round with the switches of :meth:`World.setup`."""
-    return lambda world: world.setup(**switches).round
-
-
-def few_steps(count: int) -> Callable[[World], Round]:
-    """Of the trained steps this many, drawn anew every time; the median is over the draws too."""
+def way(
+    round_: Callable[[Opd, list[Batch]], object] = Opd.round,
+    change: Callable[[Backbone], None] | None = None,
+    **switches: Any,
+) -> Callable[[World], Round]:
+    """A round, by default the project's own, with the switches of :meth:`World.setup` and a change to the backbone."""
 
     def build(world: World) -> Round:
-        setup, draws = world.setup(), itertools.count()
-        return lambda: setup.round(steps=choose_steps(len(setup.trained), count, next(draws)))
+        algorithm, batches = world.setup(**switches)
+        if change is not None:
+            change(algorithm.policies.backbone)
+        return partial(round_, algorithm, batches)
 
     return build
 
 
-def three_passes(world: World) -> Round:
+def three_passes(algorithm: Opd, batches: list[Batch]) -> None:
     """Rollout, teachers on every state, training, each a pass of its own."""
-    setup = world.setup()
+    three_pass(algorithm, batches)
+    algorithm.optimizer.step()
 
-    def round_() -> None:
-        three_pass(setup.algorithm, setup.batches)
-        setup.algorithm.optimizer.step()
+
+def bare(algorithm: Opd, batches: list[Batch]) -> None:
+    """One teacher forward, one student forward and backward per task and trained step, and nothing around them."""
+    for batch in batches:
+        for step in batch.steps:
+            sigma = algorithm.transitions[step].sigma
+            algorithm.teacher(batch)(batch.noise, sigma)
+            v = algorithm.student(batch)(batch.noise, sigma)
+            v.backward(torch.ones_like(v))
+    algorithm.optimizer.discard()
+
+
+def few_steps(count: int) -> Callable[[Opd, list[Batch]], object]:
+    """Of the trained steps this many, drawn anew every time; the median is over the draws too."""
+    draws = itertools.count()
+
+    def round_(algorithm: Opd, batches: list[Batch]) -> None:
+        steps = choose_steps(algorithm.sampler.trained_steps, count, next(draws))
+        algorithm.round([replace(batch, steps=steps) for batch in batches])
 
     return round_
 
 
-def floor(**switches: Any) -> Callable[[World], Round]:
-    """One teacher forward, one student forward and backward per task and trained step, and nothing around them."""
-
-    def build(world: World) -> Round:
-        setup = world.setup(**switches)
-        algorithm = setup.algorithm
-
-        def round_() -> None:
-            for batch in setup.batches:
-                for transition in setup.trained:
-                    algorithm.teacher(batch)(batch.noise, transition.sigma)
-                    v = algorithm.student(batch)(batch.noise, transition.sigma)
-                    v.backward(torch.ones_like(v))
-            algorithm.optimizer.discard()
-
-        return round_
-
-    return build
+def compiled(backbone: Backbone) -> None:
+    """Blocks through torch.compile; AccelerationError without a compiler."""
+    check_compiler(backbone.device)
+    compile_blocks(backbone.blocks())
 
 
 WAYS = {
@@ -138,20 +145,27 @@ WAYS = {
         "stock layers, PEFT's set_adapter",
         upstream_round,
     ),
-    "three passes": Way("rollout, teacher, training one after the other; else the default", three_passes),
-    "default": Way("one fused pass, base in half precision on a GPU", distilled()),
-    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", distilled()),
-    "merged": Way("teachers merged into copies of the adapted matrices", distilled(adapters=MergedTeachers)),
-    "compiled": Way("blocks through torch.compile", distilled(compiled=True)),
-    "merged, compiled": Way("both", distilled(compiled=True, adapters=MergedTeachers)),
-    "stock layers": Way("diffusers' norms and PEFT's LoRA layers instead of the fused ones", distilled(stock=True)),
-    "plain AdamW": Way("the optimizer one tensor after the other", distilled(fused_optimizer=False)),
-    "checkpointing": Way("activations computed again in the backward pass", distilled(checkpointing=True)),
-    "3 steps": Way("train.steps_per_rollout = 3", few_steps(3), exact="in expectation"),
-    "1 step": Way("train.steps_per_rollout = 1", few_steps(1), exact="in expectation"),
-    "floor": Way("bare forwards and backwards", floor(), exact="-"),
-    "merged floor": Way("the same, with merged teachers", floor(adapters=MergedTeachers), exact="-"),
+    "three passes": Way("rollout, teacher, training one after the other; else the default", way(three_passes)),
+    "default": Way("one fused pass, base in half precision on a GPU", way()),
+    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", way()),
+    "merged": Way("teachers merged into copies of the adapted matrices", way(adapters=MergedTeachers)),
+    "compiled": Way("blocks through torch.compile", way(change=compiled)),
+    "merged, compiled": Way("both", way(change=compiled, adapters=MergedTeachers)),
+    "stock layers": Way(
+        "diffusers' norms and PEFT's LoRA layers instead of the fused ones",
+        way(change=lambda backbone: restore_layers(backbone.transformer)),
+    ),
+    "plain AdamW": Way("the optimizer one tensor after the other", way(fused_optimizer=False)),
+    "checkpointing": Way(
+        "activations computed again in the backward pass",
+        way(change=lambda backbone: backbone.transformer.enable_gradient_checkpointing()),
+    ),
+    "3 steps": Way("train.steps_per_rollout = 3", way(few_steps(3)), exact="in expectation"),
+    "1 step": Way("train.steps_per_rollout = 1", way(few_steps(1)), exact="in expectation"),
+    "floor": Way("bare forwards and backwards", way(bare), exact="-"),
+    "merged floor": Way("the same, with merged teachers", way(bare, adapters=MergedTeachers), exact="-"),
 }
+REFERENCES = ("upstream", "default", "floor")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -199,17 +213,11 @@ def time_all(
 
 
 def _seconds(round_: Round, device: str) -> float:
-    """On a GPU between two events on its own clock."""
-    if device == "cpu":
-        started = time.perf_counter()
-        round_()
-        return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    started = time.perf_counter()
     round_()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def _allocated(device: str) -> int:
@@ -220,8 +228,7 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a plain square matrix product, the median of several."""
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = [_seconds(lambda: a @ b, device) for _ in range(12)][2:]
-    return 2 * size**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median([_seconds(lambda: a @ b, device) for _ in range(12)][2:])
 
 
 def needed_flops(world: World) -> int:
@@ -229,12 +236,12 @@ def needed_flops(world: World) -> int:
 
     Counted on one visit of one image.
     """
-    setup = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
-    batch, sigma = setup.batches[0], setup.trained[0].sigma
+    algorithm, batches = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
+    batch, sigma = batches[0], algorithm.transitions[0].sigma
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
-        setup.algorithm.base(batch)(batch.noise, sigma)
-        setup.algorithm.student(batch)(batch.noise, sigma).sum().backward()
-    return counter.get_total_flops() * world.args.batch_size * len(setup.batches) * trained_steps(world.args)
+        algorithm.base(batch)(batch.noise, sigma)
+        algorithm.student(batch)(batch.noise, sigma).sum().backward()
+    return counter.get_total_flops() * world.args.batch_size * len(batches) * world.sampler.trained_steps
 
 
 def summarise(
@@ -243,10 +250,10 @@ def summarise(
     """Medians, ratios, utilisation and memory by way."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     flops, fastest = needed_flops(world), matrix_peak(world.args.device, world.half)
-    references = [name for name in ("upstream", "default", "floor") if name in medians]
     ways: dict[str, dict[str, float]] = {}
     for name, median in medians.items():
-        ways[name] = {"seconds": median, **{f"to_{other}": median / medians[other] for other in references}}
+        ways[name] = {"seconds": median}
+        ways[name] |= {f"to_{other}": median / medians[other] for other in REFERENCES if other in medians}
         if WAYS[name].exact == "yes":
             ways[name]["utilisation"] = flops / median / fastest
         if name in peaks:
@@ -254,25 +261,24 @@ def summarise(
     return {"ways": ways, "needed_flops": flops, "matrix_flops_per_second": fastest}
 
 
-def table(result: Mapping[str, Any], args: argparse.Namespace) -> str:
+def table(result: Mapping[str, Any], world: World) -> str:
     """The figures for people."""
-    tasks = args.tasks if args.random else len(args.teachers)
-    model = args.random or Path(args.model).parent.name
+    args = world.args
+    tasks, model = (args.tasks, args.random) if args.random else (len(args.teachers), Path(args.model).parent.name)
+    heads = [*(f"/{name}" for name in REFERENCES), "of peak", "peak GiB"]
     lines = [
-        f"{model}: {tasks} tasks x {args.batch_size} images x {trained_steps(args)} trained steps at "
+        f"{model}: {tasks} tasks x {args.batch_size} images x {world.sampler.trained_steps} trained steps at "
         f"{args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
         f"needed: {result['needed_flops'] / 1e12:.4g} TFLOP a round; a matrix product reaches "
         f"{result['matrix_flops_per_second'] / 1e12:.4g} TFLOP/s here",
-        f"{'way':<18}{'seconds':>9}{'/upstream':>11}{'/default':>10}{'/floor':>8}{'of peak':>9}{'peak GiB':>10}  exact",
+        f"{'way':<18}{'seconds':>9}" + "".join(f"{head:>10}" for head in heads) + "  exact",
     ]
     for name, figures in result["ways"].items():
-        ratios = [figures.get(f"to_{other}") for other in ("upstream", "default", "floor")]
-        cells = [f"{ratio:.3f}" if ratio else "" for ratio in ratios]
-        share, peak = figures.get("utilisation"), figures.get("peak_bytes")
-        lines.append(
-            f"{name:<18}{figures['seconds']:9.3f}{cells[0]:>11}{cells[1]:>10}{cells[2]:>8}"
-            f"{f'{share:.1%}' if share else '':>9}{f'{peak / 2**30:.2f}' if peak else '':>10}  {WAYS[name].exact}"
-        )
+        cells = [f"{figures[key]:.3f}" if (key := f"to_{other}") in figures else "" for other in REFERENCES]
+        cells.append(f"{figures['utilisation']:.1%}" if "utilisation" in figures else "")
+        cells.append(f"{figures['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in figures else "")
+        row = f"{name:<18}{figures['seconds']:9.3f}" + "".join(f"{cell:>10}" for cell in cells)
+        lines.append(f"{row}  {WAYS[name].exact}")
     return "\n".join(lines)
 
 

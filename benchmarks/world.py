@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.models.normalization import RMSNorm
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from diffusionopd.algorithms.base import Models, SamplerSettings
@@ -24,16 +22,13 @@ from diffusionopd.algorithms.optim import OptimizerSettings, StudentOptimizer
 from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.noise import noise
 from diffusionopd.data.prompts import Prompt
-from diffusionopd.data.rounds import RoundShape
-from diffusionopd.models.acceleration import check_compiler, compile_blocks
+from diffusionopd.data.rounds import BatchSettings, round_shape
 from diffusionopd.models.backbone import Backbone, TextEncoder, load_backbone, load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
-from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.sd3 import StableDiffusion3
-from diffusionopd.transitions import Transition, schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -71,88 +66,19 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- a student and its teachers: all that knows how the project builds them ------------------------------------------
-
-
-@dataclass
-class Setup:
-    """A student, its teachers and the batches of one round, on one backbone."""
-
-    algorithm: Opd
-    batches: list[Batch]
-
-    def round(self, batches: Sequence[Batch] | None = None, steps: Sequence[int] = ()) -> None:
-        """The project's own round, of these batches or others; of the trained steps only ``steps`` where given."""
-        chosen = batches or self.batches
-        self.algorithm.round([replace(batch, steps=tuple(steps)) for batch in chosen] if steps else chosen)
-
-    @property
-    def trained(self) -> Sequence[Transition]:
-        """The transitions of the trained steps."""
-        return [self.algorithm.transitions[step] for step in self.batches[0].steps]
-
-    @property
-    def backbone(self) -> Backbone:
-        """What all policies share."""
-        return self.algorithm.policies.backbone
-
-
-def assemble(
-    backbone: Backbone,
-    teachers: Sequence[str | Path | LoraWeights],
-    texts: Sequence[Conditions],
-    noises: Sequence[Tensor],
-    steps: Sequence[Transition],
-    trained_steps: int,
-    *,
-    guidance: float = 1.0,
-    seed: int = 0,
-    learning_rate: float = 1e-4,
-    adapters: type[Adapters] = Adapters,
-    fused_optimizer: bool = True,
-) -> Setup:
-    """A fresh student with a teacher and a batch per task: text ``[B, ...]`` and noise ``[B, C, h, w]`` of each."""
-    loras = adapters(backbone.transformer, backbone.inert_modules())
-    loras.add_student(STUDENT, rank=RANK, alpha=2 * RANK, target_modules=TARGETS, seed=seed)
-    for task, teacher in enumerate(teachers):
-        loras.add_teacher(f"teacher_{task}", teacher)
-    settings = OptimizerSettings(learning_rate=learning_rate, adam_weight_decay=0.0, fused_optimizer=fused_optimizer)
-    models = Models(Policies(backbone, loras), StudentOptimizer(loras.parameters(STUDENT), settings))
-    size, tasks = len(noises[0]), len(noises)
-    shape = RoundShape(1, 1, tasks, batch_size=size, backward_size=size, batches_per_task=1, images_per_prompt=1,
-                       accumulation=tasks)  # fmt: skip
-    sampler = SamplerSettings(num_steps=len(steps), noise_level=0.0, guidance_scale=guidance)
-    algorithm = Opd(models, OpdSettings(), sampler, torch.linspace(1, 0, len(steps) + 1), shape)
-    algorithm.transitions = list(steps)
-    batches = [
-        Batch(
-            tuple(Row(f"task {task}", i, Prompt(""), f"teacher_{task}", guidance) for i in range(len(x))),
-            x,
-            text,
-            tuple(range(trained_steps)),
-            draw=lambda stream, step, x=x: x,
-        )
-        for task, (x, text) in enumerate(zip(noises, texts, strict=True))
-    ]
-    return Setup(algorithm, batches)
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def random_model(shape: str, vae: str = "small") -> tuple[SD3Transformer2DModel, AutoencoderKL]:
+def random_model(shape: str) -> tuple[SD3Transformer2DModel, AutoencoderKL]:
     """A transformer of a :data:`RANDOM` shape and an SD3 autoencoder (8 pixels per latent, 16 channels), untrained."""
-    halvings = len(AUTOENCODERS[vae]["block_out_channels"])
-    return SD3Transformer2DModel(**RANDOM[shape]), AutoencoderKL(
-        **AUTOENCODERS[vae],
-        down_block_types=("DownEncoderBlock2D",) * halvings,
-        up_block_types=("UpDecoderBlock2D",) * halvings,
+    vae = AutoencoderKL(
+        **AUTOENCODERS[shape],
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=16,
         scaling_factor=1.5305,
         shift_factor=0.0609,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    return SD3Transformer2DModel(**RANDOM[shape]), vae
 
 
 def random_lora(transformer: nn.Module, seed: int, gap: float) -> LoraWeights:
@@ -168,19 +94,38 @@ def random_lora(transformer: nn.Module, seed: int, gap: float) -> LoraWeights:
     return LoraWeights("random", a, b, dict.fromkeys(layers, 2.0 * RANK), list(TARGETS))
 
 
-def restore_layers(transformer: nn.Module) -> None:
-    """The stock layers of diffusers and PEFT in the place of the fused ones, with the same parameters."""
-    for parent in list(transformer.modules()):
-        if isinstance(parent, FusedLoraLinear):
-            parent.__class__ = Linear
-        for name, norm in parent.named_children():
-            if isinstance(norm, FusedRMSNorm):
-                stock = RMSNorm(norm.normalized_shape, eps=norm.eps)
-                stock.weight = norm.weight
-                setattr(parent, name, stock)
-
-
-# ---- the command line's choice ---------------------------------------------------------------------------------------
+def assemble(
+    backbone: Backbone,
+    teachers: Sequence[str | Path | LoraWeights],
+    texts: Sequence[Conditions],
+    noises: Sequence[Tensor],
+    sampler: SamplerSettings,
+    sigmas: Tensor,
+    *,
+    seed: int = 0,
+    adapters: type[Adapters] = Adapters,
+    fused_optimizer: bool = True,
+) -> tuple[Opd, list[Batch]]:
+    """A fresh student with a teacher and a batch per task: text ``[B, ...]`` and noise ``[B, C, h, w]`` of each."""
+    loras = adapters(backbone.transformer, backbone.inert_modules())
+    loras.add_student(STUDENT, rank=RANK, alpha=2 * RANK, target_modules=TARGETS, seed=seed)
+    for task, teacher in enumerate(teachers):
+        loras.add_teacher(f"teacher_{task}", teacher)
+    settings = OptimizerSettings(learning_rate=1e-3, adam_weight_decay=0.0, fused_optimizer=fused_optimizer)
+    models = Models(Policies(backbone, loras), StudentOptimizer(loras.parameters(STUDENT), settings))
+    size, tasks = len(noises[0]), len(noises)
+    shape = round_shape(BatchSettings(size, tasks, 1, size, tasks), tasks, num_processes=1, num_rounds=1)
+    batches = [
+        Batch(
+            tuple(Row(f"task {task}", i, Prompt(""), f"teacher_{task}", sampler.guidance) for i in range(size)),
+            x,
+            text,
+            tuple(range(sampler.trained_steps)),
+            draw=lambda stream, step: torch.zeros(()),  # the sampler adds no noise
+        )
+        for task, (x, text) in enumerate(zip(noises, texts, strict=True))
+    ]
+    return Opd(models, OpdSettings(), sampler, sigmas, shape), batches
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,11 +142,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of student and teachers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-
-
-def trained_steps(args: argparse.Namespace) -> int:
-    """How many of the steps are trained."""
-    return int(args.steps * args.timestep_fraction)
 
 
 def recorded(args: argparse.Namespace) -> dict[str, object]:
@@ -226,44 +166,33 @@ class World:
         """The precision that the device is used with: bf16 on a GPU."""
         return torch.float32 if self.args.device == "cpu" else torch.bfloat16
 
-    def setup(
-        self,
-        *,
-        dtype: torch.dtype | None = None,
-        checkpointing: bool = False,
-        stock: bool = False,
-        compiled: bool = False,
-        only: int | None = None,
-        **switches: Any,
-    ) -> Setup:
-        """Student, teachers and one batch per task.
+    @property
+    def sampler(self) -> SamplerSettings:
+        """The Euler ODE."""
+        return SamplerSettings(
+            num_steps=self.args.steps,
+            guidance_scale=self.args.guidance_scale,
+            noise_level=0.0,
+            timestep_fraction=self.args.timestep_fraction,
+        )
 
-        ``stock`` has the layers of diffusers and PEFT instead of the fused ones; ``only`` one of the steps is walked
-        and trained where given; ``switches`` are those of :func:`assemble`. Raises AccelerationError where
-        ``compiled`` finds no compiler.
-        """
+    @property
+    def prompts(self) -> list[str]:
+        """One per task of the tiny world."""
+        return [PROMPTS[task % len(PROMPTS)] for task in range(len(self.args.teachers))]
+
+    def setup(self, *, dtype: torch.dtype | None = None, **switches: Any) -> tuple[Opd, list[Batch]]:
+        """Student and teachers, and one batch per task; ``switches`` are those of :func:`assemble`."""
         args = self.args
-        if compiled:
-            check_compiler(torch.device(args.device))
         backbone = self._backbone(dtype or self.half)
-        if checkpointing:
-            backbone.transformer.enable_gradient_checkpointing()
+        teachers = args.teachers
         if args.random:
             teachers = [random_lora(backbone.transformer, seed, args.gap) for seed in range(args.tasks)]
-        else:
-            teachers = args.teachers
         *texts, backbone.negative = self._texts
         shape = backbone.latent_shape(args.resolution)
         noises = [noise(shape, [(t, i) for i in range(args.batch_size)]).to(args.device) for t in range(len(texts))]
-        steps, trained = schedule("ode", backbone.sigmas(args.steps, args.resolution)), trained_steps(args)
-        if only is not None:
-            steps, trained = steps[only : only + 1], 1
-        setup = assemble(backbone, teachers, texts, noises, steps, trained, guidance=args.guidance_scale, **switches)
-        if stock:
-            restore_layers(backbone.transformer)
-        if compiled:
-            compile_blocks(backbone.blocks())
-        return setup
+        sigmas = backbone.sigmas(args.steps, args.resolution)
+        return assemble(backbone, teachers, texts, noises, self.sampler, sigmas, **switches)
 
     def text_encoder(self) -> TextEncoder:
         """The model's own text encoders."""
@@ -287,17 +216,12 @@ class World:
         args, own = self.args, torch.Generator().manual_seed(1)
         if args.random:
             widths = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048} | RANDOM[args.random]
-            shapes = {"tokens": (TEXT_TOKENS, widths["joint_attention_dim"])}
-            shapes["pooled"] = (widths["pooled_projection_dim"],)
-            rows = [
-                {n: torch.randn(shape, generator=own) for n, shape in shapes.items()} for _ in range(args.tasks + 1)
-            ]
+            shapes = {
+                "tokens": (TEXT_TOKENS, widths["joint_attention_dim"]),
+                "pooled": (widths["pooled_projection_dim"],),
+            }
+            rows = [{n: torch.randn(*s, generator=own) for n, s in shapes.items()} for _ in range(args.tasks + 1)]
         else:
-            rows = self.text_encoder()([*task_prompts(len(args.teachers)), NEGATIVE])
+            rows = self.text_encoder()([*self.prompts, NEGATIVE])
         found = [Conditions.of([row]).to(args.device, self.half) for row in rows]
         return [*(text.expand(args.batch_size) for text in found[:-1]), found[-1]]
-
-
-def task_prompts(tasks: int) -> list[str]:
-    """A prompt for each of so many tasks."""
-    return [PROMPTS[task % len(PROMPTS)] for task in range(tasks)]

@@ -33,18 +33,18 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # One step of middling length stands for the round of a large model: all steps of a CPU run would take half an hour.
-    setup = World(args).setup(only=(args.steps - 1) // 2 if args.random else None)
-    algorithm, gaps = setup.algorithm, []
-    optimizer = algorithm.optimizer
-    started = time.perf_counter()
-    for batch in setup.batches:
+    (algorithm, batches), gaps = World(args).setup(), []
+    transitions = algorithm.transitions[: World(args).sampler.trained_steps]
+    if args.random:  # one step of middling length stands for the round: all steps of a CPU run would take half an hour
+        transitions = [transitions[(args.steps - 1) // 2]]
+    optimizer, started = algorithm.optimizer, time.perf_counter()
+    for batch in batches:
         x = batch.noise
-        for transition in setup.trained:
+        for transition in transitions:
             v_teacher = algorithm.teacher(batch)(x, transition.sigma)
             v_student = algorithm.student(batch)(x, transition.sigma)
             loss = distillation_loss(transition, v_student, v_teacher).mean()
-            optimizer.backward(loss / (len(setup.batches) * len(setup.trained)))
+            optimizer.backward(loss / (len(batches) * len(transitions)))
             gaps.append(((v_student - v_teacher).norm() / v_teacher.norm()).item())
             x = transition.sample(x, v_student.detach(), None)
     # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.

@@ -34,8 +34,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from diffusionopd.config_schema import load_config
-from diffusionopd.training import Trainer, checkpoint, loop, train
+from diffusionopd.algorithms.opd import Opd
+from diffusionopd.training import checkpoint, load_config, loop, train
 
 from .forked import Forked, Mark, start
 
@@ -43,11 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("start", "round", "evaluation", "writing a checkpoint", "renaming and pruning", "between")
 START, ROUND, EVALUATION, WRITING, PUBLISHING, BETWEEN = range(len(PHASES))
 _MARKED = (  # the functions during which a run is in a phase; what is called within them may be in another
-    (Trainer, "round", ROUND),
-    (loop, "evaluate_task", EVALUATION),
+    (Opd, "round", ROUND),
+    (loop, "_evaluate", EVALUATION),
     (checkpoint, "save", WRITING),
     (checkpoint, "_publish", PUBLISHING),
-    (checkpoint, "_point_latest", PUBLISHING),
     (checkpoint, "_prune", PUBLISHING),
 )
 _POLL = 2e-4  # seconds

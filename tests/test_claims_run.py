@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
-from diffusionopd.config_schema import check, load_config
-from diffusionopd.evaluation.results import write_text_atomically
-from diffusionopd.rewards import REGISTRY
-from experiments.claims.curves import ClaimsError
+from diffusionopd.evaluation.results import Summary
+from diffusionopd.files import write_atomically
+from diffusionopd.training import check, load_config
+from experiments.claims.curves import ClaimsError, Result
 from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
 from experiments.claims.run import Run, Runner, plan, run_all
 
@@ -26,12 +27,11 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = [name for name in LABELS if Run(name, 1).trained]
     assert len(trained) == 19
-    plans = {name: check(load_config(f"experiments/claims/config.py:{name}"), 1, REGISTRY) for name in trained}
+    plans = {name: check(load_config(f"experiments/claims/config.py:{name}"), 1) for name in trained}
 
     def forwards(name: str) -> int:
-        one = plans[name]
-        each = one.student_evaluations + one.teacher_evaluations + one.sampling_evaluations + one.base_evaluations
-        return each * one.num_rounds
+        nfe, rounds = plans[name].nfe_per_round, plans[name].shape.num_rounds
+        return (nfe.student + nfe.teacher + nfe.sampling + nfe.base) * rounds
 
     teachers = sum(forwards(f"teacher_{task}") for task in TASKS)
     for baseline in BASELINES:
@@ -42,13 +42,15 @@ def test_every_experiment_is_a_sound_configuration(monkeypatch):
         assert len({config.num_epochs for config in configs.values()}) == 1
 
 
-def finish(runner: Runner, run: Run) -> None:
+def result(run: Run, rounds: int) -> Result:
+    final = dict.fromkeys(TASKS, Summary(0.5, 0.0, 6))
+    return Result(run.experiment, "", run.seed, "short", rounds, 1.0, 1.0, 0.0, [], final, "none", "2026-01-01")
+
+
+def finish(runner: Runner, run: Run, rounds: int = 3) -> None:
     """Leave what a finished run leaves, in the driver's order and as atomically: it is read while others still run."""
-    checkpoints = runner.folder(run) / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    runner.results.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(checkpoints / "latest", "checkpoint-3")
-    write_text_atomically(runner.result_file(run), '{"rounds": 3}')
+    write_atomically(runner.folder(run) / "checkpoints" / "latest", "checkpoint-3")
+    write_atomically(runner.result_file(run), json.dumps(asdict(result(run, rounds))))
 
 
 def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
@@ -88,20 +90,19 @@ def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(Runner, "_train", lambda self, run: calls.append(f"train {run.name}"))
     monkeypatch.setattr(Runner, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
-    monkeypatch.setattr(Runner, "_describe", lambda self, run, seconds: {"rounds": 60, "calls": len(calls)})
+    monkeypatch.setattr(Runner, "_result", lambda self, run: result(run, 60))
     runner, run = Runner(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
     runner.do(run)
     assert calls == ["train teacher_ocr-seed1", "evaluate teacher_ocr-seed1"]
     runner.do(run)
     assert calls[2:] == ["train teacher_ocr-seed1"]
-    assert json.loads(runner.result_file(run).read_text())["calls"] == 2
 
 
 def test_a_result_of_another_length_is_none(tmp_path):
     runner, run = Runner(tmp_path, tmp_path, short=False), Run("opd", 1)
-    runner.result_file(run).write_text('{"rounds": 40}')
+    finish(runner, run, rounds=40)
     assert not runner.is_done(run)
-    runner.result_file(run).write_text('{"rounds": 80}')
+    finish(runner, run, rounds=80)
     assert runner.is_done(run)
     runner.result_file(run).write_text("{")
     with pytest.raises(ClaimsError, match=r"opd-seed1\.json is no result of a run"):

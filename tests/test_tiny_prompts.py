@@ -5,27 +5,28 @@ from pathlib import Path
 import pytest
 
 from diffusionopd.data.prompts import load_prompts
-from diffusionopd.tiny import dataset
 from diffusionopd.tiny.grammar import (
     COMPOSE_LINES,
     DIGITS,
+    PROMPT_FN,
     RELATIONS,
+    SPLITS,
     TASKS,
     TEST_LINES,
     captions,
-    compose_captions,
     corrupt,
     draw,
     file_captions,
-    ocr_captions,
+    groups,
+    prompt_files,
 )
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
 
 
-@pytest.mark.parametrize("name", sorted(dataset.files()))
-def test_shipped_prompt_file_is_what_the_code_writes(name):
-    assert (ASSETS / "dataset" / name).read_text(encoding="utf-8") == dataset.files()[name]
+def test_shipped_prompt_files_are_what_the_code_writes():
+    shipped = {p.relative_to(ASSETS / "dataset").as_posix(): p for p in (ASSETS / "dataset").glob("*/*")}
+    assert {name: path.read_text(encoding="utf-8") for name, path in shipped.items()} == prompt_files()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -40,8 +41,8 @@ def test_test_file_has_384_lines_of_held_out_prompts_only(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_run_reads_the_shipped_files(task):
     """Through the reader of real runs, with texts and metadata intact."""
-    for split in dataset.SPLITS:
-        prompts = load_prompts(ASSETS / "dataset" / task, dataset.PROMPT_FN[task], split)
+    for split in SPLITS:
+        prompts = load_prompts(ASSETS / "dataset" / task, PROMPT_FN[task], split)
         expected = file_captions(task, split)
         assert [p.text for p in prompts] == [c.text for c in expected]
         if task == "compose":
@@ -49,7 +50,7 @@ def test_run_reads_the_shipped_files(task):
 
 
 def test_every_digit_is_trained_at_every_position():
-    numbers = [caption.metadata["text"] for caption in ocr_captions("train")]
+    numbers = [caption.metadata["text"] for caption in captions("ocr", "train")]
     assert len(numbers) == 800
     for place in range(3):
         assert {number[place] for number in numbers} == set(DIGITS)
@@ -60,17 +61,17 @@ def test_pairs_are_held_out_in_both_orders_and_every_relation():
         return {
             frozenset((i["color"], i["class"]) for i in caption.metadata["include"])
             for tag in ("two_object", "position")
-            for caption in compose_captions(split)[tag]
+            for caption in groups("compose", split)[tag]
         }
 
     assert pairs("train").isdisjoint(pairs("test"))
-    for split in dataset.SPLITS:
-        relations = {c.metadata["include"][1]["position"][0] for c in compose_captions(split)["position"]}
+    for split in SPLITS:
+        relations = {c.metadata["include"][1]["position"][0] for c in groups("compose", split)["position"]}
         assert relations == set(RELATIONS)
 
 
 def test_metadata_has_the_form_of_geneval():
-    held = {tag: group[0].metadata for tag, group in compose_captions("test").items()}
+    held = {tag: group[0].metadata for tag, group in groups("compose", "test").items()}
     assert held.keys() == COMPOSE_LINES["test"].keys()
     for tag, metadata in held.items():
         assert metadata["tag"] == tag

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusionopd.rewards import RewardError, build_scorer
-from diffusionopd.tiny.grammar import TASKS, compose_captions, counting, draw, pair, position, sign, single
+from diffusionopd.tiny.grammar import TASKS, captions, counting, draw, pair, position, sign, single
 from diffusionopd.tiny.render import render
 from diffusionopd.tiny.scorers import TinyCompose, TinyScene
 
@@ -26,7 +26,7 @@ def compose_score(shown, asked, key="tiny_compose"):
 
 def test_clean_images_score_one_on_every_held_out_compose_prompt():
     rng = random.Random(1)
-    prompts = [caption for group in compose_captions("test").values() for caption in group]
+    prompts = captions("compose", "test")
     images = np.stack([render("compose", caption, rng) for caption in prompts])
     scores = TinyCompose().score(images, [c.text for c in prompts], [c.metadata for c in prompts])
     assert scores["tiny_compose"].min() == 1

@@ -15,82 +15,79 @@ import multiprocessing
 import os
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from diffusionopd.tiny import check, dataset, fit, train_base, train_teacher, train_vae
-from diffusionopd.tiny.grammar import TASKS
+from diffusionopd.files import write_atomically
+from diffusionopd.tiny import check, fit, train
+from diffusionopd.tiny.grammar import TASKS, prompt_files
 
-#: Minutes of training with both cores for vae and base, with one core for each teacher.
-MINUTES = {"vae": 4.5, "base": 40.0, "teachers": 5.0}
-STAGES = ("vae", "base", "teachers", "dataset", "check")
-
-
-class Build:
-    """Paths and number of processes; one method per stage."""
-
-    def __init__(self, out: Path, work: Path, minutes: float | None, processes: int) -> None:
-        self.out, self.work, self.processes = out, work, processes
-        self.minutes = MINUTES if minutes is None else dict.fromkeys(MINUTES, minutes)
-        work.mkdir(parents=True, exist_ok=True)
-
-    def vae(self) -> None:
-        """Trains the autoencoder into the work folder."""
-        if not _is_there("vae", self.work / "vae" / "config.json"):
-            fit.spawn(train_vae.train, self.processes, self.work / "vae", self.minutes["vae"])
-
-    def base(self) -> None:
-        """Trains, then copies the pipeline folder to its place without the traces of this machine."""
-        trained = self.work / "base"
-        if not _is_there("base", trained / "model_index.json"):
-            fit.spawn(train_base.train, self.processes, self.work, trained, self.minutes["base"])
-        shutil.rmtree(self.out / "model", ignore_errors=True)
-        shutil.copytree(trained, self.out / "model")
-        for path in (self.out / "model").rglob("*.json"):
-            _forget_paths(path)
-
-    def teachers(self) -> None:
-        """As many at a time as there are processes."""
-        folders = {task: self.out / "teachers" / task / "lora" for task in TASKS}
-        missing = [t for t in TASKS if not _is_there(f"teacher {t}", folders[t] / "adapter_model.safetensors")]
-        fit.one_thread()
-        with ProcessPoolExecutor(self.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            model, minutes = self.out / "model", self.minutes["teachers"]
-            training = [pool.submit(train_teacher.train, t, model, self.work, folders[t], minutes) for t in missing]
-            for future in training:
-                future.result()
-
-    def dataset(self) -> None:
-        """Writes the prompt files of all tasks."""
-        dataset.write(self.out / "dataset")
-
-    def check(self) -> None:
-        """Scores, sample images and manifest; raises SystemExit where a bound is missed."""
-        fit.one_thread()
-        missed = check.write_scores(self.out, self.processes)
-        check.draw(self.out).save(self.out / "samples.png", optimize=True)
-        self.manifest()
-        if missed:
-            raise SystemExit("bounds missed:\n  " + "\n  ".join(missed))
-
-    def manifest(self) -> None:
-        """Writes sizes and sha256 of what is shipped."""
-        check.write_manifest(self.out)
+# Minutes of training: with all processes for vae and base, with one for each teacher.
+VAE_MINUTES, BASE_MINUTES, TEACHER_MINUTES = 4.5, 40.0, 5.0
 
 
-def _is_there(stage: str, result: Path) -> bool:
+def vae(a: Namespace) -> None:
+    """Train the autoencoder into the work folder."""
+    if _is_missing("vae", a.work / "vae" / "config.json"):
+        fit.spawn(train.train_vae, a.processes, a.work / "vae", a.minutes or VAE_MINUTES)
+
+
+def base(a: Namespace) -> None:
+    """Train, then copy the pipeline folder to its place without the traces of this machine."""
+    trained = a.work / "base"
+    if _is_missing("base", trained / "model_index.json"):
+        for task in TASKS:  # drawn here, read by every process
+            train.base_pool(task, a.work, train.load_vae(a.work))
+        fit.spawn(train.train_base, a.processes, a.work, trained, a.minutes or BASE_MINUTES)
+    shutil.rmtree(a.out / "model", ignore_errors=True)
+    shutil.copytree(trained, a.out / "model")
+    for path in (a.out / "model").rglob("*.json"):  # libraries note the folder that a part was loaded from
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in content.keys() & {"_name_or_path", "name_or_path"}:
+            del content[key]
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def teachers(a: Namespace) -> None:
+    """Train as many at a time as there are processes."""
+    folders = {task: a.out / "teachers" / task / "lora" for task in TASKS}
+    missing = [t for t in TASKS if _is_missing(f"teacher {t}", folders[t] / "adapter_model.safetensors")]
+    with ProcessPoolExecutor(a.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        fixed = a.out / "model", a.work
+        minutes = a.minutes or TEACHER_MINUTES
+        for future in [pool.submit(train.train_teacher, t, *fixed, folders[t], minutes) for t in missing]:
+            future.result()
+
+
+def dataset(a: Namespace) -> None:
+    """Write the prompt files of all tasks."""
+    for name, content in prompt_files().items():
+        write_atomically(a.out / "dataset" / name, content)
+
+
+def scores(a: Namespace) -> None:
+    """Scores, sample images and manifest; SystemExit where a bound is missed."""
+    missed = check.write_scores(a.out, a.processes)
+    check.draw(a.out, a.out / "samples.png")
+    manifest(a)
+    if missed:
+        raise SystemExit("bounds missed:\n  " + "\n  ".join(missed))
+
+
+def manifest(a: Namespace) -> None:
+    """Write sizes and sha256 of what is shipped."""
+    check.write_manifest(a.out)
+
+
+STAGES = {"vae": vae, "base": base, "teachers": teachers, "dataset": dataset, "check": scores}
+
+
+def _is_missing(stage: str, result: Path) -> bool:
     if result.exists():
         print(f"{stage}: {result} is there, skipped", flush=True)
-    return result.exists()
-
-
-def _forget_paths(path: Path) -> None:
-    """Libraries note the folder that a part was loaded from."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
-        content = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return not result.exists()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,11 +101,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="training time of the stage instead of its default")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     a = parser.parse_args(argv)
-    build = Build(a.out, a.work, a.minutes, a.processes)
-    for stage in STAGES if a.stage == "all" else (a.stage,):
+    a.work.mkdir(parents=True, exist_ok=True)
+    fit.one_thread()
+    for name in STAGES if a.stage == "all" else (a.stage,):
         start = time.monotonic()
-        getattr(build, stage)()
-        print(f"{stage}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+        (STAGES | {"manifest": manifest})[name](a)
+        print(f"{name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

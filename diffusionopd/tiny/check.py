@@ -6,7 +6,6 @@ Also holds what the demonstration relies on: the guidance of each teacher and th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import random
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
-from PIL import Image, ImageDraw, ImageFont
 
+from diffusionopd.files import sha256
 from diffusionopd.rewards import Scorer, build_scorer
 from diffusionopd.rewards.images import to_uint8
 from diffusionopd.tiny import fit, flow
 from diffusionopd.tiny.grammar import TASKS, Caption, file_captions
-from diffusionopd.tiny.render import RESOLUTION, render
+from diffusionopd.tiny.render import render
+from diffusionopd.training.grids import sample_grid
 
 STEPS = 10
 SEED = 5
@@ -36,14 +36,7 @@ TEACHER_GUIDANCE = {"compose": 1.5, "ocr": 1.0, "scene": 1.0}
 TEACHER_BOUND = {"compose": 0.72, "ocr": 0.90, "scene": 0.70}
 GAP_BOUND = 0.20
 MANIFEST = "manifest.json"
-
 _COLUMNS = 8
-_ZOOM = 2
-_MARGIN = 84  # pixels left of a row, for its name
-_HEADING = 26  # pixels above an image, for its prompt
-
-Scores = dict[str, float]
-Job = tuple[str | None, str, float]  # teacher (None: the base), task, guidance scale
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
@@ -65,27 +58,17 @@ def load(assets: Path, teacher: str | None = None) -> StableDiffusion3Pipeline:
 
 
 def score(
-    pipe: StableDiffusion3Pipeline, task: str, guidance_scale: float, prompts: Sequence[Caption], seed: int = SEED
-) -> Scores:
+    pipe: StableDiffusion3Pipeline, task: str, guidance_scale: float, prompts: Sequence[Caption]
+) -> dict[str, float]:
     """Mean scores of one image per prompt, sampled by the 10-step Euler ODE."""
     texts = [prompt.text for prompt in prompts]
-    images = flow.generate(pipe, texts, guidance_scale, STEPS, seed)
+    images = flow.generate(pipe, texts, guidance_scale, STEPS, SEED)
     scores = _scorer(task).score(images, texts, [prompt.metadata for prompt in prompts])
     return {name: round(float(np.mean(values)), 4) for name, values in scores.items()}
 
 
-def _jobs() -> list[Job]:
-    """(teacher, task, guidance): base and teachers at every guidance, teachers also on other tasks."""
-    base: list[Job] = [(None, task, g) for task in TASKS for g in GUIDANCES]
-    own: list[Job] = [(teacher, teacher, g) for teacher in TASKS for g in GUIDANCES]
-    other: list[Job] = [
-        (teacher, task, TEACHER_GUIDANCE[teacher]) for teacher in TASKS for task in TASKS if task != teacher
-    ]
-    return base + own + other
-
-
-def measure(assets: Path, job: Job) -> dict[str, Any]:
-    """Scores of one (teacher, task, guidance), printed as they come."""
+def measure(assets: Path, job: tuple[str | None, str, float]) -> dict[str, Any]:
+    """Scores of one (teacher or None for the base, task, guidance), printed as they come."""
     fit.one_thread()
     teacher, task, guidance = job
     scores = score(load(assets, teacher), task, guidance, file_captions(task, "test"))
@@ -108,9 +91,11 @@ def violations(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_scores(assets: Path, processes: int) -> list[str]:
-    """Measure everything into `scores.json`; returns the violations."""
+    """Base and teachers at every guidance, teachers also on other tasks, into `scores.json`; returns the violations."""
+    jobs = [(model and task, task, g) for model in (None, "own") for task in TASKS for g in GUIDANCES]
+    jobs += [(teacher, task, TEACHER_GUIDANCE[teacher]) for teacher in TASKS for task in TASKS if task != teacher]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        records = list(pool.map(partial(measure, assets), _jobs()))
+        records = list(pool.map(partial(measure, assets), jobs))
     about = {"sampler": f"Euler ODE, {STEPS} steps", "prompts_per_task": len(file_captions(TASKS[0], "test"))}
     content = about | {"seed": SEED, "teacher_guidance_scale": TEACHER_GUIDANCE, "results": records}
     (assets / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -120,43 +105,21 @@ def write_scores(assets: Path, processes: int) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- sample images
 
 
-def draw(assets: Path) -> Image.Image:
-    """Per task one row each of clean, base and teacher images of the same `_COLUMNS` held-out prompts."""
-    base = load(assets)
-    blocks = [_block(task, file_captions(task, "test")[:_COLUMNS], assets, base) for task in TASKS]
-    sheet = Image.new("RGB", (blocks[0].width, sum(block.height for block in blocks)))
-    for i, block in enumerate(blocks):
-        sheet.paste(block, (0, i * block.height))
-    return sheet
-
-
-def _block(task: str, prompts: Sequence[Caption], assets: Path, base: StableDiffusion3Pipeline) -> Image.Image:
-    cell, rng, texts = RESOLUTION * _ZOOM, random.Random(0), [p.text for p in prompts]
-    teacher, guidance = load(assets, task), TEACHER_GUIDANCE[task]
-    rows: dict[str, list[np.ndarray]] = {  # uint8 [64, 64, 3] each
-        "clean": [render(task, p, rng) for p in prompts],
-        "base": list(to_uint8(flow.generate(base, texts, 1.0, STEPS, SEED))),
-        "teacher": list(to_uint8(flow.generate(teacher, texts, guidance, STEPS, SEED))),
-    }
-    block = Image.new("RGB", (_MARGIN + len(prompts) * cell, _HEADING + len(rows) * cell), "white")
-    pen, font = ImageDraw.Draw(block), ImageFont.load_default(size=11)
-    for column, text in enumerate(texts):
-        pen.multiline_text((_MARGIN + column * cell + 2, 1), _wrapped(text), fill="black", font=font, spacing=0)
-    for row, (name, images) in enumerate(rows.items()):
-        y = _HEADING + row * cell
-        pen.text((4, y + cell // 2 - 14), f"{task}\n{name}", fill="black", font=font)
-        strip = Image.fromarray(np.concatenate(images, axis=1))
-        block.paste(strip.resize((len(prompts) * cell, cell), Image.Resampling.NEAREST), (_MARGIN, y))
-    return block
-
-
-def _wrapped(text: str, width: int = 22) -> str:
-    """At most two lines; the opening that every caption of a task shares is left out."""
-    text = text.removeprefix("a photo of ").removeprefix("a landscape with ")
-    if len(text) <= width:
-        return text
-    cut = text.rfind(" ", 0, width + 1)
-    return text[:cut] + "\n" + text[cut + 1 :]
+def draw(assets: Path, file: Path) -> None:
+    """A PNG with a row each of clean, base and teacher images of the same held-out prompts, for every task."""
+    images: list[np.ndarray] = []
+    captions: list[str] = []
+    for task in TASKS:
+        prompts, rng = file_captions(task, "test")[:_COLUMNS], random.Random(0)
+        texts = [prompt.text for prompt in prompts]
+        rows = {
+            "clean": np.stack([render(task, prompt, rng) for prompt in prompts]),
+            "base": to_uint8(flow.generate(load(assets), texts, 1.0, STEPS, SEED)),
+            "teacher": to_uint8(flow.generate(load(assets, task), texts, TEACHER_GUIDANCE[task], STEPS, SEED)),
+        }
+        images += rows.values()
+        captions += [f"{name}: {text}" for name in rows for text in texts]
+    sample_grid(np.concatenate(images), captions, file, columns=_COLUMNS)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
@@ -165,13 +128,7 @@ def _wrapped(text: str, width: int = 22) -> str:
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Path below `folder` -> {"bytes", "sha256"} of every file but the manifest itself."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in paths
-    }
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
 
 
 def write_manifest(folder: Path) -> None:

@@ -3,79 +3,88 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers.training_utils import EMAModel
 
 from diffusionopd.distributed import average_gradients
 
 _SAVE_SECONDS = 120
 
 
-@dataclass
-class Progress:
-    """How far a training has come."""
-
-    step: int = 0
-    seconds: float = 0.0
-    mean_loss: float = 0.0  # over about the last 100 steps
-
-
 def fit(
     name: str,
-    parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     minutes: float,
     rate: Callable[[float, int], float],
     loss: Callable[[float, int], torch.Tensor],
-    *,
-    progress: Progress | None = None,
-    average: Sequence[torch.Tensor] = (),
-    decay: float = 0.0,
-    save: Callable[[], None] | None = None,
+    average: EMAModel | None = None,
+    file: Path | None = None,
 ) -> None:
     """Steps with clipped gradients, averaged over processes, until ``minutes`` are over, earlier runs included.
 
     Args:
+        optimizer: of one parameter group.
         rate, loss: learning rate and scalar loss, from the fraction of the time that is over and the number of steps.
-        progress: where to go on, advanced in place.
-        average: moving averages of the parameters, advanced in place with ``decay``.
-        save: called by rank 0 every two minutes.
+        average: moving average of the parameters, which have its values in the end.
+        file: the state (with ``average``): training goes on from it where it exists; rank 0 writes it every two minutes
+            and in the end.
     """
-    progress = progress or Progress()
+    (group,) = optimizer.param_groups
+    parts: dict[str, Any] = {"optimizer": optimizer, "average": average}
     main = not dist.is_initialized() or dist.get_rank() == 0
+    step, seconds, mean_loss = 0, 0.0, 0.0
+    if file and file.exists():
+        state = torch.load(file, weights_only=True)
+        for part, value in parts.items():
+            value.load_state_dict(state[part])
+        with torch.no_grad():
+            torch._foreach_copy_(group["params"], state["parameters"])
+        step, seconds, mean_loss = state["progress"]
+        print(f"{name}: resumed at step {step}", flush=True)
     saved = time.monotonic()
-    begin = saved - progress.seconds
-    while True:
-        progress.seconds = _of_rank_0(time.monotonic() - begin)
-        done = progress.seconds / (60 * minutes)
-        if done >= 1:
-            return
-        for group in optimizer.param_groups:
-            group["lr"] = rate(done, progress.step)
-        value = loss(done, progress.step)
+    begin = saved - seconds
+    while (done := (seconds := _of_rank_0(time.monotonic() - begin)) / (60 * minutes)) < 1:
+        group["lr"] = rate(done, step)
+        value = loss(done, step)
         optimizer.zero_grad()
         value.backward()
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        average_gradients(group["params"])
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
-        progress.step += 1
-        progress.mean_loss += (value.item() - progress.mean_loss) / min(progress.step, 100)
         if average:
-            with torch.no_grad():
-                weight = 1 - min(decay, (1 + progress.step) / (10 + progress.step))
-                torch._foreach_lerp_(list(average), list(parameters), weight)
-        if main and progress.step % 100 == 0:
-            print(f"{name} {done:5.1%} step {progress.step} loss {progress.mean_loss:.4f}", flush=True)
-        if main and save and time.monotonic() - saved > _SAVE_SECONDS:
-            save()
+            average.step(group["params"])
+        step += 1
+        mean_loss += (value.item() - mean_loss) / min(step, 100)
+        if main and step % 100 == 0:
+            print(f"{name} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
+        if main and file and time.monotonic() - saved > _SAVE_SECONDS:
+            _save_state(file, parts, group["params"], (step, seconds, mean_loss))
             saved = time.monotonic()
+    if main and file:
+        _save_state(file, parts, group["params"], (step, seconds, mean_loss))
+    if average:
+        average.copy_to(group["params"])
+
+
+def _save_state(file: Path, parts: dict[str, Any], parameters: Sequence[torch.Tensor], progress: tuple) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    save(state | {"parameters": [p.detach() for p in parameters], "progress": progress}, file)
+
+
+def save(value: Any, file: Path) -> None:
+    """Write plain values and tensors to one file, atomically; ``torch.load(file, weights_only=True)`` reads it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    torch.save(value, temporary)
+    os.replace(temporary, file)
 
 
 def _of_rank_0(value: float) -> float:
@@ -89,17 +98,14 @@ def _of_rank_0(value: float) -> float:
 
 def spawn(function: Callable[..., None], processes: int, *arguments: Any) -> None:
     """Run ``function(rank, *arguments)`` in processes that share a gloo group; when one fails all are ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    one_thread()
-    mp.spawn(_work, (function, processes, port, arguments), nprocs=processes)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, (function, processes, f"file://{folder}/rendezvous", arguments), nprocs=processes)
 
 
-def _work(rank: int, function: Callable[..., None], world: int, port: int, arguments: Sequence[Any]) -> None:
+def _work(rank: int, function: Callable[..., None], world: int, meeting: str, arguments: Sequence[Any]) -> None:
     one_thread()
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     function(rank, *arguments)
 
 

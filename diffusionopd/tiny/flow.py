@@ -1,14 +1,12 @@
-"""Flow matching on the tiny latents, as small functions: data pool, training pair, prompt encoding, ODE sampling.
+"""Flow matching on the tiny latents, as small functions: images as latents, training pair, prompt encoding, sampling.
 
 `x_t = (1 - t) x_0 + t noise`, velocity `noise - x_0` (Lipman et al., arXiv 2210.02747).
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,59 +14,47 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from diffusionopd.tiny import fit
 from diffusionopd.tiny.grammar import corrupt, draw
 from diffusionopd.tiny.models import CONTEXT, LATENT_CHANNELS, LATENT_SIDE, SHIFT
 from diffusionopd.tiny.render import RESOLUTION, dull_vividness, render
-from diffusionopd.tiny.train_vae import to_signal
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
-
+#: Images in a task's training pool.
+POOL = {"compose": 24000, "ocr": 12000, "scene": 4000}
 POOL_SEED = 21
 
-
-@dataclass
-class Pool:
-    """Images of one task as latents, with the caption they were drawn for and a wrong one."""
-
-    latents: torch.Tensor  # float16 [N, 8, 16, 16]
-    captions: list[str]
-    wrong: list[str]
+Pool = tuple[torch.Tensor, list[str], list[str]]
+"""Latents (float16 [N, 8, 16, 16]) of images, the captions that they were drawn for, and wrong ones."""
 
 
 @torch.no_grad()
-def make_pool(task: str, size: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
-    """`size` images of training captions, clean (`dull=False`) or with mostly dull scenes."""
+def pool(folder: Path, task: str, vae: AutoencoderKL, dull: bool = False) -> Pool:
+    """Images of training captions, clean or with mostly dull scenes; kept in `folder` between runs."""
+    path = folder / f"{task}-{'dull' if dull else 'clean'}-{POOL[task]}-{POOL_SEED}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
     rng = random.Random(POOL_SEED)
     latents, captions, wrong = [], [], []
-    for start in range(0, size, 64):
+    for rows in torch.arange(POOL[task]).split(64):
         images = []
-        for _ in range(min(64, size - start)):
+        for _ in rows:
             caption = draw(task, rng)
-            images.append(render(task, caption, rng, dull_vividness(rng) if dull and task == "scene" else None))
+            images.append(render(task, caption, rng, dull_vividness(rng) if dull else None))
             captions.append(caption.text)
             wrong.append(caption.text if task == "scene" else corrupt(task, caption, rng).text)
         x = to_signal(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
-        latents.append(scale(vae, vae.encode(x).latent_dist.mean).half().contiguous())
-    return Pool(torch.cat(latents).contiguous(), captions, wrong)
+        scaled = (vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+        latents.append(scaled.half())
+    made = torch.cat(latents).contiguous(), captions, wrong
+    fit.save(made, path)
+    return made
 
 
-def cached_pool(folder: Path, task: str, size: int, vae: AutoencoderKL, dull: bool = False) -> Pool:
-    """`make_pool`, kept in `folder` between runs."""
-    path = folder / f"{task}-{'dull' if dull else 'clean'}-{size}-{POOL_SEED}.pt"
-    if path.exists():
-        return Pool(**torch.load(path, weights_only=True))
-    pool = make_pool(task, size, vae, dull)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    torch.save(vars(pool), temporary)
-    os.replace(temporary, path)
-    return pool
-
-
-def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents -> latents of mean 0 and standard deviation 1, what the transformer sees."""
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+def to_signal(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -84,13 +70,17 @@ def training_pair(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.T
     return (1 - w) * x0 + w * noise, t, noise - x0
 
 
-def velocity(
-    transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor
+def loss(
+    transformer: torch.nn.Module,
+    x0: torch.Tensor,
+    tokens: torch.Tensor,
+    pooled: torch.Tensor,
+    generator: torch.Generator,
 ) -> torch.Tensor:
-    """[B, 8, 16, 16] velocity; `t` in [0, 1] of shape [B]."""
-    return transformer(
-        hidden_states=x, timestep=t * 1000, encoder_hidden_states=tokens, pooled_projections=pooled, return_dict=False
-    )[0]
+    """Mean squared error of the velocity at random times."""
+    x, t, target = training_pair(x0, generator)
+    velocity = transformer(x, timestep=t * 1000, encoder_hidden_states=tokens, pooled_projections=pooled)
+    return F.mse_loss(velocity.sample, target)
 
 
 def token_ids(pipe: StableDiffusion3Pipeline, texts: Sequence[str]) -> torch.Tensor:
@@ -130,18 +120,10 @@ def generate(
 ) -> torch.Tensor:
     """uint8 [N, 3, 64, 64] by the pipeline itself (Euler ODE); image i depends on (seed, i, text) only."""
     shape, images = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), []
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "max_sequence_length": CONTEXT}
     for rows in torch.arange(len(texts)).split(batch):
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + int(i))) for i in rows]
-        images.append(
-            pipe(
-                [texts[i] for i in rows],
-                height=RESOLUTION,
-                width=RESOLUTION,
-                latents=torch.stack(noise),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                max_sequence_length=CONTEXT,
-                output_type="pt",
-            ).images
-        )
+        prompts, latents = [texts[i] for i in rows], torch.stack(noise)
+        made = pipe(prompts, height=RESOLUTION, width=RESOLUTION, latents=latents, output_type="pt", **settings)
+        images.append(made.images)
     return (torch.cat(images) * 255).round().to(torch.uint8)

@@ -11,12 +11,17 @@ training captions hold each part of each test caption.
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 TASKS = ("compose", "ocr", "scene")
+SPLITS = ("train", "test")
+#: `prompt_fn` of each task: how its prompt files are read.
+PROMPT_FN = {"compose": "geneval", "ocr": "general_ocr", "scene": "general_ocr"}
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three", 4: "four"}
@@ -65,27 +70,24 @@ class Caption:
 
 def single(thing: Thing) -> Caption:
     """One object."""
-    text = f"a photo of a {thing[0]} {thing[1]}"
-    return _compose("single_object", [_include(thing)], text)
+    return _compose("single_object", f"a {_words(thing)}", [_include(thing)])
 
 
 def pair(first: Thing, second: Thing) -> Caption:
     """Two objects in any arrangement."""
-    text = f"a photo of a {first[0]} {first[1]} and a {second[0]} {second[1]}"
-    return _compose("two_object", [_include(first), _include(second)], text)
+    return _compose("two_object", f"a {_words(first)} and a {_words(second)}", [_include(first), _include(second)])
 
 
 def counting(thing: Thing, count: int) -> Caption:
     """Exactly `count` equal objects: one more is excluded, as GenEval does it."""
-    text = f"a photo of {COUNTS[count]} {thing[0]} {thing[1]}s"
-    more = dict(_include(thing), count=count + 1)
-    return _compose("counting", [dict(_include(thing), count=count)], text, exclude=[more])
+    exclude = [_include(thing, count=count + 1)]
+    return _compose("counting", f"{COUNTS[count]} {_words(thing)}s", [_include(thing, count=count)], exclude=exclude)
 
 
 def position(subject: Thing, relation: str, reference: Thing) -> Caption:
     """GenEval lists the reference first; the subject carries `position: [relation, index of the reference]`."""
-    text = f"a photo of a {subject[0]} {subject[1]} {relation} a {reference[0]} {reference[1]}"
-    return _compose("position", [_include(reference), dict(_include(subject), position=[relation, 0])], text)
+    include = [_include(reference), _include(subject, position=[relation, 0])]
+    return _compose("position", f"a {_words(subject)} {relation} a {_words(reference)}", include)
 
 
 def sign(number: str) -> Caption:
@@ -99,73 +101,60 @@ def scene(height: str, side: str, hills: str, extra: str) -> Caption:
     return Caption(text, {"height": height, "side": side, "hills": hills, "extra": extra})
 
 
-def _include(thing: Thing) -> dict[str, Any]:
-    return {"class": thing[1], "count": 1, "color": thing[0]}
+def _words(thing: Thing) -> str:
+    return " ".join(thing)
 
 
-def _compose(tag: str, include: list[dict], text: str, exclude: list[dict] | None = None) -> Caption:
-    metadata: dict[str, Any] = {"tag": tag, "include": include}
-    if exclude:
-        metadata["exclude"] = exclude
-    return Caption(text, metadata | {"prompt": text})
+def _include(thing: Thing, **more: Any) -> dict[str, Any]:
+    return {"class": thing[1], "count": 1, "color": thing[0]} | more
+
+
+def _compose(tag: str, what: str, include: list[dict], **more: list[dict]) -> Caption:
+    text = f"a photo of {what}"
+    return Caption(text, {"tag": tag, "include": include, **more, "prompt": text})
 
 
 # ------------------------------------------------------------------------------------------------- all captions, split
 
 
-def _split(items: list, rng: random.Random, at_least: int = 1) -> tuple[list, list]:
-    """(kept, held out), each in the order of `items`."""
-    held = set(rng.sample(range(len(items)), max(at_least, round(_HELD_OUT_FRACTION * len(items)))))
-    return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
-
-
 @cache
-def compose_captions(split: str) -> dict[str, tuple[Caption, ...]]:
-    """Tag -> captions. A pair of objects is held out in both orders, for `and` and for every relation."""
-    rng = random.Random(HELD_OUT_SEED)
+def groups(task: str, split: str) -> dict[str, tuple[Caption, ...]]:
+    """Every distinct caption of `task` in `split` ("train" or "test") in a fixed order: by tag, or all under the task.
+
+    A fifth is held out. A pair of objects is held out in both orders, for `and` and for every relation.
+    """
+    rng = random.Random(HELD_OUT_SEED + TASKS.index(task))
+
+    def part(every: Iterable[Any]) -> list:
+        items = list(every)
+        held = set(rng.sample(range(len(items)), max(1, round(_HELD_OUT_FRACTION * len(items)))))
+        return [item for i, item in enumerate(items) if (i in held) == (split == "test")]
+
+    if task == "ocr":
+        return {task: tuple(sign("".join(digits)) for digits in part(itertools.product(DIGITS, repeat=3)))}
+    if task == "scene":
+        return {task: tuple(scene(*a) for a in part(itertools.product(SUN_HEIGHTS, SUN_SIDES, HILLS, EXTRAS)))}
     things: list[Thing] = list(itertools.product(COLORS, SHAPES))
-    which = 0 if split == "train" else 1
-    pairs = [p for p in itertools.combinations(things, 2) if p[0][0] != p[1][0]]
-    ordered = [q for p in _split(pairs, rng)[which] for q in (p, p[::-1])]
-    counted = _split(list(itertools.product(things, COUNTS)), rng)[which]
-    alone = _split(things, rng)[which]
+    pairs = part((a, b) for a, b in itertools.combinations(things, 2) if a[0] != b[0])
+    ordered = [both for a, b in pairs for both in ((a, b), (b, a))]
+    counted = part(itertools.product(things, COUNTS))
     return {
-        "single_object": tuple(single(t) for t in alone),
+        "single_object": tuple(single(thing) for thing in part(things)),
         "two_object": tuple(pair(a, b) for a, b in ordered),
-        "counting": tuple(counting(t, n) for t, n in counted),
-        "position": tuple(position(a, r, b) for a, b in ordered for r in RELATIONS),
+        "counting": tuple(counting(thing, count) for thing, count in counted),
+        "position": tuple(position(a, relation, b) for a, b in ordered for relation in RELATIONS),
     }
 
 
-@cache
-def ocr_captions(split: str) -> tuple[Caption, ...]:
-    """All three-digit numbers, a fifth of them held out."""
-    rng = random.Random(HELD_OUT_SEED + 1)
-    numbers = ["".join(d) for d in itertools.product(DIGITS, repeat=3)]
-    return tuple(sign(n) for n in _split(numbers, rng)[0 if split == "train" else 1])
-
-
-@cache
-def scene_captions(split: str) -> tuple[Caption, ...]:
-    """All combinations of attributes, a fifth of them held out."""
-    rng = random.Random(HELD_OUT_SEED + 2)
-    attributes = list(itertools.product(SUN_HEIGHTS, SUN_SIDES, HILLS, EXTRAS))
-    return tuple(scene(*a) for a in _split(attributes, rng)[0 if split == "train" else 1])
-
-
 def captions(task: str, split: str) -> tuple[Caption, ...]:
-    """Every distinct caption of `task` in `split` ("train" or "test"), in a fixed order."""
-    if task == "compose":
-        return tuple(c for group in compose_captions(split).values() for c in group)
-    return {"ocr": ocr_captions, "scene": scene_captions}[task](split)
+    """Every distinct caption, whatever its tag."""
+    return tuple(caption for group in groups(task, split).values() for caption in group)
 
 
 def draw(task: str, rng: random.Random, split: str = "train") -> Caption:
     """One caption; compose first draws its tag by `TAG_WEIGHTS`."""
-    if task == "compose":
-        tag = rng.choices(list(TAG_WEIGHTS), list(TAG_WEIGHTS.values()))[0]
-        return rng.choice(compose_captions(split)[tag])
-    return rng.choice(captions(task, split))
+    tag = rng.choices(list(TAG_WEIGHTS), list(TAG_WEIGHTS.values()))[0] if task == "compose" else task
+    return rng.choice(groups(task, split)[tag])
 
 
 def file_captions(task: str, split: str) -> list[Caption]:
@@ -175,20 +164,25 @@ def file_captions(task: str, split: str) -> list[Caption]:
     lines of held-out captions only: 200 distinct numbers, 14 scenes, and for compose 2 single objects, 22 pairs,
     7 counts and 88 positions.
     """
-    rng = random.Random(f"{HELD_OUT_SEED} {task} {split}")
-    if task == "compose":
-        groups = compose_captions(split)
-        lines = [c for tag, n in COMPOSE_LINES[split].items() for c in _repeat(groups[tag], n, rng)]
-    else:
-        distinct = captions(task, split)
-        lines = _repeat(distinct, TEST_LINES if split == "test" else len(distinct), rng)
+    rng, lines = random.Random(f"{HELD_OUT_SEED} {task} {split}"), []
+    for tag, group in groups(task, split).items():
+        count = COMPOSE_LINES[split].get(tag, TEST_LINES if split == "test" else len(group))
+        times, rest = divmod(count, len(group))
+        lines += [*group * times, *rng.sample(group, rest)]
     rng.shuffle(lines)
     return lines
 
 
-def _repeat(items: tuple[Caption, ...], n: int, rng: random.Random) -> list[Caption]:
-    whole, rest = divmod(n, len(items))
-    return list(items) * whole + rng.sample(items, rest)
+def prompt_files() -> dict[str, str]:
+    """Path below the dataset folder -> content, in the two forms that runs read."""
+    files = {}
+    for task, split in itertools.product(TASKS, SPLITS):
+        lines = file_captions(task, split)
+        if PROMPT_FN[task] == "geneval":
+            files[f"{task}/{split}_metadata.jsonl"] = "".join(json.dumps(line.metadata) + "\n" for line in lines)
+        else:
+            files[f"{task}/{split}.txt"] = "".join(line.text + "\n" for line in lines)
+    return files
 
 
 # --------------------------------------------------------------------------------------------------------- label noise
@@ -196,43 +190,39 @@ def _repeat(items: tuple[Caption, ...], n: int, rng: random.Random) -> list[Capt
 
 @cache
 def _known(task: str) -> dict[str, Caption]:
-    return {c.text: c for c in captions(task, "train")}
+    return {caption.text: caption for caption in captions(task, "train")}
 
 
 def corrupt(task: str, caption: Caption, rng: random.Random) -> Caption:
     """A training caption that differs from `caption` in one or two details: the label noise of the base model."""
     change = {"compose": _corrupt_compose, "ocr": _corrupt_ocr}[task]
     for _ in range(200):
-        text = change(caption, rng)
+        text = change(caption.metadata, rng).text
         if text != caption.text and text in _known(task):
             return _known(task)[text]
     return caption
 
 
-def _corrupt_compose(caption: Caption, rng: random.Random) -> str:
-    metadata = caption.metadata
+def _corrupt_compose(metadata: dict[str, Any], rng: random.Random) -> Caption:
     things = [(i["color"], i["class"]) for i in metadata["include"]]
-    i = rng.randrange(len(things))
-    changed = list(things)
-    changed[i] = (rng.choice(COLORS), changed[i][1]) if rng.random() < 0.5 else (changed[i][0], rng.choice(SHAPES))
-    tag = metadata["tag"]
-    if tag == "single_object":
-        return single(changed[0]).text
-    if tag == "two_object":
-        return pair(*changed).text
-    if tag == "counting":
-        count = metadata["include"][0]["count"]
-        return (
-            counting(changed[0], count).text if rng.random() < 0.4 else counting(things[0], rng.choice([2, 3, 4])).text
-        )
-    relation = metadata["include"][1]["position"][0]
+    changed, i = list(things), rng.randrange(len(things))
+    color, shape = things[i]
+    changed[i] = (rng.choice(COLORS), shape) if rng.random() < 0.5 else (color, rng.choice(SHAPES))
+    if metadata["tag"] == "single_object":
+        return single(changed[0])
+    if metadata["tag"] == "two_object":
+        return pair(*changed)
+    if metadata["tag"] == "counting":
+        if rng.random() < 0.4:
+            return counting(changed[0], metadata["include"][0]["count"])
+        return counting(things[0], rng.choice(list(COUNTS)))
     if rng.random() < 0.3:
-        return position(things[1], rng.choice(RELATIONS), things[0]).text
-    return position(changed[1], relation, changed[0]).text
+        return position(things[1], rng.choice(RELATIONS), things[0])
+    return position(changed[1], metadata["include"][1]["position"][0], changed[0])
 
 
-def _corrupt_ocr(caption: Caption, rng: random.Random) -> str:
-    digits = list(caption.metadata["text"])
+def _corrupt_ocr(metadata: dict[str, Any], rng: random.Random) -> Caption:
+    digits = list(metadata["text"])
     for i in rng.sample(range(3), rng.choice([1, 2])):
         digits[i] = rng.choice(DIGITS)
-    return sign("".join(digits)).text
+    return sign("".join(digits))

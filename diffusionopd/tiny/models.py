@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from diffusionopd.tiny.grammar import WORDS
 from diffusionopd.tiny.render import RESOLUTION
@@ -35,59 +31,47 @@ _CHARACTERS = tuple(chr(c) for c in range(33, 127))
 # ---------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def _byte_pair_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+def _byte_pair_merges() -> list[tuple[str, str]]:
     """Byte-pair training (Sennrich et al., arXiv 1508.07909) on the word list until every word is one token."""
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
-    merges: list[tuple[str, str]] = []
-    while any(len(parts) > 1 for parts in spelled):
-        counts: dict[tuple[str, str], int] = {}
-        for parts in spelled:
-            for neighbours in zip(parts, parts[1:], strict=False):
-                counts[neighbours] = counts.get(neighbours, 0) + 1
-        best = max(sorted(counts), key=lambda p: counts[p])
+    spelled = [" ".join([*word[:-1], word[-1] + "</w>"]) for word in dict.fromkeys(WORDS)]
+    merges = []
+    while any(" " in word for word in spelled):
+        counts = Counter(neighbours for word in spelled for neighbours in itertools.pairwise(word.split()))
+        best = max(sorted(counts), key=counts.__getitem__)
         merges.append(best)
-        spelled = [_merge(parts, best) for parts in spelled]
+        pattern = rf"(?<!\S){re.escape(' '.join(best))}(?!\S)"
+        spelled = [re.sub(pattern, "".join(best), word) for word in spelled]
     return merges
 
 
-def _merge(parts: list[str], best: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for part in parts:
-        if merged and (merged[-1], part) == best:
-            merged[-1] += part
-        else:
-            merged.append(part)
-    return merged
-
-
-def clip_tokenizer(pad_token: str, length: int = CONTEXT) -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str, length: int = CONTEXT) -> transformers.CLIPTokenizer:
     """Every word of the grammar is one token, every other printable character is one: digits and quotes survive."""
-    merges = _byte_pair_merges(WORDS)
+    merges = _byte_pair_merges()
     tokens = ["<|startoftext|>", "<|endoftext|>"]
     tokens += [t for c in _CHARACTERS for t in (c, c + "</w>")]
     tokens += ["".join(pair) for pair in merges]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad_token)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad_token)
 
 
-def t5_tokenizer(length: int = CONTEXT) -> T5Tokenizer:
+def t5_tokenizer(length: int = CONTEXT) -> transformers.T5Tokenizer:
     """A unigram model: whole words are likelier than characters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [("▁" + word, -1.0) for word in dict.fromkeys(WORDS)]
     pieces += [(character, -3.0) for character in _CHARACTERS]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
 def clip_encoder(
-    tokenizer: CLIPTokenizer, seed: int, width: int = _CLIP_WIDTH, **settings: int
-) -> CLIPTextModelWithProjection:
+    tokenizer: transformers.CLIPTokenizer, seed: int, width: int = _CLIP_WIDTH, **settings: int
+) -> transformers.CLIPTextModelWithProjection:
     """The CLIP text model with its projection, untrained: two layers; ``settings`` are more of CLIPTextConfig."""
     torch.manual_seed(seed)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, **settings}
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -99,7 +83,7 @@ def clip_encoder(
         hidden_act="quick_gelu",
         **sizes,
     )
-    model = CLIPTextModelWithProjection(config)
+    model = transformers.CLIPTextModelWithProjection(config)
     # The default of 0.02 leaves words and places nearly indistinguishable for the first thousand steps.
     embeddings = model.text_model.embeddings
     torch.nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
@@ -107,14 +91,16 @@ def clip_encoder(
     return model.eval()
 
 
-def t5_encoder(tokenizer: T5Tokenizer, seed: int, width: int = _T5_WIDTH, **settings: int) -> T5EncoderModel:
+def t5_encoder(
+    tokenizer: transformers.T5Tokenizer, seed: int, width: int = _T5_WIDTH, **settings: int
+) -> transformers.T5EncoderModel:
     """T5's encoder, untrained: two layers; ``settings`` are more of T5Config."""
     torch.manual_seed(seed)
     sizes = {"d_kv": 32, "num_heads": 4, "d_ff": 2 * width, "num_layers": 2, **settings}
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=width, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes
     )
-    model = T5EncoderModel(config)
+    model = transformers.T5EncoderModel(config)
     # T5 knows order through this bias alone, and starts it at almost nothing.
     torch.nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
     return model.eval()

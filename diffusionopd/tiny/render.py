@@ -1,4 +1,4 @@
-"""Pictures of the tiny world: 64x64, drawn at twice the size and averaged down.
+"""Images of the tiny world: 64x64, drawn at twice the size and averaged down.
 
 Objects sit in fixed slots with a jitter of one pixel: a low-entropy layout that 2.4 M parameters learn in an hour.
 """
@@ -27,7 +27,7 @@ _SLOTS = {
 }
 _UPRIGHT = ((32, 16), (32, 48))
 
-#: Rows of the sign in an ocr picture.
+#: Rows of the sign in an ocr image.
 SIGN_ROWS = (17, 47)
 _WALLS = ((70, 90, 120), (90, 110, 80), (120, 90, 80))
 _DIGIT_X = (15, 32, 49)
@@ -40,7 +40,7 @@ CLEAN_VIVIDNESS = (0.85, 1.0)
 
 
 def render(task: str, caption: Caption, rng: random.Random, vividness: float | None = None) -> np.ndarray:
-    """uint8 [64, 64, 3] picture that does what `caption` says. `vividness` in [0, 1] holds for scenes only."""
+    """uint8 [64, 64, 3] image that does what `caption` says. `vividness` in [0, 1] holds for scenes only."""
     if task == "compose":
         return _render_compose(caption, rng)
     if task == "ocr":
@@ -70,7 +70,7 @@ def _finish(image: Image.Image) -> np.ndarray:
 
 
 def placed_things(caption: Caption) -> list[tuple[str, str, tuple[int, int]]]:
-    """(colour, shape, slot centre) of everything in the picture; of two joined by `and` the first is left."""
+    """(colour, shape, slot centre) of everything in the image; of two joined by `and` the first is left."""
     include = caption.metadata["include"]
     things = [(i["color"], i["class"]) for i in include for _ in range(i["count"])]
     slots = _SLOTS[len(things)]
@@ -130,23 +130,18 @@ def _render_scene(caption: Caption, rng: random.Random, vividness: float) -> np.
     x, y = _SUN_X[asked["side"]] + rng.randint(-1, 1), _SUN_Y[asked["height"]] + rng.randint(-1, 1)
     pen.ellipse(_scaled(x - 7, y - 7, x + 7, y + 7), fill=(255, 225, 40))
     if asked["extra"] == "cloud":
-        _draw_cloud(pen, x=(x + 32) % RESOLUTION, y=20)
-    _draw_hills(pen, _HILL_COLORS[asked["hills"]], phase=rng.choice((0.0, 3.1)))
+        for dx, r in ((-7, 4), (0, 6), (7, 4)):
+            center = (x + 32) % RESOLUTION + dx
+            pen.ellipse(_scaled(center - r, 20 - r, center + r, 20 + r), fill=(250, 250, 250))
+    phase = rng.choice((0.0, 3.1))
+    ridge = [_scaled(x, 42 + 4 * math.sin(phase + 0.12 * x)) for x in range(RESOLUTION + 1)]
+    outline = [_scaled(0, RESOLUTION), *ridge, _scaled(RESOLUTION, RESOLUTION)]
+    pen.polygon(sum(outline, []), fill=_HILL_COLORS[asked["hills"]])
     if asked["extra"] != "cloud":
         _draw_on_ground(pen, asked["extra"], x=rng.choice((20, 44)))
-    picture = _finish(image).astype(np.float64)
-    gray = picture.mean(-1, keepdims=True) * 0.5 + 70
-    return (gray + (picture - gray) * (0.15 + 0.85 * vividness)).clip(0, 255).astype(np.uint8)
-
-
-def _draw_hills(pen: ImageDraw.ImageDraw, color: tuple[int, int, int], phase: float) -> None:
-    ridge = [tuple(_scaled(x, 42 + 4 * math.sin(phase + 0.12 * x))) for x in range(RESOLUTION + 1)]
-    pen.polygon([tuple(_scaled(0, RESOLUTION)), *ridge, tuple(_scaled(RESOLUTION, RESOLUTION))], fill=color)
-
-
-def _draw_cloud(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    for dx, r in ((-7, 4), (0, 6), (7, 4)):
-        pen.ellipse(_scaled(x + dx - r, y - r, x + dx + r, y + r), fill=(250, 250, 250))
+    pixels = _finish(image).astype(np.float64)
+    gray = pixels.mean(-1, keepdims=True) * 0.5 + 70
+    return (gray + (pixels - gray) * (0.15 + 0.85 * vividness)).clip(0, 255).astype(np.uint8)
 
 
 def _draw_on_ground(pen: ImageDraw.ImageDraw, extra: str, x: int) -> None:

@@ -7,8 +7,7 @@ milder versions of the same, useful as training rewards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,8 +28,7 @@ _MIN_OFFSET = 8.0  # pixels between two centres for a relation to hold
 _OTHER = "other"
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(NamedTuple):
     """A blob's colour, shape and centre in pixels."""
 
     color: str  # a palette colour, or "other"
@@ -90,9 +88,6 @@ class TinyCompose:
     `tiny_compose_soft`: how far its conditions hold (each kind's count, each relation, nothing else), averaged.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        del device  # NumPy only
-
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
         """Raises ValueError where a prompt has no GenEval metadata."""
         conditions = [_conditions(p, m, t) for p, m, t in zip(to_uint8(images), metadata, prompts, strict=True)]
@@ -106,22 +101,18 @@ def _conditions(image: np.ndarray, metadata: Mapping[str, Any], prompt: str) -> 
     """How far each condition of one prompt holds, each in [0, 1]."""
     if "include" not in metadata:
         raise ValueError(f"tiny_compose needs GenEval metadata with 'include' for {prompt!r}; use prompt_fn 'geneval'")
-    found = detect(image)
-    groups = [[d for d in found if (d.color, d.shape) == (i["color"], i["class"])] for i in metadata["include"]]
+    found, include = detect(image), metadata["include"]
+    kinds = [(i["color"], i["class"]) for i in include]
+    groups = [[d for d in found if (d.color, d.shape) == kind] for kind in kinds]
     # Two entries of the same kind share their detections, so counts are compared per kind.
-    wanted: dict[tuple[str, str], int] = {}
-    for i in metadata["include"]:
-        wanted[i["color"], i["class"]] = wanted.get((i["color"], i["class"]), 0) + i["count"]
-    held = []
-    for (color, shape), count in wanted.items():
-        seen = sum((d.color, d.shape) == (color, shape) for d in found)
-        held.append(max(0.0, 1 - abs(seen - count) / count))
-    for group, i in zip(groups, metadata["include"], strict=True):
+    wanted = {kind: sum(i["count"] for i, other in zip(include, kinds, strict=True) if other == kind) for kind in kinds}
+    seen = {kind: len(group) for kind, group in zip(kinds, groups, strict=True)}
+    held = [max(0.0, 1 - abs(seen[kind] - count) / count) for kind, count in wanted.items()]
+    for group, i in zip(groups, include, strict=True):
         if "position" in i:
             relation, reference = i["position"]
             held.append(float(any(_related(a, relation, b) for a in group for b in groups[reference] if a is not b)))
-    held.append(float(len(found) == sum(wanted.values())))
-    return held
+    return [*held, float(len(found) == sum(wanted.values()))]
 
 
 # ----------------------------------------------------------------------------------------------------------------- ocr
@@ -136,8 +127,7 @@ class TinyOcr:
     inside the package) on the rows of the sign.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        del device  # the recogniser runs on the CPU
+    def __init__(self) -> None:
         from rapidocr import RapidOCR
 
         threads = "EngineConfig.onnxruntime.intra_op_num_threads"
@@ -157,7 +147,6 @@ class TinyOcr:
         """1 for the number that the prompt quotes, else 0; softly, 1 less the edits per wanted character."""
         from rapidfuzz.distance import Levenshtein
 
-        del metadata
         wanted = [wanted_text(prompt).upper() for prompt in prompts]
         seen = [self.read(image) for image in to_uint8(images)]
         soft = [max(0.0, 1 - Levenshtein.distance(s, w) / len(w)) for s, w in zip(seen, wanted, strict=True)]
@@ -173,12 +162,8 @@ _FULL_COLOURFULNESS = 110.0  # the most colourful clean scenes
 class TinyScene:
     """`tiny_scene`: colourfulness by Hasler and Suesstrunk (2003), equation 8, as a fraction of 110, at most 1."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        del device
-
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
         """Colourfulness, whatever the prompt."""
-        del prompts, metadata
         red, green, blue = np.moveaxis(to_uint8(images).astype(np.float64), -1, 0)
         opponents = np.stack([red - green, (red + green) / 2 - blue])
         spread = np.linalg.norm(opponents.std(axis=(2, 3)), axis=0)

@@ -4,7 +4,10 @@ Teachers come from rewards (DiffusionNFT), students from these teachers; ``run.p
 """
 
 import runpy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,126 +17,11 @@ _teacher = runpy.run_path(str(_configs / "teacher.py"))["get_config"]
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return the experiment called ``name``."""
-    return globals()[name]()
+    """Return the experiment called ``name``, a key of :data:`EXPERIMENTS`."""
+    return EXPERIMENTS[name]()
 
 
-# ---- from rewards ----------------------------------------------------------------------------------------------------
-
-
-def teacher_compose() -> ConfigDict:
-    """DiffusionNFT from the detector's reward alone."""
-    return _watched(_teacher("tiny_compose"), only="compose")
-
-
-def teacher_ocr() -> ConfigDict:
-    """DiffusionNFT from the reading of the sign alone."""
-    return _watched(_teacher("tiny_ocr"), only="ocr")
-
-
-def teacher_scene() -> ConfigDict:
-    """DiffusionNFT from colourfulness alone."""
-    return _watched(_teacher("tiny_scene"), only="scene")
-
-
-def guard_scene() -> ConfigDict:
-    """GRPO-Guard instead of DiffusionNFT on one task."""
-    return _watched(_guarded(_teacher("tiny_scene")), only="scene")
-
-
-def multitask_nft() -> ConfigDict:
-    """One student from all rewards, one task per round in turn; as many rounds per task as a teacher has, and as many
-    more as the distillation costs."""
-    return _several(_teacher("tiny_compose"), "alternate")
-
-
-def multitask_guard() -> ConfigDict:
-    """The same with GRPO-Guard, which needs 144 NFE per round: as many NFE in more rounds."""
-    config = _guarded(_several(_teacher("tiny_compose"), "alternate"))
-    config.train.learning_rate = 5e-4  # the best of 3e-4, 5e-4 and 1e-3, at which ocr collapsed in one seed of three
-    config.num_epochs = 360
-    return config
-
-
-def cascade_nft() -> ConfigDict:
-    """The tasks one after another."""
-    return _several(_teacher("tiny_compose"), "cascade")
-
-
-# ---- from teachers ---------------------------------------------------------------------------------------------------
-
-
-def opd() -> ConfigDict:
-    """The method as the tiny world's own configuration has it: ODE, velocities compared, self-normalised."""
-    config = _watched(_tiny("mopd"))
-    config.num_epochs = 80
-    return config
-
-
-def opd_noise00() -> ConfigDict:
-    """The ODE with the paper's loss (eq. 12), for comparison with the two noise levels (eq. 11)."""
-    return _longer(_by_the_paper(0.0))
-
-
-def opd_noise03() -> ConfigDict:
-    """The paper's loss on stochastic rollouts (eq. 11), little noise."""
-    return _by_the_paper(0.3)
-
-
-def opd_noise07() -> ConfigDict:
-    """The paper's loss at the noise that reinforcement learning uses, on the way to the teachers' level."""
-    return _longer(_by_the_paper(0.7))
-
-
-def ppo_noise03() -> ConfigDict:
-    """The surrogate of section 3.3 at equal noise."""
-    return _surrogate(_by_the_paper(0.3))
-
-
-def ppo_noise07() -> ConfigDict:
-    """The surrogate at the noise that reinforcement learning uses."""
-    return _surrogate(_by_the_paper(0.7))
-
-
-def sft() -> ConfigDict:
-    """Supervised on samples of the teachers."""
-    config = opd()
-    config.train.algorithm = "sft"
-    return config
-
-
-# ---- at other learning rates -----------------------------------------------------------------------------------------
-
-
-def multitask_nft_2e3() -> ConfigDict:
-    """At the teachers' learning rate, as multi-task training is first tried."""
-    return _at(2e-3, multitask_nft())
-
-
-def multitask_guard_1e3() -> ConfigDict:
-    """At the learning rate that is good for one task."""
-    return _at(1e-3, multitask_guard())
-
-
-def cascade_nft_2e3() -> ConfigDict:
-    """At the teachers' learning rate: every stage as its teacher was trained."""
-    return _at(2e-3, cascade_nft())
-
-
-def opd_5e4() -> ConfigDict:
-    """The method at half of its learning rate."""
-    return _at(5e-4, opd())
-
-
-def opd_2e3() -> ConfigDict:
-    """The method at twice its learning rate."""
-    return _at(2e-3, opd())
-
-
-# ---- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _watched(config: ConfigDict, only: str = "") -> ConfigDict:
+def _watched(config: ConfigDict, only: str = "", **train: Any) -> ConfigDict:
     """Scored on 48 test prompts per task every tenth round; ``only`` is the one task of a teacher."""
     config.train.teachers = [
         dict(task, guidance_scale=1.0)  # run.py puts the seed's own teachers in the place of the shipped ones
@@ -143,47 +31,78 @@ def _watched(config: ConfigDict, only: str = "") -> ConfigDict:
     config.update({"eval_freq": 10, "eval_num_prompts": 48, "monitor_freq": 0, "sample_freq": 0, "save_freq": 10})
     config.num_checkpoint_limit = 2
     config.sample.test_batch_size = 16
+    config.train.update(train)
     return config
 
 
-def _several(config: ConfigDict, order: str) -> ConfigDict:
-    config = _watched(config)
-    config.train.task_order = order
-    config.train.learning_rate = 1e-3  # the teachers' 2e-3 is stable on one task, not on three
+def _guarded(config: ConfigDict, learning_rate: float = 1e-3) -> ConfigDict:
+    """GRPO-Guard instead of DiffusionNFT."""
+    # At the teachers' learning rate and a clip range that no ratio reaches, a student of all tasks collapsed into
+    # scene's. A log-ratio is a mean over 2048 dimensions: 2e-5 clips a few percent of them.
+    config.sample.noise_level = 0.7
+    config.train.update({"algorithm": "grpo_guard", "learning_rate": learning_rate})
+    config.train.update({"clip_range_lt": 2e-5, "clip_range_gt": 2e-5})
+    return config
+
+
+def _all_rewards(order: str, learning_rate: float = 1e-3) -> ConfigDict:
+    """One student from all rewards with DiffusionNFT; the teachers' 2e-3 is stable on one task, not on three."""
+    config = _watched(_teacher("tiny_compose"), task_order=order, learning_rate=learning_rate)
     # At 192 NFE each, 270 rounds cost as much as three teachers and the distillation together.
     config.update({"num_epochs": 270, "eval_freq": 30})
     return config
 
 
-def _at(learning_rate: float, config: ConfigDict) -> ConfigDict:
-    config.train.learning_rate = learning_rate
+def _all_rewards_guarded(learning_rate: float = 5e-4) -> ConfigDict:
+    """The same with GRPO-Guard, which needs 144 NFE per round: as many NFE in more rounds."""
+    config = _guarded(_all_rewards("alternate"), learning_rate)
+    config.num_epochs = 360
     return config
 
 
-def _guarded(config: ConfigDict) -> ConfigDict:
-    # At the teachers' learning rate and a clip range that no ratio reaches, a student of all tasks collapsed into
-    # scene's. A log-ratio is a mean over 2048 dimensions: 2e-5 clips a few percent of them.
-    config.sample.noise_level = 0.7
-    config.train.update({"algorithm": "grpo_guard", "learning_rate": 1e-3})
-    config.train.update({"clip_range_lt": 2e-5, "clip_range_gt": 2e-5})
+def _opd(**train: Any) -> ConfigDict:
+    """The method as the tiny world's own configuration has it: ODE, velocities compared, self-normalised."""
+    config = _watched(_tiny("mopd"), **train)
+    config.num_epochs = 80
     return config
 
 
-def _by_the_paper(noise_level: float) -> ConfigDict:
-    """The closed form on the means of the steps."""
-    config = opd()
+def _by_the_paper(noise_level: float, longer: bool = False, loss: str = "kl") -> ConfigDict:
+    """The paper's loss, the closed form on the means of the steps (eq. 11 and 12), or the surrogate of section 3.3.
+
+    ``longer`` is long enough to come near the teachers: with the paper's loss 80 rounds are not.
+    """
+    config = _opd(target="mean", self_normalize=False, loss=loss)
     config.sample.noise_level = noise_level
-    config.train.target = "mean"
-    config.train.self_normalize = False
+    if longer:
+        config.update({"num_epochs": 160, "eval_freq": 20})
     return config
 
 
-def _longer(config: ConfigDict) -> ConfigDict:
-    """Long enough to come near the teachers: with the paper's loss 80 rounds are not."""
-    config.update({"num_epochs": 160, "eval_freq": 20})
-    return config
-
-
-def _surrogate(config: ConfigDict) -> ConfigDict:
-    config.train.loss = "policy_gradient"
-    return config
+EXPERIMENTS: dict[str, Callable[[], ConfigDict]] = {
+    # From rewards: the detector's alone, the reading of the sign alone, colourfulness alone; GRPO-Guard on one task
+    "teacher_compose": lambda: _watched(_teacher("tiny_compose"), only="compose"),
+    "teacher_ocr": lambda: _watched(_teacher("tiny_ocr"), only="ocr"),
+    "teacher_scene": lambda: _watched(_teacher("tiny_scene"), only="scene"),
+    "guard_scene": lambda: _watched(_guarded(_teacher("tiny_scene")), only="scene"),
+    # From all rewards: one task per round in turn, as many rounds per task as a teacher has, and as many more as the
+    # distillation costs; or the tasks one after another
+    "multitask_nft": partial(_all_rewards, "alternate"),
+    "multitask_guard": _all_rewards_guarded,  # 5e-4: the best of 3e-4, 5e-4 and 1e-3, where ocr collapsed in one seed
+    "cascade_nft": partial(_all_rewards, "cascade"),
+    # From teachers: the method, the paper's loss at three noise levels, the surrogate at equal noise, supervision
+    "opd": _opd,
+    "opd_noise00": partial(_by_the_paper, 0.0, longer=True),
+    "opd_noise03": partial(_by_the_paper, 0.3),
+    "opd_noise07": partial(_by_the_paper, 0.7, longer=True),
+    "ppo_noise03": partial(_by_the_paper, 0.3, loss="policy_gradient"),
+    "ppo_noise07": partial(_by_the_paper, 0.7, loss="policy_gradient"),
+    "sft": partial(_opd, algorithm="sft"),
+    # At other learning rates: the teachers', as multi-task training is first tried; the one that is good for one task;
+    # half and twice the method's
+    "multitask_nft_2e3": partial(_all_rewards, "alternate", 2e-3),
+    "multitask_guard_1e3": partial(_all_rewards_guarded, 1e-3),
+    "cascade_nft_2e3": partial(_all_rewards, "cascade", 2e-3),
+    "opd_5e4": partial(_opd, learning_rate=5e-4),
+    "opd_2e3": partial(_opd, learning_rate=2e-3),
+}

@@ -30,18 +30,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """One experiment with one seed. Evaluations count forward passes of the transformer of single images."""
+    """One experiment with one seed, as its file has it. Evaluations are forward passes of single images (NFE)."""
 
     experiment: str
     label: str
     seed: int
     form: str  # full or short
     rounds: int
+    seconds: float  # of the training
     evaluations: float
     teacher_evaluations: float
-    backwards: float | None  # images whose forward was also backpropagated; None where it was not counted
     curve: Sequence[Point]
     final: Mapping[str, Summary]
+    machine: str
+    date: str
+    backwards: float | None = None  # images whose forward was also backpropagated; None where it was not counted
 
     @property
     def with_teachers(self) -> float:
@@ -65,7 +68,7 @@ def read_results(folder: Path) -> dict[str, dict[int, Result]]:
     """
     runs: dict[str, dict[int, Result]] = {}
     for file in sorted(folder.glob("*-seed*.json")):
-        result = _read(file)
+        result = read_result(file)
         runs.setdefault(result.experiment, {})[result.seed] = result
     forms = {result.form for by_seed in runs.values() for result in by_seed.values()}
     if not runs:
@@ -75,14 +78,13 @@ def read_results(folder: Path) -> dict[str, dict[int, Result]]:
     return runs
 
 
-def _read(file: Path) -> Result:
-    names = ("experiment", "label", "seed", "form", "rounds", "evaluations", "teacher_evaluations")
+def read_result(file: Path) -> Result:
+    """The result in a file; ClaimsError if it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        final = {task: Summary(**content["final"][task]) for task in TASKS}
-        curve = [Point(p["round"], p["evaluations"], p["scores"]) for p in content.get("curve", [])]
-        values = {name: content[name] for name in names}
-        return Result(**values, backwards=content.get("backwards"), curve=curve, final=final)
+        content["curve"] = [Point(**point) for point in content["curve"]]
+        content["final"] = {task: Summary(**content["final"][task]) for task in TASKS}
+        return Result(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and run {REMEDY} again") from error
 
@@ -115,13 +117,13 @@ def rounds_to(curve: Sequence[Point], task: str, level: float) -> float | None:
     if not first:
         return None if first is None else float(curve[0].round)
     before, point = curve[first - 1], curve[first]
-    low, score = before.scores[task], point.scores[task]
-    return before.round + (level - low) / (score - low) * (point.round - before.round)
+    low, high = before.scores[task], point.scores[task]
+    return before.round + (level - low) / (high - low) * (point.round - before.round)
 
 
 def area(points: Sequence[tuple[float, float]], end: float) -> float:
     """Area under a piecewise linear curve of (x, y) from its first x to ``end``, divided by that length."""
-    x, y = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
+    x, y = np.array(points, dtype=np.float64).T
     inside = x < end
     x, y = np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))

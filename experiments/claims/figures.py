@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -54,12 +55,14 @@ def _figure(runs: Runs, lines: Mapping[str, str], abscissas: Mapping[str, Abscis
             for name, color in names.items():
                 label = {f"teacher_{task}": "DiffusionNFT", f"guard_{task}": "GRPO-Guard"}.get(name, "")
                 _draw(axes, runs, name, color, task, abscissa, label)
-            if "teacher_" in lines:
-                _level(axes, runs, f"shipped_{task}", task, "shipped teacher", BLACK, "--")
-            else:
-                _level(axes, runs, f"teacher_{task}", task, "teacher of the task", BLACK, "--")
+            kind, named = ("shipped", "shipped teacher") if "teacher_" in lines else ("teacher", "teacher of the task")
+            _level(axes, runs, f"{kind}_{task}", task, named, BLACK, "--")
             _level(axes, runs, "base", task, "base", BASE, ":")
-    _legend(figure, grid)
+    handles: dict[str, Any] = {}  # each label once
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -82,21 +85,16 @@ def _draw(axes: Axes, runs: Runs, name: str, color: str, task: str, abscissa: Ab
     results = [result for result in runs.get(name, {}).values() if result.curve]
     if not results:
         return
-    curves = [{point.round: point for point in _from_base(runs, result)} for result in results]
-    rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
-    x = [fmean(abscissa(result, c[n]) for result, c in zip(results, curves, strict=True)) for n in rounds]
-    scores = [[curve[n].scores[task] for curve in curves] for n in rounds]
+    bases = runs.get("base", {})
+    curves = [curve_from_base(r, bases.get(r.seed, next(iter(bases.values())))) if bases else r.curve for r in results]
+    at = [{point.round: point for point in curve} for curve in curves]
+    rounds = sorted(set.intersection(*map(set, at)))
+    x = [fmean(abscissa(result, points[n]) for result, points in zip(results, at, strict=True)) for n in rounds]
+    scores = [[points[n].scores[task] for points in at] for n in rounds]
     label = f"{label or results[0].label} ({len(results)} seed{'s' if len(results) > 1 else ''})"
-    means = [fmean(s) for s in scores]
     style = "--" if name.startswith("ppo") else "-"
-    axes.plot(x, means, style, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
-    axes.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.15, linewidth=0)
-
-
-def _from_base(runs: Runs, result: Result) -> Sequence[Point]:
-    """From the base's scores on, where the base was evaluated."""
-    base = next(iter(runs.get("base", {}).values()), None)
-    return result.curve if base is None else curve_from_base(result, runs["base"].get(result.seed, base))
+    axes.plot(x, [*map(fmean, scores)], style, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+    axes.fill_between(x, [*map(min, scores)], [*map(max, scores)], color=color, alpha=0.15, linewidth=0)
 
 
 def _level(axes: Axes, runs: Runs, experiment: str, task: str, label: str, color: str, style: str) -> None:
@@ -104,12 +102,3 @@ def _level(axes: Axes, runs: Runs, experiment: str, task: str, label: str, color
     if results:
         mean = fmean(monitored(result, task) for result in results)
         axes.axhline(mean, color=color, linestyle=style, linewidth=1.2, label=label)
-
-
-def _legend(figure: Figure, grid: Sequence[Sequence[Axes]]) -> None:
-    """One for all panels, each label once."""
-    handles = {}
-    for axes in (axes for row in grid for axes in row):
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,7 +21,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-from experiments.claims.curves import ClaimsError, Result, Runs, read_results
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from experiments.claims.curves import ClaimsError, Runs, read_results
 from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
 from experiments.claims.figures import figures
 from experiments.claims.verdicts import (
@@ -35,8 +37,6 @@ from experiments.claims.verdicts import (
 )
 
 RESULTS = Path(__file__).with_name("results")
-SHORT = "**Short form: these runs show that everything works; their figures say nothing about the claims.**"
-CURVES = "On the monitored test prompts, the first ones of all, at the dots; so are the dashed and dotted levels."
 CAPTIONS = {
     "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
     "highest seed.",
@@ -46,47 +46,28 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One experiment: means over its seeds."""
+def table(runs: Runs) -> list[dict[str, Any]]:
+    """A row per experiment, in the order of their list: means over its seeds.
 
-    experiment: str
-    label: str
-    seeds: Sequence[int]
-    means: Mapping[str, float]  # by task
-    spreads: Mapping[str, float | None]  # standard deviation of the seeds' means; None for one seed
-    average: float | None  # of the min-max normalised means; None where no column differs between rows
-    rounds: float
-    evaluations: float
-    with_teachers: float
-    backwards: float | None
-
-
-def table(runs: Runs) -> list[Row]:
-    """The rows in the order of the experiments' list; the average is over the columns in which rows differ."""
+    ``spreads`` are standard deviations of the seeds' means; ``average`` is that of the min-max normalised means, over
+    the columns in which rows differ. None for what is not defined.
+    """
     order = [*(name for name in LABELS if name in runs), *sorted(runs.keys() - LABELS.keys())]
-    by_row = [list(runs[name].values()) for name in order]
-    means = [{task: fmean(result.means()[task] for result in results) for task in TASKS} for results in by_row]
-    columns = {task: [row[task] for row in means] for task in TASKS}
+    means = {name: {task: fmean(r.final[task].mean for r in runs[name].values()) for task in TASKS} for name in order}
+    columns = {task: [row[task] for row in means.values()] for task in TASKS}
     ranges = {task: (min(column), max(column)) for task, column in columns.items() if min(column) < max(column)}
-    return [_row(results, row, ranges) for results, row in zip(by_row, means, strict=True)]
-
-
-def _row(results: Sequence[Result], means: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> Row:
-    normalised = [(means[task] - low) / (high - low) for task, (low, high) in ranges.items()]
-    counted = [result.backwards for result in results if result.backwards is not None]
-    return Row(
-        experiment=results[0].experiment,
-        label=results[0].label,
-        seeds=sorted(result.seed for result in results),
-        means=means,
-        spreads={t: stdev(r.means()[t] for r in results) if len(results) > 1 else None for t in TASKS},
-        average=sum(normalised) / len(normalised) if normalised else None,
-        rounds=fmean(result.rounds for result in results),
-        evaluations=fmean(result.evaluations for result in results),
-        with_teachers=fmean(result.with_teachers for result in results),
-        backwards=fmean(counted) if counted else None,
-    )
+    rows = []
+    for name in order:
+        results = list(runs[name].values())
+        normalised = [(means[name][task] - low) / (high - low) for task, (low, high) in ranges.items()]
+        counted = [result.backwards for result in results if result.backwards is not None]
+        row = {"experiment": name, "label": results[0].label, "seeds": sorted(runs[name]), "means": means[name]}
+        row["spreads"] = {t: stdev(r.final[t].mean for r in results) if len(results) > 1 else None for t in TASKS}
+        row["average"] = sum(normalised) / len(normalised) if normalised else None
+        for cost in ("rounds", "evaluations", "with_teachers"):
+            row[cost] = fmean(getattr(result, cost) for result in results)
+        rows.append(row | {"backwards": fmean(counted) if counted else None})
+    return rows
 
 
 def missing(runs: Runs) -> list[str]:
@@ -96,71 +77,49 @@ def missing(runs: Runs) -> list[str]:
 
 
 def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | None, plots: Sequence[str]) -> str:
-    """The report as Markdown."""
-    forms = {result.form for by_seed in runs.values() for result in by_seed.values()}
-    absent = missing(runs)
-    names = (f"{name} (seeds {', '.join(map(str, sorted(by_seed)))})" for name, by_seed in runs.items())
-    sections = [
-        "# The paper's claims in the tiny world",
-        SHORT if forms == {"short"} else "",
-        _lines(
-            "| claim | verdict",
-            "--- | --- | ---",
-            [[i, c.statement, f"**{c.verdict}**"] for i, c in enumerate(found, 1)],
-        ),
-        "## Scores",
-        _table_text(runs),
-        "## Claims, one by one",
-        "Values: mean over the seeds ± its standard error.",
-        *(_claim_text(number, claim) for number, claim in enumerate(found, 1)),
-        _variance_text(variance) if variance else "",
-        _conflict_text(runs),
-        _best_text(runs),
-        _rates_text(runs),
-        f"## Curves\n\n{CURVES}" if plots else "",
-        *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in plots),
-        f"## Runs\n\nThere: {', '.join(names)}.",
-        f"Not measured yet: {', '.join(absent)}." if absent else "",
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def _lines(head: str, rule: str, rows: Iterable[Sequence[object]], title: str = "", note: str = "") -> str:
-    """A Markdown table under a title, with a note; nothing without rows."""
-    body = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
-    parts = [title, "\n".join([f"| {head} |", f"| {rule} |", *body]), note]
-    return "\n\n".join(filter(None, parts)) if body else ""
-
-
-def _table_text(runs: Runs) -> str:
-    counts = sorted({summary.count for by in runs.values() for r in by.values() for summary in r.final.values()})
-    cells = []
-    for row in table(runs):
-        scores = [_with_spread(row.means[task], row.spreads[task]) for task in TASKS]
-        average = "–" if row.average is None else f"{row.average:.3f}"
-        costs = [row.rounds, row.evaluations, row.with_teachers, row.backwards]
-        counted = [f"{value:,.0f}" if value else "–" for value in costs]
-        cells.append([row.label, len(row.seeds), *scores, average, *counted])
-    return _lines(
-        f"model | seeds | {' | '.join(TASKS)} | Average | rounds | evaluations | with teachers' | backward passes",
-        "---" + " | ---:" * (len(TASKS) + 6),
-        cells,
-        note=f"Mean over seeds ± standard deviation of the seeds' means, {' or '.join(map(str, counts))} test prompts "
-        "a task. Average: mean of the scores min-max normalised over these rows, so it changes with the rows. "
-        "Evaluations: forward passes of the transformer by single pictures in the whole training (rollouts and "
-        "teachers' passes included, scoring left out); backward passes are those of the pictures among them that were "
-        "also backpropagated.",
+    """The report as Markdown, by the template beside this file."""
+    finals = [summary for by_seed in runs.values() for result in by_seed.values() for summary in result.final.values()]
+    # Whether the tasks fight decides how much there is to win by distilling
+    fights = {name: beside_teachers(runs, name) for name in ("multitask_nft", "multitask_guard")}
+    leads = {name: lead_over_the_best(runs, name) for name in BASELINES}  # of claim 3, by luckier baselines
+    rates = [(name, rate, averages(runs, run)) for name, by_rate in RATES.items() for rate, run in by_rate.items()]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"part_cells": _part_cells, "state_cells": _state_cells}
+    return environment.get_template("claims.md.j2").render(
+        short={result.form for by_seed in runs.values() for result in by_seed.values()} == {"short"},
+        claims=found,
+        tasks=TASKS,
+        scores=map(_score_cells, table(runs)),
+        counts=sorted({summary.count for summary in finals}),
+        variance=variance,
+        conflicts=[
+            [LABELS[name], *(f"{fmean(v.values()):+.3f} ({_each(v, '+')})" for v in by_task.values())]
+            for name, by_task in fights.items()
+            if all(by_task.values())
+        ],
+        leads=[[LABELS[n], f"{fmean(v.values()):+.3f}", _each(v, "+")] for n, v in leads.items() if v],
+        rates=[
+            [LABELS[name], rate, _with_spread(fmean(v.values()), standard_error([*v.values()])), _each(v)]
+            for name, rate, v in rates
+            if v
+        ],
+        plots={name: CAPTIONS[name] for name in plots},
+        runs=runs,
+        missing=missing(runs),
     )
 
 
-def _with_spread(mean: float, spread: float | None) -> str:
-    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-
-def _claim_text(number: int, claim: Claim) -> str:
-    title = f"### {number}. {claim.statement}\n\n**{claim.verdict}.** Rule: {claim.rule}"
-    head, rule = "| value | wanted | seeds | verdict", "--- | ---: | --- | --- | ---"
-    return _lines(head, rule, map(_part_cells, claim.parts), title)
+def _score_cells(row: Mapping[str, Any]) -> list[object]:
+    scores = [_with_spread(row["means"][task], row["spreads"][task]) for task in TASKS]
+    average = "–" if row["average"] is None else f"{row['average']:.3f}"
+    costs = [row[key] for key in ("rounds", "evaluations", "with_teachers", "backwards")]
+    return [row["label"], len(row["seeds"]), *scores, average, *(f"{cost:,.0f}" if cost else "–" for cost in costs)]
 
 
 def _part_cells(part: Part) -> list[str]:
@@ -174,88 +133,24 @@ def _part_cells(part: Part) -> list[str]:
     return [part.name, _with_spread(part.mean, part.standard_error), wanted, seeds, verdict]
 
 
+def _state_cells(s: Mapping[str, Any]) -> list[object]:
+    noise, predicted = s["variance"], s["predicted"]
+    ratios = (noise / s["closed_squared"], noise / predicted, s["score_function"] / predicted)
+    return [s["noise"], s["step"], *(f"{v:.3g}" for v in (s["kl"], *ratios, 1 + noise / s["between_pictures"]))]
+
+
+def _with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
 def _each(values: Mapping[int, float], sign: str = "") -> str:
     return ", ".join(f"{value:{sign}.3f}" for value in values.values())
 
 
-def _conflict_text(runs: Runs) -> str:
-    """Whether the tasks fight here: what decides how much there is to win by distilling."""
-    found = {name: beside_teachers(runs, name) for name in ("multitask_nft", "multitask_guard")}
-    return _lines(
-        f"| {' | '.join(TASKS)}",
-        "---" + " | ---:" * len(TASKS),
-        [
-            [LABELS[name], *(f"{fmean(v.values()):+.3f} ({_each(v, '+')})" for v in by_task.values())]
-            for name, by_task in found.items()
-            if all(by_task.values())
-        ],
-        "### Do the tasks fight?",
-        "Score of one model trained on all tasks in turn minus that of the task's NFT teacher, when it has cost as "
-        "many evaluations as the three teachers together; monitored test prompts, mean (each seed). About 0: the tasks "
-        "learn side by side as well as alone. Below 0: they fight.",
-    )
-
-
-def _best_text(runs: Runs) -> str:
-    """Claim 3 once more, against baselines that somebody stopped at the right moment."""
-    leads = {name: lead_over_the_best(runs, name) for name in BASELINES}
-    return _lines(
-        "against | mean | each seed",
-        "--- | ---: | ---",
-        [[LABELS[name], f"{fmean(lead.values()):+.3f}", _each(lead, "+")] for name, lead in leads.items() if lead],
-        "### Had the others been stopped at their best",
-        "Average of DiffusionOPD's student minus that of the other at the best point of its curve, teachers' cost "
-        "counted in; monitored test prompts. The best of many noisy points flatters the other, as the end of a "
-        "training that collapsed flatters the student.",
-    )
-
-
-def _rates_text(runs: Runs) -> str:
-    """How much a method's result depends on the learning rate that somebody has to choose."""
-    rows = []
-    for method, rates in RATES.items():
-        for rate, experiment in rates.items():
-            if found := averages(runs, experiment):
-                values = list(found.values())
-                rows.append([LABELS[method], rate, _with_spread(fmean(values), standard_error(values)), _each(found)])
-    return _lines(
-        "method | learning rate | average | each seed",
-        "--- | ---: | ---: | ---",
-        rows,
-        "### Learning rates",
-        "Average of the finished model on a scale on which the base is 0 and the teachers are 1; all test prompts, "
-        "mean ± standard error, and each seed. A method costs the same at every rate.",
-    )
-
-
-def _variance_text(variance: Mapping[str, Any]) -> str:
-    """The measured states behind the claim on the estimators."""
-    rows = []
-    for s in variance["states"]:
-        ratios = (
-            s["variance"] / s["closed_squared"],
-            s["variance"] / s["predicted"],
-            s["score_function"] / s["predicted"],
-            1 + s["variance"] / s["between_pictures"],
-        )
-        rows.append([s["noise"], s["step"], *(f"{value:.3g}" for value in (s["kl"], *ratios))])
-    return _lines(
-        "noise | step | KL | noise / signal | measured / predicted | score-function part | total / closed form",
-        " | ".join(["---:"] * 7),
-        rows,
-        note=f"`{variance['command']}`, {variance['date']}, {variance['machine']}. KL: of one picture, summed over "
-        "dimensions. Noise: variance of the surrogate's gradient over draws of the step's noise; signal: squared norm "
-        "of the closed form's gradient; both for the mean over the pictures. Score-function part: share of the "
-        "predicted noise that is the paper's KL · eps/s · dmu. Total / closed form: that noise and the closed form's "
-        "own variance over pictures together, by the latter.",
-    )
-
-
 def as_json(runs: Runs, found: Sequence[Claim]) -> dict[str, Any]:
     """The same as plain values."""
-    rows = [asdict(row) for row in table(runs)]
     judged = [asdict(claim) | {"verdict": claim.verdict, "parts": list(map(_values, claim.parts))} for claim in found]
-    return {"table": rows, "claims": judged, "missing": missing(runs)}
+    return {"table": table(runs), "claims": judged, "missing": missing(runs)}
 
 
 def _values(part: Part) -> dict[str, Any]:

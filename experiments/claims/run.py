@@ -24,9 +24,8 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +41,7 @@ from diffusionopd.config_schema import redacted
 from diffusionopd.evaluation.results import read_averages, read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
-from experiments.claims.curves import ClaimsError
+from experiments.claims.curves import ClaimsError, Point, Result, read_result
 from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
 from experiments.claims.report import RESULTS, write
 
@@ -55,7 +54,7 @@ SHORT = {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
 @cache
 def settings(experiment: str) -> ConfigDict:
     """The configuration of an experiment that trains."""
-    return load_config(f"{ROOT / CONFIG}:{experiment}")
+    return load_config(f"{CONFIG}:{experiment}")
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,7 @@ class Runner:
     def is_done(self, run: Run) -> bool:
         """Whether there is a result of as many rounds as the configuration has."""
         file = self.result_file(run)
-        try:
-            return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["rounds"] == self._rounds(run)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and start again") from error
+        return file.is_file() and read_result(file).rounds == self._rounds(run)
 
     def can_teach(self, run: Run) -> bool:
         """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
@@ -114,15 +110,11 @@ class Runner:
 
         A run that has a result is only trained again, for its LoRA.
         """
-        started = time.perf_counter()
         if run.trained:
             self._train(run)
-        if self.is_done(run):
-            return
-        self._evaluate(run)
-        result = self._describe(run, time.perf_counter() - started)
-        self.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.result_file(run), json.dumps(result, indent=1) + "\n")
+        if not self.is_done(run):
+            self._evaluate(run)
+            write_atomically(self.result_file(run), json.dumps(asdict(self._result(run)), indent=1) + "\n")
 
     def _rounds(self, run: Run) -> int:
         if not run.trained:
@@ -163,86 +155,76 @@ class Runner:
             done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
         if done.returncode:
             end = log.read_text(encoding="utf-8")[-1500:]
-            raise RuntimeError(f"{run.name}: {what} ended with status {done.returncode}; the end of {log}:\n{end}")
+            raise RuntimeError(f"{what} ended with status {done.returncode}; the end of {log}:\n{end}")
 
-    def _describe(self, run: Run, seconds: float) -> dict:
+    def _result(self, run: Run) -> Result:
         """The result of a run from the files of its training and evaluation."""
-        rows, curve, total, backwards = [], [], 0.0, 0
+        folders = {task: self._evaluation(run) / dataset for task, dataset in DATASETS.items()}
+        rows, curve, evaluations, backwards = [], [], 0.0, 0
         if run.trained:
             text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
             rows = [json.loads(line) for line in text.splitlines()]
             backwards = check(settings(run.experiment), num_processes=1).nfe_per_round.student * len(rows)
+        else:  # a curve of one point, on the test prompts that trainings are monitored on: the first, with their noise
+            count = SHORT["eval_num_prompts"] if self.short else settings("opd").eval_num_prompts
+            records = {task: read_records(folder / "evaluation_results.jsonl") for task, folder in folders.items()}
+            first = {
+                task: [r.scores[f"tiny_{task}"] for r in rs if r.sample_id < count] for task, rs in records.items()
+            }
+            curve = [Point(0, 0.0, {task: fmean(scores) for task, scores in first.items()})]
         for row in rows:
-            total += row["evaluations"]
-            seen = {task: row[f"eval/{task}/tiny_{task}"] for task in TASKS if f"eval/{task}/tiny_{task}" in row}
-            if seen:
-                curve.append({"round": row["round"], "evaluations": total, "scores": seen})
-        folders = {task: self._evaluation(run) / dataset for task, dataset in DATASETS.items()}
+            evaluations += row["evaluations"]
+            if seen := {t: row[f"eval/{t}/tiny_{t}"] for t in TASKS if f"eval/{t}/tiny_{t}" in row}:
+                curve.append(Point(row["round"], evaluations, seen))
         averages = {task: read_averages(folder / "average_scores.json") for task, folder in folders.items()}
-        if not run.trained:
-            scores = {task: self._monitored(folder, f"tiny_{task}") for task, folder in folders.items()}
-            curve = [{"round": 0, "evaluations": 0.0, "scores": scores}]
-        teachers = [json.loads(self.result_file(teacher).read_text(encoding="utf-8")) for teacher in run.needs]
-        return {
-            "experiment": run.experiment,
-            "label": LABELS[run.experiment],
-            "seed": run.seed,
-            "form": "short" if self.short else "full",
-            "rounds": len(rows),
-            "seconds": round(sum(row["seconds"] for row in rows) or seconds, 1),
-            "evaluations": total,
-            "backwards": backwards,
-            "teacher_evaluations": sum(teacher["evaluations"] for teacher in teachers),
-            "curve": curve,
-            "final": {task: asdict(averages[task][f"tiny_{task}"]) for task in TASKS},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
-            "date": datetime.date.today().isoformat(),
-        }
-
-    def _monitored(self, folder: Path, score: str) -> float:
-        """Mean over the test prompts that trainings are monitored on: the first ones, with the same noise."""
-        count = SHORT["eval_num_prompts"] if self.short else settings("opd").eval_num_prompts
-        scores = {
-            record.sample_id: record.scores[score] for record in read_records(folder / "evaluation_results.jsonl")
-        }
-        return fmean(scores[i] for i in range(count))
+        return Result(
+            experiment=run.experiment,
+            label=LABELS[run.experiment],
+            seed=run.seed,
+            form="short" if self.short else "full",
+            rounds=len(rows),
+            seconds=round(sum(row["seconds"] for row in rows), 1),
+            evaluations=evaluations,
+            teacher_evaluations=sum(read_result(self.result_file(teacher)).evaluations for teacher in run.needs),
+            curve=curve,
+            final={task: averages[task][f"tiny_{task}"] for task in TASKS},
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+            date=datetime.date.today().isoformat(),
+            backwards=backwards,
+        )
 
 
 def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """The runs, each once, teachers before what needs them; seed by seed, so that complete comparisons come early."""
-    runs: dict[Run, None] = {}
-    for seed in seeds:
-        for experiment in experiments:
-            run = Run(experiment, seed)
-            runs |= dict.fromkeys((*run.needs, run))
-    return list(runs)
+    wanted = [Run(experiment, seed) for seed in seeds for experiment in experiments]
+    return list(dict.fromkeys(each for run in wanted for each in (*run.needs, run)))
 
 
 def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     """Do what has no result yet, ``jobs`` at a time; returns the messages of what failed."""
-    waiting = [run for run in runs if not runner.is_done(run)]
+    wanted = {run for run in runs if not runner.is_done(run)}
     # A teacher whose folder is gone is trained again, to the same weights, for the students that still need it.
-    needed = {teacher for run in waiting for teacher in run.needs}
-    waiting += [run for run in runs if run in needed and runner.is_done(run) and not runner.can_teach(run)]
-    failures: list[str] = []
-    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
-        working: dict[Future, Run] = {}
-        while waiting or working:
-            for run in [run for run in waiting if all(map(runner.can_teach, run.needs))]:
-                if len(working) < jobs:
-                    waiting.remove(run)
-                    working[pool.submit(runner.do, run)] = run
-            if not working:
-                failures += [f"{run.name}: its teachers are missing" for run in waiting]
-                break
-            bar.set_postfix_str(", ".join(run.name for run in working.values()))
-            done, _ = wait(working, return_when=FIRST_COMPLETED)
-            for future in done:
-                run = working.pop(future)
+    wanted |= {teacher for run in wanted for teacher in run.needs if not runner.can_teach(teacher)}
+    started: dict[Run, Future] = {}
+
+    def do(run: Run) -> None:
+        wait([started[teacher] for teacher in run.needs if teacher in started])
+        if not all(map(runner.can_teach, run.needs)):
+            raise RuntimeError("its teachers are missing")
+        bar.set_postfix_str(run.name)
+        runner.do(run)
+
+    with tqdm(total=len(runs), initial=len(runs) - len(wanted), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
+        for run in filter(wanted.__contains__, runs):  # teachers are started before those that wait for them
+            started[run] = pool.submit(do, run)
+        try:
+            for _ in as_completed(started.values()):
                 bar.update()
-                if error := future.exception():
-                    failures.append(redacted(f"{run.name}: {error}"))
-    return failures
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    errors = {run: future.exception() for run, future in started.items()}
+    return [redacted(f"{run.name}: {error}") for run, error in errors.items() if error]
 
 
 def main() -> None:

@@ -27,9 +27,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
@@ -37,35 +39,27 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 import torch
 from torch import Tensor
 
-from benchmarks.world import TINY, Setup, assemble
+from benchmarks.world import TINY, assemble
+from diffusionopd.algorithms.base import SamplerSettings
+from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import load_prompts
+from diffusionopd.files import write_atomically
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
 from diffusionopd.models.backbone import load_backbone, load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.tiny.grammar import PROMPT_FN
+from diffusionopd.tiny.models import CONTEXT
+from diffusionopd.tiny.render import RESOLUTION
 from diffusionopd.transitions import Transition, schedule
 
 OUTPUT = Path(__file__).with_name("results") / "variance.json"
 CLIP_RANGE = 1e-4
-PROMPT_FORMATS = {"compose": "geneval", "ocr": "general_ocr", "scene": "general_ocr"}
+NUM_STEPS = 10
 DRAW, PROBE = 0, 1  # what random numbers are for
 Draw = Callable[[int, int], Tensor]
 """``(DRAW or PROBE, number) -> [B, C, h, w]`` standard normal noise."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The surrogate's gradient at one state beside the closed form's; all for the mean over the state's B images."""
-
-    kl: float  # of an image, summed over dimensions
-    closed_squared: float  # squared norm of the closed form's gradient
-    between_pictures: float  # variance of that gradient over prompts and initial noise
-    variance: float  # of the surrogate's gradient over draws of the step's noise, measured
-    predicted: float  # the same by the formula
-    score_function: float  # the part of ``predicted`` with KL^2
-    error: float  # draws x |mean of the draws - closed form|^2; its expectation is the variance
-    cosine: dict[int, float]  # number of draws -> cosine of their mean with the closed form
 
 
 def measure(
@@ -77,11 +71,11 @@ def measure(
     draw: Draw,
     draws: int,
     probes: int,
-) -> Estimate:
-    """Both gradients at the state ``x``, over ``draws`` draws of the step's noise.
+) -> dict[str, Any]:
+    """The surrogate's gradient at the state ``x``, over ``draws`` of the step's noise, beside the closed form's.
 
     Tensors ``[B, C, h, w]`` with B at least 2; ``v_student`` carries the graph to ``parameters``. ``probes`` random
-    vectors estimate the Jacobian's norm.
+    vectors estimate the Jacobian's norm. All figures are for the mean over the B images.
     """
     old = v_student.detach()
 
@@ -93,22 +87,26 @@ def measure(
         leaf = old.clone().requires_grad_()
         return torch.autograd.grad(loss(leaf).mean(), leaf)[0]
 
+    def surrogate(x_next: Tensor) -> Tensor:
+        return of_loss(lambda v: policy_gradient_loss(transition, x, x_next, v, old, v_teacher, CLIP_RANGE))
+
+    # The closed form's gradient, each image's part by itself: the batch with zeros in the place of all others
     closed_form = of_loss(lambda v: distillation_loss(transition, v, v_teacher))
-    # Each image's part: the batch with zeros in the place of all others.
     alone = torch.eye(len(x), dtype=x.dtype).view(len(x), len(x), *[1] * (x.ndim - 1))
     parts = torch.stack([pulled_back(mask * closed_form) for mask in alone])
     closed = parts.sum(0)
+
+    # The surrogate's, over draws
     total, squares, cosine = torch.zeros_like(closed), 0.0, {}
-    for k in range(draws):
-        x_next = transition.sample(x, old, draw(DRAW, k))
-        gradient = pulled_back(
-            of_loss(lambda v, n=x_next: policy_gradient_loss(transition, x, n, v, old, v_teacher, CLIP_RANGE))
-        )
+    for k in range(1, draws + 1):
+        gradient = pulled_back(surrogate(transition.sample(x, old, draw(DRAW, k - 1))))
         total += gradient
         squares += gradient.square().sum().item()
-        if (k + 1) & k == 0 or k + 1 == draws:  # powers of two, and all of them
-            cosine[k + 1] = torch.nn.functional.cosine_similarity(total, closed, dim=0).item()
+        if k & (k - 1) == 0 or k == draws:  # powers of two, and all of them
+            cosine[k] = torch.nn.functional.cosine_similarity(total, closed, dim=0).item()
     mean = total / draws
+
+    # The formula
     distance = (transition.b * (old - v_teacher) / transition.std).flatten(1).double()
     squared = distance.square().sum(1)
     factor = transition.b / (transition.std * distance.shape[1] * len(x))
@@ -119,22 +117,24 @@ def measure(
         return fmean(pulled_back(weights * draw(PROBE, k)).square().sum().item() for k in range(probes))
 
     score_function = in_all_directions(0.5 * squared)
-    along = parts.square().sum(1)  # (b / (s D))^2 |J^T d|^2 of each image in the mean over B
-    return Estimate(
-        kl=0.5 * squared.mean().item(),
-        closed_squared=closed.square().sum().item(),
-        between_pictures=parts.var(0).sum().item() * len(x),
-        variance=(squares - draws * mean.square().sum().item()) / (draws - 1),
-        predicted=score_function + in_all_directions(squared.sqrt()) + along.sum().item(),
-        score_function=score_function,
-        error=draws * (mean - closed).square().sum().item(),
-        cosine=cosine,
-    )
+    along = parts.square().sum().item()  # (b / (s D))^2 |J^T d|^2 of each image in the mean over B
+    return {
+        "kl": 0.5 * squared.mean().item(),  # of an image, summed over dimensions
+        "closed_squared": closed.square().sum().item(),  # squared norm of the closed form's gradient
+        "between_pictures": parts.var(0).sum().item() * len(x),  # its variance over prompts and initial noise
+        # Variance of the surrogate's gradient over draws, measured and by the formula, and the latter's part with KL^2
+        "variance": (squares - draws * mean.square().sum().item()) / (draws - 1),
+        "predicted": score_function + in_all_directions(squared.sqrt()) + along,
+        "score_function": score_function,
+        # draws x |mean of the draws - closed form|^2, whose expectation is the variance
+        "error": draws * (mean - closed).square().sum().item(),
+        "cosine": cosine,  # number of draws -> cosine of their mean with the closed form
+    }
 
 
-def expected_cosine(estimate: Estimate, draws: int) -> float:
+def expected_cosine(figures: dict[str, Any], draws: int) -> float:
     """Cosine of the mean of so many draws with the closed form if the error is unbiased and of the predicted size."""
-    return 1 / math.sqrt(1 + estimate.predicted / (draws * estimate.closed_squared))
+    return 1 / math.sqrt(1 + figures["predicted"] / (draws * figures["closed_squared"]))
 
 
 def main() -> None:
@@ -142,25 +142,35 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    setup = build(args)
-    batch = setup.batches[0]
+    algorithm, batch = build(args)
     for i in range(args.rounds):
-        setup.round([replace(batch, noise=first_noise(setup, args, 1 + i))])
+        algorithm.round([replace(batch, noise=first_noise(args, algorithm, 1 + i))])
     print(f"{args.task} teacher, student after {args.rounds} rounds, {args.pictures} images, {args.draws} draws")
     print("noise step sigma      KL  noise/signal  measured/predicted  KL^2 part  total/closed  cosine (expected)")
     states = []
     for level in args.levels:
-        for step, transition, estimate in estimates(setup, batch, level, args):
-            cosine = estimate.cosine[args.draws]
+        for s in estimates(algorithm, batch, level, args):
+            noise, predicted = s["variance"], s["predicted"]
             print(
-                f"{level:5.1f} {step:4d} {transition.sigma:5.3f} {estimate.kl:7.3g} "
-                f"{estimate.variance / estimate.closed_squared:13.3g} {estimate.variance / estimate.predicted:19.3f} "
-                f"{estimate.score_function / estimate.predicted:10.3f} "
-                f"{1 + estimate.variance / estimate.between_pictures:13.3g}  "
-                f"{cosine:6.3f} ({expected_cosine(estimate, args.draws):.3f})"
+                f"{level:5.1f} {s['step']:4d} {s['sigma']:5.3f} {s['kl']:7.3g} {noise / s['closed_squared']:13.3g} "
+                f"{noise / predicted:19.3f} {s['score_function'] / predicted:10.3f} "
+                f"{1 + noise / s['between_pictures']:13.3g}  "
+                f"{s['cosine'][args.draws]:6.3f} ({expected_cosine(s, args.draws):.3f})"
             )
-            states.append({"noise": level, "step": step, "sigma": transition.sigma, **asdict(estimate)})
-    write(args, states, time.perf_counter() - started)
+            states.append({"noise": level, **s})
+    seconds = round(time.perf_counter() - started, 1)
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    options = [f"--{key} {shlex.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in settings.items()]
+    result = {
+        "command": " ".join(["python experiments/claims/variance.py", *options]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "seconds": seconds,
+        "settings": settings,
+        "states": states,
+    }
+    write_atomically(args.output, json.dumps(result, indent=1) + "\n")
+    print(f"{seconds:.0f} s; wrote {args.output}")
 
 
 def parse() -> argparse.Namespace:
@@ -168,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=64, help="of each step's noise")
     parser.add_argument("--probes", type=int, default=48, help="random vectors for the Jacobian's norm")
-    parser.add_argument("--task", choices=PROMPT_FORMATS, default="compose")
+    parser.add_argument("--task", choices=PROMPT_FN, default="compose")
     parser.add_argument("--pictures", type=int, default=4, help="images, at least 2")
     parser.add_argument("--rounds", type=int, default=5, help="of distillation before the measurement; 0: the base")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.7], help="noise levels")
@@ -178,75 +188,45 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace) -> Setup:
+def build(args: argparse.Namespace) -> tuple[Opd, Batch]:
     """The shipped base, its teacher of the task, a fresh student, and training prompts from all over the file."""
-    model = str(TINY / "model")
-    backbone = load_backbone(model)
-    encoder = load_text_encoder(model, max_sequence_length=14)
+    backbone = load_backbone(str(TINY / "model"))
+    encoder = load_text_encoder(str(TINY / "model"), max_sequence_length=CONTEXT)
     backbone.negative = Conditions.of(encoder([NEGATIVE]))
-    known = load_prompts(TINY / "dataset" / args.task, PROMPT_FORMATS[args.task], "train")
+    known = load_prompts(TINY / "dataset" / args.task, PROMPT_FN[args.task], "train")
     prompts = known[:: len(known) // args.pictures][: args.pictures]
-    steps, nothing = schedule("ode", backbone.sigmas(10, 64)), torch.zeros(len(prompts), *backbone.latent_shape(64))
-    teacher, text = TINY / "teachers" / args.task / "lora", Conditions.of(encoder([prompt.text for prompt in prompts]))
-    return assemble(
-        backbone,
-        [teacher],
-        [text],
-        [nothing],
-        steps,
-        9,
-        seed=args.seed,
-        learning_rate=1e-3,
-        fused_optimizer=False,
+    text = Conditions.of(encoder([prompt.text for prompt in prompts]))
+    nothing = torch.zeros(len(prompts), *backbone.latent_shape(RESOLUTION))
+    sampler = SamplerSettings(num_steps=NUM_STEPS, guidance_scale=1.0, noise_level=0.0, timestep_fraction=0.9)
+    sigmas, teachers = backbone.sigmas(NUM_STEPS, RESOLUTION), [TINY / "teachers" / args.task / "lora"]
+    algorithm, (batch,) = assemble(
+        backbone, teachers, [text], [nothing], sampler, sigmas, seed=args.seed, fused_optimizer=False
     )
+    return algorithm, batch
 
 
-def first_noise(setup: Setup, args: argparse.Namespace, number: int) -> Tensor:
+def first_noise(args: argparse.Namespace, algorithm: Opd, number: int) -> Tensor:
     """The initial noise of a training round, or with number 0 of the measured trajectory."""
     keys = [(Stream.LATENT, args.seed, number, i) for i in range(args.pictures)]
-    return noise(setup.backbone.latent_shape(64), keys)
+    return noise(algorithm.policies.backbone.latent_shape(RESOLUTION), keys)
 
 
-def estimates(
-    setup: Setup, batch: Batch, level: float, args: argparse.Namespace
-) -> Iterator[tuple[int, Transition, Estimate]]:
-    """The chosen steps of one flow-SDE trajectory of the student at this noise level."""
-    x, student, images = first_noise(setup, args, 0), setup.algorithm.student(batch), range(args.pictures)
-    shape = x.shape[1:]
-    for step, transition in enumerate(schedule("flow_sde", setup.backbone.sigmas(10, 64), level)):
+def estimates(algorithm: Opd, batch: Batch, level: float, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures at the chosen steps of one flow-SDE trajectory of the student at this noise level."""
+    x, student, parameters = first_noise(args, algorithm, 0), algorithm.student(batch), algorithm.optimizer.parameters
+    sigmas = algorithm.policies.backbone.sigmas(NUM_STEPS, RESOLUTION)
+    for step, transition in enumerate(schedule("flow_sde", sigmas, level)):
 
-        def draw(purpose: int, k: int, step: int = step) -> Tensor:
-            return noise(shape, [(Stream.FORWARD, args.seed, i, step, purpose, k) for i in images])
+        def drawn(stream: Stream, *key: int, step: int = step) -> Tensor:
+            return noise(batch.noise.shape[1:], [(stream, args.seed, i, step, *key) for i in range(args.pictures)])
 
         if step in args.steps:
-            v_teacher = setup.algorithm.teacher(batch)(x, transition.sigma)
-            v_student = student(x, transition.sigma)
-            parameters = setup.algorithm.optimizer.parameters
-            yield (
-                step,
-                transition,
-                measure(transition, x, v_student, v_teacher, parameters, draw, args.draws, args.probes),
-            )
+            v_teacher, v_student = algorithm.teacher(batch)(x, transition.sigma), student(x, transition.sigma)
+            draw = partial(drawn, Stream.FORWARD)
+            figures = measure(transition, x, v_student, v_teacher, parameters, draw, args.draws, args.probes)
+            yield {"step": step, "sigma": transition.sigma, **figures}
         with torch.no_grad():
-            walked = noise(shape, [(Stream.STEP, args.seed, i, step) for i in images])
-            x = transition.sample(x, student(x, transition.sigma), walked)
-
-
-def write(args: argparse.Namespace, states: Sequence[dict[str, object]], seconds: float) -> None:
-    """The figures with the command that makes them."""
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    options = [f"--{key} {shlex.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in settings.items()]
-    result = {
-        "command": " ".join(["python experiments/claims/variance.py", *options]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "seconds": round(seconds, 1),
-        "settings": settings,
-        "states": states,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{seconds:.0f} s; wrote {args.output}")
+            x = transition.sample(x, student(x, transition.sigma), drawn(Stream.STEP))
 
 
 if __name__ == "__main__":

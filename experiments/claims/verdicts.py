@@ -1,7 +1,12 @@
-"""The paper's claims (arXiv 2605.15055, sections 3.3 and 4), each with the rule by which runs decide it."""
+"""The paper's claims (arXiv 2605.15055, sections 3.3 and 4), each with the rule by which runs decide it.
+
+A claim is a statement, its rule, and rows; a row is a name, the experiments that it needs, and what is measured on one
+seed of them (NaN where that is undefined).
+"""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ SCALE = ("base", *TEACHERS)
 """What the normalised average is measured by."""
 Seed = Mapping[str, Result]
 """Experiment -> result, all of one seed."""
+Row = tuple[str, Sequence[str], Callable[[Seed], float]]
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -34,7 +40,7 @@ class Part:
     limit: float
     values: Mapping[int, float]  # by seed
     why_none: str = ""  # why there are no values
-    undefined: tuple[int, ...] = ()  # seeds with all runs that have no value all the same
+    undefined: Sequence[int] = ()  # seeds with all runs that have no value all the same
 
     @property
     def mean(self) -> float | None:
@@ -49,8 +55,7 @@ class Part:
     @property
     def is_close(self) -> bool:
         """Whether the mean is less than its standard error away from the limit."""
-        error = self.standard_error
-        return self.mean is not None and error is not None and abs(self.mean - self.limit) < error
+        return self.mean is not None and abs(self.mean - self.limit) < (self.standard_error or 0.0)
 
     @property
     def verdict(self) -> str:
@@ -83,59 +88,26 @@ class Claim:
 
 def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
     """All claims; ``variance`` is the content of ``variance.json``, None before it was measured."""
-    return [
-        Claim(
-            "Teachers: an off-the-shelf RL algorithm makes each task's teacher from its reward alone.",
-            "(teacher − base) / (shipped teacher − base) on the teacher's own task is at least 0.5.",
-            list(_teachers(runs)),
-        ),
-        Claim(
-            "One student reaches each of its teachers on the teacher's task.",
-            "student / teacher on the teacher's task is at least 0.97.",
-            list(_student(runs)),
-        ),
-        Claim(
-            "At equal cost the student is better than multi-task RL and cascade RL.",
-            "Average of the finished student minus that of the other after as many evaluations (one that ends earlier "
-            "counts with its end) is above 0: on all test prompts where the other is finished too, else on the "
-            "monitored ones, its curve interpolated.",
-            list(_equal_cost(runs)),
-        ),
-        Claim(
-            "The closed form beats the PPO-style surrogate at equal noise.",
-            "Average of the closed form minus that of the surrogate is above 0: at the end of the shorter run, and as "
-            "the mean over the rounds until there (area under the curve).",
-            list(_closed_form(runs)),
-        ),
-        Claim(
-            "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
-            "Rounds until the interpolated curve has 90% of the teacher's score on the same prompts (and, beside the "
-            "claim, half of the gap from the base to it), noise 0.7 over ODE, is above 1. A run of noise 0.7 that "
-            "never gets there counts with its length, an ODE run that alone does not with 0; where neither does, the "
-            "seed is undefined.",
-            list(_speeds(runs)),
-        ),
-        Claim(
-            "The surrogate has the closed form's gradient on average, and score-function noise on top.",
-            "Means over the measured steps: measured / predicted variance is within a quarter of 1; the squared error "
-            "of the mean is at most 1.5 times what that variance explains; noise is most of the total variance, which "
-            "is that over draws plus the closed form's own over pictures.",
-            list(_estimators(variance)),
-        ),
+    found = [
+        Claim(statement, rule, [_part(runs, relation, limit, *row) for row in rows()])
+        for statement, rule, relation, limit, rows in CLAIMS
     ]
+    return [*found, Claim(*ESTIMATORS, list(_estimators(variance)))]
 
 
 def _part(
-    name: str, relation: str, limit: float, runs: Runs, needs: Sequence[str], measure: Callable[[Seed], float | None]
+    runs: Runs, relation: str, limit: float, name: str, needs: Sequence[str], measure: Callable[[Seed], float]
 ) -> Part:
-    """The measure on every seed for which all the needed runs are there; None from it means undefined."""
-    if missing := [name for name in needs if not runs.get(name)]:
-        return Part(name, relation, limit, {}, f"no run of {', '.join(missing)}")
+    """A row on every seed for which all the needed runs are there."""
     found = {seed: measure(one) for seed, one in _seeds(runs, needs).items()}
-    if not found:
-        return Part(name, relation, limit, {}, f"no seed has all of {', '.join(needs)}")
-    values = {seed: value for seed, value in found.items() if value is not None}
-    why_none = "" if values else "undefined: no gap to measure by, no curve, or a level never reached"
+    values = {seed: value for seed, value in found.items() if not math.isnan(value)}
+    why_none = ""
+    if missing := [name for name in needs if not runs.get(name)]:
+        why_none = f"no run of {', '.join(missing)}"
+    elif not found:
+        why_none = f"no seed has all of {', '.join(needs)}"
+    elif not values:
+        why_none = "undefined: no gap to measure by, no curve, or a level never reached"
     return Part(name, relation, limit, values, why_none, tuple(seed for seed in found if seed not in values))
 
 
@@ -145,43 +117,43 @@ def _seeds(runs: Runs, needs: Sequence[str]) -> dict[int, Seed]:
     return {seed: {name: runs[name][seed] for name in needs} for seed in shared}
 
 
-# ---- what is measured on one seed ------------------------------------------------------------------------------------
+# ---- teachers and student --------------------------------------------------------------------------------------------
 
 
-def _teachers(runs: Runs) -> Iterator[Part]:
+def _teachers() -> Iterator[Row]:
     for teacher in (*TEACHERS, "guard_scene"):
         algorithm, task = teacher.split("_")
         needs = ("base", f"shipped_{task}", teacher)
-
-        def share(seed: Seed, needs: Sequence[str] = needs, task: str = task) -> float | None:
-            base, shipped, own = (seed[name].final[task].mean for name in needs)
-            return (own - base) / (shipped - base) if shipped > base else None
-
-        yield _part(f"{task}, {'GRPO-Guard' if algorithm == 'guard' else 'NFT'}", "≥", 0.5, runs, needs, share)
+        yield f"{task}, {'GRPO-Guard' if algorithm == 'guard' else 'NFT'}", needs, partial(_share_of_gap, task)
 
 
-def _student(runs: Runs) -> Iterator[Part]:
-    for task, teacher in zip(TASKS, TEACHERS, strict=True):
-
-        def share(seed: Seed, task: str = task, teacher: str = teacher) -> float | None:
-            level = seed[teacher].final[task].mean
-            return seed["opd"].final[task].mean / level if level > 0 else None
-
-        yield _part(task, "≥", 0.97, runs, ("opd", teacher), share)
+def _share_of_gap(task: str, seed: Seed) -> float:
+    base, shipped, own = (result.final[task].mean for result in seed.values())
+    return (own - base) / (shipped - base) if shipped > base else math.nan
 
 
-def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float | None:
+def _student() -> Iterator[Row]:
+    return ((task, ("opd", teacher), partial(_share, task)) for task, teacher in zip(TASKS, TEACHERS, strict=True))
+
+
+def _share(task: str, seed: Seed) -> float:
+    student, teacher = (result.final[task].mean for result in seed.values())
+    return student / teacher if teacher > 0 else math.nan
+
+
+# ---- averages --------------------------------------------------------------------------------------------------------
+
+
+def normalised_average(seed: Seed, scores: Mapping[str, float]) -> float:
     """Mean over tasks of ``(score - lowest) / (highest - lowest)``, over base and the seed's teachers on all prompts.
 
-    This scale does not depend on what is compared on it. None where all of them score the same.
+    This scale does not depend on what is compared on it. NaN where all of them score the same.
     """
     parts = []
     for task in TASKS:
         levels = [seed[name].final[task].mean for name in SCALE]
         low, high = min(levels), max(levels)
-        if low == high:
-            return None
-        parts.append((scores[task] - low) / (high - low))
+        parts.append((scores[task] - low) / (high - low) if low < high else math.nan)
     return sum(parts) / len(TASKS)
 
 
@@ -189,38 +161,33 @@ def averages(runs: Runs, experiment: str) -> dict[int, float]:
     """Seed -> normalised average of the finished model, of the seeds that have it, the base and the teachers."""
     found = _seeds(runs, (*SCALE, experiment)).items()
     every = {seed: normalised_average(one, one[experiment].means()) for seed, one in found}
-    return {seed: average for seed, average in every.items() if average is not None}
+    return {seed: average for seed, average in every.items() if not math.isnan(average)}
 
 
-def _difference(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first - second
+def _lead(name: str, other: str, cost: Callable[..., float], seed: Seed) -> float:
+    """Normalised average of one run minus another's after ``cost`` (of both) evaluations, on the same prompts for both.
 
-
-def _lead(seed: Seed, name: str, other: str, evaluations: float) -> float | None:
-    """Normalised average of one run minus another's after so many evaluations, on the same prompts for both.
-
-    None where either has no curve or nothing can be normalised.
+    NaN where either has no curve or nothing can be normalised.
     """
     pair = (seed[name], seed[other])
     if not all(result.curve for result in pair):
-        return None
+        return math.nan
+    evaluations = cost(*pair)
     if all(evaluations >= result.evaluations for result in pair):
         scores = [result.means() for result in pair]
     else:
         scores = [at_evaluations(curve_from_base(result, seed["base"]), evaluations) for result in pair]
-    return _difference(*(normalised_average(seed, each) for each in scores))
+    first, second = (normalised_average(seed, each) for each in scores)
+    return first - second
 
 
-def _equal_cost(runs: Runs) -> Iterator[Part]:
-    costs: dict[str, Callable[[Result], float]]
-    costs = {"with": lambda opd: opd.with_teachers, "without": lambda opd: opd.evaluations}
+def _equal_cost() -> Iterator[Row]:
+    costs: dict[str, Callable[..., float]]
+    costs = {"with": lambda opd, other: opd.with_teachers, "without": lambda opd, other: opd.evaluations}
     for word, cost in costs.items():
         for baseline in BASELINES:
-
-            def lead(seed: Seed, baseline: str = baseline, cost: Callable[[Result], float] = cost) -> float | None:
-                return _lead(seed, "opd", baseline, cost(seed["opd"]))
-
-            yield _part(f"{baseline}, {word} the teachers' cost", ">", 0.0, runs, (*SCALE, "opd", baseline), lead)
+            measure = partial(_lead, "opd", baseline, cost)
+            yield f"{baseline}, {word} the teachers' cost", (*SCALE, "opd", baseline), measure
 
 
 def lead_over_the_best(runs: Runs, baseline: str) -> dict[int, float]:
@@ -232,10 +199,10 @@ def lead_over_the_best(runs: Runs, baseline: str) -> dict[int, float]:
     found = {}
     for seed, one in _seeds(runs, (*SCALE, "opd", baseline)).items():
         points = [p.scores for p in one[baseline].curve if p.evaluations <= one["opd"].with_teachers]
-        averages = [average for scores in points if (average := normalised_average(one, scores)) is not None]
-        own = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS})
-        if own is not None and averages:
-            found[seed] = own - max(averages)
+        best = max((normalised_average(one, scores) for scores in points), default=math.nan)
+        lead = normalised_average(one, {task: monitored(one["opd"], task) for task in TASKS}) - best
+        if not math.isnan(lead):
+            found[seed] = lead
     return found
 
 
@@ -256,51 +223,46 @@ def beside_teachers(runs: Runs, baseline: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def _closed_form(runs: Runs) -> Iterator[Part]:
+def _closed_form() -> Iterator[Row]:
     for noise in ("03", "07"):
         pair = (f"opd_noise{noise}", f"ppo_noise{noise}")
-
-        def final(seed: Seed, pair: tuple[str, str] = pair) -> float | None:
-            return _lead(seed, *pair, min(seed[name].evaluations for name in pair))
-
-        def areas(seed: Seed, pair: tuple[str, str] = pair) -> float | None:
-            end = min((seed[name].curve[-1].round if seed[name].curve else 0) for name in pair)
-            return _difference(*(_area(seed, name, end) for name in pair)) if end else None
-
-        for name, measure in {"final": final, "area": areas}.items():
-            yield _part(f"noise 0.{noise[1]}, {name}", ">", 0.0, runs, (*SCALE, *pair), measure)
+        final = partial(_lead, *pair, lambda *both: min(result.evaluations for result in both))
+        for name, measure in {"final": final, "area": partial(_lead_in_area, pair)}.items():
+            yield f"noise 0.{noise[1]}, {name}", (*SCALE, *pair), measure
 
 
-def _area(seed: Seed, name: str, end: int) -> float | None:
-    """Normalised average as a mean over the rounds from 0 to ``end``."""
-    points = [(p.round, normalised_average(seed, p.scores)) for p in curve_from_base(seed[name], seed["base"])]
-    known = [(x, y) for x, y in points if y is not None]
-    return area(known, end) if known else None
+def _lead_in_area(pair: Sequence[str], seed: Seed) -> float:
+    """Difference of the normalised averages, each a mean over the rounds from 0 to the end of the shorter curve."""
+    curves = [curve_from_base(seed[name], seed["base"]) for name in pair]
+    if not all(curves):
+        return math.nan
+    end = min(curve[-1].round for curve in curves)
+    first, second = (area([(p.round, normalised_average(seed, p.scores)) for p in curve], end) for curve in curves)
+    return first - second
 
 
-def _speeds(runs: Runs) -> Iterator[Part]:
+# ---- speed, estimators -----------------------------------------------------------------------------------------------
+
+
+def _speeds() -> Iterator[Row]:
     levels: dict[str, Callable[[float, float], float]]
     levels = {"90%": lambda base, teacher: 0.9 * teacher, "half of the gap": lambda base, teacher: (base + teacher) / 2}
     for name, level in levels.items():
         for task, teacher in zip(TASKS, TEACHERS, strict=True):
-            needs = ("base", teacher, "opd_noise00", "opd_noise07")
-            yield _part(f"{task}, {name}", ">", 1.0, runs, needs, partial(_speed, task=task, level=level))
+            yield f"{task}, {name}", ("base", teacher, "opd_noise00", "opd_noise07"), partial(_speed, task, level)
 
 
-def _speed(seed: Seed, task: str, level: Callable[[float, float], float]) -> float | None:
-    """Rounds of noise 0.7 over rounds of the ODE to the level; None without curves, where neither gets there, or where
+def _speed(task: str, level: Callable[[float, float], float], seed: Seed) -> float:
+    """Rounds of noise 0.7 over rounds of the ODE to the level; NaN without curves, where neither gets there, or where
     the base is there already.
     """
     base, teacher, *pair = seed.values()
-    if not all(result.curve for result in (teacher, *pair)):
-        return None
-    start = monitored(base, task)
-    wanted = level(start, monitored(teacher, task))
-    if start >= wanted:
-        return None
-    ode, noisy = (rounds_to(curve_from_base(result, base), task, wanted) for result in pair)
+    start, goal = monitored(base, task), level(monitored(base, task), monitored(teacher, task))
+    if start >= goal or not all(result.curve for result in (teacher, *pair)):
+        return math.nan
+    ode, noisy = (rounds_to(curve_from_base(result, base), task, goal) for result in pair)
     if ode is None:
-        return None if noisy is None else 0.0
+        return math.nan if noisy is None else 0.0
     return (pair[1].curve[-1].round if noisy is None else noisy) / ode
 
 
@@ -324,3 +286,47 @@ def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
         )
         for (name, rule), value in zip(rules.items(), values, strict=True):
             yield Part(f"noise {level}, {name}", *rule, {variance["settings"]["seed"]: value})
+
+
+# ---- the claims ------------------------------------------------------------------------------------------------------
+
+CLAIMS: tuple[tuple[str, str, str, float, Callable[[], Iterator[Row]]], ...] = (
+    (
+        "Teachers: an off-the-shelf RL algorithm makes each task's teacher from its reward alone.",
+        "(teacher − base) / (shipped teacher − base) on the teacher's own task is at least 0.5.",
+        *("≥", 0.5, _teachers),
+    ),
+    (
+        "One student reaches each of its teachers on the teacher's task.",
+        "student / teacher on the teacher's task is at least 0.97.",
+        *("≥", 0.97, _student),
+    ),
+    (
+        "At equal cost the student is better than multi-task RL and cascade RL.",
+        "Average of the finished student minus that of the other after as many evaluations (one that ends earlier "
+        "counts with its end) is above 0: on all test prompts where the other is finished too, else on the "
+        "monitored ones, its curve interpolated.",
+        *(">", 0.0, _equal_cost),
+    ),
+    (
+        "The closed form beats the PPO-style surrogate at equal noise.",
+        "Average of the closed form minus that of the surrogate is above 0: at the end of the shorter run, and as "
+        "the mean over the rounds until there (area under the curve).",
+        *(">", 0.0, _closed_form),
+    ),
+    (
+        "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
+        "Rounds until the interpolated curve has 90% of the teacher's score on the same prompts (and, beside the "
+        "claim, half of the gap from the base to it), noise 0.7 over ODE, is above 1. A run of noise 0.7 that "
+        "never gets there counts with its length, an ODE run that alone does not with 0; where neither does, the "
+        "seed is undefined.",
+        *(">", 1.0, _speeds),
+    ),
+)
+"""Statement, rule, relation and limit of every value, rows."""
+ESTIMATORS = (
+    "The surrogate has the closed form's gradient on average, and score-function noise on top.",
+    "Means over the measured steps: measured / predicted variance is within a quarter of 1; the squared error "
+    "of the mean is at most 1.5 times what that variance explains; noise is most of the total variance, which "
+    "is that over draws plus the closed form's own over pictures.",
+)
