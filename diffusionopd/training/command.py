@@ -21,17 +21,17 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
     """What :func:`diffusionopd.training.train` is called with.
 
     ``--config FILE:NAME`` (else ``default``), ``--config.KEY=VALUE``, ``--dry_run``, ``--allow_config_change``,
-    ``--help`` (prints ``usage`` and exits). Raises ValueError for anything else.
+    ``--help`` (prints ``usage`` and exits). Raises ConfigError for anything else.
     """
     if {"--help", "-h"} & set(arguments):
         print(usage)
         raise SystemExit
     source, overrides, rest = split_arguments(arguments)
     if unknown := [argument for argument in rest if argument not in FLAGS]:
-        raise ValueError(f"unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>")
+        raise ConfigError([f"unknown arguments {' '.join(unknown)}; keys are set as --config.<key>=<value>"])
     source = source or default
     if source is None:
-        raise ValueError("--config FILE:NAME is missing; --help has examples")
+        raise ConfigError(["--config FILE:NAME is missing; --help has examples"])
     return {"config": load_config(source, overrides), **{flag.removeprefix("--"): flag in rest for flag in FLAGS}}
 
 
@@ -39,8 +39,8 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
 def plain_errors() -> Iterator[None]:
     """A mistake of the user's ends the program with one message of the first process and no traceback.
 
-    The status is 2 for a configuration that cannot be run, 1 for what fails later, and STOPPED for a run that a signal
-    ended early.
+    The status is 2 for arguments or a configuration that cannot be run, 1 for what fails later, and STOPPED for a run
+    that a signal ended early.
     """
     try:
         yield
