@@ -120,11 +120,13 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         return
     accelerator.project_configuration.project_dir = str(plan.run.run_dir)
     accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
-    with ending_together():
-        run = build(plan, resume, accelerator)
-        try:
+    run = None
+    try:
+        with ending_together():  # a failure is told first: closing waits for threads and ends the process group
+            run = build(plan, resume, accelerator)
             yield run
-        finally:
+    finally:
+        if run is not None:
             run.close()
 
 
