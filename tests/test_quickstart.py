@@ -1,5 +1,7 @@
 """What the quick start does, with stand-ins for the commands that it calls."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
@@ -7,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from .conftest import ROOT
+
 RECORD = 'echo "$(basename "$0") $CONFIG $*" >> calls\n'
 STAND_INS = {
     "scripts/install.sh": 'echo "install.sh $1" >> calls\npython() { echo "python $*" >> calls; }\n',
@@ -54,7 +57,10 @@ def test_everything_in_order(checkout):
     assert calls[3].startswith("python -m tools.quickstart_report --run logs/quickstart/run") and len(calls) == 4
 
 
-def test_the_same_command_continues_and_does_not_train_twice(checkout):
+def test_the_same_command_continues_and_another_keeps_the_earlier_run(checkout):
+    def names():
+        return sorted(path.name for path in (checkout / "logs").iterdir())
+
     for status in (1, 75):  # what failed or was stopped is not scored
         (checkout / "status").write_text(str(status))
         done, calls = quickstart(checkout)
@@ -63,18 +69,13 @@ def test_the_same_command_continues_and_does_not_train_twice(checkout):
     (checkout / "status").unlink()
     assert len(quickstart(checkout)[1]) == 4
     _, calls = quickstart(checkout)
-    assert [call.split()[0] for call in calls] == ["install.sh", "eval.sh", "python"]
-    assert sorted(path.name for path in (checkout / "logs").iterdir()) == ["quickstart"]
-
-
-def test_what_differs_starts_anew_and_keeps_the_earlier(checkout):
-    quickstart(checkout)
+    assert [call.split()[0] for call in calls] == ["install.sh", "eval.sh", "python"], "nothing is trained twice"
+    assert names() == ["quickstart"]
     assert len(quickstart(checkout, "--config.seed=7")[1]) == 4
     assert len(quickstart(checkout, "--config.seed=7", "--fresh")[1]) == 4
     (checkout / "diffusionopd" / "file.txt").write_text("changed")
     assert len(quickstart(checkout, "--config.seed=7")[1]) == 4
-    earlier = ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
-    assert sorted(path.name for path in (checkout / "logs").iterdir()) == earlier
+    assert names() == ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
 
 
 def test_the_short_form_is_short_and_elsewhere(checkout):
