@@ -15,8 +15,7 @@ from diffusionopd.launch import worker_environments
 from diffusionopd.models import sharding as engine
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.training import train
-from diffusionopd.training.setup import Run
+from diffusionopd.training import check, setup, train
 
 from .conftest import ROOT
 from .forked import fork
@@ -39,7 +38,7 @@ def train_sharded(environment: dict[str, str], config) -> int:
     """Train in two processes; the values of the base that the first process holds."""
 
     def work(rank):
-        close = Run.close
+        close = setup.Run.close
 
         def counting(run):
             base = {n: p for n, p in run.backbone.transformer.named_parameters() if ".lora_" not in n}
@@ -49,7 +48,7 @@ def train_sharded(environment: dict[str, str], config) -> int:
             print(f"\n{sum(share.numel() for share in shares)}")
             close(run)
 
-        Run.close = counting
+        setup.Run.close = counting
         train(config)
 
     return int(fork(work, 2, environment=environment)[0].out.split()[-1])
@@ -151,14 +150,13 @@ def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch):
 
 
 def test_what_does_not_go_with_an_engine_is_said_at_once(ask, monkeypatch, tiny_config):
-    ask(**FSDP)
-    with pytest.raises(EngineError, match="train.merge_teachers"):
-        train(tiny_config(train__merge_teachers=True), dry_run=True)
-    ask(**ZERO3)
-    with pytest.raises(EngineError, match="compile .* DeepSpeed"):
-        train(tiny_config(compile=True), dry_run=True)
+    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
+    for variables, key in ((FSDP, "train__merge_teachers"), (ZERO3, "compile")):
+        ask(**variables)
+        with pytest.raises(EngineError, match=key.replace("__", ".")):
+            setup.check_devices(check(tiny_config(**{key: True}), 1), torch.device("cpu"))
     monkeypatch.setattr(engine, "is_deepspeed_available", lambda: False)
-    with pytest.raises(EngineError, match="pip install deepspeed"):
+    with pytest.raises(EngineError, match="pip install deepspeed"):  # before accelerate, which would name no remedy
         train(tiny_config())
 
 
@@ -173,34 +171,32 @@ def test_the_configurations_for_accelerate_ask_for_it(ask, name):
 
 
 def test_processes_in_step_make_the_same_number_of_batches():
+    """Whatever does not divide by what, and although a scorer fails."""
+
+    def run(prompts, batch_size, rank, world, scorers, gather=list):
+        calls = []
+
+        def generate(texts, samples):
+            calls.append(len(texts))
+            return torch.zeros(len(texts), 3, 4, 4)
+
+        own, options = [Prompt(f"prompt {i}", {}) for i in range(prompts)], {"in_step": True, "gather": gather}
+        try:
+            evaluate_task(generate, own, scorers, batch_size=batch_size, rank=rank, world=world, **options)
+        except RewardError as error:
+            assert "the scorer broke" in str(error)
+            calls.append(-1)
+        return calls
+
     for prompts, batch_size, world in ((3, 1, 2), (5, 2, 2), (1, 4, 3), (8, 2, 2), (0, 2, 2)):
-        calls, scored = [], []
-        for rank in range(world):
-
-            def generate(texts, samples, calls=calls):
-                calls[-1] += 1
-                return torch.zeros(len(texts), 3, 4, 4)
-
-            calls.append(0)
-            own = [Prompt(f"prompt {i}", {}) for i in range(prompts)]
-            gather = lambda records, scored=scored: scored.extend(records) or records  # noqa: E731
-            evaluate_task(generate, own, {}, batch_size=batch_size, rank=rank, world=world, in_step=True, gather=gather)
-        assert len(set(calls)) == 1, calls
+        scored = []
+        gather = lambda records, scored=scored: scored.extend(records) or records  # noqa: E731
+        calls = [run(prompts, batch_size, rank, world, {}, gather) for rank in range(world)]
+        assert len(set(map(len, calls))) == 1, calls
         assert sorted(record.sample_id for record in scored) == list(range(prompts))
-
-
-def test_a_process_whose_scorer_fails_stays_in_step():
-    calls = []
 
     class Broken:
         def score(self, images, prompts, metadata):
             raise RewardError("the scorer broke")
 
-    def generate(texts, samples):
-        calls.append(len(texts))
-        return torch.zeros(len(texts), 3, 4, 4)
-
-    prompts = [Prompt(f"prompt {i}", {}) for i in range(5)]
-    with pytest.raises(RewardError, match="the scorer broke"):
-        evaluate_task(generate, prompts, {"broken": Broken()}, batch_size=2, in_step=True)
-    assert calls == [2, 1, 1], "the batch that failed, then as many as the others make"
+    assert run(5, 2, 0, 1, {"broken": Broken()}) == [2, 1, 1, -1], "the batch that failed, then as many as the others"

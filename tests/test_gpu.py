@@ -16,27 +16,23 @@ from diffusionopd.models.acceleration import ATTENTION_BACKENDS, choose_attentio
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.training import checkpoint, profile, train
+from diffusionopd.training import train
+from diffusionopd.training.profiling import profile
 
 from .conftest import TARGETS
-from .test_trainer import assert_bitwise, metrics
+from .helpers import assert_bitwise, metrics, state
 
 pytestmark = pytest.mark.gpu
 
 GPU = "cuda"
-STAGE1 = {
-    "sample__num_image_per_prompt": 2,
-    "sample__num_batches_per_epoch": 4,
-    "train__gradient_accumulation_steps": 2,
-}
 RUNS = {
     "ode": {},
     "sde": {"sample__noise_level": 0.7},
     "surrogate": {"sample__noise_level": 0.7, "train__loss": "policy_gradient"},
-    "sft": {"train__algorithm": "sft", **STAGE1},
-    "nft": {"train__algorithm": "nft", **STAGE1},
-    "grpo": {"train__algorithm": "grpo", "sample__noise_level": 0.7, **STAGE1},
-    "grpo_guard": {"train__algorithm": "grpo_guard", "sample__noise_level": 0.7, **STAGE1},
+    "sft": {"train__algorithm": "sft"},
+    "nft": {"train__algorithm": "nft"},
+    "grpo": {"train__algorithm": "grpo"},
+    "grpo_guard": {"train__algorithm": "grpo_guard"},
 }
 
 
@@ -81,7 +77,7 @@ def assert_near(rows, others, rel):
 
 @pytest.mark.parametrize("kind", list(RUNS))
 def test_a_run_is_the_one_on_a_cpu(run, kind):
-    """In float32, watched and evaluated: the same noise, prompts, losses, gradients and scores."""
+    """In float32, monitored and evaluated: the same noise, prompts, losses, gradients and scores."""
     options = {**RUNS[kind], "monitor_freq": 1, "eval_freq": 3, "eval_num_prompts": 2}
     (_, gpu), (_, cpu) = run("gpu", **options), run("cpu", "cpu", **options)
     assert "monitor/first/tiny_scene" in gpu[0] or "reward/first" in gpu[0]
@@ -93,9 +89,9 @@ def test_a_run_is_the_one_on_a_cpu(run, kind):
 def test_half_precision_trains_towards_the_same(run, kind, precision):
     # A constant scale of 1 leaves the dynamic one of float16 no overflow to learn from in the first rounds.
     options = {"train__loss_scale": 1.0, **RUNS[kind]}
-    (_, half), (_, whole) = run("half", mixed_precision=precision, **options), run("whole", **options)
-    assert half[0].keys() == whole[0].keys()
-    for mine, other in zip(half, whole, strict=True):
+    (_, half), (_, full) = run("half", mixed_precision=precision, **options), run("full", **options)
+    assert half[0].keys() == full[0].keys()
+    for mine, other in zip(half, full, strict=True):
         if kind in ("ode", "sde"):  # the others' losses are sums of large terms that cancel
             assert mine["loss"] == pytest.approx(other["loss"], rel=0.05)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.3)
@@ -105,9 +101,9 @@ def test_half_precision_trains_towards_the_same(run, kind, precision):
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(run, kind):
     """In float16, whose loss scale is a part of the state."""
     options = {**RUNS[kind], "mixed_precision": "fp16", "train__ema": True, "train__ema_interval": 1}
-    (whole, _), _ = run("whole", **options), run("parts", **{**options, "num_epochs": 2})
+    (complete, _), _ = run("complete", **options), run("parts", **{**options, "num_epochs": 2})
     resumed, _ = run("parts", resume_from="auto", **options)
-    assert_bitwise(checkpoint.load_state(whole / "state")[0], checkpoint.load_state(resumed / "state")[0])
+    assert_bitwise(state(complete), state(resumed))
 
 
 @pytest.mark.parametrize(

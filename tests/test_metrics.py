@@ -1,9 +1,12 @@
 """metrics.jsonl is one strict JSON object per round whatever happens; trackers cannot stop a run; grids are images."""
 
+from __future__ import annotations
+
 import json
 import math
 import resource
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,37 +23,29 @@ def rows(path):
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-class Accelerator:
-    """Records what reaches the trackers; fails on request."""
-
-    def __init__(self, failing=()):
-        self.failing, self.calls, self.trackers = failing, [], [self]
-
-    def init_trackers(self, project, config=None):
-        self._record("init_trackers", project)
-
-    def log(self, values, step=None):
-        self._record("log", (step, values))
-
-    def finish(self):
-        self._record("finish", None)
-
-    def _record(self, method, what):
-        self.calls.append((method, what))
-        if method in self.failing:
-            raise ConnectionError("tracker offline")
+@contextmanager
+def no_file_longer_than(size):
+    """A real limit, as of a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_strict_json(tmp_path):
+def test_rows_are_strict_json_and_in_the_file_when_write_returns(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.write({"round": 1, "loss": math.nan, "ratio": -math.inf, "lr": 3e-4, "steps": 2, "grad_norm": None})
-    writer.write({"round": 2, "loss": 5.0, "text": "日本"})
     first = {"round": 1, "loss": None, "ratio": None, "lr": 3e-4, "steps": 2, "grad_norm": None}
+    assert rows(path) == [first]
+    writer.write({"round": 2, "loss": 5.0, "text": "日本"})
     assert rows(path) == [first, {"round": 2, "loss": 5.0, "text": "日本"}]
+    writer.sync()
 
 
 def test_processes_without_a_file_write_nothing(tmp_path, monkeypatch):
@@ -61,15 +56,6 @@ def test_processes_without_a_file_write_nothing(tmp_path, monkeypatch):
     writer.sync()
     writer.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_each_line_is_on_disk_when_write_returns(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    writer = MetricsWriter(path)
-    for n in range(1, 4):
-        writer.write({"round": n})
-        assert len(rows(path)) == n
-    writer.sync()
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -92,77 +78,52 @@ def test_resuming_drops_later_rounds_and_broken_lines(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_line_cut_by_a_crash_is_not_glued_to_the_next(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write({"round": 1})
-    path.write_text(path.read_text() + '{"round": 2, "lo')
-    writer = MetricsWriter(path)
-    writer.write({"round": 3})
-    lines = path.read_text().splitlines()
-    assert json.loads(lines[0]) == {"round": 1} and json.loads(lines[2]) == {"round": 3}
-
-
-def test_truncating_to_nothing_or_without_a_file(tmp_path):
+def test_a_line_cut_by_a_crash_is_not_glued_to_the_next(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.truncate_after(10)
     writer.write({"round": 1})
+    path.write_text(path.read_text() + '{"round": 2, "lo')
+    MetricsWriter(path).write({"round": 3})
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"round": 1} and json.loads(lines[2]) == {"round": 3}
     writer.truncate_after(0)
     assert path.read_text() == ""
 
 
-def test_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     for n in range(1, 5):
         writer.write({"round": n})
     before = path.read_text()
 
-    def disk_full(*_args):
+    def full(*_):
         raise OSError(28, "full")
 
     for moment in ("os.fsync", "os.replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(moment, disk_full)
-            with pytest.raises(OSError, match="full"):
-                writer.truncate_after(2)
-        assert path.read_text() == before
-        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+            patch.setattr(moment, full)
+            writer.truncate_after(2)
+        assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_delays_lines_and_is_said_once(tmp_path, monkeypatch):
+def test_a_full_disk_delays_lines_is_said_once_and_leaves_no_half_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.write({"round": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(type(path), "open", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.warns(UserWarning, match="kept in memory.*full") as said:
-            writer.write({"round": 2})
+    with no_file_longer_than(path.stat().st_size + 5):
+        with pytest.warns(UserWarning, match=f"{path}.*File too large") as said:
+            writer.write({"round": 2, "loss": 0.5})
             writer.write({"round": 3})
         assert len(said) == 1
-    with pytest.warns(UserWarning, match="written again, no round is missing"):
-        writer.write({"round": 4})
-    writer.write({"round": 5})
-    assert [row["round"] for row in rows(path)] == [1, 2, 3, 4, 5]
-
-
-def test_a_line_that_only_partly_fits_leaves_no_trace(tmp_path):
-    """A real limit: no file may be longer than some bytes."""
-    path = tmp_path / "metrics.jsonl"
-    writer = MetricsWriter(path)
-    writer.write({"round": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
-    try:
-        with pytest.warns(UserWarning, match="cannot write to.*kept in memory"):
-            writer.write({"round": 2, "loss": 0.5})
         assert rows(path) == [{"round": 1}] and path.read_text().endswith("\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with pytest.warns(UserWarning, match="written again"):
+    with pytest.warns(UserWarning, match=str(path)):
         writer.sync()
-        writer.write({"round": 3})
-    assert [row["round"] for row in rows(path)] == [1, 2, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writer.write({"round": 4})
+    assert [row["round"] for row in rows(path)] == [1, 2, 3, 4]
 
 
 def test_what_never_could_be_written_is_said_at_the_end(tmp_path):
@@ -173,53 +134,60 @@ def test_what_never_could_be_written_is_said_at_the_end(tmp_path):
         writer.write({"round": 1})
     writer.sync()
     writer.write({"round": 2})
-    with pytest.warns(UserWarning, match="the metrics of 2 rounds"):
+    with pytest.warns(UserWarning, match="2 rounds"):
         writer.close()
 
 
 # --- trackers --------------------------------------------------------------------------------------------------------
 
 
+class Accelerator:
+    """Records what reaches the trackers; fails on request."""
+
+    def __init__(self, failing=""):
+        self.failing, self.calls, self.trackers = failing, [], [self]
+
+    def _called(self, method, what=None):
+        self.calls.append((method, what))
+        if method == self.failing:
+            raise ConnectionError("tracker offline")
+
+    def init_trackers(self, project, config=None):
+        self._called("init_trackers", project)
+
+    def log(self, values, step=None):
+        self._called("log", (step, values))
+
+    def finish(self):
+        self._called("finish")
+
+
 def test_trackers_get_the_numbers_of_a_round(tmp_path):
     accelerator = Accelerator()
-    writer = MetricsWriter(tmp_path / "m.jsonl", ("tensorboard",), accelerator)
-    writer.start_trackers("project", {"seed": 1})
-    writer.write({"round": 7, "loss": 2.0, "note": "text stays in the file", "steps": 3})
-    assert accelerator.calls == [("init_trackers", "project"), ("log", (7, {"loss": 2.0, "steps": 3.0}))]
+    for trackers, calls in (
+        ((), []),
+        (("tensorboard",), [("init_trackers", "project"), ("log", (7, {"loss": 2.0, "steps": 3.0}))]),
+    ):
+        writer = MetricsWriter(tmp_path / "m.jsonl", trackers, accelerator)
+        writer.start_trackers("project", {"seed": 1})
+        writer.write({"round": 7, "loss": 2.0, "note": "text stays in the file", "steps": 3})
+        assert accelerator.calls == calls
 
 
-def test_without_trackers_the_accelerator_is_left_alone(tmp_path):
-    accelerator = Accelerator(failing=("init_trackers", "log"))
-    writer = MetricsWriter(tmp_path / "m.jsonl", (), accelerator)
-    writer.start_trackers("project", {})
-    writer.write({"round": 1})
-    assert accelerator.calls == []
-
-
-@pytest.mark.parametrize("failing", ["init_trackers", "log"])
-def test_failing_tracker_is_reported_once_and_the_file_goes_on(tmp_path, failing):
-    path = tmp_path / "m.jsonl"
-    accelerator = Accelerator(failing=(failing,))
-    writer = MetricsWriter(path, ("wandb",), accelerator)
-    with pytest.warns(UserWarning, match="wandb.*tracker offline"):
-        writer.start_trackers("project", {})
-        writer.write({"round": 1})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        writer.write({"round": 2})
-        writer.write({"round": 3})
-    assert [row["round"] for row in rows(path)] == [1, 2, 3]
-    assert [method for method, _ in accelerator.calls].count(failing) == 1
-
-
-def test_a_tracker_that_cannot_end_does_not_fail_the_run(tmp_path):
-    accelerator = Accelerator(failing=("finish",))
-    writer = MetricsWriter(tmp_path / "m.jsonl", ("wandb",), accelerator)
-    writer.start_trackers("project", {})
-    writer.write({"round": 1})
-    with pytest.warns(UserWarning, match="wandb.*tracker offline"):
-        writer.close()
-    assert accelerator.trackers == [], "accelerate would end it again"
+def test_a_failing_tracker_is_reported_once_and_the_file_goes_on(tmp_path):
+    for failing in ("init_trackers", "log", "finish"):
+        path = tmp_path / f"{failing}.jsonl"
+        accelerator = Accelerator(failing)
+        writer = MetricsWriter(path, ("wandb",), accelerator)
+        with pytest.warns(UserWarning, match="wandb.*tracker offline") as said:
+            writer.start_trackers("project", {})
+            for n in (1, 2, 3):
+                writer.write({"round": n})
+            writer.close()
+        assert len(said) == 1
+        assert [row["round"] for row in rows(path)] == [1, 2, 3]
+        assert [method for method, _ in accelerator.calls].count(failing) == 1
+        assert accelerator.trackers == [], "accelerate would end it again"
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------
@@ -250,11 +218,6 @@ def test_any_caption_can_be_drawn(tmp_path):
 def test_a_grid_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path):
     path = sample_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], tmp_path / "grid.png")
     before, noise = path.read_bytes(), np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            sample_grid(noise, ["a", "b"], path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with no_file_longer_than(500), pytest.raises(OSError, match="File too large"):
+        sample_grid(noise, ["a", "b"], path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -94,33 +94,26 @@ sys.exit(launch.supervise(worker, [os.environ | {"RANK": str(i)} for i in range(
 """
 
 
-class Supervised:
+class Supervised(subprocess.Popen):
     """A launcher with two processes, in a session of its own as in a terminal."""
 
     def __init__(self, how: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISE, how],
-            cwd=ROOT,
-            env=os.environ | {"WORKER": WORKER},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        words = [self.process.stdout.readline().split() for _ in range(2)]
-        self.workers = [int(pid) for _, _, pid in sorted(words)]
+        command = [sys.executable, "-c", SUPERVISE, how]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        super().__init__(command, cwd=ROOT, env=os.environ | {"WORKER": WORKER}, start_new_session=True, **pipes)
+        self.workers = [int(pid) for _, _, pid in sorted(self.stdout.readline().split() for _ in range(2))]
 
     def end(self) -> tuple[int, list[str], str]:
-        output, errors = self.process.communicate(timeout=20)
+        output, errors = self.communicate(timeout=20)
         wait_for(lambda: not any(alive(pid) for pid in self.workers), what="the end of the processes")
-        return self.process.returncode, sorted(output.splitlines()), errors
+        return self.returncode, sorted(output.splitlines()), errors
 
 
 @linux
 def test_a_signal_reaches_every_process_once():
     for number, send in zip(SIGNALS, (os.kill, os.killpg, os.kill), strict=True):
         run = Supervised("ends")
-        send(run.process.pid, number)
+        send(run.pid, number)
         assert run.end() == (STOPPED, [f"0 got {number.value}", f"1 got {number.value}"], "")
 
 
@@ -138,12 +131,12 @@ def test_a_process_that_fails_or_is_killed_ends_the_others_and_is_named():
 def test_nothing_outlives_a_second_signal_or_a_launcher_that_is_killed():
     run = Supervised("deaf")
     for _ in range(2):
-        run.process.terminate()
-        run.process.stdout.readline()
+        run.terminate()
+        run.stdout.readline()
         time.sleep(0.7)  # more than signals that count as one are apart
     assert run.end()[0] == 137
     run = Supervised("deaf")
-    run.process.kill()
+    run.kill()
     assert run.end()[0] == -signal.SIGKILL
 
 
