@@ -80,16 +80,13 @@ def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart():
             torch.testing.assert_close(mine, other)
 
 
-def test_a_kept_gradient_that_is_not_finite_stops_at_once():
+def test_a_kept_gradient_that_is_not_finite_stops_at_once_or_costs_all_rounds_of_the_step():
     optimizer = make_optimizer()
     backward(optimizer, float("nan"))
     with pytest.raises(NonFiniteError):
         optimizer.keep()
     assert optimizer.state_tensors() == {}
-
-
-def test_an_overflow_of_fp16_costs_all_rounds_of_the_step():
-    optimizer = make_optimizer(dynamic_scale=True)
+    optimizer = make_optimizer(dynamic_scale=True)  # of fp16, where it is an overflow
     backward(optimizer, float("inf"))
     optimizer.keep()
     backward(optimizer, 1.0)

@@ -18,27 +18,22 @@ from diffusionopd.distributed import OtherProcessError
 from .forked import fork
 
 
-def test_noise_of_a_sample_depends_on_its_key_alone():
+def test_noise_is_normal_and_depends_on_all_of_its_key_alone():
     keys = [(Stream.LATENT, 1, 0, 0, i) for i in range(6)]
     together = noise((4, 3, 3), keys)
-    assert together.shape == (6, 4, 3, 3)
-    assert together.dtype == torch.float32
+    assert together.shape == (6, 4, 3, 3) and together.dtype == torch.float32
     torch.manual_seed(123)
     for i in reversed(range(6)):
         assert torch.equal(noise((4, 3, 3), [keys[i]])[0], together[i])
-    with pytest.raises(ValueError, match="non-negative"):
-        generator(1, -1)
-
-
-def test_every_part_of_the_key_matters_and_the_numbers_are_normal():
     keys = [(s, a, b) for s in range(3) for a in range(10) for b in range(10)]
     values = noise((1000,), keys)
     assert len({tuple(row[:3].tolist()) for row in values}) == len(keys)
     assert abs(values.mean().item()) < 5 / values.numel() ** 0.5
     assert values.std().item() == pytest.approx(1.0, abs=0.01)
-    correlation = torch.corrcoef(values[:50])
-    assert (correlation - torch.eye(50)).abs().max() < 0.2
+    assert (torch.corrcoef(values[:50]) - torch.eye(50)).abs().max() < 0.2
     assert not torch.equal(noise((5,), [(1, 2)]), noise((5,), [(1, 2, 0)]))
+    with pytest.raises(ValueError, match="non-negative"):
+        generator(1, -1)
 
 
 def test_a_parameter_without_gradient_keeps_none(monkeypatch):

@@ -44,18 +44,17 @@ def test_a_process_that_waits_in_a_collective_ends_with_the_one_that_failed():
                 assert last.endswith("because rank 0 failed: ValueError: the cat is on the keyboard")
 
 
-def test_one_process_is_not_watched():
+def test_one_process_is_not_watched_and_a_full_memory_comes_with_advice():
     started = time.monotonic()
     with pytest.raises(ZeroDivisionError), ending_together():
         raise ZeroDivisionError
     assert time.monotonic() - started < 1
     agree({"seed": 1})
-
-
-def test_a_full_memory_comes_with_advice():
-    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
+    full = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
+    )
     with pytest.raises(OutOfMemoryError) as caught, memory_advice("round 7", "Lower it."):
-        raise torch.OutOfMemoryError(text)
+        raise full
     assert all(fact in str(caught.value) for fact in ("round 7", "(CUDA out of memory)", "Lower it."))
     with pytest.raises(RuntimeError, match="another"), memory_advice("round 7", "Lower it."):
         raise RuntimeError("another error is left alone")
@@ -106,10 +105,10 @@ def test_a_full_memory_in_one_process_ends_the_run_and_keeps_the_checkpoint(run_
 
 
 def test_a_reward_that_fails_in_one_process_ends_the_run_with_its_name(run_case):
-    def fault(rank, _):
-        def broken(*arguments):
-            raise ConnectionError("the scorer's disk is gone")
+    def broken(*arguments):
+        raise ConnectionError("the scorer's disk is gone")
 
+    def fault(rank, _):
         if rank == 1:
             JpegCompressibility.score = broken
 

@@ -43,7 +43,7 @@ def quickstart(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedPro
     return done, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_everything_in_order(checkout):
+def test_everything_in_order_also_in_the_short_form(checkout):
     done, calls = quickstart(checkout, "--config.seed=7")
     assert done.returncode == 0, done.stderr
     assert calls[0] == "install.sh tiny"
@@ -55,6 +55,10 @@ def test_everything_in_order(checkout):
     models = "--base --teacher compose --teacher ocr --teacher scene --checkpoint_path logs/quickstart/run"
     assert models in calls[2] and "--output_dir logs/quickstart/evaluation " in calls[2]
     assert calls[3].startswith("python -m tools.quickstart_report --run logs/quickstart/run") and len(calls) == 4
+    done, calls = quickstart(checkout, "--short", "--config.num_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "--config.num_epochs=4" in calls[1] and calls[1].endswith("--config.num_epochs=2")
+    assert all("logs/quickstart-short/" in call for call in calls[1:]) and calls[2].endswith("--limit 24")
 
 
 def test_the_same_command_continues_and_another_keeps_the_earlier_run(checkout):
@@ -76,14 +80,6 @@ def test_the_same_command_continues_and_another_keeps_the_earlier_run(checkout):
     (checkout / "diffusionopd" / "file.txt").write_text("changed")
     assert len(quickstart(checkout, "--config.seed=7")[1]) == 4
     assert names() == ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
-
-
-def test_the_short_form_is_short_and_elsewhere(checkout):
-    done, calls = quickstart(checkout, "--short", "--config.num_epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert "--config.num_epochs=4" in calls[1] and calls[1].endswith("--config.num_epochs=2")
-    assert all("logs/quickstart-short/" in call for call in calls[1:])
-    assert calls[2].endswith("--limit 24")
 
 
 def test_help_and_unknown_arguments(checkout):
