@@ -50,7 +50,8 @@ def ending_together() -> Iterator[None]:
     The others print the rank and its message and exit with status 1, unless they end by themselves within ``GRACE``
     seconds. Every process enters the block equally often.
     """
-    if world_size() == 1:
+    world = world_size()  # a process group may be gone when the block is left
+    if world == 1:
         yield
         return
     # A connection of its own, because the thread's question must not wait for one of the main thread's. The original
@@ -71,7 +72,7 @@ def ending_together() -> Iterator[None]:
                 print(f"rank {rank} failed, all processes end: {message}", file=sys.stderr, flush=True)
             store.add("ended", 1)
             deadline = time.monotonic() + GRACE + 4 * POLL
-            while store.add("ended", 0) < world_size() and time.monotonic() < deadline:
+            while store.add("ended", 0) < world and time.monotonic() < deadline:
                 time.sleep(POLL / 5)  # the others read the note: with this process their store may go
         raise
     finally:

@@ -27,9 +27,6 @@ from .helpers import (
 STEPS = "train__gradient_accumulation_steps"
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["opd", "nft", "grpo"])
 def test_rounds_that_share_a_step_are_one_round_with_all_their_batches(kind, backbone, adapters, text, monkeypatch):
     """Each group of prompts a round of its own, then all in one round: the same losses, gradient and norm."""
@@ -45,8 +42,7 @@ def test_rounds_that_share_a_step_are_one_round_with_all_their_batches(kind, bac
     large = learner.round(batches)
     before = [p.clone() for p in adapters.parameters(STUDENT)]
     first = learner.round(batches[:1], step=False)
-    assert first.grad_norm is None
-    assert len(seen) == 1
+    assert first.grad_norm is None and len(seen) == 1
     second = learner.round(batches[1:])
     assert all(torch.equal(p, q) for p, q in zip(adapters.parameters(STUDENT), before, strict=True))
     assert first.losses.means() | second.losses.means() == pytest.approx(large.losses.means(), rel=1e-5, abs=1e-7)
@@ -64,36 +60,33 @@ def backward(optimizer, factor):
     optimizer.backward(factor * sum(p.square().sum() for p in optimizer.parameters))
 
 
-@pytest.mark.parametrize("dynamic_scale", [False, True])
-def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart(dynamic_scale):
+def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart():
     """Restarted in between, and with another loss scale: the step is the same, and so is what follows."""
-    complete = make_optimizer(dynamic_scale)
-    for factor in (1.0, 3.0):
-        backward(complete, factor)
-        complete.keep()
-    cut = make_optimizer(dynamic_scale, loss_scale=8.0)
-    cut.load_state(complete.state_tensors(), complete.state_scalars())
-    for optimizer in (complete, cut):
-        backward(optimizer, 5.0)
-        assert optimizer.step() == pytest.approx(3.0 * 2 * 7**0.5)  # the mean factor, of 2 x in 7 places
-        assert not any(key.endswith("gradient") for key in optimizer.state_tensors())
-        assert "kept" not in optimizer.state_scalars()
-        backward(optimizer, 1.0)
-        optimizer.step()
-    for mine, other in zip(cut.parameters, complete.parameters, strict=True):
-        torch.testing.assert_close(mine, other)
+    for dynamic_scale in (False, True):
+        complete = make_optimizer(dynamic_scale)
+        for factor in (1.0, 3.0):
+            backward(complete, factor)
+            complete.keep()
+        cut = make_optimizer(dynamic_scale, loss_scale=8.0)
+        cut.load_state(complete.state_tensors(), complete.state_scalars())
+        for optimizer in (complete, cut):
+            backward(optimizer, 5.0)
+            assert optimizer.step() == pytest.approx(3.0 * 2 * 7**0.5)  # the mean factor, of 2 x in 7 places
+            assert not any(key.endswith("gradient") for key in optimizer.state_tensors())
+            assert "kept" not in optimizer.state_scalars()
+            backward(optimizer, 1.0)
+            optimizer.step()
+        for mine, other in zip(cut.parameters, complete.parameters, strict=True):
+            torch.testing.assert_close(mine, other)
 
 
-def test_a_kept_gradient_that_is_not_finite_stops_at_once():
+def test_a_kept_gradient_that_is_not_finite_stops_at_once_or_costs_all_rounds_of_the_step():
     optimizer = make_optimizer()
     backward(optimizer, float("nan"))
     with pytest.raises(NonFiniteError):
         optimizer.keep()
     assert optimizer.state_tensors() == {}
-
-
-def test_an_overflow_of_fp16_costs_all_rounds_of_the_step():
-    optimizer = make_optimizer(dynamic_scale=True)
+    optimizer = make_optimizer(dynamic_scale=True)  # of fp16, where it is an overflow
     backward(optimizer, float("inf"))
     optimizer.keep()
     backward(optimizer, 1.0)
@@ -108,26 +101,23 @@ def test_an_overflow_of_fp16_costs_all_rounds_of_the_step():
 # --- complete runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["opd", "nft"])
-def test_a_step_every_second_round(tiny_config, tmp_path, algorithm):
+def test_a_step_every_second_round(tiny_config, tmp_path):
     """Between steps nothing moves, not even averages; a run that is cut there goes on bit for bit."""
-    options = {"train__ema": True, "train__ema_interval": 1, "train__algorithm": algorithm, "save_freq": 1}
-    options |= {STEPS: 4, "sample__num_batches_per_epoch": 2}
-    complete = train(tiny_config(run_name="complete", num_epochs=4, **options))
+    options = {"train__ema": True, "train__ema_interval": 1, "train__algorithm": "nft", "save_freq": 1}
+    options |= {STEPS: 4, "sample__num_batches_per_epoch": 2, "num_epochs": 4}
+    complete = train(tiny_config(run_name="complete", **options))
     rows = metrics(tmp_path / "logs" / "complete")
     assert [row["grad_norm"] is None for row in rows] == [True, False, True, False]
     assert all(row["loss"] is not None for row in rows)
     saved = [state(complete.parent / f"checkpoint-{n}") for n in (1, 2, 3, 4)]
-    moving = [name for name in saved[0] if name.startswith(("student.", "ema.", "old."))]
-    assert any(name.startswith("old.") for name in moving) == (algorithm == "nft")
-    for name in moving:
-        assert torch.equal(saved[1][name], saved[2][name]), name
-    for part in {name.split(".")[0] for name in moving}:
-        assert any(not torch.equal(saved[0][n], saved[1][n]) for n in moving if n.startswith(f"{part}.")), part
+    for part in ("student.", "ema.", "old."):
+        moving = [name for name in saved[0] if name.startswith(part)]
+        assert moving and all(torch.equal(saved[1][name], saved[2][name]) for name in moving), part
+        assert any(not torch.equal(saved[0][name], saved[1][name]) for name in moving), part
     assert any(name.endswith("gradient") for name in saved[2])
     assert not any(name.endswith("gradient") for name in saved[1])
-    resumed = tiny_config(run_name="cut", num_epochs=4, resume_from=str(complete.parent / "checkpoint-3"), **options)
-    resumed = train(resumed)
+    start = str(complete.parent / "checkpoint-3")
+    resumed = train(tiny_config(run_name="cut", resume_from=start, **options))
     assert_bitwise(state(complete), state(resumed))
     assert_bitwise(*(load_file(run / "lora" / "adapter_model.safetensors") for run in (complete, resumed)))
 

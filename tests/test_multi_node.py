@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,39 +21,27 @@ from .helpers_processes import kill, linux, start, wait_for_first_round
 LAUNCHERS = ROOT / "scripts" / "multi_node"
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start_machines(config, folder: Path, **variables: str) -> list[subprocess.Popen]:
-    """Two machines of one CPU process each."""
-    port, machines = free_port(), []
-    for rank in range(2):
-        (own := folder / f"machine-{rank}").mkdir()
-        names = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        machines.append(start("multi_node/mopd.sh", config, own, **names, **variables))
-    return machines
-
-
-def said(folder: Path, rank: int) -> str:
-    return (folder / f"machine-{rank}" / "output").read_text()
-
-
 @linux
 @pytest.mark.slow
 def test_two_machines_equal_one_process(tiny_config, tmp_path):
+    """Two machines of one CPU process each."""
     common = {"num_epochs": 2, "sample__noise_level": 0.7, "monitor_freq": 1}
     train(tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common))
-    machines = start_machines(tiny_config(run_name="two", **common), tmp_path)
+    config, machines = tiny_config(run_name="two", **common), []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        names = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    folders = [tmp_path / f"machine-{rank}" for rank in range(2)]
     try:
-        for rank, machine in enumerate(machines):
-            assert machine.wait(240) == 0, said(tmp_path, rank)
+        for rank, own in enumerate(folders):
+            own.mkdir()
+            machines.append(start("multi_node/mopd.sh", config, own, **names, NODE_RANK=str(rank)))
+        for own, machine in zip(folders, machines, strict=True):
+            assert machine.wait(240) == 0, (own / "output").read_text()
     finally:
         kill(*machines)
     rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
-    assert [len(part) for part in rows] == [2, 2]
+    assert len(rows[0]) == 2
     assert_equal_rounds(*rows)
 
 
@@ -85,12 +72,10 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_pat
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    job_id = "4321"
-    variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": job_id, "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "4321", "SLURM_SUBMIT_DIR": str(ROOT)}
     variables |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-    config = tiny_config(num_epochs=10000)
-    job = start("multi_node/slurm.sbatch", config, tmp_path, "--config.seed=5", **variables)
     run = tmp_path / "logs" / "run"
+    job = start("multi_node/slurm.sbatch", tiny_config(num_epochs=10000), tmp_path, "--config.seed=5", **variables)
     try:
         wait_for_first_round(run, job)
         job.send_signal(signal.SIGTERM)  # of a preemption: the tasks get their own
@@ -101,8 +86,7 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_pat
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
     output = (tmp_path / "output").read_text()
-    assert f"saved {latest}" in output
-    assert f"queued again: {job_id}" in output
+    assert str(latest) in output and "queued again: 4321" in output
 
 
 def test_the_job_asks_for_what_it_needs():
@@ -112,11 +96,7 @@ def test_the_job_asks_for_what_it_needs():
     assert options["signal"] == "B:USR1@300" and "requeue" in options and options["open-mode"] == "append"
     assert text.index("#SBATCH --signal") < text.index("set -euo"), "Slurm reads no option after the first command"
     assert "--config.resume_from=auto" in text
-    done = subprocess.run(["bash", "-n", str(LAUNCHERS / "slurm.sbatch")], capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+    assert subprocess.run(["bash", "-n", str(LAUNCHERS / "slurm.sbatch")], timeout=60).returncode == 0
 
 
 def test_mistakes_are_said_at_once(tmp_path):

@@ -35,20 +35,13 @@ def test_a_stage_gets_its_own_time_without_that_of_the_stages_inside(clock):
                     with stage("innermost"):
                         clock(100.0)
                 clock(2.0)
-        clock(1000.0)
-    assert seconds == {"outer": 6.0, "inner": 20.0, "innermost": 200.0}
-
-
-def test_time_is_counted_when_a_stage_raises_and_not_outside_of_timing(clock):
-    with timed_stages("cpu") as seconds:
         with pytest.raises(KeyError), stage("outer"), stage("broken"):
             clock(3.0)
             raise KeyError
-        with stage("outer"):
-            clock(1.0)
-    with stage("outer"):
+        clock(1000.0)
+    with stage("outer"):  # outside of the timing
         clock(50.0)
-    assert seconds == {"outer": 1.0, "broken": 3.0}
+    assert seconds == {"outer": 6.0, "inner": 20.0, "innermost": 200.0, "broken": 3.0}
 
 
 def test_stages_of_other_threads_are_left_out(clock):
@@ -65,10 +58,9 @@ def test_stages_of_other_threads_are_left_out(clock):
     assert seconds == {"here": 1.0}
 
 
-@pytest.mark.slow
-def test_a_profile_accounts_for_the_whole_round_and_leaves_no_run(tiny_config, tmp_path):
+def test_a_profile_accounts_for_all_of_a_round_and_leaves_no_run(tiny_config, tmp_path):
     config = tiny_config(monitor_freq=0)
-    found = profile(config, tmp_path / "profile", rounds=2)
+    found = profile(config, tmp_path / "profile", rounds=1)
     assert found is not None
     shares = found["stage_seconds"]
     assert {"forward, student", "forward, teacher_first", "backward", "optimizer step", OTHER} <= shares.keys()

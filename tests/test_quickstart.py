@@ -1,5 +1,7 @@
 """What the quick start does, with stand-ins for the commands that it calls."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
@@ -7,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from .conftest import ROOT
+
 RECORD = 'echo "$(basename "$0") $CONFIG $*" >> calls\n'
 STAND_INS = {
     "scripts/install.sh": 'echo "install.sh $1" >> calls\npython() { echo "python $*" >> calls; }\n',
@@ -40,7 +43,7 @@ def quickstart(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedPro
     return done, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_everything_in_order(checkout):
+def test_everything_in_order_also_in_the_short_form(checkout):
     done, calls = quickstart(checkout, "--config.seed=7")
     assert done.returncode == 0, done.stderr
     assert calls[0] == "install.sh tiny"
@@ -52,9 +55,16 @@ def test_everything_in_order(checkout):
     models = "--base --teacher compose --teacher ocr --teacher scene --checkpoint_path logs/quickstart/run"
     assert models in calls[2] and "--output_dir logs/quickstart/evaluation " in calls[2]
     assert calls[3].startswith("python -m tools.quickstart_report --run logs/quickstart/run") and len(calls) == 4
+    done, calls = quickstart(checkout, "--short", "--config.num_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "--config.num_epochs=4" in calls[1] and calls[1].endswith("--config.num_epochs=2")
+    assert all("logs/quickstart-short/" in call for call in calls[1:]) and calls[2].endswith("--limit 24")
 
 
-def test_the_same_command_continues_and_does_not_train_twice(checkout):
+def test_the_same_command_continues_and_another_keeps_the_earlier_run(checkout):
+    def names():
+        return sorted(path.name for path in (checkout / "logs").iterdir())
+
     for status in (1, 75):  # what failed or was stopped is not scored
         (checkout / "status").write_text(str(status))
         done, calls = quickstart(checkout)
@@ -63,26 +73,13 @@ def test_the_same_command_continues_and_does_not_train_twice(checkout):
     (checkout / "status").unlink()
     assert len(quickstart(checkout)[1]) == 4
     _, calls = quickstart(checkout)
-    assert [call.split()[0] for call in calls] == ["install.sh", "eval.sh", "python"]
-    assert sorted(path.name for path in (checkout / "logs").iterdir()) == ["quickstart"]
-
-
-def test_what_differs_starts_anew_and_keeps_the_earlier(checkout):
-    quickstart(checkout)
+    assert [call.split()[0] for call in calls] == ["install.sh", "eval.sh", "python"], "nothing is trained twice"
+    assert names() == ["quickstart"]
     assert len(quickstart(checkout, "--config.seed=7")[1]) == 4
     assert len(quickstart(checkout, "--config.seed=7", "--fresh")[1]) == 4
     (checkout / "diffusionopd" / "file.txt").write_text("changed")
     assert len(quickstart(checkout, "--config.seed=7")[1]) == 4
-    earlier = ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
-    assert sorted(path.name for path in (checkout / "logs").iterdir()) == earlier
-
-
-def test_the_short_form_is_short_and_elsewhere(checkout):
-    done, calls = quickstart(checkout, "--short", "--config.num_epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert "--config.num_epochs=4" in calls[1] and calls[1].endswith("--config.num_epochs=2")
-    assert all("logs/quickstart-short/" in call for call in calls[1:])
-    assert calls[2].endswith("--limit 24")
+    assert names() == ["quickstart", "quickstart.1", "quickstart.2", "quickstart.3"]
 
 
 def test_help_and_unknown_arguments(checkout):

@@ -4,17 +4,20 @@ nothing."""
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import pickle
 import shutil
 import sys
 import types
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusionopd.config_schema import ConfigError, find_secrets, redacted
 from diffusionopd.evaluation.results import Record, Summary, averages_json, summarise
@@ -22,11 +25,11 @@ from diffusionopd.models.backbone import BackboneError, load_backbone, load_text
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
-from diffusionopd.rewards.unifiedreward import UnifiedReward, api_root, read_key
+from diffusionopd.rewards.chat_server import ChatServer
 from diffusionopd.rewards.weights import load_official
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.training.command import parse, plain_errors
-from tools.downloads import DownloadError
+from tools.downloads import DownloadError, transfer
 from tools.downloads.catalogue import CATALOGUE, File
 from tools.downloads.files import fetch
 from tools.report import Image as Shown
@@ -78,32 +81,31 @@ def test_source_does_nothing_forbidden():
 
 
 def test_the_rules_find_what_they_forbid():
-    forbidden = """
-torch.load(path)
-torch.load(path, weights_only=False)
-torch.load(path, weights_only=flag)
-np.load(path, allow_pickle=True)
-subprocess.Popen(command, shell=shell)
-AutoModel.from_pretrained(name, trust_remote_code=True, use_safetensors=True)
-CLIPModel.from_pretrained(name)
-CLIPModel.from_pretrained(name, use_safetensors=None)
-requests.get(url, timeout=3, verify=False)
-server.bind(('0.0.0.0', 80))
-server.bind(('', 80))
-ThreadingHTTPServer((host, 0), Handler)
-spec.loader.exec_module(module)
-__import__(name)
-"""
-    safe = """
-torch.load(path, weights_only=True)
-CLIPModel.from_pretrained(name, use_safetensors=True)
-ast.literal_eval(text), model.eval()
-requests.get(url, timeout=3)
-probe.bind(('127.0.0.1', 0))
-subprocess.run(['ls'])
-"""
-    assert len(broken_rules(forbidden)) == len(forbidden.strip().splitlines())
-    assert broken_rules(safe) == []
+    forbidden = (
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.Popen(command, shell=shell)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True, use_safetensors=True)",
+        "CLIPModel.from_pretrained(name)",
+        "CLIPModel.from_pretrained(name, use_safetensors=None)",
+        "requests.get(url, timeout=3, verify=False)",
+        "server.bind(('0.0.0.0', 80))",
+        "server.bind(('', 80))",
+        "ThreadingHTTPServer((host, 0), Handler)",
+        "spec.loader.exec_module(module)",
+        "__import__(name)",
+    )
+    safe = (
+        "torch.load(path, weights_only=True)",
+        "CLIPModel.from_pretrained(name, use_safetensors=True)",
+        "ast.literal_eval(text), model.eval()",
+        "requests.get(url, timeout=3)",
+        "probe.bind(('127.0.0.1', 0))",
+        "subprocess.run(['ls'])",
+    )
+    assert [line for line in (*forbidden, *safe) if broken_rules(line)] == list(forbidden)
 
 
 def test_shell_scripts_fetch_and_evaluate_nothing():
@@ -130,23 +132,17 @@ def canary(tmp_path):
     """`canary(path)` writes a malicious checkpoint; afterwards none must have been run."""
     alarm = tmp_path / "alarm"
 
-    def write(path: Path, legacy: bool = False) -> Path:
+    def write(path: Path, legacy: bool = False) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"state_dict": {"w": torch.zeros(1)}, "more": Canary(alarm)}
-        if legacy:
-            path.write_bytes(pickle.dumps(content))
-        else:
-            torch.save(content, path)
-        return path
+        path.write_bytes(pickle.dumps(content)) if legacy else torch.save(content, path)
+        return str(path)
 
+    torch.load(write(tmp_path / "file"), weights_only=False)
+    assert alarm.read_text() == "executed", "it sings"
+    alarm.unlink()
     yield write
     assert not alarm.exists()
-
-
-def test_the_canary_sings(tmp_path):
-    torch.save(Canary(tmp_path / "alarm"), tmp_path / "file")
-    torch.load(tmp_path / "file", weights_only=False)
-    assert (tmp_path / "alarm").read_text() == "executed"
 
 
 def linked_copy(folder: Path, target: Path) -> Path:
@@ -154,64 +150,64 @@ def linked_copy(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target, copy_function=os.link))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
-def test_pickles_are_no_loras(canary, tmp_path, name, legacy):
-    canary(tmp_path / "lora" / name, legacy)
-    if name.startswith("adapter"):
-        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
-    with pytest.raises(AdapterError, match=str(tmp_path / "lora")):
-        load_lora(tmp_path / "lora")
+def rewrite(file: Path, **changes) -> None:
+    """Change keys of a JSON file that may be a link."""
+    content = json.loads(file.read_text()) | changes
+    file.unlink()
+    file.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_pickles_are_no_scorers(canary, tmp_path, legacy):
-    path = str(canary(tmp_path / "weights.pt", legacy))
-    for name, option in (("hpsv2", "checkpoint"), ("imagereward", "checkpoint")):
+def test_pickles_are_no_loras(canary, tmp_path):
+    names = ("adapter_model.bin", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    for i, (name, legacy) in enumerate(itertools.product(names, (False, True))):
+        folder = tmp_path / f"lora{i}"
+        canary(folder / name, legacy)
+        if name.startswith("adapter"):
+            (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+        with pytest.raises(AdapterError, match=str(folder)):
+            load_lora(folder)
+
+
+def test_pickles_are_no_scorers(canary, tmp_path, monkeypatch):
+    for legacy in (False, True):
+        path = canary(tmp_path / "weights.pt", legacy)
+        for name in ("hpsv2", "imagereward"):
+            with pytest.raises(RewardError, match=path):
+                build_scorer(name, options={"checkpoint": path})
         with pytest.raises(RewardError, match=path):
-            build_scorer(name, options={option: path})
-    with pytest.raises(RewardError, match=path):
-        load_official("aesthetic", path, dict)
-    for detector in ("converted", f"mmdet:{path}"):
-        with pytest.raises(RewardError, match=f"{path}|mmdet"):
-            build_scorer("geneval", options={"detector": detector, "checkpoint": path})
-
-
-def test_mmdetection_does_not_see_a_pickle(canary, tmp_path, monkeypatch):
-    path = str(canary(tmp_path / "weights.pth"))
-    seen = []
+            load_official("aesthetic", path, dict)
+        for detector in ("converted", f"mmdet:{path}"):
+            with pytest.raises(RewardError, match=f"{path}|mmdet"):
+                build_scorer("geneval", options={"detector": detector, "checkpoint": path})
+    seen = []  # by mmdetection, were it there
     apis = types.SimpleNamespace(inference_detector=None, init_detector=lambda *args, **options: seen.append(args))
     monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=apis))
-    with pytest.raises(RewardError, match="is not the checkpoint of reward 'geneval'"):
+    path = canary(tmp_path / "weights.pth")
+    with pytest.raises(RewardError, match=path):
         build_scorer("geneval", options={"detector": f"mmdet:{path}", "checkpoint": path})
     assert seen == []
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
-def test_pickles_are_no_base_model(canary, pipeline_folder, tmp_path, part):
-    model = linked_copy(pipeline_folder, tmp_path / "model")
-    (weights,) = (model / part).glob("*.safetensors")
-    name = "pytorch_model.bin" if "text" in part else "diffusion_pytorch_model.bin"
-    weights.unlink()
-    canary(model / part / name)
-    load = load_text_encoder if "text" in part else load_backbone
-    with pytest.raises(BackboneError, match="cannot be loaded"):
-        load(str(model))
-    canary(weights)  # and under the right name
-    with pytest.raises(BackboneError, match="cannot be loaded"):
-        load(str(model))
-
-
-def test_pickles_are_no_clip_and_no_detector(canary, pipeline_folder, tmp_path):
     folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
     canary(folder / "pytorch_model.bin")
-    with pytest.raises(RewardError, match="cannot be loaded"):
-        build_scorer("clipscore", options={"model": str(folder)})
-    (folder / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
-    with pytest.raises(RewardError, match="cannot be loaded"), pytest.warns(UserWarning, match="comparable"):
-        build_scorer("geneval", options={"detector": f"transformers:{folder}"})
+    for kind, name, options in (
+        ("clip", "clipscore", {"model": str(folder)}),
+        ("mask2former", "geneval", {"detector": f"transformers:{folder}"}),
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(RewardError, match="cannot be loaded"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            build_scorer(name, options=options)
+
+
+def test_pickles_are_no_base_model(canary, pipeline_folder, tmp_path):
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+        model = linked_copy(pipeline_folder, tmp_path / part)
+        (weights,) = (model / part).glob("*.safetensors")
+        weights.unlink()
+        load = load_text_encoder if "text" in part else load_backbone
+        for name in ("pytorch_model.bin" if "text" in part else "diffusion_pytorch_model.bin", weights.name):
+            canary(model / part / name)
+            with pytest.raises(BackboneError, match="cannot be loaded"):
+                load(str(model))
 
 
 def test_pickles_are_no_state_and_no_embedding(canary, tmp_path):
@@ -254,13 +250,9 @@ def test_code_of_a_model_is_not_run(pipeline_folder, tmp_path, part, entry, conf
     folder = model if part == "_class_name" else model / part
     folder.mkdir(exist_ok=True)
     (folder / "brought.py").write_text(CODE.format(alarm=str(alarm)))
-    index = json.loads((model / "model_index.json").read_text()) | {part: entry}
-    (model / "model_index.json").unlink()
-    (model / "model_index.json").write_text(json.dumps(index))
+    rewrite(model / "model_index.json", **{part: entry})
     for file in [*folder.glob("config.json"), *folder.glob("tokenizer_config.json")] if config else []:
-        content = json.loads(file.read_text()) | config
-        file.unlink()
-        file.write_text(json.dumps(content))
+        rewrite(file, **config)
     for load in (load_text_encoder, load_backbone):
         try:
             load(str(model))
@@ -274,7 +266,7 @@ def test_code_of_a_model_is_not_run(pipeline_folder, tmp_path, part, entry, conf
 
 def test_hub_ids_do_not_lead_out_of_their_repository():
     for source in ("owner/name/../../secret", "../name", "owner/..", "owner/name/.."):
-        with pytest.raises(AdapterError, match="no LoRA at"):
+        with pytest.raises(AdapterError, match=source):
             load_lora(source)
 
 
@@ -296,44 +288,30 @@ def server(monkeypatch):
         yield server
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"])
-def test_redirections_to_other_schemes_are_refused(server, tmp_path, target):
-    server.redirects = {"/file.bin": target}
-    with pytest.raises(DownloadError, match="leads to no http address"):
-        fetch(entry(server), tmp_path, pause=0)
-    assert left(tmp_path) == []
-
-
-def test_redirections_away_from_https_are_refused(tmp_path, monkeypatch):
-    from tools.downloads import transfer
-
+def test_redirections_to_other_schemes_are_refused(server, tmp_path, monkeypatch):
+    assert server.server_address[0] == "127.0.0.1", "the server of these tests is seen by this machine only"
+    for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"):
+        server.redirects = {"/file.bin": target}
+        with pytest.raises(DownloadError, match="http"):
+            fetch(entry(server), tmp_path, pause=0)
     hop = types.SimpleNamespace(url="http://host/file", status_code=302, headers={}, is_redirect=True)
     monkeypatch.setattr(transfer.requests, "get", lambda *args, **options: options["hooks"]["response"](hop))
-    with pytest.raises(DownloadError, match="leads away from https"):
+    with pytest.raises(DownloadError, match="https"):
         fetch(File("file.bin", ("https://host/file",)), tmp_path, pause=0)
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_a_server_that_sends_too_much_is_cut(server, tmp_path, announced):
-    server.announced = announced
-    with pytest.raises(DownloadError, match="more than the 1000 bytes"):
-        fetch(entry(server, sha256="", size=1000), tmp_path, pause=0)
-    assert left(tmp_path) == []
-
-
-def test_the_test_server_is_seen_by_this_machine_only(server):
-    assert server.server_address[0] == "127.0.0.1"
+def test_a_server_that_sends_too_much_is_cut(server, tmp_path):
+    for server.announced in (True, False):
+        with pytest.raises(DownloadError, match="1000 bytes"):
+            fetch(entry(server, sha256="", size=1000), tmp_path, pause=0)
+        assert left(tmp_path) == []
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 HUB_TOKEN = "hf_" + "Q7x" * 10
-SECRETS = {
-    "HF_TOKEN": HUB_TOKEN,
-    "WANDB_API_KEY": "w" * 20 + "0123456789" * 2,
-    "UNIFIEDREWARD_API_KEY": "unified reward's key",
-}
+SECRETS = {"HF_TOKEN": HUB_TOKEN, "WANDB_API_KEY": "w" * 20 + "0123456789" * 2, "A_KEY": "unified reward's key"}
 
 
 @pytest.fixture
@@ -343,25 +321,19 @@ def secrets(monkeypatch):
     return list(SECRETS.values())
 
 
-def holding(folder: Path, secrets: list[str]) -> list[str]:
-    """The files in which a secret occurs."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert files or not folder.exists()
-    return [str(path) for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
-
-
 def test_secrets_of_the_environment_are_in_no_file_and_no_output(secrets, tiny_config, tmp_path, capfd):
     train(tiny_config(num_epochs=1, log_with="tensorboard", sample_freq=1))
     run = tmp_path / "logs" / "run"
     assert (run / "trackers").is_dir() and (run / "checkpoints" / "latest").is_file()
-    assert holding(tmp_path, secrets) == []
     output = "".join(capfd.readouterr())
-    assert "writing to" in output and not any(secret in output for secret in secrets)
+    assert "writing to" in output
+    written = [output.encode(), *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]
+    assert len(written) > 5 and not any(secret.encode() in content for content in written for secret in secrets)
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
+def test_a_configuration_with_a_secret_is_refused_before_anything_is_written(secrets, tiny_config, tmp_path):
+    hidden = [*secrets, "some key", "some token", "me:word"]
+    for key, value in (
         ("reward_options", {"unifiedreward": {"api_key": "some key"}}),
         ("reward_options", {"unifiedreward": {"base_url": "http://me:word@host:1"}}),
         ("reward_options", {"unifiedreward": {"api_key_variable": HUB_TOKEN}}),
@@ -369,19 +341,14 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(secrets, tiny_c
         ("wandb_token", "some token"),
         ("pretrained__model", "https://me:word@host/model"),
         ("train__lora_path", f"owner/{SECRETS['WANDB_API_KEY']}"),
-    ],
-)
-def test_a_configuration_with_a_secret_is_refused_before_anything_is_written(
-    secrets, tiny_config, tmp_path, key, value
-):
-    config = tiny_config(**{key: value})
-    with pytest.raises(ConfigError, match="environment variable") as caught:
-        train(config)
-    assert key.replace("__", ".") in str(caught.value)
-    assert not any(secret in str(caught.value) for secret in [*secrets, "some key", "some token", "me:word"])
+    ):
+        config = tiny_config(**{key: value})
+        for act in (train, lambda config: check(config, 1)):
+            with pytest.raises(ConfigError, match="environment variable") as caught:
+                act(config)
+            assert key.replace("__", ".") in str(caught.value)
+            assert not any(secret in str(caught.value) for secret in hidden)
     assert not (tmp_path / "logs").exists()
-    with pytest.raises(ConfigError):
-        check(config, 1)
 
 
 def test_a_secret_on_the_command_line_is_refused_and_not_repeated(secrets, capsys):
@@ -397,67 +364,55 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated(secrets, capsy
         assert ended.value.code == 2 and output and not any(secret in output for secret in secrets)
 
 
-def test_options_of_the_evaluator_hold_no_secrets():
-    with pytest.raises(RewardError, match=r"unifiedreward\.api_key holds a secret.*api_key_variable") as caught:
-        check_options({"unifiedreward": {"api_key": "some key"}})
-    assert "some key" not in str(caught.value)
-    check_options({"unifiedreward": {"api_key_variable": "MY_KEY", "base_url": "http://127.0.0.1:17140"}})
-
-
-def test_names_that_only_look_like_secrets_are_left_alone(monkeypatch):
-    monkeypatch.setenv("MY_KEY", "1")
-    settings = {"max_tokens": "4", "tokenizer": "bert", "api_key_variable": "KEY", "token": None, "a": ["1", "sk-"]}
-    assert list(find_secrets(settings)) == []
-
-
-def test_redacted(monkeypatch):
+def test_secrets_are_found_redacted_and_never_quoted(monkeypatch):
     monkeypatch.setenv("SOME_PASSWORD", "open sesame")
     text = f"open sesame, {HUB_TOKEN} at http://u:p@host/a?sig=1 and https://host/b. Did you mean c?"
     assert redacted(text) == "***, *** at http://host/a and https://host/b. Did you mean c?"
+    monkeypatch.setenv("MY_KEY", "1")
+    alike = {"max_tokens": "4", "tokenizer": "bert", "api_key_variable": "KEY", "token": None, "a": ["1", "sk-"]}
+    assert list(find_secrets(alike)) == []
+    check_options({"unifiedreward": {"api_key_variable": "MY_KEY", "base_url": "http://127.0.0.1:17140"}})
+    for refuse, secret in (
+        (lambda: check_options({"unifiedreward": {"api_key": "some key"}}), "some key"),
+        (lambda: ChatServer("http://u:p@host"), "u:p"),
+        (lambda: ChatServer("http://host/v1?key=1"), "key=1"),
+        (lambda: ChatServer("u:p@host"), "u:p"),
+        (lambda: ChatServer("http://127.0.0.1:1", "sk-0123456789"), "sk-"),
+    ):
+        with pytest.raises(RewardError) as caught:
+            refuse()
+        assert secret not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://u:p@host", "http://host/v1?key=1", "u:p@host"])
-def test_addresses_with_secrets_are_refused_unquoted(url):
-    with pytest.raises(RewardError, match="would end up in logs") as caught:
-        api_root(url)
-    assert "u:p" not in str(caught.value) and "key=1" not in str(caught.value)
-
-
-def test_a_key_in_place_of_its_variable_is_not_repeated():
-    with pytest.raises(RewardError, match="must name an environment variable") as caught:
-        read_key("sk-0123456789")
-    assert "sk-" not in str(caught.value)
-
-
-def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn, tmp_path):
-    question = tmp_path / "question.txt"
-    question.write_text("{prompt}")
+def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn):
     monkeypatch.setenv("A_KEY", "some key")
-    monkeypatch.setattr(UnifiedReward, "_request", lambda *arguments: None)
-    options = {"api_key_variable": "A_KEY", "question": str(question)}
-    UnifiedReward("http://127.0.0.1:1", **options)
-    UnifiedReward("https://elsewhere.example:1", **options)
-    UnifiedReward("http://elsewhere.example:1", **options | {"api_key_variable": "NOT_SET"})
+    ChatServer("http://127.0.0.1:1", "A_KEY")
+    ChatServer("https://elsewhere.example:1", "A_KEY")
+    ChatServer("http://elsewhere.example:1", "NOT_SET")
     assert len(recwarn) == 0
     with pytest.warns(UserWarning, match="unencrypted"):
-        UnifiedReward("http://elsewhere.example:1", **options)
+        ChatServer("http://elsewhere.example:1", "A_KEY")
 
 
-@pytest.mark.filterwarnings("ignore:.*asks in words of its own")
-def test_images_are_not_sent_where_a_server_redirects(server):
+def test_what_a_server_may_not_do(server, monkeypatch):
+    """Redirect images elsewhere, answer without end, write to the terminal."""
+
+    def said() -> str:
+        with pytest.raises(RewardError) as caught:
+            ChatServer(server.url, retries=0).check()
+        return str(caught.value)
+
     server.redirects = {"/v1/models": f"{server.url}/elsewhere", "/v1/chat/completions": f"{server.url}/elsewhere"}
-    with pytest.raises(RewardError, match="HTTP 302"):
-        UnifiedReward(server.url, retries=0)
+    assert "HTTP 302" in said()
     assert [path for path, _ in server.requests] == ["/v1/models"]
-
-
-@pytest.mark.filterwarnings("ignore:.*asks in words of its own")
-def test_a_server_cannot_write_to_the_terminal(server):
+    server.redirects = {}
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusionopd.rewards.chat_server.LARGEST_ANSWER", 1000)
+        server.files["/v1/models"] = b"x" * 2000
+        assert "1,000 bytes" in said()
     server.statuses["/v1/models"] = 500
     server.files["/v1/models"] = b"\x1b]0;title\x07\x1b[2J\x9b1m text"
-    with pytest.raises(RewardError) as caught:
-        UnifiedReward(server.url, retries=0)
-    assert str(caught.value).isprintable()
+    assert said().isprintable()
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
@@ -475,42 +430,18 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags, self.attributes, self.text = set(), [], []
+        self.handle_data = self.text.append
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
 
-    def handle_data(self, data):
-        self.text.append(data)
 
-
-def assert_harmless(text: str) -> None:
-    page = Page(text)
-    assert page.tags <= ALLOWED, page.tags - ALLOWED
-    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("href", "action", "srcdoc")]
-    assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
-    policy = [value for name, value in page.attributes if name == "content" and "default-src" in value]
-    assert policy and policy[0].startswith("default-src 'none'") and "script" not in policy[0]
-    assert any("<script>alert(1)</script>" in part for part in page.text), "shown as text"
-
-
-def test_the_page_of_a_distillation_runs_nothing(tmp_path):
-    from PIL import Image
-
-    file = tmp_path / "picture.jpg"
-    Image.new("RGB", (8, 8)).save(file)
+def test_pages_of_a_distillation_and_of_a_comparison_run_nothing(tmp_path):
     models = ("base", f"teacher-{EVIL}", "student")
     scores = {model: Summary(0.1 * i, 0.0, 3) for i, model in enumerate(models)}
-    shown = Shown(EVIL, dict.fromkeys(models, file), dict.fromkeys(models, 0.5))
     points = [(1.0, 0.2), (2.0, 0.1)]
-    task = Task(EVIL, EVIL, scores, points, points, points, [shown])
-    assert_harmless(render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])))
-
-
-def test_the_page_of_a_comparison_runs_nothing(tmp_path):
-    from PIL import Image
-
     for name in ("a", "b"):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
@@ -521,5 +452,15 @@ def test_the_page_of_a_comparison_runs_nothing(tmp_path):
         (folder / "evaluation_settings.json").write_text(json.dumps(settings))
         for i in range(2):
             Image.new("RGB", (8, 8)).save(folder / "images" / f"{i:05d}.jpg")
-    models = read_models([f"{EVIL.replace('=', '')}={tmp_path / 'a'}", str(tmp_path / "b")])
-    assert_harmless(render_comparison(compare(models), EVIL))
+    shown = Shown(EVIL, dict.fromkeys(models, folder / "images" / "00000.jpg"), dict.fromkeys(models, 0.5))
+    task = Task(EVIL, EVIL, scores, points, points, points, [shown])
+    compared = read_models([f"{EVIL.replace('=', '')}={tmp_path / 'a'}", str(tmp_path / "b")])
+    pages = render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])), render_comparison(compare(compared), EVIL)
+    for page in map(Page, pages):
+        assert page.tags <= ALLOWED, page.tags - ALLOWED
+        names = {name for name, _ in page.attributes}
+        assert not [name for name in names if name.startswith("on") or name in ("href", "action", "srcdoc")]
+        assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
+        policy = [value for name, value in page.attributes if name == "content" and "default-src" in value]
+        assert policy and policy[0].startswith("default-src 'none'") and "script" not in policy[0]
+        assert any("<script>alert(1)</script>" in part for part in page.text), "shown as text"

@@ -39,8 +39,8 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
 def plain_errors() -> Iterator[None]:
     """A mistake of the user's ends the program with one message of the first process and no traceback.
 
-    The status is 2 for a configuration that cannot be run, 1 for what fails later, and STOPPED for a run that a signal
-    ended early.
+    The status is 2 for arguments or a configuration that cannot be run, 1 for what fails later, and STOPPED for a run
+    that a signal ended early.
     """
     try:
         yield

@@ -101,7 +101,8 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         return
     accelerator.project_configuration.project_dir = str(plan.run.run_dir)
     accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
-    with ending_together(), ExitStack() as closing:
+    # A failure is told first: closing waits for threads and ends the process group.
+    with ExitStack() as closing, ending_together():
         yield build(plan, resume, accelerator, closing)
 
 
