@@ -25,7 +25,7 @@ from diffusionopd.models.backbone import BackboneError, load_backbone, load_text
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
-from diffusionopd.rewards.chat_server import ChatServer
+from diffusionopd.rewards.unifiedreward import UnifiedReward, api_root, read_key
 from diffusionopd.rewards.weights import load_official
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.training.command import parse, plain_errors
@@ -374,10 +374,10 @@ def test_secrets_are_found_redacted_and_never_quoted(monkeypatch):
     check_options({"unifiedreward": {"api_key_variable": "MY_KEY", "base_url": "http://127.0.0.1:17140"}})
     for refuse, secret in (
         (lambda: check_options({"unifiedreward": {"api_key": "some key"}}), "some key"),
-        (lambda: ChatServer("http://u:p@host"), "u:p"),
-        (lambda: ChatServer("http://host/v1?key=1"), "key=1"),
-        (lambda: ChatServer("u:p@host"), "u:p"),
-        (lambda: ChatServer("http://127.0.0.1:1", "sk-0123456789"), "sk-"),
+        (lambda: api_root("http://u:p@host"), "u:p"),
+        (lambda: api_root("http://host/v1?key=1"), "key=1"),
+        (lambda: api_root("u:p@host"), "u:p"),
+        (lambda: read_key("sk-0123456789"), "sk-"),
     ):
         with pytest.raises(RewardError) as caught:
             refuse()
@@ -386,30 +386,29 @@ def test_secrets_are_found_redacted_and_never_quoted(monkeypatch):
 
 def test_a_key_that_goes_unencrypted_to_another_machine_is_warned_of(monkeypatch, recwarn):
     monkeypatch.setenv("A_KEY", "some key")
-    ChatServer("http://127.0.0.1:1", "A_KEY")
-    ChatServer("https://elsewhere.example:1", "A_KEY")
-    ChatServer("http://elsewhere.example:1", "NOT_SET")
+    monkeypatch.setattr(UnifiedReward, "_request", lambda *arguments: None)
+    options = {"api_key_variable": "A_KEY"}
+    UnifiedReward("http://127.0.0.1:1", **options)
+    UnifiedReward("https://elsewhere.example:1", **options)
+    UnifiedReward("http://elsewhere.example:1", api_key_variable="NOT_SET")
+    recwarn.list[:] = [entry for entry in recwarn if "unencrypted" in str(entry.message)]
     assert len(recwarn) == 0
     with pytest.warns(UserWarning, match="unencrypted"):
-        ChatServer("http://elsewhere.example:1", "A_KEY")
+        UnifiedReward("http://elsewhere.example:1", **options)
 
 
-def test_what_a_server_may_not_do(server, monkeypatch):
-    """Redirect images elsewhere, answer without end, write to the terminal."""
+def test_what_a_server_may_not_do(server):
+    """Redirect images elsewhere, write to the terminal."""
 
     def said() -> str:
         with pytest.raises(RewardError) as caught:
-            ChatServer(server.url, retries=0).check()
+            UnifiedReward(server.url, retries=0)
         return str(caught.value)
 
     server.redirects = {"/v1/models": f"{server.url}/elsewhere", "/v1/chat/completions": f"{server.url}/elsewhere"}
     assert "HTTP 302" in said()
     assert [path for path, _ in server.requests] == ["/v1/models"]
     server.redirects = {}
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusionopd.rewards.chat_server.LARGEST_ANSWER", 1000)
-        server.files["/v1/models"] = b"x" * 2000
-        assert "1,000 bytes" in said()
     server.statuses["/v1/models"] = 500
     server.files["/v1/models"] = b"\x1b]0;title\x07\x1b[2J\x9b1m text"
     assert said().isprintable()

@@ -19,12 +19,14 @@ _CAPTION_LINES = 4
 _SMALLEST_CELL = 160  # pixels: narrower images are enlarged, or their captions could not be read
 
 
-def sample_grid(images: np.ndarray, captions: Sequence[str], path: str | Path, title: str = "") -> Path:
+def sample_grid(
+    images: np.ndarray, captions: Sequence[str], path: str | Path, title: str = "", columns: int | None = None
+) -> Path:
     """Write images (uint8 [B, H, W, 3]) with a caption under each; return the path. OSError leaves what was there."""
     factor = math.ceil(_SMALLEST_CELL / images.shape[2])
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width = images.shape[:3]
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     font = ImageFont.load_default(_FONT_SIZE)
     letters = int(0.92 * width / font.getlength("n"))
     lines = [textwrap.wrap(text, letters, max_lines=_CAPTION_LINES, placeholder="…") for text in captions]
