@@ -14,14 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.files import write_atomically
-from tools.report import (
-    compare,
-    csv_table,
-    published_models,
-    read_models,
-    render_comparison,
-    text_comparison,
-)
+from tools.report import compare, csv_table, published_models, read_models, render_comparison, text_comparison
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,10 +27,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pictures", type=int, default=12, metavar="PROMPTS", help="prompts to show of each data set, the first ones"
     )
     parser.add_argument("--title", default="DiffusionOPD: models compared")
-    flags = parser.parse_args(arguments)
-    if flags.pictures < 0:
-        parser.error("--pictures must be at least 0")
-    return flags
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
@@ -47,7 +37,6 @@ def main() -> None:
         models = read_models(flags.runs)
         comparison = compare([*published_models(), *models] if flags.published else models)
         page = render_comparison(comparison, flags.title, flags.pictures)
-        flags.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     text = text_comparison(comparison)

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from diffusionopd.algorithms import ALGORITHMS
-from diffusionopd.config_schema import Key, keys_of
+from diffusionopd.config_schema import Key, Schema, keys_of
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.tasks import Task
 from diffusionopd.models.sd3 import StableDiffusion3
@@ -41,10 +41,8 @@ def render() -> str:
     sections = []
     own = [group for cls in ALGORITHMS.values() for group in cls.groups]
     for group in dict.fromkeys([*COMMON, *own, UpstreamSettings]):
-        rows = _rows(group, shown)
-        title = (group.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        if rows:
-            sections.append(f"## {title}\n\n{_HEADER}\n{rows}")
+        if rows := _rows(group, shown):
+            sections.append(f"## {(inspect.getdoc(group) or '').splitlines()[0].rstrip('.')}\n\n{_HEADER}\n{rows}")
     fields = "\n".join(
         f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |" for name, declared in keys_of(Task).items()
     )
@@ -59,15 +57,11 @@ def _rows(group: type, shown: set[str]) -> str:
     for field, declared in keys_of(group).items():
         if declared.name not in shown:
             shown.add(declared.name)
-            users = [name for name, cls in ALGORITHMS.items() if any(declared.name in _names(g) for g in cls.groups)]
+            users = [name for name, cls in ALGORITHMS.items() if declared.name in Schema(*cls.groups).keys]
             only = f" Read by {', '.join(users)}." if users else ""
             cells = (f"`{declared.name}`", f"`{declared.default!r}`", _values(declared), declared.resume)
             rows.append(f"| {' | '.join(cells)} | {texts[field]}{only} |")
     return "\n".join(rows)
-
-
-def _names(group: type) -> set[str]:
-    return {declared.name for declared in keys_of(group).values()}
 
 
 def _values(declared: Key) -> str:

@@ -6,13 +6,12 @@ The evaluations are those of `scripts/evaluate.py`, in `<eval>/{base,teacher-<ta
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.files import write_atomically
+from diffusionopd.files import write_atomically, write_json
 from tools.report import collect, render, summary, text_table
 
 
@@ -30,12 +29,9 @@ def main() -> None:
         page = render(report)
     except (ValueError, OSError) as error:  # OSError: an image that is none
         sys.exit(f"error: {error}")
-    flags.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(flags.output / "report.html", page)
-    write_atomically(flags.output / "summary.json", json.dumps(summary(report), indent=2) + "\n")
-    print(
-        f"\n{text_table(report)}\n\nsummary: {flags.output / 'summary.json'}\nreport:  {flags.output / 'report.html'}"
-    )
+    page_file = write_atomically(flags.output / "report.html", page)
+    summary_file = write_json(flags.output / "summary.json", summary(report))
+    print(f"\n{text_table(report)}\n\nsummary: {summary_file}\nreport:  {page_file}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from diffusionopd.data.prompts import PromptError
@@ -34,30 +34,29 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-def _two_of(number: int, count: int) -> tuple[int, int]:
-    """Ordered pair of different indices below `count`; numbers 0 to count·(count-1) - 1."""
-    first, second = divmod(number, count - 1)
-    return first, second + (second >= first)
+def _two_of(number: int, names: Sequence[str]) -> tuple[str, str]:
+    """Ordered pair of different names out of n; numbers 0 to n (n - 1) - 1."""
+    first, second = divmod(number, len(names) - 1)
+    return names[first], names[second + (second >= first)]
 
 
 def _record(tag: str, include: list[dict[str, Any]], prompt: str, **more: Any) -> dict[str, Any]:
     return {"tag": tag, "include": include, **more, "prompt": f"a photo of {prompt}"}
 
 
-def _objects(names: tuple[str, ...], colours: tuple[str | None, ...]) -> tuple[list[dict[str, Any]], str]:
+def _objects(names: Sequence[str], colours: Sequence[str] = ("", "")) -> tuple[list[dict[str, Any]], str]:
     """One of each object, with its colour if it has one: the clauses, and the wording."""
-    pairs = list(zip(names, colours, strict=True))
+    pairs = list(zip(names, colours, strict=False))
     include = [{"class": name, "count": 1} | ({"color": colour} if colour else {}) for name, colour in pairs]
     return include, " and ".join(f"{article(colour)} {name}" if colour else article(name) for name, colour in pairs)
 
 
 def _single_object(number: int) -> dict[str, Any]:
-    return _record("single_object", *_objects((CLASSES[number],), (None,)))
+    return _record("single_object", *_objects((CLASSES[number],)))
 
 
 def _two_object(number: int) -> dict[str, Any]:
-    first, second = _two_of(number, len(CLASSES))
-    return _record("two_object", *_objects((CLASSES[first], CLASSES[second]), (None, None)))
+    return _record("two_object", *_objects(_two_of(number, CLASSES)))
 
 
 def _counting(number: int) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def _colors(number: int) -> dict[str, Any]:
 
 def _position(number: int) -> dict[str, Any]:
     pair, index = divmod(number, len(POSITIONS))
-    (what, where), position = (CLASSES[i] for i in _two_of(pair, len(CLASSES))), POSITIONS[index]
+    (what, where), position = _two_of(pair, CLASSES), POSITIONS[index]
     # The clause that carries the position comes second and refers to clause 0.
     include = [{"class": where, "count": 1}, {"class": what, "count": 1, "position": [position, 0]}]
     return _record("position", include, f"{article(what)} {position} {article(where)}")
@@ -82,8 +81,7 @@ def _position(number: int) -> dict[str, Any]:
 
 def _color_attr(number: int) -> dict[str, Any]:
     objects, colours = divmod(number, len(COLOURS) * (len(COLOURS) - 1))
-    names = tuple(COLOURABLE[i] for i in _two_of(objects, len(COLOURABLE)))
-    return _record("color_attr", *_objects(names, tuple(COLOURS[i] for i in _two_of(colours, len(COLOURS)))))
+    return _record("color_attr", *_objects(_two_of(objects, COLOURABLE), _two_of(colours, COLOURS)))
 
 
 _PAIRS = math.perm(len(CLASSES), 2)

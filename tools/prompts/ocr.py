@@ -96,9 +96,7 @@ def generate(count: int, seed: int, exclude: Iterable[str] = ()) -> list[str]:
     taken = {essence(prompt) for prompt in exclude}
     # No kind needs more than `count`, so drawing no more leaves the maximum exact where it matters.
     prompts = {
-        kind: drawn(
-            size(kind), partial(make, kind), lambda prompt: essence(prompt) not in taken, count, f"ocr {seed} {kind}"
-        )
+        kind: drawn(size(kind), partial(make, kind), lambda p: essence(p) not in taken, count, f"ocr {seed} {kind}")
         for kind in KINDS
     }
     counts = allocate(count, dict.fromkeys(KINDS, 1.0), {kind: len(found) for kind, found in prompts.items()})

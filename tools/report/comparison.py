@@ -18,6 +18,7 @@ from tools.report.pages import aligned, image_of, render_page
 
 EVALUATION = "evaluation"  # where a run folder keeps its evaluations
 BEST = "*"
+NUMBER = "number of prompts"
 # What the images or the scores depend on. Models are what is compared, and guidance belongs to a model.
 COMPARED_SETTINGS = (
     "num_inference_steps", "resolution", "seed", "max_sequence_length", "dtype", "images_per_prompt", "reward_options",
@@ -142,36 +143,25 @@ def published_models() -> list[Model]:
 
 def unequal_settings(models: Sequence[Model]) -> list[str]:
     """What evaluations of one data set differ in, beside the model and its guidance: a sentence for each setting."""
-    # setting -> value -> the models that have it, and the data sets on which models differ in it
-    values: dict[str, dict[str, dict[str, None]]] = {}
-    where: dict[str, dict[str, None]] = {}
-    other_prompts = []
+    differing: dict[
+        tuple[str, str], list[str]
+    ] = {}  # (setting, its values with the models that have them) -> data sets
     for data_set in dict.fromkeys(name for model in models for name in model.evaluations):
-        rows = {
-            "published rows" if model.source else model.name: model.evaluations[data_set]
-            for model in models
-            if data_set in model.evaluations
-        }
-        for key in ("number of prompts", *COMPARED_SETTINGS):
-            found = {name: value for name, each in rows.items() if (value := _setting(each, key)) is not None}
-            if len(set(found.values())) > 1:
-                where.setdefault(key, {})[data_set] = None
-                for name, value in found.items():
-                    values.setdefault(key, {}).setdefault(value, {})[name] = None
-        prompts = [each.prompts for each in rows.values() if each.records]
-        if any(a != b for each in prompts for a, b in zip(each, prompts[0], strict=False)):
-            other_prompts.append(data_set)
-    sentences = [
-        f"{key} on {', '.join(where[key])}: " + ", ".join(f"{v} ({', '.join(names)})" for v, names in by_value.items())
-        for key, by_value in values.items()
-    ]
-    return sentences + ([f"prompts on {', '.join(other_prompts)}: not the same"] if other_prompts else [])
-
-
-def _setting(evaluation: Evaluation, key: str) -> str | None:
-    if key == "number of prompts":
-        return str(len(evaluation.prompts)) if evaluation.records else None
-    return str(evaluation.settings[key]) if key in evaluation.settings else None
+        rows = {"published rows" if m.source else m.name: m.evaluations.get(data_set) for m in models}
+        evaluated = {name: evaluation for name, evaluation in rows.items() if evaluation}
+        prompts = {name: each.prompts for name, each in evaluated.items() if each.records}
+        for key in (NUMBER, *COMPARED_SETTINGS):
+            who: dict[str, list[str]] = {}
+            for name, each in evaluated.items():
+                known = {NUMBER: len(prompts[name]), **each.settings} if name in prompts else each.settings
+                if key in known:
+                    who.setdefault(str(known[key]), []).append(name)
+            if len(who) > 1:
+                text = ", ".join(f"{value} ({', '.join(names)})" for value, names in who.items())
+                differing.setdefault((key, text), []).append(data_set)
+        if any(a != b for each in prompts.values() for a, b in zip(each, next(iter(prompts.values())), strict=False)):
+            differing.setdefault(("prompts", "not the same"), []).append(data_set)
+    return [f"{key} on {', '.join(data_sets)}: {text}" for (key, text), data_sets in differing.items()]
 
 
 # ---- Columns ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,11 +21,8 @@ SIZE = (5.4, 3.3)  # inches
 def running_mean(points: Points, window: int = 5) -> list[tuple[float, float]]:
     """Each y replaced by the mean of up to `window` points around it, fewer at the ends; same x."""
     half = window // 2
-    smooth = []
-    for i, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, i - half) : i + half + 1]]
-        smooth.append((x, sum(near) / len(near)))
-    return smooth
+    near = [[y for _, y in points[max(0, i - half) : i + half + 1]] for i in range(len(points))]
+    return [(x, fmean(ys)) for (x, _), ys in zip(points, near, strict=True)]
 
 
 def score_curve(
@@ -39,8 +37,8 @@ def score_curve(
         final: (round, score, standard error) of the finished student on test prompts.
     """
     figure, axes = _figure("round", "score")
-    _level(axes, teacher, f"teacher {teacher:.2f}", TEACHER, "--")
-    _level(axes, base, f"base {base:.2f}", BASE, ":")
+    for name, level, color, style in (("teacher", teacher, TEACHER, "--"), ("base", base, BASE, ":")):
+        axes.axhline(level, color=color, linestyle=style, linewidth=1.8, label=f"{name} {level:.2f}")
     if monitored:
         axes.plot(*_columns(monitored), "o", color=STUDENT, alpha=0.3, markersize=4, label="training images")
         axes.plot(*_columns(running_mean(monitored)), "-", color=STUDENT, linewidth=2, label="running mean")
@@ -93,10 +91,6 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
-
-
-def _level(axes: Axes, value: float, label: str, color: str, style: str) -> None:
-    axes.axhline(value, color=color, linestyle=style, linewidth=1.8, label=label)
 
 
 def _legend(axes: Axes) -> None:
