@@ -81,26 +81,19 @@ def test_each_member_keeps_its_options_and_trains(model, pipeline_folder, tiny_c
     assert len(a) == 8 * len(blocks) - 1, "every target of every block; the last has no to_add_out"
 
 
-@pytest.mark.parametrize(("name", "targets"), [("sd3_medium_mopd", 191), ("sd35_large_mopd", 303)])
-def test_the_configurations_target_every_attention_projection_of_their_base(name, targets):
-    config = load_config(f"{OPD}:{name}")
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel(**PUBLISHED[config.pretrained.model])
-        adapters = Adapters(transformer)
-        adapters.add_student(STUDENT, rank=2, alpha=4, target_modules=list(config.train.lora_target_modules))
-    assert len(adapters.parameters(STUDENT)) == 2 * targets
-
-
-def test_the_configurations_ask_for_teachers_of_their_base(tmp_path, monkeypatch):
+def test_the_configurations_ask_for_teachers_and_target_every_attention_projection_of_their_base(monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = [(f"train.teachers[{i}].dataset", "assets/tiny/dataset/scene") for i in range(3)]
     overrides += [("train.teachers[2].prompt_fn", "general_ocr")]
-    for name in ("sd3_medium_mopd", "sd35_large_mopd"):
+    teachers = [(f"train.teachers[{i}].lora_path", "assets/tiny/teachers/scene/lora") for i in range(3)]
+    for name, targets in (("sd3_medium_mopd", 191), ("sd35_large_mopd", 303)):
+        config = load_config(f"{OPD}:{name}", overrides)
+        with torch.device("meta"):
+            adapters = Adapters(SD3Transformer2DModel(**PUBLISHED[config.pretrained.model]))
+            own = config.train.lora_target_modules or TARGETS
+            adapters.add_student(STUDENT, rank=2, alpha=4, target_modules=own)
+        assert len(adapters.parameters(STUDENT)) == 2 * targets
         with pytest.raises(ConfigError) as caught:
-            check(load_config(f"{OPD}:{name}", overrides), 8)
-        problems = [problem.split()[0] for problem in caught.value.problems]
-        assert problems == [f"train.teachers[{i}].lora_path" for i in range(3)]
-        teacher = str(ROOT / "assets/tiny/teachers/scene/lora")
-        given = [*overrides, *((f"train.teachers[{i}].lora_path", teacher) for i in range(3))]
-        plan = check(load_config(f"{OPD}:{name}", given), 8)
-        assert plan.shape.images_per_round == 72
+            check(config, 8)
+        assert [problem.split()[0] for problem in caught.value.problems] == [key for key, _ in teachers]
+        assert check(load_config(f"{OPD}:{name}", [*overrides, *teachers]), 8).shape.images_per_round == 72

@@ -19,7 +19,7 @@ from diffusionopd.training import check, setup, train
 
 from .conftest import ROOT
 from .forked import fork
-from .helpers import assert_bitwise, metrics, state
+from .helpers import assert_bitwise, assert_equal_rounds, metrics, state
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -67,14 +67,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=5e-5)
 
 
-def assert_same_rounds(a: list[dict], b: list[dict]) -> None:
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for key in x.keys() - {"seconds"}:
-            assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-9), (x["round"], key)
-
-
 LARGE = {"sample__train_batch_size": 4, "train__batch_size": 4}
 GUIDED = {"train__cfg": True, "sample__guidance_scale": 2.0, "num_epochs": 2, "eval_freq": 2}
 NFT = {"train__algorithm": "nft", "num_epochs": 1}
@@ -86,7 +78,7 @@ def test_sharded_training_is_that_of_one_process_and_resumes_either_way(tiny_con
     logs = tmp_path / "logs"
     train(tiny_config(run_name="one", **common, **LARGE))
     train_sharded(FSDP, tiny_config(run_name="sharded", **common))
-    assert_same_rounds(metrics(logs / "one"), metrics(logs / "sharded"))
+    assert_equal_rounds(metrics(logs / "one"), metrics(logs / "sharded"), rel=2e-3)
     assert "eval/first/jpeg_compressibility" in metrics(logs / "sharded")[-1]
     assert_same(last(logs, "one"), last(logs, "sharded"))
     starts = {name: str(logs / name / "checkpoints" / "checkpoint-1") for name in ("one", "sharded")}
@@ -118,7 +110,7 @@ def test_zero3_trains_the_same_student(tiny_config, tmp_path):
         ends = ("sharded", ZERO3), ("complete", {})
         held = [train_sharded(where, tiny_config(run_name=f"{name} {end}", **options)) for end, where in ends]
         assert held[0] < 0.6 * held[1]
-        assert_same_rounds(*(metrics(tmp_path / "logs" / f"{name} {end}") for end, _ in ends))
+        assert_equal_rounds(*(metrics(tmp_path / "logs" / f"{name} {end}") for end, _ in ends), rel=2e-3)
         assert_same(*(last(tmp_path / "logs", f"{name} {end}") for end, _ in ends))
 
 
