@@ -121,7 +121,7 @@ def gpu_kernels(monkeypatch):
     ("name", "parameters", "layers"),
     [
         ("stabilityai/stable-diffusion-3-medium-diffusers", 2_028_328_000, 191),
-        (MEDIUM, 2_243_171_520, 191),
+        pytest.param(MEDIUM, 2_243_171_520, 191, marks=pytest.mark.slow),
         ("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, 303),
     ],
 )
@@ -275,6 +275,7 @@ def test_the_peak_of_a_step_is_what_an_allocator_sees(gpu_kernels, half, checkpo
     assert cost.activations == pytest.approx(seen, rel=0.12 if half else 0.05)
 
 
+@pytest.mark.slow
 def test_activations_are_affine_in_the_rows():
     for checkpointing in (False, True):
         one, two, five = (

@@ -67,10 +67,11 @@ def memory(plan: Plan, cost: Cost, shards: int) -> dict[str, int]:
 
 def outside_training(plan: Plan, pipeline: Pipeline) -> dict[str, int]:
     """Bytes that a GPU holds at other moments: beside the step while images are decoded, and before any of it."""
-    images = plan.shape.backward_size
-    decoded = 0 if plan.values["vae_device"] else count_decode(pipeline, plan.values["resolution"], images).peak
-    encoders = _item(plan) * pipeline.encoder_parameters()
-    return {"decoding images, on top": decoded, "text encoders, at the start": encoders}
+    decoded = count_decode(pipeline, plan.values["resolution"], plan.shape.backward_size).peak
+    return {
+        "decoding images, on top": 0 if plan.values["vae_device"] else decoded,
+        "text encoders, at the start": _item(plan) * pipeline.encoder_parameters(),
+    }
 
 
 def _item(plan: Plan) -> int:

@@ -31,10 +31,10 @@ def describe(items: Mapping[str, Item], root: Path) -> Iterator[str]:
         for part in item.parts:
             if isinstance(part, Repository):
                 yield f"  hub cache <- {part.name} ({' '.join(part.patterns)})"
-                continue
-            state = "there" if (root / part.path).exists() else "missing"
-            size = f", {part.size / 1e6:.1f} MB" if part.size else ""
-            yield f"  {part.path} <- {redacted(resolve(part.urls[0]))} ({state}{size})"
+            else:
+                state = "there" if (root / part.path).exists() else "missing"
+                size = f", {part.size / 1e6:.1f} MB" if part.size else ""
+                yield f"  {part.path} <- {redacted(resolve(part.urls[0]))} ({state}{size})"
 
 
 def download(items: Mapping[str, Item], root: Path, force: bool = False) -> Iterator[tuple[str, str, bool]]:

@@ -35,18 +35,16 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
     if path.exists() and not force:
         verify(file, path)
         return False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for url in file.urls:
-            try:
-                _load(url, file, path, pause)
-                break
-            except Refused:
-                if url == file.urls[-1]:
-                    raise
-    except OSError as error:
-        raise DownloadError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
-    return True
+    for url in file.urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _load(url, file, path, pause)
+            return True
+        except Refused as error:
+            refused = error
+        except OSError as error:
+            raise DownloadError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
+    raise refused
 
 
 def verify(file: File, path: Path) -> None:
