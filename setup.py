@@ -26,7 +26,7 @@ REQUIREMENTS = [
     "urllib3>=2.8,<3",
     "matplotlib>=3.9,<4",
     "jinja2>=3.1,<4",  # report pages
-    "pooch>=1.8,<2",  # downloads
+    "psutil>=6,<8",  # whether a process still lives
     "tqdm>=4.66,<5",
 ]
 
