@@ -69,8 +69,8 @@ def fork(
     Args:
         function: runs in the child. Its return value is dropped; an exception is printed and gives status 1, and
             `SystemExit` its own status.
-        world: number of processes. More than one find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-            MASTER_PORT; for one nothing is set, as by the launcher.
+        world: number of processes. More than one find each other by RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+            MASTER_ADDR and MASTER_PORT; for one nothing is set, as by the launcher.
         log: folder for the output, ``rank-0.out``, ``rank-0.err`` and so on, appended to; a temporary one without.
         environment: more variables. What a library reads at its import comes too late.
         timeout: seconds for all processes together.
@@ -156,7 +156,8 @@ def start(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))  # all on one machine
     log.mkdir(parents=True, exist_ok=True)
     pids, offsets = list[int](), list[tuple[int, int]]()
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""Runs that the real launchers start, looked at from outside."""
+"""Runs that the real launchers start, seen from outside."""
 
 from __future__ import annotations
 

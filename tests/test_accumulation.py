@@ -98,9 +98,6 @@ def test_a_kept_gradient_that_is_not_finite_stops_at_once_or_costs_all_rounds_of
     assert optimizer.step() == pytest.approx(2 * 7**0.5)
 
 
-# --- complete runs ----------------------------------------------------------------------------------------------------
-
-
 def test_a_step_every_second_round(tiny_config, tmp_path):
     """Between steps nothing moves, not even averages; a run that is cut there goes on bit for bit."""
     options = {"train__ema": True, "train__ema_interval": 1, "train__algorithm": "nft", "save_freq": 1}
@@ -133,9 +130,6 @@ def test_another_number_of_processes_takes_the_kept_gradient_over(tiny_config, t
     mine, other = state(complete), state(tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-2")
     for name in mine:
         torch.testing.assert_close(mine[name], other[name], rtol=1e-3, atol=5e-5)
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_says_how_often(tiny_config):

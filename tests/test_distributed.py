@@ -62,9 +62,6 @@ def test_in_a_single_process_nothing_is_exchanged():
     assert distributed.by_rank(["a", "", "b", "a"]) == "ranks 0, 3: a; rank 2: b"
 
 
-# ---- three processes -------------------------------------------------------------------------------------------------
-
-
 def told(story) -> list[list[str]]:
     """The lines of each of three gloo processes; the last one says, as JSON, what ``story(rank)`` came to."""
 

@@ -60,9 +60,6 @@ def test_one_process_is_not_watched_and_a_full_memory_comes_with_advice():
         raise RuntimeError("another error is left alone")
 
 
-# --- runs of two processes --------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run_case(tiny_config):
     """``run_case(fault)``: the ends of a run of two rounds in two processes, after ``fault(rank, config)`` in each."""

@@ -39,9 +39,6 @@ def no_file_longer_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_strict_json_and_in_the_file_when_write_returns(path, tmp_path):
     other = MetricsWriter(None)  # of a process that writes no file
     other.write({"round": 1, "loss": 1.0})
@@ -113,9 +110,6 @@ def test_what_never_could_be_written_is_said_at_the_end(tmp_path):
         writer.close()
 
 
-# --- trackers --------------------------------------------------------------------------------------------------------
-
-
 class Accelerator:
     """Records what reaches the trackers; fails on request."""
 
@@ -154,9 +148,6 @@ def test_trackers_get_the_numbers_and_a_failing_one_is_reported_once(tmp_path):
             assert [call for call in accelerator.calls if call != ("log", (8, {}))] == (calls if trackers else [])
         assert [method for method, _ in accelerator.calls].count(failing) == bool(failing)
         assert accelerator.trackers == [] or not trackers, "accelerate would end it again"
-
-
-# --- grids -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_grid_shows_the_images_where_they_belong(tmp_path):

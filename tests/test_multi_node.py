@@ -18,8 +18,6 @@ from .conftest import ROOT
 from .helpers import assert_equal_rounds, metrics
 from .helpers_processes import kill, linux, start, wait_for_first_round
 
-LAUNCHERS = ROOT / "scripts" / "multi_node"
-
 
 @linux
 @pytest.mark.slow
@@ -90,31 +88,11 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_pat
 
 
 def test_the_job_asks_for_what_it_needs():
-    text = (LAUNCHERS / "slurm.sbatch").read_text()
+    script = ROOT / "scripts" / "multi_node" / "slurm.sbatch"
+    text = script.read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.M))
     assert options["ntasks-per-node"] == "1", "the launcher starts a process a GPU"
     assert options["signal"] == "B:USR1@300" and "requeue" in options and options["open-mode"] == "append"
     assert text.index("#SBATCH --signal") < text.index("set -euo"), "Slurm reads no option after the first command"
     assert "--config.resume_from=auto" in text
-    assert subprocess.run(["bash", "-n", str(LAUNCHERS / "slurm.sbatch")], timeout=60).returncode == 0
-
-
-def test_mistakes_are_said_at_once(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo "${FAKE_GPUS:-0}"; else exit 9; fi\n')
-    python.chmod(0o755)
-    correct = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "PYTHON": str(python)}
-    for wrong, facts in (
-        ({}, []),
-        ({"NNODES": ""}, ["NNODES"]),
-        ({"NODE_RANK": "2"}, ["NODE_RANK=2", "2 machines"]),
-        ({"NODE_RANK": "-1"}, ["NODE_RANK=-1"]),
-        ({"MASTER_ADDR": ""}, ["MASTER_ADDR"]),
-        ({"GPUS_PER_NODE": "3", "FAKE_GPUS": "2"}, ["GPUS_PER_NODE=3", "2 GPU(s)"]),
-    ):
-        environment = {"PATH": os.environ["PATH"]} | {k: v for k, v in (correct | wrong).items() if v}
-        done = subprocess.run(
-            ["bash", str(LAUNCHERS / "mopd.sh")], env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert (done.returncode == 9) == (not wrong), done.stderr
-        assert all(fact in done.stderr for fact in facts), done.stderr
+    assert subprocess.run(["bash", "-n", str(script)], timeout=60).returncode == 0

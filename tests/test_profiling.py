@@ -58,6 +58,7 @@ def test_stages_of_other_threads_are_left_out(clock):
     assert seconds == {"here": 1.0}
 
 
+@pytest.mark.slow
 def test_a_profile_accounts_for_all_of_a_round_and_leaves_no_run(tiny_config, tmp_path):
     config = tiny_config(monitor_freq=0)
     found = profile(config, tmp_path / "profile", rounds=1)

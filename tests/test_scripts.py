@@ -84,6 +84,17 @@ def test_mistakes_are_named(launch, tmp_path):
         assert done.returncode == 2 and all(fact in done.stderr for fact in facts), done.stderr
     done, _ = launch("teacher.sh")
     assert done.returncode != 0 and "CONFIG" in done.stderr
+    correct = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for wrong, facts in (
+        ({}, ()),
+        ({"NNODES": ""}, ("NNODES",)),
+        ({"NODE_RANK": "2"}, ("NODE_RANK=2", "2 machines")),
+        ({"NODE_RANK": "-1"}, ("NODE_RANK=-1",)),
+        ({"MASTER_ADDR": ""}, ("MASTER_ADDR",)),
+        ({"GPUS_PER_NODE": "3"}, ("GPUS_PER_NODE=3", "2 GPU(s)")),
+    ):
+        done, _ = launch("../multi_node/mopd.sh", gpus=2, **correct | wrong)
+        assert (done.returncode == 0) == (not wrong) and all(fact in done.stderr for fact in facts), done.stderr
     (tmp_path / "broken").write_text("#!/usr/bin/env bash\necho no torch >&2; exit 3\n")
     (tmp_path / "broken").chmod(0o755)
     assert launch("mopd.sh", PYTHON=str(tmp_path / "broken"))[0].returncode == 3
