@@ -38,17 +38,26 @@ def fit(
             and in the end.
     """
     (group,) = optimizer.param_groups
+    parameters: list[torch.nn.Parameter] = group["params"]
     parts: dict[str, Any] = {"optimizer": optimizer, "average": average}
     main = not dist.is_initialized() or dist.get_rank() == 0
     step, seconds, mean_loss = 0, 0.0, 0.0
     if file and file.exists():
         state = torch.load(file, weights_only=True)
-        for part, value in parts.items():
-            value.load_state_dict(state[part])
+        for part, owner in parts.items():
+            owner.load_state_dict(state[part])
         with torch.no_grad():
-            torch._foreach_copy_(group["params"], state["parameters"])
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
         step, seconds, mean_loss = state["progress"]
         print(f"{name}: resumed at step {step}", flush=True)
+
+    def save_state() -> None:
+        if main and file:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"parameters": [p.detach() for p in parameters], "progress": (step, seconds, mean_loss)}
+            save(state, file)
+
     saved = time.monotonic()
     begin = saved - seconds
     while (done := (seconds := _of_rank_0(time.monotonic() - begin)) / (60 * minutes)) < 1:
@@ -56,27 +65,21 @@ def fit(
         value = loss(done, step)
         optimizer.zero_grad()
         value.backward()
-        average_gradients(group["params"])
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if average:
-            average.step(group["params"])
+            average.step(parameters)
         step += 1
         mean_loss += (value.item() - mean_loss) / min(step, 100)
         if main and step % 100 == 0:
             print(f"{name} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
-        if main and file and time.monotonic() - saved > _SAVE_SECONDS:
-            _save_state(file, parts, group["params"], (step, seconds, mean_loss))
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            save_state()
             saved = time.monotonic()
-    if main and file:
-        _save_state(file, parts, group["params"], (step, seconds, mean_loss))
+    save_state()
     if average:
-        average.copy_to(group["params"])
-
-
-def _save_state(file: Path, parts: dict[str, Any], parameters: Sequence[torch.Tensor], progress: tuple) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    save(state | {"parameters": [p.detach() for p in parameters], "progress": progress}, file)
+        average.copy_to(parameters)
 
 
 def save(value: Any, file: Path) -> None:
