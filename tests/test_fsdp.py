@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from diffusionopd.models import sharding as engine
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.training import check, setup, train
+from diffusionopd.training import check, loop, train
 
 from .conftest import ROOT
 from .forked import fork
@@ -39,21 +40,21 @@ def train_sharded(environment: dict[str, str], config) -> None:
     """Train in two processes; the first holds half of the base, and its small layers between steps, or all of it."""
 
     def work(rank):
-        close = setup.Run.close
+        save = loop._save
 
-        def counting(run):
+        def counting(run, *rest):
             base = {n: p for n, p in run.backbone.transformer.named_parameters() if ".lora_" not in n}
             shares = [getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p) for p in base.values()]
             loras = [p for name in run.adapters.configs for p in run.adapters.parameters(name)]
             assert all(type(p) is torch.nn.Parameter and p.numel() > 0 for p in loras), "LoRAs are not sharded"
-            print(f"\n{sum(share.numel() for share in shares)}")
-            close(run)
+            print(f"\nheld {sum(share.numel() for share in shares)}")
+            return save(run, *rest)
 
-        setup.Run.close = counting
+        loop._save = counting
         train(config)
 
     total = sum(p.numel() for p in load_backbone(config.pretrained.model).transformer.parameters())
-    held = int(fork(work, 2, environment=environment)[0].out.split()[-1])
+    held = int(re.findall(r"held (\d+)", fork(work, 2, environment=environment)[0].out)[-1])
     assert held < 0.6 * total if environment else held == total
 
 
@@ -162,17 +163,18 @@ def test_the_configurations_for_accelerate_ask_for_it(ask, name):
     assert requested_sharding() is not None
 
 
-def test_processes_in_step_make_the_same_number_of_batches():
+def test_processes_in_step_make_the_same_number_of_batches(monkeypatch):
     """Whatever does not divide by what, and although a scorer fails."""
 
     def run(prompts, batch_size, rank, world, scorers, gather=list):
         calls = []
+        monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", gather)
 
         def generate(texts, samples):
             calls.append(len(texts))
             return torch.zeros(len(texts), 3, 4, 4)
 
-        own, options = [Prompt(f"prompt {i}", {}) for i in range(prompts)], {"in_step": True, "gather": gather}
+        own, options = [Prompt(f"prompt {i}", {}) for i in range(prompts)], {"in_step": True}
         try:
             evaluate_task(generate, own, scorers, batch_size=batch_size, rank=rank, world=world, **options)
         except RewardError as error:

@@ -42,6 +42,10 @@ class CheckpointError(ValueError):
     """Raised where a checkpoint cannot be written or must not be trusted; names the file and what is wrong with it."""
 
 
+class NewerFormatError(CheckpointError):
+    """Raised for a checkpoint that a later version of this program wrote; it is not damaged."""
+
+
 def save(
     root: str | Path, name: str, write: Callable[[Path], None], limit: int | None = None, protect: Iterable[Path] = ()
 ) -> Path:
@@ -90,11 +94,16 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The valid checkpoint saved last, or None if there is none; warns about each newer one that is damaged."""
+    """The valid checkpoint saved last, or None if there is none; warns about each newer one that is damaged.
+
+    NewerFormatError for one that a later version wrote: going on from an older one would in time overwrite it.
+    """
     for folder in folders(root):
         try:
             verify(folder)
             return folder
+        except NewerFormatError:
+            raise
         except (CheckpointError, OSError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and skipped: {error}", stacklevel=2)
     return None
@@ -219,9 +228,13 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Its sequence number, and `bytes` and `sha256` of each file."""
     manifest = _read(folder / MANIFEST, json.loads)
     try:
-        if manifest.pop("digest") != _digest(manifest) or manifest["format"] != FORMAT:
-            raise ValueError(f"it does not match its own digest, or is not of format {FORMAT}")
+        if manifest.pop("digest") != _digest(manifest):
+            raise ValueError("it does not match its own digest")
+        if manifest["format"] > FORMAT:
+            raise NewerFormatError(f"{folder} was written by a later version of this program; update to resume from it")
         return manifest["sequence"], manifest["files"]
+    except NewerFormatError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
 

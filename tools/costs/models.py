@@ -63,5 +63,6 @@ def read_pipeline(model: str) -> Pipeline:
         return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
     info = read_model(model)
     names = [name for name, entry in info.configs["index"].items() if name in info.family.TEXT and entry[0]]
-    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in names if "encoder" in name}
+    there = [name for name in names if not Path(model).is_dir() or (Path(model) / name).is_dir()]
+    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in there if "encoder" in name}
     return Pipeline(model, None, info.family, info.configs, encoders)
