@@ -17,7 +17,7 @@ from diffusionopd.models import sharding as engine
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.training import check, loop, train
+from diffusionopd.training import check, loop, setup, train
 
 from .conftest import ROOT
 from .forked import fork

@@ -88,7 +88,7 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {size}")
         if hashes and sha256(path) != digest:
             raise CheckpointError(f"{path} does not match its sha256: its content has changed since it was saved")
 

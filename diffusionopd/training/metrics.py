@@ -91,10 +91,8 @@ class MetricsWriter:
             call()
         except Exception as error:  # noqa: BLE001 - trackers raise whatever their client library raises
             if self._tracking:
-                off = "failed and is off from here on"
-                warnings.warn(
-                    f"tracker {', '.join(self._log_with)} {off}: {error!r}; metrics.jsonl goes on", stacklevel=3
-                )
+                off = f"tracker {', '.join(self._log_with)} failed and is off from here on"
+                warnings.warn(f"{off}: {error!r}; metrics.jsonl goes on", stacklevel=3)
             self._tracking = False
 
 
