@@ -72,7 +72,7 @@ def fresh_graphs():
 
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "used"),
-    [(Adapters, False, 3), (MergedTeachers, True, 2)],
+    [pytest.param(Adapters, False, 3, marks=pytest.mark.slow), (MergedTeachers, True, 2)],
     ids=["LoRAs", "merged and checkpointed"],
 )
 def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, fresh_graphs, kind, checkpointing, used):
@@ -92,6 +92,7 @@ def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, f
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_generated_code_gives_the_same_numbers(pipeline_folder, make_lora, text, fresh_graphs):
     """The real compiler on one block of the teacher's."""
     plain, compiled = (build(pipeline_folder, make_lora) for _ in range(2))

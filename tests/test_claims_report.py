@@ -416,6 +416,7 @@ def test_surrogate_has_the_predicted_variance_and_the_closed_form_as_its_mean(li
     assert estimate["cosine"][4000] > 0.9 > estimate["cosine"][1]
 
 
+@pytest.mark.slow
 def test_variance_script_writes_its_figures(tmp_path):
     file = tmp_path / "variance.json"
     options = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0", "--steps", "1", "--levels", "0.7"]

@@ -322,6 +322,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_process_and_two_write_the_same(pipeline_folder, make_lora, dataset, tmp_path):
     common = ["--model", pipeline_folder, "--dataset", dataset, "--rewards", "jpeg_compressibility", "--resolution", 64]
     common += ["--num_inference_steps", 2, "--guidance_scale", 1.5, "--max_sequence_length", 14, "--save_images"]

@@ -77,6 +77,7 @@ def test_signals_and_marks(tmp_path):
     assert processes.statuses == [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGKILL] and not processes.running()
 
 
+@pytest.mark.slow
 def test_whole_trainings_after_one_in_the_parent(tiny_config, tmp_path):
     """A child trains as its parent did before, bit for bit; so do two processes, over gloo, both times alike."""
 

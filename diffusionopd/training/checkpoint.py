@@ -83,8 +83,8 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
 
     `hashes` False compares presence and sizes only. Files that the manifest does not know are ignored.
     """
-    for name, entry in _read_manifest(Path(folder))[1].items():
-        path, size, digest = Path(folder) / name, entry["bytes"], entry["sha256"]
+    for name, (size, digest) in _read_manifest(Path(folder))[1].items():
+        path = Path(folder) / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
@@ -224,15 +224,16 @@ def _discard(path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Its sequence number, and `bytes` and `sha256` of each file."""
+def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """Its sequence number, and size and sha256 of each file."""
     manifest = _read(folder / MANIFEST, json.loads)
     try:
         if manifest.pop("digest") != _digest(manifest):
             raise ValueError("it does not match its own digest")
         if manifest["format"] > FORMAT:
             raise NewerFormatError(f"{folder} was written by a later version of this program; update to resume from it")
-        return manifest["sequence"], manifest["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        return int(manifest["sequence"]), files
     except NewerFormatError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
