@@ -136,7 +136,7 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_scalars(folder: str | Path) -> dict[str, Any]:
     """The JSON values alone of what `save_state` wrote; CheckpointError if the file is missing or damaged."""
-    return dict(_read(Path(folder) / _SCALARS, json.loads))
+    return _read(Path(folder) / _SCALARS, lambda content: dict(json.loads(content)))
 
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
@@ -144,7 +144,7 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         return parse(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: its folder is incomplete, or not of this program") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged and cannot be read: {error}") from error
 
 
