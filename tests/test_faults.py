@@ -22,12 +22,13 @@ from .helpers import metrics
 
 
 def fails_with(error: type[Exception], facts: tuple[str, ...], config) -> None:
-    """Training ends with an error that names the facts."""
+    """Training ends with an error that names the facts, in its text or in what was noted on its way."""
     with pytest.raises(error) as caught:
         train(config)
     assert isinstance(caught.value, ValueError), "told in one line, without a traceback"
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     for fact in facts:
-        assert fact in str(caught.value), fact
+        assert fact in text, fact
 
 
 def assert_latest_loads(run: Path, name: str) -> None:
@@ -134,7 +135,7 @@ def test_what_is_not_finite_is_named(finished, monkeypatch):
             models.append((optimizer.parameters, [p.detach().clone() for p in optimizer.parameters]))
 
         monkeypatch.setattr(setup, "restore", poison)
-        fails_with(NonFiniteError, (*facts, "step 0", "sigma 1.0000", "rank 0"), config)
+        fails_with(NonFiniteError, (*facts, "step 0", "sigma 1.0000", "rank 0", "round 4"), config)
         after, before = models.pop()
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert_latest_loads(folder, "checkpoint-3")

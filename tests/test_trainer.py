@@ -9,11 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd.algorithms.optim import NonFiniteError
-from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora_files import AdapterError
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import checkpoint, setup, train
 from diffusionopd.training.resume import RunError
 
@@ -185,17 +182,6 @@ def test_a_complete_text_cache_never_loads_an_encoder(finished, monkeypatch):
     assert train(config) is not None
 
 
-def test_non_finite_teacher_stops_the_run_and_keeps_the_checkpoint(finished, monkeypatch):
-    folder, config = finished("opd", num_epochs=4)
-    original = Backbone.velocity
-    monkeypatch.setattr(Backbone, "velocity", lambda *a: tuple(v * float("nan") for v in original(*a)))
-    with pytest.raises(NonFiniteError) as caught:
-        train(config)
-    assert all(fact in str(caught.value) for fact in ("'first'", "step 0", "1.0000", "student", "teacher"))
-    assert any("round 4" in note for note in caught.value.__notes__)
-    assert checkpoint.find_latest(folder / "checkpoints").name == "checkpoint-3"
-
-
 def test_a_broken_teacher_stops_before_training(tiny_config, tmp_path):
     config = tiny_config()
     folder = shutil.copytree(config.train.teachers[1]["lora_path"], tmp_path / "teacher")
@@ -206,16 +192,6 @@ def test_a_broken_teacher_stops_before_training(tiny_config, tmp_path):
         train(config)
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "logs" / "run" / "checkpoints").exists()
-
-
-def test_a_failing_monitor_does_not_stop_training(tiny_config, tmp_path, monkeypatch):
-    def fail(self, *args):
-        raise RuntimeError("scorer broke")
-
-    monkeypatch.setattr(JpegCompressibility, "score", fail)
-    with pytest.warns(UserWarning, match="scorer broke"):
-        train(tiny_config(monitor_freq=1, num_epochs=2))
-    assert len(metrics(tmp_path / "logs" / "run")) == 2
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(finished, monkeypatch):
