@@ -114,7 +114,7 @@ def test_the_short_form_from_rewards_to_the_report(tmp_path):
     """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
     script = str(ROOT / "experiments" / "claims" / "run.py")
     command = [sys.executable, script, "base", "opd", "--short", "--jobs", "1", "--logs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
     results = tmp_path / "short" / "results"
     teacher = json.loads((results / "teacher_scene-seed1.json").read_text())

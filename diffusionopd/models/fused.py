@@ -1,6 +1,6 @@
 """Layers of the transformer that do the same in fewer kernels: RMS norms and LoRAs.
 
-A round of SD3.5-Medium at a few pictures is bound by launches, of which the stock layers make many: eight a norm,
+A round of SD3.5-Medium at a few images is bound by launches, of which the stock layers make many: eight a norm,
 seven a LoRA, where one and four do (``docs/performance.md`` has the counts). Numbers are the stock layers' to rounding.
 """
 
