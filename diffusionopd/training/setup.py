@@ -134,23 +134,18 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
 
     ``closing`` ends the threads and trackers, the last made first, and writes what is left.
     """
-    memory, base, watch, run_dir = plan.read(MemorySettings), plan.read(BaseSettings), plan.watch, plan.run.run_dir
-    device, is_main, dtype = accelerator.device, accelerator.is_main_process, DTYPES[memory.mixed_precision]
+    memory, base = plan.read(MemorySettings), plan.read(BaseSettings)
+    device, dtype = accelerator.device, DTYPES[memory.mixed_precision]
     if dtype == torch.float16 and device.type == "cpu":
         raise RunError("mixed_precision fp16 needs a GPU; on a CPU use --config.mixed_precision=no")
     # Matrix products and convolutions: torch has a switch for each, and that of convolutions is on by default.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = memory.allow_tf32
-    if is_main:
-        ensure_writable(run_dir, "run folder", _RUN_FOLDER)
+    if accelerator.is_main_process:
+        ensure_writable(plan.run.run_dir, "run folder", _RUN_FOLDER)
     ensure_writable(memory.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
 
     # Prompts, and what is trained on them
-    train, test = (
-        {task.name: load_prompts(task.dataset, task.prompt_fn, split) for task in tasks}
-        for split, tasks in (("train", plan.tasks), ("test", plan.tasks if watch.eval_freq else ()))
-    )
-    if watch.eval_num_prompts:
-        test = {name: prompts[: watch.eval_num_prompts] for name, prompts in test.items()}
+    train, test = _load_prompts(plan)
     noise = plan.read(NoiseSettings)
     samplers = {
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
@@ -174,48 +169,12 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
     resume.check_digests(weights)
     backbone.shard()
 
-    # The algorithm and its state
-    optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), optimization, dynamic_scale=dtype == torch.float16)
-    ema = None
-    if average.ema:
-        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, optimization.fused_optimizer)
-    algorithm = plan.algorithm(
-        Models(Policies(backbone, adapters), optimizer, rewards),
-        plan.settings,
-        plan.sampler,
-        backbone.sigmas(plan.sampler.num_steps, base.resolution),
-        plan.shape,
-    )
+    algorithm, optimizer, ema = _build_algorithm(plan, backbone, adapters, rewards, dtype)
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
-
-    # Metrics, monitoring and evaluation
-    with writing(run_dir, "run folder", _RUN_FOLDER):
-        metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
-        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
-        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
-        if is_main:
-            write_json(run_dir / "config.json", resume.given.to_dict())
-    closing.callback(accelerator.end_training)
-    closing.callback(metrics.close)
-    # What is no plain value becomes text.
-    shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
-    metrics.start_trackers(plan.run.run_project, shown)
+    metrics = _open_metrics(plan, resume, accelerator, closing)
     scorers = _build_scorers(plan, str(device), closing)
-    # Rewards that are trained on are measured anyway.
-    watched = plan.tasks if watch.monitor_freq and not plan.algorithm.has_rewards else ()
-    monitor = Monitor(
-        # One at a time: the images are decoded beside the next round, and share its memory.
-        partial(backbone.decode, chunk=1),
-        {task.name: task.proxy_reward for task in watched},
-        run_dir / "samples",
-        str(device),
-        watch.reward_options,
-        watch.reward_timeout,
-    )
-    closing.callback(monitor.close)
-
+    monitor = _build_monitor(plan, backbone, str(device), closing)
     batches = Batches(
         plan.shape,
         plan.tasks,
@@ -328,6 +287,68 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
 
 def _merges(plan: Plan) -> bool:
     return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
+
+
+def _load_prompts(plan: Plan) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]]]:
+    """Prompts by task, of training and of evaluations; none of the latter where nothing is evaluated."""
+    train = {task.name: load_prompts(task.dataset, task.prompt_fn, "train") for task in plan.tasks}
+    evaluated = plan.tasks if plan.watch.eval_freq else ()
+    test = {task.name: load_prompts(task.dataset, task.prompt_fn, "test") for task in evaluated}
+    most = plan.watch.eval_num_prompts or None
+    return train, {name: prompts[:most] for name, prompts in test.items()}
+
+
+def _build_algorithm(
+    plan: Plan, backbone: Backbone, adapters: Adapters, rewards: Mapping[str, RewardWorker], dtype: torch.dtype
+) -> tuple[Algorithm, StudentOptimizer, Ema | None]:
+    """The algorithm, what it optimizes with, and the student's moving average if there is one."""
+    optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
+    optimizer = StudentOptimizer(adapters.parameters(STUDENT), optimization, dynamic_scale=dtype == torch.float16)
+    ema = None
+    if average.ema:
+        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, optimization.fused_optimizer)
+    algorithm = plan.algorithm(
+        Models(Policies(backbone, adapters), optimizer, rewards),
+        plan.settings,
+        plan.sampler,
+        backbone.sigmas(plan.sampler.num_steps, plan.read(BaseSettings).resolution),
+        plan.shape,
+    )
+    return algorithm, optimizer, ema
+
+
+def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitStack) -> MetricsWriter:
+    """The metrics of the rounds that are kept, and the trackers; the run folder's configuration is written."""
+    run_dir, is_main = plan.run.run_dir, accelerator.is_main_process
+    with writing(run_dir, "run folder", _RUN_FOLDER):
+        metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
+        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
+        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
+        if is_main:
+            write_json(run_dir / "config.json", resume.given.to_dict())
+    closing.callback(accelerator.end_training)
+    closing.callback(metrics.close)
+    # What is no plain value becomes text.
+    shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
+    metrics.start_trackers(plan.run.run_project, shown)
+    return metrics
+
+
+def _build_monitor(plan: Plan, backbone: Backbone, device: str, closing: ExitStack) -> Monitor:
+    """Scores images of training and draws them; rewards that are trained on are measured anyway."""
+    watch = plan.watch
+    watched = plan.tasks if watch.monitor_freq and not plan.algorithm.has_rewards else ()
+    monitor = Monitor(
+        # One at a time: the images are decoded beside the next round, and share its memory.
+        partial(backbone.decode, chunk=1),
+        {task.name: task.proxy_reward for task in watched},
+        plan.run.run_dir / "samples",
+        device,
+        watch.reward_options,
+        watch.reward_timeout,
+    )
+    closing.callback(monitor.close)
+    return monitor
 
 
 def _build_rewards(plan: Plan, device: str, closing: ExitStack) -> dict[str, RewardWorker]:
