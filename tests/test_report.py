@@ -150,17 +150,19 @@ def test_page_says_what_was_measured(page):
     assert page.count('class="own"') == 3
 
 
-def test_a_page_without_pictures_or_monitoring(folders, tmp_path):
+def test_a_page_without_monitoring_or_an_image(folders, tmp_path):
     run, evaluations = tmp_path / "run", tmp_path / "evaluation"
     write_run(run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:3]]
     rows = [{k: v for k, v in row.items() if not k.startswith(("monitor", "loss/"))} for row in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_evaluations(evaluations, count=2)
-    for image in evaluations.rglob("*.jpg"):
-        image.unlink()
     elements = Elements(render(collect(run, evaluations, title="bare")))
-    assert len([tag for tag, _ in elements.tags if tag == "img"]) == 3
+    assert len([tag for tag, _ in elements.tags if tag == "img"]) == 3 + 3 * 2 * 3
+    image = evaluations / "student" / "ocr" / "images" / "00001.jpg"
+    image.unlink()
+    with pytest.raises(ReportError, match=f"{image} is missing.*--save_images"):
+        collect(run, evaluations, title="")
 
 
 def test_what_is_missing_is_named(folders, tmp_path):

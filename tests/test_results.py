@@ -116,7 +116,9 @@ def test_without_resume_an_earlier_evaluation_is_replaced(tmp_path):
     assert not (tmp_path / AVERAGES).exists() and not again.image_path(0).exists()
 
 
-def test_a_sample_without_its_picture_is_made_again(tmp_path):
+def test_a_sample_without_its_picture_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    tmp_path = Path(tmp_path.name)  # as on a command line, relative
     files = opened(tmp_path)
     files.append([record(0), record(1)])
     files.save_image(1, np.full((8, 8, 3), 200, np.uint8))

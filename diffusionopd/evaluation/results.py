@@ -169,7 +169,7 @@ class ResultFolder:
         images = [] if resume else (self.folder / "images").glob("*.jpg")
         for path in [self.folder / AVERAGES, *self._parts(), *images]:
             path.unlink(missing_ok=True)
-        self._write(SETTINGS, json.dumps(settings, indent=2) + "\n")
+        self._write(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         self._write_records(records)
 
     def done(self) -> set[int]:
@@ -199,7 +199,7 @@ class ResultFolder:
         self._write_records(records)
         for part in self._parts():
             part.unlink()
-        self._write(AVERAGES, json.dumps(averages_json(summarise(records, combined)), indent=4) + "\n")
+        self._write(self.folder / AVERAGES, json.dumps(averages_json(summarise(records, combined)), indent=4) + "\n")
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format(rank="*")))
@@ -209,13 +209,13 @@ class ResultFolder:
         found = {r.sample_id: r for path in [self.folder / RESULTS, *self._parts()] for r in read_records(path)}
         return [found[sample_id] for sample_id in sorted(found)]
 
-    def _write(self, name: str | Path, content: bytes | str) -> None:
+    def _write(self, path: Path, content: bytes | str) -> None:
         """Write a file of the folder atomically; FolderError when the disk is full or it cannot be written."""
-        with writing(self.folder / name, "file", _KEPT):
-            write_atomically(self.folder / name, content)
+        with writing(path, "file", _KEPT):
+            write_atomically(path, content)
 
     def _write_records(self, records: Iterable[Record]) -> None:
-        self._write(RESULTS, "".join(map(_line, records)))
+        self._write(self.folder / RESULTS, "".join(map(_line, records)))
 
     def _check(self, settings: Mapping[str, Any], texts: Sequence[str], records: Sequence[Record]) -> None:
         """Raises `EvaluationError` unless the records are those of an evaluation with these settings and prompts."""

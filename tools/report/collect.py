@@ -138,9 +138,11 @@ def _images(folders: Mapping[str, Path], reward: str, count: int) -> list[Image]
     images = []
     for sample_id in sorted(set.intersection(*map(set, records.values())))[:count]:
         files = {model: folder / "images" / f"{sample_id:05d}.jpg" for model, folder in folders.items()}
-        if all(file.is_file() for file in files.values()):
-            scores = {model: by_id[sample_id].scores[reward] for model, by_id in records.items()}
-            images.append(Image(records[STUDENT][sample_id].prompt, files, scores))
+        for file in files.values():
+            if not file.is_file():
+                raise ReportError(f"{file} is missing; evaluate again with --save_images --resume")
+        scores = {model: by_id[sample_id].scores[reward] for model, by_id in records.items()}
+        images.append(Image(records[STUDENT][sample_id].prompt, files, scores))
     return images
 
 
