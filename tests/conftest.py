@@ -71,13 +71,13 @@ def text() -> Callable[[int, int], Conditions]:
 
 @pytest.fixture(scope="session")
 def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_lora(seed, rank, alpha, targets)`: a PEFT folder with random A and B, written by PEFT itself."""
+    """`make_lora(seed, rank, alpha, targets)`: a PEFT folder with random A and B, written by PEFT itself; each is
+    written once, and nobody changes it."""
 
-    def make(
-        seed: int = 0, rank: int = 4, alpha: float = 8, targets: list[str] | None = None, std: float = 0.05
-    ) -> Path:
+    @functools.cache
+    def write(seed: int, rank: int, alpha: float, targets: tuple[str, ...], std: float) -> Path:
         transformer = load_backbone(str(pipeline_folder)).transformer
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or TARGETS, init_lora_weights="gaussian")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         model = get_peft_model(transformer, config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -87,6 +87,11 @@ def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         folder = tmp_path_factory.mktemp("lora") / "lora"
         model.save_pretrained(folder)
         return folder
+
+    def make(
+        seed: int = 0, rank: int = 4, alpha: float = 8, targets: list[str] | None = None, std: float = 0.05
+    ) -> Path:
+        return write(seed, rank, alpha, tuple(targets or TARGETS), std)
 
     return make
 

@@ -66,19 +66,13 @@ def fork(
 ) -> list[Ended]:
     """Run ``function(rank)`` in ``world`` processes to their ends; how each ended, by rank.
 
-    Args:
-        function: runs in the child. Its return value is dropped; an exception is printed and gives status 1, and
-            `SystemExit` its own status.
-        world: number of processes. More than one find each other by RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
-            MASTER_ADDR and MASTER_PORT; for one nothing is set, as by the launcher.
-        log: folder for the output, ``rank-0.out``, ``rank-0.err`` and so on, appended to; a temporary one without.
-        environment: more variables. What a library reads at its import comes too late.
-        timeout: seconds for all processes together.
-        check: whether a status other than 0 is an error.
+    An exception of the function is printed and gives status 1, `SystemExit` its own status. More than one process find
+    each other by RANK, WORLD_SIZE, MASTER_ADDR and so on, as by the launcher. ``log``: folder for the output,
+    ``rank-0.out``, ``rank-0.err`` ..., appended to; a temporary one without. ``environment``: more variables (what a
+    library reads at its import comes too late). ``timeout``: seconds for all. ``check``: whether a status other than 0
+    is an error.
 
-    Raises:
-        TimeoutError: with the output of the processes that still ran; they are killed.
-        AssertionError: with ``check``, if a process failed.
+    Raises TimeoutError, with the output of the processes that still ran and are killed; AssertionError with ``check``.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = start(function, world, log=log or Path(folder), environment=environment)

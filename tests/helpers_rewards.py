@@ -1,9 +1,13 @@
 """What tests of several scorers share: a tiny CLIP, images, and their forms."""
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -64,3 +68,72 @@ def assert_one_score_a_pair(build, name: str, prompts: list[str], half_within: f
     assert 0 < np.abs(half - together).max() < half_within
     with pytest.raises(RewardError, match="int8"):
         build(dtype="int8")
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Random weights of these shapes: matrices keep the size of what they multiply, norms are around one."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 and "embedding" not in name else 0.3
+        one = 1.0 if re.search(r"(ln_\w+|norm\d?|LayerNorm)\.weight", name) else 0.0
+        state[name] = one + scale * torch.randn(shape, generator=generator)
+    return state
+
+
+def with_biases(weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of weights and biases of these layers."""
+    parts = lambda name, shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}  # noqa: E731
+    return {key: s for name, shape in weights.items() for key, s in parts(name, shape).items()}
+
+
+def linear(w: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def layer_norm(w: dict, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None):
+    """`[tokens, width]` each; `mask` is 1 where a key may be attended to."""
+    q, k, v = (part.reshape(len(part), heads, -1).transpose(0, 1) for part in (q, k, v))
+    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        logits = logits.masked_fill(mask == 0, -torch.inf)
+    return (logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
+
+
+def assert_official_scores(build, name: str, official, sizes, prompts: list[str], told_apart: float) -> None:
+    """`official(image, prompt)` is the score of the scorer that `build()` makes, at every size of the images."""
+    scorer = build()
+    for size in sizes:
+        images = smooth_images(*size)
+        wanted = np.array([official(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
+        assert np.ptp(wanted) > told_apart
+        scores = scorer.score(images, prompts, [{}] * len(prompts))
+        assert list(scores) == [name] and scores[name].dtype == np.float64
+        np.testing.assert_allclose(scores[name], wanted, atol=1e-5, err_msg=str(size))
+
+
+def assert_same_on_a_gpu(build, name: str, prompts: list[str], atol: float) -> None:
+    images = smooth_images(75, 48)
+    cpu, gpu = (build(device=device).score(images, prompts, [{}] * len(prompts))[name] for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu, cpu, atol=atol)
+
+
+def assert_other_files_are_refused(build, name: str, folder, contents) -> None:
+    """`build(checkpoint=..., tokenizer=...)`; contents of other files, each with a fact of the message."""
+    for content, fact in contents:
+        torch.save(content, folder / "other.pt")
+        with pytest.raises(
+            RewardError, match=rf"(?s)is not the checkpoint of reward '{name}'.*{fact}.*tools\.download"
+        ):
+            build(checkpoint=str(folder / "other.pt"))
+    (folder / "other.pt").write_bytes(b"<html>not found</html>")
+    with pytest.raises(RewardError, match="is not the checkpoint"):
+        build(checkpoint=str(folder / "other.pt"))
+    with pytest.raises(RewardError, match=rf"none\.pt.*python -m tools\.download rewards {name}"):
+        build(checkpoint=str(folder / "none.pt"))
+    with pytest.raises(RewardError, match="hf download nobody/no-such-tokenizer"):
+        build(tokenizer="nobody/no-such-tokenizer")

@@ -19,43 +19,33 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def head(self, status, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        for name, value in self.server.headers.get(self.path, {}).items() if status in (200, 206) else ():
+            self.send_header(name, value)
+        self.end_headers()
+
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, self.headers.get("Range")))
-        status = server.statuses.get(self.path)
-        content = server.files.get(self.path)
+        status, content = server.statuses.get(self.path), server.files.get(self.path)
         if target := server.redirects.get(self.path):
-            self.send_response(302)
-            self.send_header("Location", target)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+            return self.head(302, Location=target, Content_Length=0)
         if status or content is None:
-            self.send_response(status or 404)
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            self.wfile.write(content or b"")
-            return
-        start = 0
-        if server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-            start = int(asked[1])
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
+            self.head(status or 404, Content_Length=len(content or b""))
+            return self.wfile.write(content or b"")
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if server.ranges else None
+        start, size = int(asked[1]) if asked else 0, len(content)
+        if asked and start >= size:
+            return self.head(416, Content_Range=f"bytes */{size}", Content_Length=0)
+        headers = {"Content_Range": f"bytes {start}-{size - 1}/{size}"} if asked else {}
         if server.announced:
-            self.send_header("Content-Length", str(len(content) - start))
+            headers["Content_Length"] = size - start
         else:
             self.close_connection = True
-        for name, value in server.headers.get(self.path, {}).items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.head(206 if asked else 200, **headers)
         body = content[start:]
         if server.cuts:
             server.cuts -= 1

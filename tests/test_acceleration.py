@@ -16,6 +16,8 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.merged import MergedTeachers
 
+from .helpers import assert_near, perturb
+
 CPU = torch.device("cpu")
 FEW = ["attn.to_q", "attn.add_k_proj"]  # adapted layers: compiling takes long enough with these
 
@@ -27,17 +29,10 @@ def build(pipeline_folder, make_lora, kind=Adapters):
     adapters = kind(backbone.transformer)
     adapters.add_student("student", rank=8, alpha=16, target_modules=FEW, seed=1)
     weights = load_lora(make_lora(1))
-    pairs = [
-        {f"transformer_blocks.0.{n}": part[f"transformer_blocks.0.{n}"] for n in FEW} for part in (weights.a, weights.b)
-    ]
-    alpha = {name: weights.alpha[name] for name in pairs[0]}
-    adapters.add_teacher(
-        "teacher", dataclasses.replace(weights, a=pairs[0], b=pairs[1], alpha=alpha, target_modules=None)
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapters.parameters("student"):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    names = [f"transformer_blocks.0.{name}" for name in FEW]
+    few = {part: {name: getattr(weights, part)[name] for name in names} for part in ("a", "b", "alpha")}
+    adapters.add_teacher("teacher", dataclasses.replace(weights, **few, target_modules=None))
+    perturb(adapters, std=0.05)
     return backbone, adapters
 
 
@@ -54,12 +49,6 @@ def velocities(backbone, adapters, text, names=("student", "teacher", None, "tea
     gradients = [p.grad for p in adapters.parameters("student") if p.grad is not None]
     adapters.transformer.zero_grad()
     return [v.detach() for v in found] + gradients
-
-
-def assert_close(mine, other):
-    assert len(mine) == len(other)
-    for a, b in zip(mine, other, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.fixture
@@ -83,7 +72,7 @@ def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, f
         backbone.transformer.enable_gradient_checkpointing()
         choose_attention(backbone.transformer, "flash", dtype=torch.float32, device=CPU)
     compile_blocks(backbone.blocks(), backend="aot_eager")
-    assert_close(velocities(backbone, adapters, text), plain)
+    assert_near(velocities(backbone, adapters, text), plain, rel=1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2 * used
     assert not counters["graph_break"]
@@ -104,36 +93,30 @@ def test_generated_code_gives_the_same_numbers(pipeline_folder, make_lora, text,
         x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
             results.append([backbone.velocity(x, 0.7, text(2))[0]])
-    assert_close(*results)
+    assert_near(*results, rel=1e-5)
 
 
-@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
-def test_a_missing_compiler_is_named(monkeypatch, device, variable):
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(AccelerationError, match=rf"compile needs a C.* compiler.*name it in {variable}"):
-        check_compiler(torch.device(device))
-    monkeypatch.setenv(variable, "no-such-compiler")
-    with pytest.raises(AccelerationError, match="no-such-compiler"):
-        check_compiler(torch.device(device))
+    for device, variable in (("cpu", "CXX"), ("cuda", "CC")):
+        with pytest.raises(AccelerationError, match=rf"compile needs a C.* compiler.*name it in {variable}"):
+            check_compiler(torch.device(device))
+        monkeypatch.setenv(variable, "no-such-compiler")
+        with pytest.raises(AccelerationError, match="no-such-compiler"):
+            check_compiler(torch.device(device))
 
 
-@pytest.mark.parametrize("name", ["math", "flash"])
-def test_attention_kernels_give_the_same_velocity_and_gradient(pipeline_folder, make_lora, text, name):
+def test_attention_kernels_give_the_same_velocity_and_gradient(pipeline_folder, make_lora, text):
     plain = velocities(*build(pipeline_folder, make_lora), text)
-    backbone, adapters = build(pipeline_folder, make_lora)
-    backbone.transformer.enable_gradient_checkpointing()
-    choose_attention(backbone.transformer, name, dtype=torch.float32, device=CPU)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as traced:
-        assert_close(velocities(backbone, adapters, text), plain)
-    ran = {event.key for event in traced.key_averages()}
-    used = {
-        kernel for kernel in ("attention_math", "flash_attention") if any(f"dot_product_{kernel}" in n for n in ran)
-    }
-    assert used == {"attention_math" if name == "math" else "flash_attention"}, "in the backward's second forward too"
-
-
-def test_a_kernel_that_cannot_run_here_is_refused(pipeline_folder, make_lora):
-    backbone, _ = build(pipeline_folder, make_lora)
+    for name, kernel in (("math", "attention_math"), ("flash", "flash_attention")):
+        backbone, adapters = build(pipeline_folder, make_lora)
+        backbone.transformer.enable_gradient_checkpointing()
+        choose_attention(backbone.transformer, name, dtype=torch.float32, device=CPU)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as traced:
+            assert_near(velocities(backbone, adapters, text), plain, rel=1e-5)
+        ran = " ".join(event.key for event in traced.key_averages())
+        used = {each for each in ("attention_math", "flash_attention") if f"dot_product_{each}" in ran}
+        assert used == {kernel}, "in the backward's second forward too"
     with pytest.raises(AccelerationError, match=r"attention_backend 'cudnn' cannot run here \(cpu, torch.float32\)"):
         choose_attention(backbone.transformer, "cudnn", dtype=torch.float32, device=CPU)
 

@@ -106,13 +106,12 @@ def test_a_step_every_second_round(tiny_config, tmp_path):
     rows = metrics(tmp_path / "logs" / "complete")
     assert [row["grad_norm"] is None for row in rows] == [True, False, True, False]
     assert all(row["loss"] is not None for row in rows)
-    saved = [state(complete.parent / f"checkpoint-{n}") for n in (1, 2, 3, 4)]
+    saved = [state(complete.parent / f"checkpoint-{n}") for n in (1, 2, 3)]
     for part in ("student.", "ema.", "old."):
         moving = [name for name in saved[0] if name.startswith(part)]
         assert moving and all(torch.equal(saved[1][name], saved[2][name]) for name in moving), part
         assert any(not torch.equal(saved[0][name], saved[1][name]) for name in moving), part
-    assert any(name.endswith("gradient") for name in saved[2])
-    assert not any(name.endswith("gradient") for name in saved[1])
+    assert [any(name.endswith("gradient") for name in tensors) for tensors in saved] == [True, False, True]
     start = str(complete.parent / "checkpoint-3")
     resumed = train(tiny_config(run_name="cut", resume_from=start, **options))
     assert_bitwise(state(complete), state(resumed))
@@ -142,13 +141,16 @@ def test_the_plan_says_how_often(tiny_config):
     assert (plan.shape.rounds_per_step, plan.shape.updates_after(5), plan.notes) == (1, 5, ())
 
 
-def test_what_cannot_be_accumulated_is_refused(tiny_config):
-    for changes, key, facts in (
+@pytest.mark.parametrize(
+    ("changes", "key", "facts"),
+    [
         ({STEPS: 3}, "train.gradient_accumulation_steps", "3 2"),
         ({STEPS: 3, "train__algorithm": "sft"}, "train.gradient_accumulation_steps", "3 4"),
         ({STEPS: 4, "train__num_inner_epochs": 2}, "train.num_inner_epochs", "2 1"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            check(tiny_config(**changes), 1)
-        (problem,) = caught.value.problems
-        assert problem.startswith(f"{key} ") and all(fact in problem for fact in facts.split()), problem
+    ],
+)
+def test_what_cannot_be_accumulated_is_refused(tiny_config, changes, key, facts):
+    with pytest.raises(ConfigError) as caught:
+        check(tiny_config(**changes), 1)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{key} ") and all(fact in problem for fact in facts.split()), problem

@@ -47,7 +47,7 @@ def test_a_device_that_is_not_there_stops_the_run_at_once(tiny_config, tmp_path,
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_device_that_is_named_is_the_one_used(tiny_config, tmp_path, monkeypatch):
+def test_a_device_that_is_named_is_the_one_used(finished_runs, finished, tmp_path, monkeypatch):
     """Here the training's own: nothing changes."""
     places, load = [], setup.load_text_encoder
 
@@ -56,9 +56,7 @@ def test_a_device_that_is_named_is_the_one_used(tiny_config, tmp_path, monkeypat
         return load(*args, **options)
 
     monkeypatch.setattr(setup, "load_text_encoder", noted)
-    plain, moved = (
-        train(tiny_config(num_epochs=1, run_name=f"run{name}", cache_dir=str(tmp_path / f"cache{name}"), **where))
-        for name, where in (("", {}), ("named", {"text_encoder_device": "cpu", "vae_device": "cpu"}))
-    )
-    assert places == [(CPU, torch.float32)] * 2
-    assert_bitwise(student(plain), student(moved))
+    where = {"text_encoder_device": "cpu", "vae_device": "cpu", "cache_dir": str(tmp_path / "cache")}
+    _, config = finished("opd", num_epochs=1, resume_from="", run_name="named", **where)
+    assert_bitwise(student(train(config)), student(finished_runs("opd") / "checkpoints" / "checkpoint-1"))
+    assert places == [(CPU, torch.float32)]

@@ -50,11 +50,8 @@ def test_one_process_is_not_watched_and_a_full_memory_comes_with_advice():
         raise ZeroDivisionError
     assert time.monotonic() - started < 1
     agree({"seed": 1})
-    full = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
-    )
     with pytest.raises(OutOfMemoryError) as caught, memory_advice("round 7", "Lower it."):
-        raise full
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 80 GiB")
     assert all(fact in str(caught.value) for fact in ("round 7", "(CUDA out of memory)", "Lower it."))
     with pytest.raises(RuntimeError, match="another"), memory_advice("round 7", "Lower it."):
         raise RuntimeError("another error is left alone")
@@ -91,11 +88,9 @@ def test_a_full_memory_in_one_process_ends_the_run_and_keeps_the_checkpoint(run_
 
         Opd.round = fails
 
+    facts = ("rank 1", "round 2", "train.batch_size", "activation_checkpointing")
     ends = run_case(fault)
-    for end in ends:
-        for fact in ("rank 1", "round 2", "train.batch_size", "activation_checkpointing"):
-            assert fact in end.errors
-    assert "Traceback" not in ends[1].errors
+    assert all(fact in end.errors for fact in facts for end in ends) and "Traceback" not in ends[1].errors
     latest = checkpoint.find_latest(tmp_path / "logs" / "run" / "checkpoints")
     assert latest is not None and latest.name == "checkpoint-1"
     checkpoint.load_state(latest / "state")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,17 +24,11 @@ from .conftest import ROOT
 from .forked import fork
 from .helpers import assert_bitwise, assert_equal_rounds, metrics, state
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
-}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
 ZERO3 = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-    "DS_ACCELERATOR": "cpu",
-}
+}  # fmt: skip
 
 
 def train_sharded(environment: dict[str, str], config) -> None:
@@ -125,7 +120,7 @@ def ask(monkeypatch):
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch):
+def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch, tiny_config):
     assert requested_sharding() is None
     for variables, changed, fact in (
         (FSDP, {"FSDP_VERSION": "1"}, "fsdp_version must be 2"),
@@ -140,9 +135,6 @@ def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch):
         ask(**variables)
         for name in changed.keys() - variables.keys():
             monkeypatch.delenv(name)
-
-
-def test_what_does_not_go_with_an_engine_is_said_at_once(ask, monkeypatch, tiny_config):
     monkeypatch.setattr(setup, "check_compiler", lambda device: None)
     for variables, key in ((FSDP, "train__merge_teachers"), (ZERO3, "compile")):
         ask(**variables)
@@ -166,31 +158,27 @@ def test_the_configurations_for_accelerate_ask_for_it(ask, name):
 def test_processes_in_step_make_the_same_number_of_batches(monkeypatch):
     """Whatever does not divide by what, and although a scorer fails."""
 
-    def run(prompts, batch_size, rank, world, scorers, gather=list):
-        calls = []
+    def run(calls, prompts, batch_size, rank, world, scorers, gather=list):
         monkeypatch.setattr("diffusionopd.evaluation.evaluate.gather_over_processes", gather)
 
         def generate(texts, samples):
             calls.append(len(texts))
             return torch.zeros(len(texts), 3, 4, 4)
 
-        own, options = [Prompt(f"prompt {i}", {}) for i in range(prompts)], {"in_step": True}
-        try:
-            evaluate_task(generate, own, scorers, batch_size=batch_size, rank=rank, world=world, **options)
-        except RewardError as error:
-            assert "the scorer broke" in str(error)
-            calls.append(-1)
-        return calls
+        own = [Prompt(f"prompt {i}", {}) for i in range(prompts)]
+        evaluate_task(generate, own, scorers, batch_size=batch_size, rank=rank, world=world, in_step=True)
 
     for prompts, batch_size, world in ((3, 1, 2), (5, 2, 2), (1, 4, 3), (8, 2, 2), (0, 2, 2)):
-        scored = []
-        gather = lambda records, scored=scored: scored.extend(records) or records  # noqa: E731
-        calls = [run(prompts, batch_size, rank, world, {}, gather) for rank in range(world)]
+        scored, calls = [], [[] for _ in range(world)]
+        for rank in range(world):
+            run(calls[rank], prompts, batch_size, rank, world, {}, lambda r, scored=scored: scored.extend(r) or r)
         assert len(set(map(len, calls))) == 1, calls
         assert sorted(record.sample_id for record in scored) == list(range(prompts))
 
-    class Broken:
-        def score(self, images, prompts, metadata):
-            raise RewardError("the scorer broke")
+    def broken(*_):
+        raise RewardError("the scorer broke")
 
-    assert run(5, 2, 0, 1, {"broken": Broken()}) == [2, 1, 1, -1], "the batch that failed, then as many as the others"
+    calls = []
+    with pytest.raises(RewardError, match="the scorer broke"):
+        run(calls, 5, 2, 0, 1, {"broken": SimpleNamespace(score=broken)})
+    assert calls == [2, 1, 1], "the batch that failed, then as many as the others"

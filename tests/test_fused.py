@@ -16,13 +16,7 @@ from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm, fuse_norms
 from diffusionopd.models.lora import Adapters
 
 from .conftest import TARGETS
-
-
-def perturb(adapters, std=0.05):
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in adapters.parameters("student"):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+from .helpers import perturb
 
 
 def passes(backbone, adapters, text):
@@ -56,7 +50,7 @@ def test_everything_is_fused_and_nothing_renamed(backbone, adapters, pipeline_fo
 
 
 def test_velocities_and_gradients_are_those_of_the_stock_layers(backbone, adapters, text):
-    perturb(adapters)
+    perturb(adapters, std=0.05)
     fused = passes(backbone, adapters, text)
     restore_layers(backbone.transformer)
     stock = passes(backbone, adapters, text)
@@ -68,14 +62,14 @@ def test_velocities_and_gradients_are_those_of_the_stock_layers(backbone, adapte
 def test_in_half_precision_they_are_as_near_to_float32_as_the_stock_layers(
     backbone, adapters, text, pipeline_folder, make_lora
 ):
-    perturb(adapters)
+    perturb(adapters, std=0.05)
     exact = passes(backbone, adapters, text)
     half = load_backbone(str(pipeline_folder), dtype=torch.bfloat16)
     copies = Adapters(half.transformer)
     copies.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
     copies.add_teacher("teacher_a", make_lora(1))
     copies.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
-    perturb(copies)
+    perturb(copies, std=0.05)
     fused = passes(half, copies, text)
     restore_layers(half.transformer)
     stock = passes(half, copies, text)
@@ -84,22 +78,18 @@ def test_in_half_precision_they_are_as_near_to_float32_as_the_stock_layers(
     assert 1e-4 < mean[0] < 1.1 * mean[1], mean
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_norm_is_the_formula(dtype, autocast):
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_the_norm_is_the_formula(dtype, within):
+    """One without weights or with a bias is left alone."""
     stock = RMSNorm(32, eps=1e-6).to(dtype)
     nn.init.normal_(stock.weight)
-    block = nn.ModuleDict({"norm": copy.deepcopy(stock)})
+    block = nn.ModuleDict({"norm": copy.deepcopy(stock), "plain": RMSNorm(8, 1e-6, elementwise_affine=False)})
+    block["biased"] = RMSNorm(8, 1e-6, bias=True)
     fuse_norms(block)
+    assert [type(module) for module in block.values()] == [FusedRMSNorm, RMSNorm, RMSNorm]
     x = 3 * torch.randn(2, 5, 7, 32, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = block["norm"](x)
     exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * stock.weight.double()
-    assert y.dtype == dtype
-    assert relative(y.double(), exact) < (1e-6 if dtype == torch.float32 else 3e-3)
-
-
-def test_a_norm_without_weights_or_with_a_bias_is_left_alone():
-    block = nn.ModuleDict({"plain": RMSNorm(8, 1e-6, elementwise_affine=False), "biased": RMSNorm(8, 1e-6, bias=True)})
-    fuse_norms(block)
-    assert {type(module) for module in block.values()} == {RMSNorm}
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = block["norm"](x)
+        assert y.dtype == dtype and relative(y.double(), exact) < within

@@ -40,16 +40,11 @@ TRANSFORMER = {
 }
 
 
-def new_name(key: str) -> str:
-    (name,) = convert.convert_state({key: torch.zeros(4)})
-    return name
-
-
 def test_names_of_both_levels():
-    for key, wanted in PIXEL_LEVEL.items():
-        assert new_name(key) == f"model.pixel_level_module.{wanted}"
-    for key, wanted in TRANSFORMER.items():
-        assert new_name(f"panoptic_head.{key}") == f"model.transformer_module.{wanted}"
+    names = {key: f"model.pixel_level_module.{name}" for key, name in PIXEL_LEVEL.items()}
+    names |= {f"panoptic_head.{key}": f"model.transformer_module.{name}" for key, name in TRANSFORMER.items()}
+    for key, name in names.items():
+        assert list(convert.convert_state({key: torch.zeros(4)})) == [name]
 
 
 def test_patch_merging_gives_the_same_after_conversion(model):

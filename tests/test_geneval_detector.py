@@ -37,34 +37,25 @@ def small_input(monkeypatch):
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
 
 
-@pytest.mark.parametrize(
-    ("size", "wanted"),
-    [
-        ((512, 512), (800, 800)),
-        ((1024, 1024), (800, 800)),
-        ((512, 768), (800, 1200)),
-        ((480, 640), (800, 1067)),  # 1066.67
-        ((300, 900), (444, 1333)),  # the long side decides
-        ((900, 300), (1333, 444)),
-    ],
-)
-def test_the_size_is_that_of_mmcv(size, wanted):
-    assert mask2former.resized_size(*size) == wanted
+def test_the_size_is_that_of_mmcv():
+    sizes = {
+        (512, 512): (800, 800), (1024, 1024): (800, 800), (512, 768): (800, 1200), (480, 640): (800, 1067),  # 1066.67
+        (300, 900): (444, 1333), (900, 300): (1333, 444),  # the long side decides
+    }  # fmt: skip
+    assert {size: mask2former.resized_size(*size) for size in sizes} == sizes
 
 
 def random_picture(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("size", "wanted"),
-    [((64, 64), (100, 100)), ((30, 50), (80, 133)), ((99, 101), (80, 82)), ((160, 90), (80, 45)), ((7, 1), (9, 3))],
-)
-def test_resizing_is_that_of_cv2_to_the_last_bit(size, wanted):
+def test_resizing_is_that_of_cv2_to_the_last_bit():
     cv2 = pytest.importorskip("cv2")
-    picture = random_picture(*size)
-    ours = resize_bilinear(torch.from_numpy(picture)[None], *wanted)[0].numpy()
-    np.testing.assert_array_equal(ours, cv2.resize(picture, wanted[::-1], interpolation=cv2.INTER_LINEAR))
+    sizes = {(64, 64): (100, 100), (30, 50): (80, 133), (99, 101): (80, 82), (160, 90): (80, 45), (7, 1): (9, 3)}
+    for size, wanted in sizes.items():
+        picture = random_picture(*size)
+        ours = resize_bilinear(torch.from_numpy(picture)[None], *wanted)[0].numpy()
+        np.testing.assert_array_equal(ours, cv2.resize(picture, wanted[::-1], interpolation=cv2.INTER_LINEAR))
 
 
 def test_resizing_stays_within_a_level_of_the_formula():
@@ -127,30 +118,28 @@ def test_an_empty_mask_is_no_instance():
     assert [(label, item.box) for label, item in found] == [(0, (0.0, 0.0, 16.0, 16.0))]
 
 
-def test_detections_are_in_range_and_do_not_depend_on_the_batch(model, pixels, small_input):
-    together = mask2former.detect(model, pixels)
-    alone = [mask2former.detect(model, pixels[i : i + 1])[0] for i in range(2)]
-    assert sum(len(found) for picture in together for found in picture.values()) >= 4
-    for first, second in zip(together, alone, strict=True):
-        assert first.keys() == second.keys() and first.keys() <= set(CLASSES)
+def assert_same_detections(mine, others, score: float, box: float):
+    for first, second in zip(mine, others, strict=True):
+        assert first.keys() == second.keys() <= set(CLASSES)
         for name, found in first.items():
             for a, b in zip(found, second[name], strict=True):
-                left, top, right, bottom = a.box
-                assert 0 <= left < right <= 56 and 0 <= top < bottom <= 40 and 0.3 < a.score <= 1
-                assert a.mask.shape == (40, 56) and a.mask[int(top) : int(bottom), int(left) : int(right)].any()
-                assert a.score == pytest.approx(b.score, abs=1e-4) and a.box == b.box
+                assert a.score == pytest.approx(b.score, abs=score)
+                np.testing.assert_allclose(a.box, b.box, atol=box)
+    assert sum(len(found) for picture in mine for found in picture.values()) >= 4
+
+
+def test_detections_are_in_range_and_do_not_depend_on_the_batch(model, pixels, small_input):
+    together = mask2former.detect(model, pixels)
+    assert_same_detections(together, [mask2former.detect(model, pixels[i : i + 1])[0] for i in range(2)], 1e-4, 0)
+    for found in (item for picture in together for items in picture.values() for item in items):
+        left, top, right, bottom = found.box
+        assert 0 <= left < right <= 56 and 0 <= top < bottom <= 40 and 0.3 < found.score <= 1
+        assert found.mask.shape == (40, 56) and found.mask[int(top) : int(bottom), int(left) : int(right)].any()
 
 
 @pytest.mark.gpu
 def test_detections_on_a_gpu_are_those_on_a_cpu(pixels, small_input):
-    cpu, gpu = (mask2former.detect(tiny_model().to(device), pixels) for device in ("cpu", "cuda"))
-    assert sum(len(found) for picture in cpu for found in picture.values()) >= 4
-    for first, second in zip(cpu, gpu, strict=True):
-        assert first.keys() == second.keys()
-        for name, found in first.items():
-            for a, b in zip(found, second[name], strict=True):
-                assert a.score == pytest.approx(b.score, abs=1e-3)
-                np.testing.assert_allclose(a.box, b.box, atol=1)
+    assert_same_detections(*(mask2former.detect(tiny_model().to(d), pixels) for d in ("cpu", "cuda")), 1e-3, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- choices
@@ -175,14 +164,16 @@ def test_choices_that_are_none_are_refused():
         build_detector("transformers:nobody/no-such-detector", "x.pth", "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("labels", [[*COCO, *["wall"] * 53], sorted(COCO)])
-def test_labels_must_be_cocos_in_order(model, tmp_path, labels):
+def test_labels_must_be_cocos_in_order(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["id2label"] = dict(enumerate(labels))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RewardError, match="detector|cannot be loaded"), pytest.warns(UserWarning, match="comparable"):
-        build_detector(f"transformers:{tmp_path}", "x.pth", "cpu", torch.float32)
+    for labels in ([*COCO, *["wall"] * 53], sorted(COCO)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(labels))}))
+        with (
+            pytest.raises(RewardError, match="detector|cannot be loaded"),
+            pytest.warns(UserWarning, match="comparable"),
+        ):
+            build_detector(f"transformers:{tmp_path}", "x.pth", "cpu", torch.float32)
 
 
 class FakeMmdet:
@@ -235,11 +226,12 @@ def test_mmdetection_is_given_bgr_and_read_in_both_versions(version, files, pixe
 
 
 def test_mmdetection_with_other_weights_or_without_itself_is_an_error(files, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=FakeMmdet(2, {"b": torch.zeros(1)})))
-    with pytest.raises(RewardError, match="does not fit the installed mmdetection: 2 entries differ, such as a"):
-        build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)
-    with pytest.raises(RewardError, match="there is no file none.py"):
-        build_detector("mmdet:none.py", files[1], "cpu", torch.float32)
-    monkeypatch.setitem(sys.modules, "mmdet", None)
-    with pytest.raises(RewardError, match="needs mmdetection, which cannot be imported"):
-        build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)
+    other = types.SimpleNamespace(apis=FakeMmdet(2, {"b": torch.zeros(1)}))
+    for module, config, fact in (
+        (other, files[0], "does not fit the installed mmdetection: 2 entries differ, such as a"),
+        (other, "none.py", "there is no file none.py"),
+        (None, files[0], "needs mmdetection, which cannot be imported"),
+    ):
+        monkeypatch.setitem(sys.modules, "mmdet", module)
+        with pytest.raises(RewardError, match=fact):
+            build_detector(f"mmdet:{config}", files[1], "cpu", torch.float32)

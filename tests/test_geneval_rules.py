@@ -1,6 +1,7 @@
 """GenEval's judgement on detections made by hand: every tag, the geometry, the choice of objects, the metadata."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ SINGLE, TWO, COUNTING, COLORS, POSITION, COLOR_ATTR = (
     {"tag": "color_attr", "include": [{"class": "cow", "count": 1, "color": "red"}, {"class": "tv", "count": 1, "color": "blue"}]}
     """.strip().splitlines()  # noqa: E501
 )
+EXCLUDING = SINGLE | {"exclude": [{"class": "cup", "count": 1}, {"class": "dog", "count": 2}]}
 MASK = np.ones((1, 1), dtype=bool)
 
 
@@ -42,97 +44,78 @@ def verdict(metadata: dict, **objects: list[Painted]) -> Verdict:
     return judge(objects, parse_request("p", metadata), lambda name, found: [item.colour for item in found])
 
 
-def test_single_object():
-    assert verdict(SINGLE, bowl=[Painted()]) == Verdict(True, True, 1.0)
-    assert verdict(SINGLE, bowl=[Painted(), Painted()]) == Verdict(True, False, 0.0)
-    assert verdict(SINGLE, bowl=[Painted()] * 4) == Verdict(True, False, 0.0)  # soft is never below 0
-    assert verdict(SINGLE, cup=[Painted()]) == Verdict(False, False, 0.0)
-    assert verdict(SINGLE) == Verdict(False, False, 0.0)
-
-
-def test_two_objects():
-    assert verdict(TWO, bench=[Painted()], dog=[Painted()]) == Verdict(True, True, 1.0)
-    assert verdict(TWO, bench=[Painted()]) == Verdict(False, False, 0.5)
-    assert verdict(TWO, bench=[Painted()], dog=[Painted()] * 2) == Verdict(True, False, 0.5)
-
-
-def test_counting_is_right_for_the_very_number():
-    for count, soft in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 0.5), (4, 0.0), (6, 0.0)):
-        assert verdict(COUNTING, cup=[Painted()] * count) == Verdict(count == 2, count == 2, soft)
-
-
-def test_strict_honours_excludes_of_another_class():
-    metadata = SINGLE | {"exclude": [{"class": "cup", "count": 1}, {"class": "dog", "count": 2}]}
-    assert verdict(metadata, bowl=[Painted()], dog=[Painted()]) == Verdict(True, True, 1.0)
-    assert verdict(metadata, bowl=[Painted()], cup=[Painted()]) == Verdict(False, False, 1.0)
-    assert verdict(metadata, bowl=[Painted()], dog=[Painted()] * 2) == Verdict(False, False, 1.0)
-
-
-def test_colours():
-    pink, red = Painted("pink"), Painted("red")
-    assert verdict(COLORS, car=[pink]) == Verdict(True, True, 1.0)
-    assert verdict(COLORS, car=[red]) == Verdict(False, False, 0.5)
-    assert verdict(COLORS, car=[pink, red]) == Verdict(True, False, 0.0)  # the best one counts
-    assert verdict(COLORS, car=[red, pink]) == Verdict(False, False, 0.0)
-    three = {"tag": "colors", "include": [{"class": "car", "count": 3, "color": "pink"}]}
-    assert verdict(three, car=[pink, pink, red]) == Verdict(False, False, pytest.approx((1 + 2 / 3) / 2))
-
-
-def test_two_colours():
-    red, blue = Painted("red"), Painted("blue")
-    assert verdict(COLOR_ATTR, cow=[red], tv=[blue]) == Verdict(True, True, 1.0)
-    assert verdict(COLOR_ATTR, cow=[blue], tv=[red]) == Verdict(False, False, 0.5)
-    assert verdict(COLOR_ATTR, cow=[red], tv=[red]) == Verdict(False, False, 0.75)
-    assert verdict(COLOR_ATTR, cow=[red]) == Verdict(False, False, 0.5)
-
-
-def test_position():
-    dog, left, right = Painted(x=100), Painted(x=0), Painted(x=200)
-    assert verdict(POSITION, dog=[dog], tie=[left]) == Verdict(True, True, 1.0)
-    assert verdict(POSITION, dog=[dog], tie=[right]) == Verdict(False, False, pytest.approx(2 / 3))
-    assert verdict(POSITION, tie=[left]) == Verdict(False, False, pytest.approx(1 / 3))  # nothing to be left of
-    assert verdict(POSITION, dog=[dog, right], tie=[left]) == Verdict(True, False, pytest.approx(1 / 3))
-    assert verdict(POSITION, dog=[dog], tie=[left, right]) == Verdict(True, False, pytest.approx(1 / 3))
-
-
-def test_a_position_needs_a_target_that_matched_and_every_object_in_place():
-    red_dog = {"class": "dog", "count": 1, "color": "red"}
-    ties = {"class": "tie", "count": 2, "position": ["left of", 0]}
-    metadata = {"tag": "position", "include": [red_dog, ties]}
-    near, far = Painted("red", x=100), Painted("red", x=50)
-    assert verdict(metadata, dog=[near], tie=[Painted(x=0), Painted(x=40)]) == Verdict(True, True, 1.0)
-    assert verdict(metadata, dog=[far], tie=[Painted(x=0), Painted(x=90)]) == Verdict(False, False, 0.75)
-    assert verdict(metadata, dog=[Painted("blue", x=100)], tie=[Painted(x=0), Painted(x=40)]) == Verdict(
-        False, False, 0.5
-    )
+WRONG = (False, False)
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "relations"),
+    ("metadata", "objects", "expected"),
     [
-        (-50, 0, {"left of"}),
-        (50, 0, {"right of"}),
-        (0, -50, {"above"}),
-        (0, 50, {"below"}),
-        (-50, -50, {"left of", "above"}),
-        (50, 40, {"right of", "below"}),
-        (50, 10, {"right of"}),  # the small offset vanishes in the sizes
-        (0, 0, set()),
-        (2, -2, set()),  # 2 = 0.1 (10 + 10): just as far apart as does not count
-        (3, 0, set()),  # (3 - 2) / 3 is below one half
-        (4, 0, set()),  # one half itself is not enough
-        (-4, 0, set()),
-        (0, 4, set()),
-        (0, -4, set()),
-        (5, 0, {"right of"}),
+        (SINGLE, {"bowl": 1}, (True, True, 1.0)),
+        (SINGLE, {"bowl": 2}, (True, False, 0.0)),
+        (SINGLE, {"bowl": 4}, (True, False, 0.0)),  # soft is never below 0
+        (SINGLE, {"cup": 1}, (*WRONG, 0.0)),
+        (SINGLE, {}, (*WRONG, 0.0)),
+        (TWO, {"bench": 1, "dog": 1}, (True, True, 1.0)),
+        (TWO, {"bench": 1}, (*WRONG, 0.5)),
+        (TWO, {"bench": 1, "dog": 2}, (True, False, 0.5)),
+        *((COUNTING, {"cup": n}, (n == 2, n == 2, s)) for n, s in enumerate((0.0, 0.5, 1.0, 0.5, 0.0, 0.0, 0.0))),
+        (EXCLUDING, {"bowl": 1, "dog": 1}, (True, True, 1.0)),  # strict honours excludes of another class
+        (EXCLUDING, {"bowl": 1, "cup": 1}, (*WRONG, 1.0)),
+        (EXCLUDING, {"bowl": 1, "dog": 2}, (*WRONG, 1.0)),
     ],
 )
-def test_relations(x, y, relations):
-    assert relative_position(Painted(x=x, y=y), Painted()) == relations
+def test_numbers_of_objects(metadata, objects, expected):
+    assert verdict(metadata, **{name: [Painted()] * count for name, count in objects.items()}) == Verdict(*expected)
 
 
-def test_relations_depend_on_both_sizes():
+def test_colours():
+    pink, red, blue = Painted("pink"), Painted("red"), Painted("blue")
+    three = {"tag": "colors", "include": [{"class": "car", "count": 3, "color": "pink"}]}
+    for metadata, objects, expected in (
+        (COLORS, {"car": [pink]}, (True, True, 1.0)),
+        (COLORS, {"car": [red]}, (*WRONG, 0.5)),
+        (COLORS, {"car": [pink, red]}, (True, False, 0.0)),  # the best one counts
+        (COLORS, {"car": [red, pink]}, (*WRONG, 0.0)),
+        (three, {"car": [pink, pink, red]}, (*WRONG, pytest.approx((1 + 2 / 3) / 2))),
+        (COLOR_ATTR, {"cow": [red], "tv": [blue]}, (True, True, 1.0)),
+        (COLOR_ATTR, {"cow": [blue], "tv": [red]}, (*WRONG, 0.5)),
+        (COLOR_ATTR, {"cow": [red], "tv": [red]}, (*WRONG, 0.75)),
+        (COLOR_ATTR, {"cow": [red]}, (*WRONG, 0.5)),
+    ):
+        assert verdict(metadata, **objects) == Verdict(*expected)
+
+
+def test_position():
+    """The target must have matched, and every object be in its place."""
+    dog, left, right, third = Painted(x=100), Painted(x=0), Painted(x=200), pytest.approx(1 / 3)
+    red_dog = {"class": "dog", "count": 1, "color": "red"}
+    ties = {"class": "tie", "count": 2, "position": ["left of", 0]}
+    two, pair = {"tag": "position", "include": [red_dog, ties]}, [Painted(x=0), Painted(x=40)]
+    for metadata, objects, expected in (
+        (POSITION, {"dog": [dog], "tie": [left]}, (True, True, 1.0)),
+        (POSITION, {"dog": [dog], "tie": [right]}, (*WRONG, pytest.approx(2 / 3))),
+        (POSITION, {"tie": [left]}, (*WRONG, third)),  # nothing to be left of
+        (POSITION, {"dog": [dog, right], "tie": [left]}, (True, False, third)),
+        (POSITION, {"dog": [dog], "tie": [left, right]}, (True, False, third)),
+        (two, {"dog": [Painted("red", x=100)], "tie": pair}, (True, True, 1.0)),
+        (two, {"dog": [Painted("red", x=50)], "tie": [Painted(x=0), Painted(x=90)]}, (*WRONG, 0.75)),
+        (two, {"dog": [Painted("blue", x=100)], "tie": pair}, (*WRONG, 0.5)),
+    ):
+        assert verdict(metadata, **objects) == Verdict(*expected)
+
+
+def test_relations():
+    """2 = 0.1 (10 + 10) is just as far apart as does not count; one half of the distance itself is not enough."""
     small, large = Painted(x=95, y=95, size=10), Painted(size=100)
+    cases = {
+        (-50, 0): "left of", (50, 0): "right of", (0, -50): "above", (0, 50): "below", (-50, -50): "left of above",
+        (50, 40): "right of below", (50, 10): "right of", (0, 0): "", (2, -2): "", (3, 0): "", (4, 0): "",
+        (-4, 0): "", (0, 4): "", (0, -4): "", (5, 0): "right of",
+    }  # fmt: skip
+    for (x, y), words in cases.items():
+        assert relative_position(Painted(x=x, y=y), Painted()) == set(
+            re.findall("(?:left|right) of|above|below", words)
+        )
     assert relative_position(small, large) == {"right of", "below"}
     assert relative_position(Painted(x=60, y=45, size=10), large) == set()  # (15 - 11) / 15 on one axis
     assert relative_position(large, small) == {"left of", "above"}

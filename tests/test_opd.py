@@ -57,7 +57,6 @@ def three_pass(learner, batches):
     [
         ("dpm1", 0.0, 1.0, (1.0, 1.0)),
         ("dpm1", 0.0, 2.0, (1.0, 3.0)),
-        ("flow", 0.7, 1.0, (1.0, 2.0)),
         ("flow", 0.3, 2.0, (2.0, 1.0)),
         ("cps", 0.5, 1.5, (4.5, 1.0)),
         ("ddim", 0.8, 1.0, (1.0, 1.0)),
@@ -76,8 +75,7 @@ def test_fused_round_equals_three_passes(
     result, found = kept_gradients(learner, batches, monkeypatch)
     torch.testing.assert_close(loss_table(result), losses, rtol=1e-5, atol=0)
     assert result.losses.means() == pytest.approx(dict(zip("ab", losses.mean(1).tolist(), strict=True)), rel=1e-5)
-    for (_, latents), final in zip(result.images, finals, strict=True):
-        torch.testing.assert_close(latents, final, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([latents for _, latents in result.images], finals, rtol=1e-5, atol=1e-5)
     assert_near(found, expected, rel=1e-5)
 
 
@@ -93,34 +91,21 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(backbone, adapter
     assert found and all(not g.any() for g in found)
 
 
-def count_forwards(learner, monkeypatch, batches):
-    """How often each adapter was asked for a velocity, with and without gradient."""
-    backbone, calls = learner.policies.backbone, collections.Counter()
-    original = backbone.velocity
+@pytest.mark.parametrize(
+    ("watched", "steps", "without"), [(False, range(4), 0), (True, range(4), 1), (True, (0, 2), 3)]
+)
+def test_no_forward_is_spent_in_vain(backbone, adapters, text, monkeypatch, watched, steps, without):
+    """Student and teacher at each supervised step; the student alone at others before the last, and for an image."""
+    learner, calls, original = make_opd(backbone, adapters, text), collections.Counter(), backbone.velocity
 
     def counted(*arguments):
-        calls[learner.policies.adapters.active, torch.is_grad_enabled()] += 1
+        calls[adapters.active, torch.is_grad_enabled()] += 1
         return original(*arguments)
 
     monkeypatch.setattr(backbone, "velocity", counted)
-    learner.round(batches)
-    return calls
-
-
-def test_no_forward_is_spent_in_vain(backbone, adapters, text, monkeypatch):
-    """Student and teacher at each supervised step; the student alone at others before the last, and for an image."""
-    learner = make_opd(backbone, adapters, text)
-    for watched, steps, without in (
-        (False, (0, 1, 2, 3), 0),
-        (True, (0, 1, 2, 3), 1),
-        (False, (0, 2), 1),
-        (True, (0, 2), 3),
-    ):
-        with monkeypatch.context() as patch:
-            batches = make_batches(backbone, text, watched=watched, tasks="a", steps=steps)
-            calls = count_forwards(learner, patch, batches)
-        expected = {("teacher_a", False): len(steps), (STUDENT, True): len(steps), (STUDENT, False): without}
-        assert calls == collections.Counter(expected), (watched, steps)
+    learner.round(make_batches(backbone, text, watched=watched, tasks="a", steps=steps))
+    expected = {("teacher_a", False): len(steps), (STUDENT, True): len(steps), (STUDENT, False): without}
+    assert calls == collections.Counter(expected)
 
 
 def test_memory_is_that_of_one_step(backbone, adapters, text, monkeypatch):
@@ -143,15 +128,14 @@ def test_training_changes_the_student_alone_and_lowers_the_loss(backbone, adapte
     before = {n: p.detach().clone() for n, p in backbone.transformer.named_parameters()}
     learner = make_opd(backbone, adapters, text, scale=1e4)
     batches = make_batches(backbone, text)
-    losses = [learner.round(batches).losses.mean for _ in range(8)]
+    losses = [learner.round(batches).losses.mean for _ in range(6)]
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in backbone.transformer.named_parameters():
         trained = ".student." in name and "transformer_blocks.3.attn.add_q_proj" not in name  # unused by the last block
         assert torch.equal(parameter, before[name]) != trained, name
 
 
-@pytest.mark.parametrize("steps", [(0, 1, 2, 3), (1, 3)])
-def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, monkeypatch, steps):
+def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, monkeypatch):
     """Two inner epochs: the second one's gradient is that of the same states with the new weights."""
     learner = make_opd(backbone, adapters, text, inner=2, scale=1e4)
     taken, kept, weights = [], [], []
@@ -164,8 +148,8 @@ def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, mon
         return again(visits)
 
     monkeypatch.setattr(learner, "_again", spy)
-    learner.round(make_batches(backbone, text, steps=steps))
-    assert len(taken) == 2 and [visit.step for _, visit in kept] == [*steps, *steps]
+    learner.round(make_batches(backbone, text, steps=(1, 3)))
+    assert len(taken) == 2 and [visit.step for _, visit in kept] == [1, 3, 1, 3]
     with torch.no_grad():
         for p, value in zip(adapters.parameters(STUDENT), weights, strict=True):
             p.copy_(value)
@@ -273,13 +257,12 @@ def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch,
 # --- drawn steps ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch, count):
+def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch):
     """Unbiased, exactly: every subset of the trained steps, each as likely as the others."""
     perturb(adapters)
     learner = make_opd(backbone, adapters, text, "flow", 0.7)
     full, expected = kept_gradients(learner, make_batches(backbone, text), monkeypatch)
-    subsets = list(itertools.combinations(range(TRAINED), count))
+    subsets = list(itertools.combinations(range(TRAINED), 2))
     total, losses = [torch.zeros_like(g) for g in expected], []
     for subset in subsets:
         result, found = kept_gradients(learner, make_batches(backbone, text, steps=subset), monkeypatch)
@@ -353,20 +336,3 @@ def test_an_overflow_under_dynamic_scaling_skips_the_step_and_halves_the_scale()
         for _ in range(40):
             optimizer.backward(weight.sum() * float("nan"))
             optimizer.step()
-
-
-def test_optimizer_state_round_trips_bit_for_bit():
-    def advance(weight, optimizer):
-        for i in range(3):
-            optimizer.backward((weight * (i + 1)).square().sum())
-            optimizer.step()
-
-    weight, other = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
-    optimizer, resumed = optimize(weight, dynamic_scale=True), optimize(other, dynamic_scale=True)
-    advance(weight, optimizer)
-    other.data.copy_(weight.data)
-    resumed.load_state({k: v.clone() for k, v in optimizer.state_tensors().items()}, optimizer.state_scalars())
-    advance(weight, optimizer)
-    advance(other, resumed)
-    assert torch.equal(weight, other)
-    assert resumed.state_scalars() == optimizer.state_scalars()

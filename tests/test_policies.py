@@ -8,15 +8,15 @@ import torch
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Policies, Request
 
+from .helpers import perturb
+
 POLICIES = ("teacher_b", None, "teacher_a", "teacher_b", None)
 
 
 @pytest.fixture
 def policies(backbone, adapters, text):
     backbone.negative = text(1, 9)
-    with torch.no_grad():
-        for parameter in adapters.parameters(STUDENT):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    perturb(adapters, std=0.05)
     return Policies(backbone, adapters)
 
 
@@ -33,10 +33,13 @@ def requests(policies, text):
     ]
 
 
-def test_every_request_has_its_own_answer(policies, adapters, text):
-    asked = requests(policies, text)
-    answers = policies.frozen(asked)
-    assert adapters.active == STUDENT
+def test_every_request_has_its_own_answer(policies, adapters, text, monkeypatch):
+    """Equal policies are asked one after another; the base alone needs no student."""
+    asked, used, use = requests(policies, text), [], adapters.use
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
+        answers = policies.frozen(asked)
+    assert used == ["teacher_b", "teacher_b", None, None, "teacher_a", STUDENT] and adapters.active == STUDENT
     for request, answer in zip(asked, answers, strict=True):
         assert answer.dtype == torch.float32 and not answer.requires_grad
         with torch.no_grad(), adapters.using(request.policy):
@@ -45,13 +48,6 @@ def test_every_request_has_its_own_answer(policies, adapters, text):
     backwards = policies.frozen(asked[::-1])[::-1]
     assert all(torch.equal(mine, other) for mine, other in zip(answers, backwards, strict=True))
     assert policies.frozen([]) == []
-
-
-def test_equal_policies_are_asked_one_after_another(policies, adapters, text, monkeypatch):
-    used, use = [], adapters.use
-    monkeypatch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
-    policies.frozen(requests(policies, text))
-    assert used == ["teacher_b", "teacher_b", None, None, "teacher_a", STUDENT]
 
 
 def test_the_base_alone_needs_no_student(backbone, text):

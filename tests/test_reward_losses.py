@@ -1,5 +1,6 @@
 """Losses of training from rewards against slow loops, torch.distributions, hand-written gradients and Monte Carlo."""
 
+import itertools
 import math
 
 import pytest
@@ -17,23 +18,12 @@ from diffusionopd.losses import (
 )
 from diffusionopd.transitions import schedule, transition
 
-SHAPE = (3, 2, 2, 2)
-SIZE = math.prod(SHAPE[1:])
-STEP = transition("flow_sde", 0.8, 0.7, 0.7)
-NOISY = [
-    transition("flow_sde", 1.0, 0.96, 0.7, 0.96),
-    STEP,
-    transition("dance_sde", 0.8, 0.7, 0.3),
-    transition("cps", 0.8, 0.7, 0.7),
-    transition("ddim", 0.8, 0.7, 1.0),
-]
+from .test_losses import NOISY, SIZE, normal
+
+STEP = NOISY[1]
 SD3_SIGMAS = [3 * u / (1 + 2 * u) for u in (1 - i / 10 for i in range(11))]
 ADVANTAGE = torch.tensor([1.5, -0.8, 0.0], dtype=torch.float64)
 GRPO = pytest.mark.parametrize("loss_function", [grpo_loss, grpo_guard_loss])
-
-
-def normal(seed, shape=SHAPE, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # --- DiffusionNFT -----------------------------------------------------------------------------------------------------
@@ -58,12 +48,11 @@ def nft_by_loops(v, v_old, x0, x_t, sigma, r, beta):
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_nft_is_its_definition(beta):
-    v, v_old, x0, x_t, sigma = normal(0), normal(1), normal(2), normal(3), torch.tensor([0.2, 0.7, 1.0]).double()
+    v, v_old, x0, x_t = (normal(i) for i in range(4))
     r = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-    expected = nft_by_loops(v, v_old, x0, x_t, sigma.tolist(), r.tolist(), beta)
-    torch.testing.assert_close(nft_loss(v, v_old, x0, x_t, sigma, r, beta), expected)
-    one_sigma = nft_by_loops(v, v_old, x0, x_t, [0.7] * 3, r.tolist(), beta)
-    torch.testing.assert_close(nft_loss(v, v_old, x0, x_t, 0.7, r, beta), one_sigma)
+    for sigma in (torch.tensor([0.2, 0.7, 1.0]).double(), torch.tensor(0.7).double()):
+        expected = nft_by_loops(v, v_old, x0, x_t, sigma.expand(3).tolist(), r.tolist(), beta)
+        torch.testing.assert_close(nft_loss(v, v_old, x0, x_t, sigma if sigma.dim() else 0.7, r, beta), expected)
 
 
 @pytest.mark.parametrize("clip", [5.0, 2.0])
@@ -79,16 +68,6 @@ def test_nft_on_policy_has_the_advantage_times_the_gradient_of_the_error(beta, c
     expected = -2 * sigma * error / SIZE / error.abs().mean(dim=(1, 2, 3), keepdim=True)
     torch.testing.assert_close(gradient, ADVANTAGE.view(-1, 1, 1, 1) * expected)
     assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))  # advantage 0, optimality 1/2: no pull at all
-
-
-@pytest.mark.parametrize(("r", "better"), [(1.0, True), (0.0, False)])
-def test_nft_step_moves_towards_a_good_picture_and_away_from_a_bad_one(r, better):
-    v_old, x0, sigma = normal(1), normal(2), 0.7
-    x_t = (1 - sigma) * x0 + sigma * normal(3)
-    v = v_old.clone().requires_grad_()
-    nft_loss(v, v_old, x0, x_t, sigma, torch.full((3,), r), 1.0).sum().backward()
-    before, after = ((x_t - sigma * u - x0).square().mean(dim=(1, 2, 3)) for u in (v_old, v_old - 0.1 * v.grad))
-    assert ((after < before) == better).all()
 
 
 def test_nft_normaliser_is_detached_and_has_a_floor():
@@ -116,15 +95,20 @@ def test_optimality_maps_the_clipped_advantage_to_the_unit_interval():
     torch.testing.assert_close(optimality(advantage, 5.0), torch.tensor([0.0, 0.0, 0.25, 0.5, 0.6, 1.0, 1.0]))
 
 
-def test_reference_penalty_is_the_mean_squared_distance():
-    v, v_ref = normal(0).requires_grad_(), normal(1).requires_grad_()
-    penalty = reference_penalty(v, v_ref)
-    for i in range(len(v)):
-        pairs = zip(v[i].flatten().tolist(), v_ref[i].flatten().tolist(), strict=True)
-        assert penalty[i].item() == pytest.approx(sum((p - q) ** 2 for p, q in pairs) / SIZE)
-    penalty.sum().backward()
-    torch.testing.assert_close(v.grad, 2 / SIZE * (v - v_ref).detach())
-    assert v_ref.grad is None
+@pytest.mark.parametrize("step", NOISY, ids=repr)
+def test_pulls_to_the_reference_are_the_mean_squared_distance_and_the_kl_of_the_two_gaussians(step):
+    x, v, v_ref = normal(0), normal(1).requires_grad_(), normal(2).requires_grad_()
+    student, reference = (Normal(step.a * x + step.b * u, step.std) for u in (v, v_ref.detach()))
+    for mine, elements in (
+        (reference_penalty(v, v_ref), (v - v_ref.detach()) ** 2),
+        (kl_to_reference(step, v, v_ref), kl_divergence(student, reference)),
+    ):
+        expected = elements.mean(dim=(1, 2, 3))
+        torch.testing.assert_close(mine, expected)
+        ours, theirs = (torch.autograd.grad(e.sum(), v, retain_graph=True)[0] for e in (mine, expected))
+        torch.testing.assert_close(ours, theirs)
+        mine.sum().backward()
+        assert v_ref.grad is None
 
 
 @pytest.mark.parametrize(
@@ -159,46 +143,43 @@ def ratio_by_densities(step, x, x_next, v_student, v_old, guard):
 
 
 @GRPO
-@pytest.mark.parametrize("clip_low", [1e-3, 100.0])
 @pytest.mark.parametrize("step", NOISY, ids=repr)
-def test_grpo_is_its_definition(step, clip_low, loss_function):
-    x, x_next, v_student, v_old = sampled(step)
+def test_grpo_is_its_definition(step, loss_function):
+    """And pulls on the student alone."""
+    x, x_next, v_student, v_old = (tensor.requires_grad_() for tensor in sampled(step))
     guard = loss_function is grpo_guard_loss
-    loss, ratio = loss_function(step, x, x_next, v_student, v_old, ADVANTAGE, clip_low, 2e-3)
     expected = ratio_by_densities(step, x, x_next, v_student, v_old, guard)
-    torch.testing.assert_close(ratio, expected)
-    for i, (a, q) in enumerate(zip(ADVANTAGE.tolist(), expected.tolist(), strict=True)):
-        surrogate = max(-a * q, -a * min(max(q, 1 - clip_low), 1 + 2e-3))
-        length = step.sigma - step.sigma_next if guard else 1.0
-        assert loss[i].item() == pytest.approx(surrogate / length)
+    for clip_low in (1e-3, 100.0):
+        loss, ratio = loss_function(step, x, x_next, v_student, v_old, ADVANTAGE, clip_low, 2e-3)
+        assert not ratio.requires_grad
+        torch.testing.assert_close(ratio, expected.detach())
+        for i, (a, q) in enumerate(zip(ADVANTAGE.tolist(), expected.tolist(), strict=True)):
+            surrogate = max(-a * q, -a * min(max(q, 1 - clip_low), 1 + 2e-3))
+            length = step.sigma - step.sigma_next if guard else 1.0
+            assert loss[i].item() == pytest.approx(surrogate / length)
+        loss.sum().backward()
+    assert [leaf.grad is not None for leaf in (x, x_next, v_student, v_old)] == [False, False, True, False]
 
 
 @GRPO
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", NOISY, ids=repr)
-def test_on_policy_ratio_is_exactly_one(step, dtype, loss_function):
-    x, v, noise = (normal(i).to(dtype) for i in range(3))
-    _, ratio = loss_function(step, x, step.sample(x, v, noise), v, v.clone(), ADVANTAGE, 1e-5, 1e-5)
-    assert torch.equal(ratio, torch.ones_like(ratio))
-
-
-@pytest.mark.parametrize("step", NOISY, ids=repr)
-def test_grpo_on_policy_has_the_gradient_of_minus_the_advantage_times_the_log_density(step):
-    x, x_next, _, v_old = sampled(step)
-    v = v_old.clone().requires_grad_()
-    loss, _ = grpo_loss(step, x, x_next, v, v_old, ADVANTAGE, 1e-4, 1e-4)
-    (gradient,) = torch.autograd.grad(loss.sum(), v)
-    log_prob = Normal(step.a * x + step.b * v, step.std).log_prob(x_next).mean(dim=(1, 2, 3))
-    (expected,) = torch.autograd.grad((-ADVANTAGE * log_prob).sum(), v)
-    torch.testing.assert_close(gradient, expected)
+def test_on_policy_ratio_is_exactly_one(step, loss_function):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, v, noise = (normal(i).to(dtype) for i in range(3))
+        _, ratio = loss_function(step, x, step.sample(x, v, noise), v, v.clone(), ADVANTAGE, 1e-5, 1e-5)
+        assert torch.equal(ratio, torch.ones_like(ratio))
 
 
 def on_policy_pull(loss_function, step):
-    """The factor k of the on-policy gradient -A eps / D * k with respect to the velocity."""
+    """The factor k of the on-policy gradient -A eps / D * k with respect to the velocity; without the guard, that of
+    minus the advantage times the log-density."""
     x, x_next, _, v_old = sampled(step)
     v = v_old.clone().requires_grad_()
-    loss, _ = loss_function(step, x, x_next, v, v_old, ADVANTAGE, 0.1, 0.1)
+    loss, _ = loss_function(step, x, x_next, v, v_old, ADVANTAGE, 1e-4, 1e-4)
     (gradient,) = torch.autograd.grad(loss.sum(), v)
+    if loss_function is grpo_loss:
+        log_prob = Normal(step.a * x + step.b * v, step.std).log_prob(x_next).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(gradient, torch.autograd.grad((-ADVANTAGE * log_prob).sum(), v)[0])
     unit = -ADVANTAGE.view(-1, 1, 1, 1) * normal(2) / SIZE  # normal(2) is the noise of `sampled`
     factor = ((gradient * unit).sum() / unit.square().sum()).item()
     torch.testing.assert_close(gradient, factor * unit)
@@ -233,26 +214,18 @@ def test_the_guard_takes_the_bias_out_of_the_log_ratio(step):
 
 
 @GRPO
-@pytest.mark.parametrize("advantage", [1.0, -1.0], ids=["good sample", "bad sample"])
-@pytest.mark.parametrize("towards", [-1.0, 1.0], ids=["ratio below", "ratio above"])
+@pytest.mark.parametrize(("advantage", "towards"), list(itertools.product((1.0, -1.0), repeat=2)))
 def test_clipping_stops_only_what_has_gone_far_enough(towards, advantage, loss_function):
-    """One dimension, old mean 0, sample at +1 std: the student moved away from it or towards it, beyond the clip."""
+    """One dimension, old mean 0, sample at +1 std: the student moved away from it or towards it, beyond the clip of
+    its side, or of the other side only."""
     zero = torch.zeros(1, 1, dtype=torch.float64)
     v_student = (zero + 0.3 * towards * STEP.std / STEP.b).requires_grad_()
-    loss, ratio = loss_function(STEP, zero, zero + STEP.std, v_student, zero, torch.tensor([advantage]), 0.01, 0.01)
-    loss.sum().backward()
-    assert (ratio.item() > 1.01) if towards > 0 else (ratio.item() < 0.99)
-    assert (v_student.grad.abs().item() == 0) == (advantage * towards > 0)
-
-
-@GRPO
-def test_each_side_has_its_own_clip_range(loss_function):
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    for towards, wide in ((1.0, (0.01, 9.0)), (-1.0, (0.9, 0.01))):
-        v_student = (zero + 0.3 * towards * STEP.std / STEP.b).requires_grad_()
-        loss, _ = loss_function(STEP, zero, zero + STEP.std, v_student, zero, torch.tensor([towards]), *wide)
-        loss.sum().backward()
-        assert v_student.grad.abs().item() > 0
+    wide = (0.01, 9.0) if towards > 0 else (0.9, 0.01)
+    for clips, stops in (((0.01, 0.01), advantage * towards > 0), (wide, False)):
+        loss, ratio = loss_function(STEP, zero, zero + STEP.std, v_student, zero, torch.tensor([advantage]), *clips)
+        (gradient,) = torch.autograd.grad(loss.sum(), v_student)
+        assert (ratio.item() > 1.01) if towards > 0 else (ratio.item() < 0.99)
+        assert (gradient.item() == 0) == stops
 
 
 def test_a_ratio_near_one_keeps_its_digits_in_float32():
@@ -267,28 +240,8 @@ def test_a_ratio_near_one_keeps_its_digits_in_float32():
 
 
 @GRPO
-def test_grpo_pulls_on_the_student_alone(loss_function):
-    leaves = [normal(i).requires_grad_() for i in range(4)]
-    advantage = ADVANTAGE.clone().requires_grad_()
-    loss, ratio = loss_function(STEP, *leaves, advantage, 9.0, 9.0)
-    loss.sum().backward()
-    assert [leaf.grad is not None for leaf in (*leaves, advantage)] == [False, False, True, False, False]
-    assert not ratio.requires_grad
-
-
-@GRPO
 @pytest.mark.parametrize("step", [transition("ode", 0.8, 0.7), transition("cps", 0.1, 0.0, 0.7)], ids=repr)
 def test_a_step_without_a_density_is_refused(step, loss_function):
     x = normal(0)
     with pytest.raises(ValueError, match=r"density.*noise_level"):
         loss_function(step, x, x, x, x, ADVANTAGE, 0.1, 0.1)
-
-
-@pytest.mark.parametrize("step", NOISY, ids=repr)
-def test_kl_to_the_reference_is_that_of_the_two_gaussians(step):
-    x, v, v_ref = normal(0), normal(1).requires_grad_(), normal(2).requires_grad_()
-    kl = kl_to_reference(step, v, v_ref)
-    student, reference = (Normal(step.a * x + step.b * u.detach(), step.std) for u in (v, v_ref))
-    torch.testing.assert_close(kl.detach(), kl_divergence(student, reference).mean(dim=(1, 2, 3)))
-    kl.sum().backward()
-    assert v.grad is not None and v_ref.grad is None

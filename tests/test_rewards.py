@@ -54,9 +54,7 @@ def test_every_form_of_an_image_becomes_the_same_uint8():
         np.testing.assert_array_equal(np.stack(each_uint8(form)), wanted)
     assert to_uint8(wanted) is wanted
     assert to_uint8([Image.new("L", (4, 4), 7)]).tolist() == [[[[7] * 3] * 4] * 4]
-
-
-def test_floats_are_rounded_and_clamped():
+    assert len(to_uint8([])) == len(to_uint8(torch.zeros(0, 3, 8, 8))) == 0
     image = torch.tensor([-0.1, 0.4999 / 255, 0.5001 / 255, 1.2]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert to_uint8(image)[0, :, :, 0].tolist() == [[0, 0], [1, 255]]
 
@@ -77,11 +75,6 @@ def test_images_of_another_form_are_refused(images, problem):
         to_uint8(images)
 
 
-def test_no_images_at_all():
-    assert len(to_uint8([])) == 0
-    assert len(to_uint8(torch.zeros(0, 3, 8, 8))) == 0
-
-
 # ---- registry --------------------------------------------------------------------------------------------------------
 
 
@@ -91,11 +84,6 @@ def test_names_of_the_upstream_release_are_known():
     assert upstream | tiny | {"jpeg_compressibility", "jpeg_incompressibility"} == set(REGISTRY)
 
 
-def test_a_misspelled_reward_names_the_nearest():
-    with pytest.raises(RewardError, match="Did you mean pickscore"):
-        build_scorer("pikscore")
-
-
 def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(REGISTRY, "needy", "diffusionopd_no_such_package:Scorer")
     monkeypatch.setitem(rewards.EXTRAS, "needy", "ocr")
@@ -103,38 +91,32 @@ def test_a_missing_package_names_the_command(monkeypatch):
         build_scorer("needy")
 
 
-def test_a_registered_reward_is_built_with_its_options(monkeypatch):
-    monkeypatch.setattr(rewards, "REGISTRY", dict(REGISTRY))
-    rewards.register("fixed", f"{__name__}:Fixed")
-    scorer = build_scorer("fixed", options={"fixed": [1.0, 2.0]})
-    assert isinstance(scorer, Scorer)
-    assert scorer.score(None, ["", ""], [{}, {}])["fixed"].tolist() == [1.0, 2.0]
-
-
-def test_an_option_that_a_scorer_does_not_have_is_refused():
-    with pytest.raises(RewardError, match="colour"):
-        build_scorer("jpeg_compressibility", options={"colour": True})
-    with pytest.raises(RewardError, match="unexpected keyword argument 'modle'.*its options: device, dtype, model"):
-        check_options({"pickscore": {"modle": "x"}})
-
-
-def test_options_are_checked_without_loading_anything():
-    check_options({"pickscore": {"model": "no/such-model", "dtype": "bfloat16"}})
-    with pytest.raises(RewardError, match="Did you mean pickscore"):
-        check_options({"pickscor": {}})
-    with pytest.raises(RewardError, match="must be {option: value}, not 3"):
-        check_options({"pickscore": 3})
-
-
-class Placed:
-    def __init__(self, device="cpu"):
+class Placed(Fixed):
+    def __init__(self, device="cpu", **scores):
+        super().__init__(**scores)
         self.device = device
 
 
-def test_a_reward_may_have_a_device_of_its_own(monkeypatch):
-    monkeypatch.setattr(rewards, "REGISTRY", {"placed": f"{__name__}:Placed"})
-    assert build_scorer("placed", "cuda:1").device == "cuda:1"
-    assert build_scorer("placed", "cuda:1", options={"device": "cuda:0"}).device == "cuda:0"
+def test_a_registered_reward_is_built_with_its_options_and_may_have_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(rewards, "REGISTRY", dict(REGISTRY))
+    rewards.register("placed", f"{__name__}:Placed")
+    for own, expected in (({}, "cuda:1"), ({"device": "cuda:0"}, "cuda:0")):
+        scorer = build_scorer("placed", "cuda:1", options={"fixed": [1.0, 2.0], **own})
+        assert isinstance(scorer, Scorer) and scorer.device == expected
+        assert scorer.score(None, ["", ""], [{}, {}])["fixed"].tolist() == [1.0, 2.0]
+
+
+def test_names_and_options_are_checked_without_loading_anything():
+    check_options({"pickscore": {"model": "no/such-model", "dtype": "bfloat16"}})
+    for act, fact in (
+        (lambda: check_options({"pickscor": {}}), "Did you mean pickscore"),
+        (lambda: build_scorer("pikscore"), "Did you mean pickscore"),
+        (lambda: build_scorer("jpeg_compressibility", options={"colour": True}), "colour"),
+        (lambda: check_options({"pickscore": {"modle": "x"}}), "'modle'.*its options: device, dtype, model"),
+        (lambda: check_options({"pickscore": 3}), "must be {option: value}, not 3"),
+    ):
+        with pytest.raises(RewardError, match=fact):
+            act()
 
 
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
@@ -142,12 +124,8 @@ def test_a_reward_may_have_a_device_of_its_own(monkeypatch):
 
 def test_jpeg_size_in_kilobytes_and_its_negative():
     batch = torch.cat([images(1, 64), torch.full((1, 3, 64, 64), 0.5)])
-    scores = score_all(
-        {name: build_scorer(name) for name in ("jpeg_compressibility", "jpeg_incompressibility")},
-        batch,
-        ["a", "b"],
-        [{}, {}],
-    )
+    scorers = {name: build_scorer(name) for name in ("jpeg_compressibility", "jpeg_incompressibility")}
+    scores = score_all(scorers, batch, ["a", "b"], [{}, {}])
     sizes = scores["jpeg_incompressibility"]
     assert sizes[0] > 3 * sizes[1] > 0
     assert 0.3 < sizes[1] < 2  # kB: a flat image is little more than the file's header
@@ -157,29 +135,19 @@ def test_jpeg_size_in_kilobytes_and_its_negative():
 # ---- composite -------------------------------------------------------------------------------------------------------
 
 
-def test_composite_gives_parts_and_weighted_mean():
-    composite = Composite({"a": 3.0, "b": 1.0}, {"a": Fixed(a=[1.0, 0.0]), "b": Fixed(b=[5.0, 4.0], extra=[7.0, 8.0])})
-    scores = composite.score(images(), ["x", "y"], [{}, {}])
-    assert list(scores) == ["a", "b", "extra", "avg"]
-    np.testing.assert_allclose(scores["avg"], [(3 * 1 + 5) / 4, (0 + 4) / 4])
-    assert all(values.dtype == np.float64 for values in scores.values())
-
-
-def test_a_part_that_does_not_apply_is_kept_and_left_out_of_the_mean():
-    composite = Composite(
-        {"a": 1.0, "b": 1.0},
-        {"a": Fixed(a=[NOT_APPLICABLE, 2.0, NOT_APPLICABLE]), "b": Fixed(b=[3.0, 4.0, NOT_APPLICABLE])},
-    )
-    scores = composite.score(images(3), [""] * 3, [{}] * 3)
-    assert scores["a"].tolist() == [-10.0, 2.0, -10.0]
-    assert scores["avg"].tolist() == [3.0, 3.0, -10.0]
-
-
-def test_a_part_of_weight_zero_is_reported_only():
-    composite = Composite({"a": 1.0, "b": 0.0}, {"a": Fixed(a=[1.0, 2.0]), "b": Fixed(b=[9.0, 9.0])})
-    scores = composite.score(images(), ["", ""], [{}, {}])
-    assert scores["avg"].tolist() == [1.0, 2.0]
-    assert scores["b"].tolist() == [9.0, 9.0]
+def test_composite_gives_parts_and_the_weighted_mean_of_those_that_apply():
+    none = NOT_APPLICABLE
+    for weights, a, b, average in (
+        ((3.0, 1.0), [1.0, 0.0], [5.0, 4.0], [(3 * 1 + 5) / 4, (0 + 4) / 4]),
+        ((1.0, 1.0), [none, 2.0, none], [3.0, 4.0, none], [3.0, 3.0, none]),
+        ((1.0, 0.0), [1.0, 2.0], [9.0, 9.0], [1.0, 2.0]),  # weight 0: reported only
+    ):
+        parts = {"a": Fixed(a=a), "b": Fixed(b=b, extra=b)}
+        composite, n = Composite(dict(zip("ab", weights, strict=True)), parts), len(a)
+        scores = composite.score(images(n), [""] * n, [{}] * n)
+        assert list(scores) == ["a", "b", "extra", "avg"]
+        assert [values.tolist() for values in scores.values()] == [a, b, b, average]
+        assert all(values.dtype == np.float64 for values in scores.values())
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": -1.0}, {"a": float("nan")}, {"a": "1"}, {"a": True}, {"a": 0.0}])
@@ -189,17 +157,18 @@ def test_weights_that_are_none_are_refused(weights):
 
 
 @pytest.mark.parametrize(
-    ("scores", "problem"),
+    ("scorer", "problem"),
     [
-        ({"a": [1.0]}, "shape"),
-        ({"a": [1.0, float("nan")]}, "image 1 of the batch is nan"),
-        ({"other": [1.0, 1.0]}, "no score under its own name"),
-        ({"a": [1.0, 1.0], "avg": [1.0, 1.0]}, "another reward gives too: avg"),
+        (Fixed(a=[1.0]), "shape"),
+        (Fixed(a=[1.0, float("nan")]), "image 1 of the batch is nan"),
+        (Fixed(other=[1.0, 1.0]), "no score under its own name"),
+        (Fixed(a=[1.0, 1.0], avg=[1.0, 1.0]), "another reward gives too: avg"),
+        (object(), "reward 'a' failed: AttributeError.*score"),
     ],
 )
-def test_malformed_scores_are_refused(scores, problem):
+def test_malformed_scores_and_failures_are_refused_by_name(scorer, problem):
     with pytest.raises(RewardError, match=problem):
-        score_all({"a": Fixed(**scores)}, images(), ["", ""], [{}, {}])
+        score_all({"a": scorer}, images(), ["", ""], [{}, {}])
 
 
 # ---- worker ----------------------------------------------------------------------------------------------------------
@@ -220,34 +189,16 @@ class Gated:
         return {"mean": to_uint8(images).mean(axis=(1, 2, 3))}
 
 
-def test_worker_scores_in_one_other_thread_and_in_order():
-    scorer = Gated()
-    scorer.gate.set()
-    with closing(RewardWorker(scorer)) as worker:
-        futures = [worker.submit(torch.full((1, 3, 4, 4), i, dtype=torch.uint8), ["p"], [{}]) for i in range(6)]
-        means = [future.result(10)["mean"][0] for future in futures]
-    assert means == [0, 1, 2, 3, 4, 5]
-    assert len(scorer.threads) == 1 and threading.get_ident() not in scorer.threads
-
-
-def test_worker_takes_a_copy_of_the_images():
+def test_worker_scores_copies_in_one_other_thread_in_order_and_returns_exceptions():
     scorer = Gated()
     with closing(RewardWorker(scorer)) as worker:
-        images = torch.full((1, 3, 4, 4), 9, dtype=torch.uint8)
-        future = worker.submit(images, ["p"], [{}])
-        images.zero_()
+        batch, futures = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), []
+        for i in range(4):
+            futures.append(worker.submit(batch.fill_(i), ["bad" if i == 2 else "p"], [{}]))
         scorer.gate.set()
-        assert future.result(10)["mean"][0] == 9
-
-
-def test_worker_returns_exceptions_and_goes_on():
-    scorer = Gated()
-    scorer.gate.set()
-    with closing(RewardWorker(scorer)) as worker:
-        bad = worker.submit(images(1), ["bad"], [{}])
-        good = worker.submit(images(1), ["good"], [{}])
-        assert isinstance(bad.exception(10), RuntimeError)
-        assert "mean" in good.result(10)
+        assert isinstance(futures.pop(2).exception(10), RuntimeError)
+        assert [future.result(10)["mean"][0] for future in futures] == [0, 1, 3]
+    assert len(scorer.threads) == 1 and threading.get_ident() not in scorer.threads
 
 
 def test_worker_bounds_what_waits():
@@ -324,32 +275,28 @@ class Sometimes:
         return {"mean": to_uint8(images).mean(axis=(1, 2, 3))}
 
 
-@pytest.fixture
-def short_pauses(monkeypatch):
+@pytest.mark.parametrize(
+    ("failures", "timeout", "retry", "asked"), [(3, 10, True, 4), (10**6, 0.3, True, None), (10**6, 0.3, False, 1)]
+)
+def test_a_worker_asks_again_says_so_and_gives_up_with_the_scorers_own_error(
+    monkeypatch, failures, timeout, retry, asked
+):
     monkeypatch.setattr(rewards.worker, "FIRST_PAUSE", 0.01)
-
-
-def test_a_worker_that_retries_asks_again_and_says_so(short_pauses):
-    scorer = Sometimes(3)
+    scorer = Sometimes(failures)
     with (
-        closing(RewardWorker(scorer, name="r", timeout=10, retry_unavailable=True)) as worker,
+        closing(RewardWorker(scorer, name="r", timeout=timeout, retry_unavailable=retry)) as worker,
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
-        assert "mean" in worker.submit(images(1), ["p"], [{}]).result()
-    assert scorer.asked == 4
-    assert [str(record.message) for record in said] == ["the server does not answer; asked again for up to 10 seconds"]
-
-
-@pytest.mark.parametrize(("retry", "least"), [(True, 3), (False, 1)])
-def test_a_worker_gives_up_with_the_scorers_own_error(short_pauses, retry, least):
-    scorer = Sometimes(10**6)
-    worker = RewardWorker(scorer, name="r", timeout=0.3, retry_unavailable=retry)
-    with warnings.catch_warnings(), closing(worker):
-        warnings.simplefilter("ignore")
-        with pytest.raises(RewardUnavailableError, match="the server does not answer"):
-            worker.submit(images(1), ["p"], [{}]).result()
-    assert scorer.asked >= least and (retry or scorer.asked == 1)
+        future = worker.submit(images(1), ["p"], [{}])
+        if failures == 3:
+            assert "mean" in future.result()
+        else:
+            with pytest.raises(RewardUnavailableError, match="the server does not answer"):
+                future.result()
+    assert scorer.asked == asked or (asked is None and scorer.asked >= 3)
+    texts = [f"the server does not answer; asked again for up to {timeout} seconds"] if retry else []
+    assert [str(record.message) for record in said] == texts
 
 
 def test_a_batch_over_its_time_is_given_up_until_it_ends():
@@ -367,10 +314,3 @@ def test_a_batch_over_its_time_is_given_up_until_it_ends():
         time.sleep(0.01)
     assert "mean" in limited.score(images(1), ["p"], [{}])
     limited.close(cancel=True)
-
-
-def test_a_scorer_that_fails_is_named():
-    scorer = Gated()
-    scorer.gate.set()
-    with pytest.raises(RewardError, match=r"reward 'mean' failed: RuntimeError\('cannot score this'\)"):
-        score_all({"mean": scorer}, images(1), ["bad"], [{}])

@@ -1,10 +1,10 @@
 """HPSv2 against open_clip's forward pass and HPSv2's preprocessing written out, on a tiny checkpoint of its format."""
 
 import html
-import math
+import itertools
 import re
 import sys
-from pathlib import Path
+from functools import partial
 
 import ftfy
 import numpy as np
@@ -17,7 +17,20 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusionopd.rewards import RewardError, hpsv2
 from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip, to_transformers
-from tests.helpers_rewards import MEAN, STD, assert_one_score_a_pair, smooth_images
+
+from .helpers_rewards import (
+    MEAN,
+    STD,
+    assert_official_scores,
+    assert_one_score_a_pair,
+    assert_other_files_are_refused,
+    assert_same_on_a_gpu,
+    attend,
+    layer_norm,
+    linear,
+    random_state,
+    with_biases,
+)
 
 PUBLISHED = hpsv2.CONFIG
 SIDE, PATCH, CONTEXT = 32, 8, 24
@@ -32,52 +45,26 @@ PROMPTS = [
 ]
 
 
-def block_shapes(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}ln_1.weight": (width,),
-        f"{prefix}ln_1.bias": (width,),
-        f"{prefix}attn.in_proj_weight": (3 * width, width),
-        f"{prefix}attn.in_proj_bias": (3 * width,),
-        f"{prefix}attn.out_proj.weight": (width, width),
-        f"{prefix}attn.out_proj.bias": (width,),
-        f"{prefix}ln_2.weight": (width,),
-        f"{prefix}ln_2.bias": (width,),
-        f"{prefix}mlp.c_fc.weight": (2 * width, width),
-        f"{prefix}mlp.c_fc.bias": (2 * width,),
-        f"{prefix}mlp.c_proj.weight": (width, 2 * width),
-        f"{prefix}mlp.c_proj.bias": (width,),
-    }
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """A state dict with the names of open_clip's CLIP."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (CONTEXT, TEXT),
-        "text_projection": (TEXT, COMMON),
-        "logit_scale": (),
-        "visual.class_embedding": (VISION,),
-        "visual.positional_embedding": ((SIDE // PATCH) ** 2 + 1, VISION),
-        "visual.proj": (VISION, COMMON),
-        "visual.conv1.weight": (VISION, 3, PATCH, PATCH),
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The names of open_clip's CLIP."""
+    layers: dict[str, tuple[int, ...]] = {"visual.ln_pre": (VISION,), "visual.ln_post": (VISION,), "ln_final": (TEXT,)}
+    found: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (CONTEXT, TEXT), "text_projection": (TEXT, COMMON), "logit_scale": (),
+        "visual.class_embedding": (VISION,), "visual.positional_embedding": ((SIDE // PATCH) ** 2 + 1, VISION),
+        "visual.proj": (VISION, COMMON), "visual.conv1.weight": (VISION, 3, PATCH, PATCH),
         "token_embedding.weight": (len(VOCABULARY), TEXT),
-    }
-    for name, width in (("visual.ln_pre", VISION), ("visual.ln_post", VISION), ("ln_final", TEXT)):
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    for layer in range(LAYERS):
-        shapes |= block_shapes(f"visual.transformer.resblocks.{layer}.", VISION)
-        shapes |= block_shapes(f"transformer.resblocks.{layer}.", TEXT)
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 and "embedding" not in name else 0.3
-        one = 1.0 if re.search(r"ln_\w+\.weight", name) else 0.0
-        state[name] = one + scale * torch.randn(shape, generator=generator)
-    return state
+    }  # fmt: skip
+    for layer, (tower, width) in itertools.product(range(LAYERS), (("visual.", VISION), ("", TEXT))):
+        p = f"{tower}transformer.resblocks.{layer}."
+        found |= {f"{p}attn.in_proj_weight": (3 * width, width), f"{p}attn.in_proj_bias": (3 * width,)}
+        layers |= {f"{p}ln_1": (width,), f"{p}ln_2": (width,), f"{p}attn.out_proj": (width, width)}
+        layers |= {f"{p}mlp.c_fc": (2 * width, width), f"{p}mlp.c_proj": (width, 2 * width)}
+    return found | with_biases(layers)
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return random_state()
+    return random_state(shapes())
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +85,11 @@ def folder(tmp_path_factory, state):
     load_hps_clip.cache_clear()
 
 
-def scorer(folder: Path, **options) -> Hpsv2:
-    return Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer=str(folder / "tokenizer"), **options)
+@pytest.fixture(scope="module")
+def scorer(folder):
+    """`scorer(...)`: of the tiny checkpoint."""
+    files = {"checkpoint": str(folder / "hps.pt"), "tokenizer": str(folder / "tokenizer")}
+    return lambda **options: Hpsv2(**files | options)
 
 
 # ---- the official steps ----------------------------------------------------------------------------------------------
@@ -150,54 +140,40 @@ def official_tokens(prompt: str) -> torch.Tensor:
     return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
 
 
-def layer_norm(w: dict, name: str, x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
-
-
 def transformer(w: dict, prefix: str, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Pre-norm residual blocks on `[tokens, width]`, with exact GELU."""
     for layer in range(LAYERS):
         p = f"{prefix}{layer}."
-        qkv = F.linear(layer_norm(w, p + "ln_1", x), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"])
-        q, k, v = (part.reshape(len(x), HEADS, -1).transpose(0, 1) for part in qkv.chunk(3, dim=-1))
-        logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        attention = (logits if mask is None else logits + mask).softmax(dim=-1)
-        attended = (attention @ v).transpose(0, 1).reshape(x.shape)
-        x = x + F.linear(attended, w[p + "attn.out_proj.weight"], w[p + "attn.out_proj.bias"])
-        hidden = F.gelu(F.linear(layer_norm(w, p + "ln_2", x), w[p + "mlp.c_fc.weight"], w[p + "mlp.c_fc.bias"]))
-        x = x + F.linear(hidden, w[p + "mlp.c_proj.weight"], w[p + "mlp.c_proj.bias"])
+        qkv = F.linear(layer_norm(w, p + "ln_1", x, 1e-5), w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"])
+        x = x + linear(w, p + "attn.out_proj", attend(*qkv.chunk(3, dim=-1), HEADS, mask))
+        x = x + linear(w, p + "mlp.c_proj", F.gelu(linear(w, p + "mlp.c_fc", layer_norm(w, p + "ln_2", x, 1e-5))))
     return x
 
 
-def official_score(state: dict[str, torch.Tensor], image: Image.Image, prompt: str) -> float:
-    """One image and one prompt through open_clip's CLIP, in float64."""
-    w = {name: value.double() for name, value in state.items()}
+def official_score(w: dict[str, torch.Tensor], image: Image.Image, prompt: str) -> float:
+    """One image and one prompt through open_clip's CLIP; `w` is in float64."""
     patches = F.conv2d(official_pixels(image)[None], w["visual.conv1.weight"], stride=PATCH)[0].flatten(1).T
     x = torch.cat([w["visual.class_embedding"][None], patches]) + w["visual.positional_embedding"]
-    x = transformer(w, "visual.transformer.resblocks.", layer_norm(w, "visual.ln_pre", x))
-    picture = layer_norm(w, "visual.ln_post", x[0]) @ w["visual.proj"]
+    x = transformer(w, "visual.transformer.resblocks.", layer_norm(w, "visual.ln_pre", x, 1e-5))
+    picture = layer_norm(w, "visual.ln_post", x[0], 1e-5) @ w["visual.proj"]
     tokens = official_tokens(prompt)
-    mask = torch.full((CONTEXT, CONTEXT), -torch.inf, dtype=torch.float64).triu(1)
-    x = transformer(w, "transformer.resblocks.", w["token_embedding.weight"][tokens] + w["positional_embedding"], mask)
-    text = layer_norm(w, "ln_final", x)[tokens.argmax()] @ w["text_projection"]
+    x = w["token_embedding.weight"][tokens] + w["positional_embedding"]
+    x = transformer(w, "transformer.resblocks.", x, torch.ones(CONTEXT, CONTEXT).tril())
+    text = layer_norm(w, "ln_final", x, 1e-5)[tokens.argmax()] @ w["text_projection"]
     return float(picture @ text / (picture.norm() * text.norm()))
 
 
 # ---- the scorer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(64, 64), (75, 48), (41, 64), (20, 11), (SIDE, SIDE), (SIDE, 19)])
-def test_score_is_the_official_cosine(folder, state, size):
-    images = smooth_images(*size)
-    wanted = np.array([official_score(state, image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)])
-    assert np.ptp(wanted) > 0.01  # the pairs are told apart
-    scores = scorer(folder).score(images, PROMPTS, [{}] * len(PROMPTS))
-    assert list(scores) == ["hpsv2"] and scores["hpsv2"].dtype == np.float64
-    np.testing.assert_allclose(scores["hpsv2"], wanted, atol=1e-5)
+def test_score_is_the_official_cosine(scorer, state):
+    sizes = [(64, 64), (75, 48), (41, 64), (20, 11), (SIDE, SIDE), (SIDE, 19)]
+    official = partial(official_score, {name: value.double() for name, value in state.items()})
+    assert_official_scores(scorer, "hpsv2", official, sizes, PROMPTS, told_apart=0.01)
 
 
-def test_prompts_become_the_official_tokens(folder):
-    tokenizer = scorer(folder).clip.tokenizer
+def test_prompts_become_the_official_tokens(scorer):
+    tokenizer = scorer().clip.tokenizer
     for prompt in PROMPTS:
         ids = tokenizer(clean_prompt(prompt), truncation=True, max_length=CONTEXT)["input_ids"]
         wanted = official_tokens(prompt)
@@ -205,21 +181,15 @@ def test_prompts_become_the_official_tokens(folder):
     assert clean_prompt(PROMPTS[1]) == "<two> & three café signs, don't!"
 
 
-def test_one_score_a_pair_whatever_batch_form_and_precision(folder):
-    assert_one_score_a_pair(lambda **options: scorer(folder, **options), "hpsv2", PROMPTS, half_within=0.02)
+def test_one_score_a_pair_whatever_batch_form_and_precision(scorer):
+    assert_one_score_a_pair(scorer, "hpsv2", PROMPTS, half_within=0.02)
+    assert (first := scorer().clip) is scorer().clip, "weights are loaded once, and frozen"
+    assert not any(parameter.requires_grad for parameter in first.model.parameters())
 
 
 @pytest.mark.gpu
-def test_scores_on_a_gpu_are_those_on_a_cpu(folder):
-    images = smooth_images(75, 48)
-    cpu, gpu = (scorer(folder, device=d).score(images, PROMPTS, [{}] * 3)["hpsv2"] for d in ("cpu", "cuda"))
-    np.testing.assert_allclose(gpu, cpu, atol=1e-4)
-
-
-def test_weights_are_loaded_once_and_frozen(folder):
-    first, second = scorer(folder), scorer(folder)
-    assert first.clip is second.clip
-    assert not any(parameter.requires_grad for parameter in first.clip.model.parameters())
+def test_scores_on_a_gpu_are_those_on_a_cpu(scorer):
+    assert_same_on_a_gpu(scorer, "hpsv2", PROMPTS, atol=1e-4)
 
 
 def test_the_configuration_has_the_published_sizes():
@@ -247,65 +217,30 @@ def test_the_configuration_has_the_published_sizes():
 # ---- what is wrong with the files ------------------------------------------------------------------------------------
 
 
-def test_missing_files_are_named_with_the_command(folder, tmp_path):
-    with pytest.raises(RewardError, match=r"none\.pt.*python -m tools\.download rewards hpsv2"):
-        Hpsv2(checkpoint=str(tmp_path / "none.pt"), tokenizer=str(folder / "tokenizer"))
-    with pytest.raises(RewardError, match="hf download nobody/no-such-tokenizer"):
-        Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer="nobody/no-such-tokenizer")
+def test_other_files_are_refused(scorer, state, tmp_path):
+    def without(name):
+        return {"state_dict": {key: value for key, value in state.items() if key != name}}
 
-
-def broken(state: dict[str, torch.Tensor], case: str) -> object:
-    """The content of a file that is not the checkpoint."""
-    if case == "bare":
-        return state
-    if case == "list":
-        return [1, 2]
-    changed = dict(state)
-    if case == "missing":
-        del changed["visual.transformer.resblocks.1.attn.in_proj_bias"]
-    elif case == "first missing":
-        del changed["visual.proj"]
-    elif case == "shape":
-        changed["ln_final.bias"] = torch.zeros(3)
-    else:
-        changed[case] = torch.zeros(1)
-    return {"state_dict": changed}
-
-
-@pytest.mark.parametrize(
-    ("case", "problem"),
-    [
-        ("bare", "state_dict"),
-        ("list", "indices"),
-        ("missing", r"layers\.1\.self_attn\.q_proj\.bias"),
-        ("first missing", r"visual_projection|'visual\.proj'"),
-        ("shape", "size mismatch"),
+    more = [
+        ("ln_final.bias", "size mismatch"),
         ("score_predictor.weight", r"Unexpected.*score_predictor\.weight"),
         ("transformer.resblocks.0.ln_3.bias", r"Unexpected.*layers\.0\.ln_3\.bias"),
-    ],
-)
-def test_another_file_is_refused(folder, state, tmp_path, case, problem):
-    path = tmp_path / "other.pt"
-    torch.save(broken(state, case), path)
-    with pytest.raises(RewardError, match=rf"(?s)is not the checkpoint of reward 'hpsv2'.*{problem}.*tools\.download"):
-        Hpsv2(checkpoint=str(path), tokenizer=str(folder / "tokenizer"))
+    ]
+    others = [
+        (state, "state_dict"),
+        ([1, 2], "indices"),
+        (without("visual.transformer.resblocks.1.attn.in_proj_bias"), r"layers\.1\.self_attn\.q_proj\.bias"),
+        (without("visual.proj"), r"visual_projection|'visual\.proj'"),
+        *(({"state_dict": state | {name: torch.zeros(3)}}, fact) for name, fact in more),
+    ]
+    assert_other_files_are_refused(scorer, "hpsv2", tmp_path, others)
 
 
-def test_a_file_without_tensors_is_refused(folder, tmp_path):
-    path = tmp_path / "page.pt"
-    path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(RewardError, match="is not the checkpoint"):
-        Hpsv2(checkpoint=str(path), tokenizer=str(folder / "tokenizer"))
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
+def test_a_tokenizer_of_another_vocabulary_and_a_missing_package_are_refused(scorer, tmp_path, monkeypatch):
     vocabulary = {token: i for i, token in enumerate(reversed(VOCABULARY))}
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
     with pytest.raises(RewardError, match="ends a text with token 0"):
-        Hpsv2(checkpoint=str(folder / "hps.pt"), tokenizer=str(tmp_path))
-
-
-def test_a_missing_package_is_an_import_error_of_the_constructor(folder, monkeypatch):
+        scorer(tokenizer=str(tmp_path))
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match="ftfy"):
-        scorer(folder)
+        scorer()

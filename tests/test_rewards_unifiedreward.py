@@ -35,17 +35,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(self.server.models if self.path == "/v1/models" else (404, {}, "no such page"))
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
-            number = len(self.server.requests)
-            self.server.under_way += 1
-            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
+            number, server.under_way = len(server.requests), server.under_way + 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
         try:
-            reply = self.server.answer(number, body)
+            reply = server.answer(number, body)
         finally:
-            with self.server.lock:
-                self.server.under_way -= 1
+            with server.lock:
+                server.under_way -= 1
         self.send(reply)
 
     def send(self, reply: Reply):
@@ -159,21 +158,17 @@ def test_answers_without_a_score_do_not_apply_and_are_counted(build, server):
 
 
 def test_a_request_is_that_of_the_official_client(build, server):
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 512, 512, 3), dtype=np.uint8)
-    build().score(pixels, ["a {red} dog"], [{}])
-    request = server.requests[0]
-    assert request.path == "/v1/chat/completions"
-    assert request.body["model"] == "UnifiedReward-7b-v1.5" and request.body["temperature"] == 0
-    assert [part["type"] for part in request.body["messages"][0]["content"]] == ["image_url", "text"]
-    assert sent_text(request.body) == "<image>\nHow good? {1-5}\nCaption: [a {red} dog]"
-    np.testing.assert_array_equal(np.asarray(sent_image(request.body)), pixels[0])
-
-
-def test_images_of_another_size_become_512(build, server):
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
-    build().score([image], ["p"], [{}])
-    wanted = np.asarray(image.resize((512, 512), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(np.asarray(sent_image(server.requests[0].body)), wanted)
+    """Images of another size become 512."""
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    small = Image.fromarray(pixels[:32, :48])
+    for images, wanted in ((pixels[None], pixels), ([small], small.resize((512, 512), Image.Resampling.BICUBIC))):
+        build().score(images, ["a {red} dog"], [{}])
+        request = server.requests[-1]
+        assert request.path == "/v1/chat/completions"
+        assert request.body["model"] == "UnifiedReward-7b-v1.5" and request.body["temperature"] == 0
+        assert [part["type"] for part in request.body["messages"][0]["content"]] == ["image_url", "text"]
+        assert sent_text(request.body) == "<image>\nHow good? {1-5}\nCaption: [a {red} dog]"
+        np.testing.assert_array_equal(np.asarray(sent_image(request.body)), np.asarray(wanted))
 
 
 def test_scores_are_in_the_order_of_the_images(build, server):
@@ -212,9 +207,6 @@ def test_without_the_official_question_it_asks_its_own_and_says_so(build, server
     scorer.score(grey(0), ["a dog"], [{}])
     assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
     assert "Final Score:" in OWN_QUESTION and OWN_QUESTION.count("{prompt}") == 1
-
-
-def test_a_question_without_a_place_for_the_caption_is_refused(build, tmp_path):
     (tmp_path / "other.txt").write_text("404: Not Found")
     with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools.download"):
         build(question=str(tmp_path / "other.txt"))
@@ -230,10 +222,8 @@ def test_another_judge_is_a_subclass_with_a_name_and_a_parser(server, question):
     server.answer = lambda number, body: chat({"a": "Yes", "b": "No"}.get(sent_text(body)[-2]))
     with pytest.warns(UserWarning, match="'yes'"):
         scores = Yes(base_url=server.address, question=question).score(grey(0, 1, 2), ["a", "b", "c"], [{}] * 3)
-    assert {name: values.tolist() for name, values in scores.items()} == {
-        "yes": [1.0, 0.0, NOT_APPLICABLE],
-        "yes_unparsable": [0.0, 0.0, 1.0],
-    }
+    assert scores["yes"].tolist() == [1.0, 0.0, NOT_APPLICABLE] and scores["yes_unparsable"].tolist() == [0, 0, 1]
+    assert len(scores) == 2
 
 
 # ---- address, key, options -------------------------------------------------------------------------------------------
@@ -249,34 +239,29 @@ def test_the_address_may_be_given_with_and_without_v1():
         assert KEY not in str(error.value)
 
 
-def test_the_key_is_in_the_header_and_nowhere_else(build, server):
+def test_the_key_is_in_the_header_and_nowhere_else(build, server, monkeypatch):
     server.answer = lambda number, body: (400, {}, f"bad request with key {KEY}")
     scorer = build()
     with pytest.raises(RewardError, match=r"HTTP 400: bad request with key \*\*\*") as error:
         scorer.score(grey(0), ["p"], [{}])
-    request = server.requests[0]
+    (request,), said = server.requests, [str(error.value) + repr(error.value.__cause__)]
     assert request.headers["Authorization"] == f"Bearer {KEY}"
-    assert KEY not in json.dumps(request.body) + str(error.value) + repr(error.value.__cause__)
-
-
-def test_without_a_key_none_is_sent(build, server, monkeypatch):
-    monkeypatch.delenv("TEST_KEY")
-    build().score(grey(0), ["p"], [{}])
-    assert "Authorization" not in server.requests[0].headers
-
-
-def test_a_refused_key_names_its_variable_only(build, server):
     server.models = (401, {}, f"wrong key {KEY}")
     with pytest.raises(RewardError, match=r"HTTP 401.*wrong key \*\*\*.*variable TEST_KEY") as error:
         build()
-    assert KEY not in str(error.value)
-
-
-def test_a_key_that_cannot_be_sent_is_refused_at_once(build, monkeypatch):
+    said.append(str(error.value))
     monkeypatch.setenv("TEST_KEY", f"{KEY}\nX-Other: 1")
     with pytest.raises(RewardError, match="TEST_KEY holds characters") as error:
         build()
-    assert KEY not in str(error.value)
+    assert KEY not in json.dumps(request.body) + "".join(said) + str(error.value)
+
+
+def test_without_a_key_none_is_sent_and_a_proxy_is_not_for_this_machine(build, server, monkeypatch):
+    monkeypatch.delenv("TEST_KEY")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert build().score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [0.8]
+    assert "Authorization" not in server.requests[0].headers
 
 
 def test_options_that_are_none_are_refused(build):
@@ -284,12 +269,6 @@ def test_options_that_are_none_are_refused(build):
     for option, value in options.items():
         with pytest.raises(RewardError, match=f"{option}={value}"):
             build(**{option: value})
-
-
-def test_a_proxy_of_the_environment_is_not_for_this_machine(build, server, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert build().score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [0.8]
 
 
 # ---- trouble ---------------------------------------------------------------------------------------------------------
@@ -303,57 +282,44 @@ def pauses(monkeypatch) -> list[float]:
     return seconds
 
 
-def test_a_dead_server_is_an_error_at_the_start(build, pauses):
+def test_a_dead_server_or_one_without_models_is_an_error_at_the_start(build, server, pauses):
     unused = ChatServer()
     unused.server_close()
     with pytest.raises(RewardError, match=f"{unused.address}/v1 does not answer.*python -m sglang.launch_server"):
         build(base_url=unused.address, retries=3, backoff=60.0)
     assert pauses == []
-
-
-def test_a_server_without_models_is_an_error_at_the_start(build, server):
     server.models = (404, {}, "nothing here")
     with pytest.raises(RewardError, match="GET /models with HTTP 404: nothing here"):
         build()
 
 
 def test_what_passes_is_asked_again(build, server):
-    busy = {1: 429, 2: 500}
-    server.answer = lambda number, body: (busy[number], {}, "busy") if number in busy else chat("Final Score: 5")
-    assert build(retries=2).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
-    first, *others = (request.body for request in server.requests)
-    assert others == [first, first]
-
-
-def test_a_timeout_is_asked_again(build, server):
+    """Busy, broken, or too late."""
     late = threading.Event()
 
     def answer(number, body):
-        if number == 1:
+        if number == 3:
             late.wait(10)
-        return chat("Final Score: 5")
+        return {1: (429, {}, "busy"), 2: (500, {}, "busy")}.get(number) or chat("Final Score: 5")
 
     server.answer = answer
     try:
-        assert build(retries=1, timeout=1.0).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
+        assert build(retries=3, timeout=0.5).score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
     finally:
         late.set()
-    assert len(server.requests) == 2
+    first, *others = (request.body for request in server.requests)
+    assert others == [first] * 3
 
 
-def test_repetitions_wait_twice_as_long_each_time(build, server, pauses):
-    server.answer = lambda number, body: (503, {}, "") if number <= 4 else chat("Final Score: 5")
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [([{}] * 4, [3, 6, 12]), ([{"Retry-After": "3"}, {"Retry-After": "86400"}], [3, LONGEST_PAUSE])],
+)
+def test_repetitions_wait_twice_as_long_each_time_or_as_asked_up_to_a_bound(build, server, pauses, answers, expected):
+    """Without a word the first repetition does not wait."""
+    server.answer = lambda number, body: (503, answers.pop(0), "") if answers else chat("Final Score: 5")
     build(retries=4, backoff=1.5).score(grey(0), ["p"], [{}])
-    assert pauses == [3, 6, 12]  # the first repetition does not wait
-
-
-def test_retry_after_is_honoured_up_to_a_bound(build, server, pauses):
-    asked = {1: "3", 2: "86400"}
-    server.answer = lambda number, body: (
-        (429, {"Retry-After": asked[number]}, "") if number in asked else chat("Final Score: 5")
-    )
-    build().score(grey(0), ["p"], [{}])
-    assert pauses == [3, LONGEST_PAUSE]
+    assert pauses == expected
 
 
 def test_a_request_that_fails_for_good_names_server_and_cause(build, server):
@@ -366,60 +332,36 @@ def test_a_request_that_fails_for_good_names_server_and_cause(build, server):
     assert scorer.score(grey(0), ["p"], [{}])["unifiedreward"].tolist() == [1.0]
 
 
-def test_a_bad_request_is_not_repeated(build, server):
+def test_a_bad_request_is_not_repeated_and_what_is_no_chat_completion_is_an_error(build, server):
+    scorer = build()
     server.answer = lambda number, body: (400, {}, "context too long " * 100)
     with pytest.raises(RewardError, match="HTTP 400: context too long") as error:
-        build().score(grey(0), ["p"], [{}])
+        scorer.score(grey(0), ["p"], [{}])
     assert len(server.requests) == 1 and len(str(error.value)) < 500
-
-
-def test_what_is_no_chat_completion_is_an_error(build, server):
-    scorer = build()
     for text in ("<html>", "[]", '{"choices": []}', '{"choices": [{"text": "x"}]}', '{"choices": 1}'):
         server.answer = lambda number, body, text=text: (200, {}, text)
         with pytest.raises(RewardError, match="no chat completion"):
             scorer.score(grey(0), ["p"], [{}])
-
-
-def test_a_server_that_dies_is_an_error_not_a_score(build, server):
-    server.models = (200, {"Connection": "close"}, "{}")
-    scorer = build(retries=1)
-    server.shutdown()
-    server.socket.close()
-    with pytest.raises(RewardError, match=f"{server.address}/v1 does not answer POST.*sglang"):
-        scorer.score(grey(0), ["p"], [{}])
-
-
-def test_as_many_prompts_as_images(build):
     with pytest.raises(ValueError, match="shorter"):
-        build().score(grey(0, 1), ["p"], [{}] * 2)
+        scorer.score(grey(0, 1), ["p"], [{}] * 2)
 
 
-def test_training_waits_for_a_server_that_comes_back(build, question, monkeypatch):
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_training_waits_for_a_server_that_comes_back_and_not_for_ever(build, monkeypatch, comes_back):
     monkeypatch.setattr("diffusionopd.rewards.worker.FIRST_PAUSE", 0.05)
     old = ChatServer()
     with serving(old):
         scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
-    port = old.server_address[1]
-    with (
-        closing(RewardWorker(scorer, name="unifiedreward", timeout=60, retry_unavailable=True)) as worker,
-        pytest.warns(UserWarning, match="does not answer POST.*asked again for up to 60 seconds"),
-    ):
+    with pytest.raises(RewardError, match=f"{old.address}/v1 does not answer POST.*sglang"):
+        scorer.score(grey(0), ["p"], [{}])  # an error, not a score
+    worker = RewardWorker(scorer, name="unifiedreward", timeout=60 if comes_back else 0.5, retry_unavailable=True)
+    with closing(worker), pytest.warns(UserWarning, match="does not answer POST.*asked again for up to"):
         future = worker.submit(grey(0), ["p"], [{}])
-        time.sleep(0.3)
-        assert not future.done()
-        with serving(ChatServer(port)):
-            assert future.result()["unifiedreward"].tolist() == [0.8]
-
-
-def test_training_does_not_wait_for_ever(build, monkeypatch):
-    monkeypatch.setattr("diffusionopd.rewards.worker.FIRST_PAUSE", 0.05)
-    old = ChatServer()
-    with serving(old):
-        scorer = build(base_url=old.address, retries=0, connect_timeout=1.0)
-    with closing(RewardWorker(scorer, name="unifiedreward", timeout=0.5, retry_unavailable=True)) as worker:
-        with (
-            pytest.warns(UserWarning, match="asked again"),
-            pytest.raises(RewardError, match="does not answer.*sglang"),
-        ):
-            worker.submit(grey(0), ["p"], [{}]).result()
+        if comes_back:
+            time.sleep(0.3)
+            assert not future.done()
+            with serving(ChatServer(old.server_address[1])):
+                assert future.result()["unifiedreward"].tolist() == [0.8]
+        else:
+            with pytest.raises(RewardError, match="does not answer.*sglang"):
+                future.result()

@@ -27,22 +27,19 @@ from .helpers_processes import alive, kill, linux, start, wait_for, wait_for_fir
 
 
 def test_the_first_signal_is_noted_and_handlers_come_back():
-    before = {n: signal.getsignal(n) for n in SIGNALS}
+    before, inside = {n: signal.getsignal(n) for n in SIGNALS}, []
     for number in SIGNALS:
         seen = []
         with SignalWatch(seen.append) as watch:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # the same request, which came by two ways
-            time.sleep(0)
+            for _ in range(2):  # the same request, which came by two ways
+                os.kill(os.getpid(), number)
         assert seen == [number] and watch.received == number
-    inside = []
 
     def watched():
         with SignalWatch(print):
             inside.append(signal.getsignal(signal.SIGTERM))
 
-    thread = threading.Thread(target=watched)
-    thread.start()
+    (thread := threading.Thread(target=watched)).start()
     thread.join()
     assert inside == [before[signal.SIGTERM]], "outside the main thread nothing is installed"
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
@@ -119,12 +116,12 @@ def test_a_signal_reaches_every_process_once():
 
 @linux
 def test_a_process_that_fails_or_is_killed_ends_the_others_and_is_named():
-    status, _, errors = Supervised("fails").end()
-    assert status == 3 and "rank 1" in errors and "status 3" in errors
-    run = Supervised("deaf")
-    os.kill(run.workers[1], signal.SIGKILL)
-    status, _, errors = run.end()
-    assert status == 137 and "rank 1" in errors and "SIGKILL" in errors
+    for how, expected, fact in (("fails", 3, "status 3"), ("deaf", 137, "SIGKILL")):
+        run = Supervised(how)
+        if how == "deaf":
+            os.kill(run.workers[1], signal.SIGKILL)
+        status, _, errors = run.end()
+        assert status == expected and "rank 1" in errors and fact in errors
 
 
 @linux
@@ -188,12 +185,11 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 
 def test_the_round_is_finished_and_saved_once(finished_runs, tiny_config, monkeypatch, capfd):
-    """The signal comes in a round that is saved only because of it, in one that is saved anyway, and while it is."""
+    """The signal comes in a round that is saved only because of it, and while one is saved that is saved anyway."""
     complete = finished_runs("nft")
     options = {"train__algorithm": "nft", "train__ema": True, "train__ema_interval": 2}
     for name, owner, freq, number in (
         ("round", Nft, 0, signal.SIGUSR1),
-        ("round", Nft, 1, signal.SIGTERM),
         ("save", checkpoint, 1, signal.SIGTERM),
     ):
         config = tiny_config(run_name=f"{name}{freq}", save_freq=freq, resume_from="auto", **options)
@@ -237,7 +233,28 @@ def test_an_evaluation_stops_between_batches_and_is_made_up_for(tiny_config, mon
 # ---- the programs ----------------------------------------------------------------------------------------------------
 
 
+def assert_stopped_well(run: Path) -> None:
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_round(tiny_config, tmp_path):
+    config, run = tiny_config(num_epochs=10000), tmp_path / "logs" / "run"
+
+    def work(_):
+        with pytest.raises(Stopped):
+            train(config)
+
+    with forked.start(work, 2, log=tmp_path / "output") as processes:
+        wait_for(lambda: (run / "metrics.jsonl").exists() or len(processes.running()) < 2, 120, "the first round")
+        processes.send(1, signal.SIGTERM)
+        ends = processes.wait(60)
+    assert [end.status for end in ends] == [0, 0], ends
+    assert_stopped_well(run)
+
+
 @linux
+@pytest.mark.slow
 def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_path):
     process = start("single_node/mopd.sh", tiny_config(num_epochs=10000), tmp_path, NUM_PROCESSES="2")
     run = tmp_path / "logs" / "run"
@@ -247,9 +264,8 @@ def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_pat
         assert process.wait(60) == STOPPED, (tmp_path / "output").read_text()
     finally:
         kill(process)
-    latest = checkpoint.find_latest(run / "checkpoints")
-    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
-    assert str(latest) in (tmp_path / "output").read_text()
+    assert_stopped_well(run)
+    assert str(checkpoint.find_latest(run / "checkpoints")) in (tmp_path / "output").read_text()
 
 
 def test_an_evaluation_ends_with_a_word_about_going_on(pipeline_folder, tmp_path):

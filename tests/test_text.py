@@ -1,6 +1,5 @@
 """The text cache: exact round trips, nothing encoded twice, damage found, several writers, a disk that is full."""
 
-import multiprocessing
 import os
 import shutil
 import struct
@@ -15,7 +14,9 @@ from diffusionopd.files import FolderError
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 
-PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball"]
+from .forked import fork
+
+PROMPTS = ["a red cube", "", "日本語 'quoted'\n", "a blue ball", NEGATIVE]
 
 
 @pytest.fixture(autouse=True)
@@ -68,163 +69,94 @@ def files(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_comes_back_is_what_was_encoded(tmp_path, dtype):
-    assert cache(tmp_path, dtype=dtype).fill(PROMPTS, Encoder, batch_size=3) == 4
-    got = cache(tmp_path, dtype=dtype).get(PROMPTS[::-1])
+    """In another order, more than once, converted; of files whose folders are named by the start of their hash."""
+    assert cache(tmp_path, dtype=dtype).fill(PROMPTS, Encoder, batch_size=3) == len(PROMPTS)
+    got = (store := cache(tmp_path, dtype=dtype)).get(PROMPTS[::-1])
     assert got["tokens"].dtype == got["pooled"].dtype == dtype
-    assert_same(got, Conditions.of(encoded(PROMPTS[::-1])).to(dtype=dtype))
-
-
-def test_get_repeats_and_converts(tmp_path):
-    store = cache(tmp_path)
-    store.fill(PROMPTS, Encoder)
-    got = store.get(["a red cube"] * 3, "cpu", torch.float64)
-    assert got["tokens"].shape == (3, 4, 6) and got["pooled"].shape == (3, 3)
-    assert got["tokens"].dtype == torch.float64 and torch.equal(got["tokens"][0], got["tokens"][2])
-
-
-def test_complete_cache_never_loads_an_encoder(tmp_path):
-    cache(tmp_path).fill(PROMPTS, Encoder)
-    assert cache(tmp_path).missing(PROMPTS) == []
-    assert cache(tmp_path).fill(PROMPTS * 2, forbidden) == 0
+    expected = Conditions.of(encoded(PROMPTS[::-1])).to(dtype=dtype)
+    assert_same(got, expected)
+    got["tokens"].zero_()
+    assert_same(store.get(PROMPTS[::-1]), expected)  # no alias of what the cache holds
+    got = store.get([NEGATIVE] * 3, "cpu", torch.float64)
+    assert got["pooled"].shape == (3, 3) and got["tokens"].dtype == torch.float64
+    assert torch.equal(got["tokens"][0], got["tokens"][2])
+    for path in files(tmp_path):
+        assert path.suffix == ".safetensors" and path.name.startswith(path.parent.name) and len(path.parent.name) == 2
+    assert len(files(tmp_path)) == len(PROMPTS)  # the negative prompt and the empty one are two
 
 
 def test_only_what_is_missing_is_encoded_once_each(tmp_path):
     cache(tmp_path).fill(PROMPTS[:2], Encoder)
-    encoder = Encoder()
-    prompts = [*PROMPTS, *PROMPTS, "new"]
+    encoder, prompts = Encoder(), [*PROMPTS, *PROMPTS, "new"]
     assert cache(tmp_path).missing(prompts) == [*PROMPTS[2:], "new"]
-    assert cache(tmp_path).fill(prompts, lambda: encoder, batch_size=2) == 3
-    assert encoder.batches == [PROMPTS[2:], ["new"]]
+    assert cache(tmp_path).fill(prompts, lambda: encoder, batch_size=2) == 4
+    assert encoder.batches == [PROMPTS[2:4], [NEGATIVE, "new"]]
+    assert cache(tmp_path).fill(prompts, forbidden) == 0
+    for other in ({"model": "model@2"}, {"length": 77}, {"dtype": torch.float16}):
+        assert cache(tmp_path, **other).missing(PROMPTS) == PROMPTS, "an embedding depends on it"
 
 
-@pytest.mark.parametrize(
-    "other", [{"model": "model@2"}, {"length": 77}, {"dtype": torch.float16}], ids=["model", "length", "dtype"]
-)
-def test_everything_an_embedding_depends_on_separates_files(tmp_path, other):
-    cache(tmp_path).fill(PROMPTS, Encoder)
-    assert cache(tmp_path, **other).missing(PROMPTS) == PROMPTS
-
-
-def test_files_are_spread_over_folders_named_by_their_hash(tmp_path):
-    store = cache(tmp_path)
-    store.fill([str(i) for i in range(40)], Encoder)
-    for path in files(tmp_path):
-        assert path.suffix == ".safetensors" and path.name.startswith(path.parent.name) and len(path.parent.name) == 2
-    assert len({path.parent for path in files(tmp_path)}) > 20
-
-
-def test_encoder_is_freed(tmp_path):
+def test_the_encoder_is_freed(tmp_path):
     references = []
-
-    def load():
-        encoder = Encoder()
-        references.append(weakref.ref(encoder))
-        return encoder
-
-    cache(tmp_path).fill(PROMPTS, load)
+    cache(tmp_path).fill(PROMPTS, lambda: references.append(weakref.ref(encoder := Encoder())) or encoder)
     assert references[0]() is None
 
 
-def test_memory_holds_a_few_prompts_and_spares_the_disk(tmp_path):
+def test_memory_holds_a_few_prompts_and_what_is_not_there_is_named(tmp_path):
     store = cache(tmp_path, memory_items=2)
     store.fill(PROMPTS, Encoder)
     store.get(PROMPTS)
     for path in files(tmp_path):
         path.unlink()
     store.get(PROMPTS[-2:])
-    with pytest.raises(TextCacheError, match="a red cube"):
-        store.get(PROMPTS[:1])
-
-
-def test_returned_tensors_do_not_alias_the_cache(tmp_path):
-    store = cache(tmp_path)
-    store.fill(PROMPTS, Encoder)
-    store.get(PROMPTS[:1])["tokens"].zero_()
-    assert_same(store.get(PROMPTS[:1]), Conditions.of(encoded(PROMPTS[:1])))
-
-
-def test_absent_prompt_is_named(tmp_path):
-    with pytest.raises(TextCacheError, match="never seen.*fill"):
-        cache(tmp_path).get(["never seen"])
+    for prompt in ("a red cube", "never seen"):
+        with pytest.raises(TextCacheError, match=f"{prompt}.*fill"):
+            store.get([prompt])
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
-
-def truncated(content):
-    return content[: len(content) // 2]
-
-
-def without_last_byte(content):
-    return content[:-1]
-
-
-def with_tail(content):
-    return content + b"\0"
+OTHER = b'{"tokens":[],"pooled":{}}'
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "with tail": lambda content: content + b"\0",
+    "garbage": lambda content: bytes(range(256)) * 4,
+    "huge header": lambda content: struct.pack("<Q", 2**62) + content[8:],
+    "not JSON": lambda content: content[:8] + b"\xff" * (len(content) - 8),
+    "header of something else": lambda content: struct.pack("<Q", len(OTHER)) + OTHER,
+}
 
 
-def empty(content):
-    return b""
-
-
-def garbage(content):
-    return bytes(range(256)) * 4
-
-
-def huge_header(content):
-    return struct.pack("<Q", 2**62) + content[8:]
-
-
-def not_json(content):
-    return content[:8] + b"\xff" * (len(content) - 8)
-
-
-def header_of_something_else(content):
-    header = b'{"tokens":[],"pooled":{}}'
-    return struct.pack("<Q", len(header)) + header
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [truncated, without_last_byte, with_tail, empty, garbage, huge_header, not_json, header_of_something_else],
-    ids=lambda damage: damage.__name__,
-)
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_file_is_removed_with_a_warning_and_encoded_again(tmp_path, damage):
-    store = cache(tmp_path)
+    store, encoder = cache(tmp_path), Encoder()
     store.fill(PROMPTS, Encoder)
     path = store.path(PROMPTS[0])
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.warns(UserWarning, match=path.name):
         assert store.missing(PROMPTS) == PROMPTS[:1]
     assert not path.exists()
-    encoder = Encoder()
     assert store.fill(PROMPTS, lambda: encoder) == 1
     assert encoder.batches == [PROMPTS[:1]]
     assert_same(cache(tmp_path).get(PROMPTS), Conditions.of(encoded(PROMPTS)))
 
 
-def test_every_truncation_is_found(tmp_path):
+def test_every_truncation_is_found_and_every_flipped_bit_on_reading(tmp_path):
+    cache(tmp_path).fill(PROMPTS[:1], Encoder)
     store = cache(tmp_path)
-    store.fill(PROMPTS[:1], Encoder)
     path = store.path(PROMPTS[0])
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.warns(UserWarning, match="damaged"):
             assert store.missing(PROMPTS[:1]) == PROMPTS[:1]
-
-
-@pytest.mark.parametrize("position", [-1, -50, -100])
-def test_flipped_bit_is_found_on_reading(tmp_path, position):
-    cache(tmp_path).fill(PROMPTS, Encoder)
-    store = cache(tmp_path)
-    path = store.path(PROMPTS[0])
-    content = bytearray(path.read_bytes())
-    content[position] ^= 4
-    path.write_bytes(content)
-    with pytest.warns(UserWarning, match="checksum"), pytest.raises(TextCacheError, match="a red cube.*damaged"):
-        store.get(PROMPTS)
-    assert store.missing(PROMPTS) == PROMPTS[:1]  # so the next run repairs it
+    for position in (-1, -50, -100):
+        content = bytearray(whole)
+        content[position] ^= 4
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match="checksum"), pytest.raises(TextCacheError, match="a red cube.*damaged"):
+            store.get(PROMPTS[:1])
+        assert store.missing(PROMPTS[:1]) == PROMPTS[:1]  # so the next run repairs it
 
 
 def test_crash_while_encoding_keeps_what_was_done(tmp_path):
@@ -239,68 +171,43 @@ def test_crash_while_encoding_keeps_what_was_done(tmp_path):
     assert cache(tmp_path).missing(PROMPTS) == PROMPTS[2:]
 
 
-@pytest.mark.parametrize("moment", ["write_bytes", "replace"])
-def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch, moment):
+def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch):
     def crash(*_args):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        if moment == "replace":
-            patch.setattr(os, "replace", crash)
-        else:
-            patch.setattr(Path, "write_bytes", lambda self, content: (self.touch(), crash()))
-        with pytest.raises(FolderError, match="No space left"):
+    for owner, name, fails in (
+        (os, "replace", crash),
+        (Path, "write_bytes", lambda self, content: (self.touch(), crash())),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(FolderError, match="No space left"):
+            patch.setattr(owner, name, fails)
             cache(tmp_path).fill(PROMPTS, Encoder)
-    assert files(tmp_path) == []
-    assert cache(tmp_path).fill(PROMPTS, Encoder) == len(PROMPTS)
-
-
-# --- the disk and the encoder ----------------------------------------------------------------------------------------
-
-
-def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+        assert files(tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
-    with pytest.raises(TextCacheError, match="1,000 free"):
+    with pytest.raises(TextCacheError, match="1,000 free"):  # told before anything is written
         cache(tmp_path).fill(PROMPTS, Encoder, batch_size=2)
     assert files(tmp_path) == []
-
-
-def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FolderError, match="text cache"):
         cache(tmp_path / "file" / "cache").fill(PROMPTS, Encoder)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_embedding_that_is_not_finite_is_refused(tmp_path, bad):
-    def encode(prompts):
-        rows = encoded(prompts)
-        rows[prompts.index("a blue ball")]["tokens"][0, 0] = bad
-        return rows
+def test_embeddings_that_cannot_be_stored_are_refused(tmp_path):
+    """Not finite, too large for the stored dtype, or fewer than asked for; gradients are left off."""
 
-    with pytest.raises(TextCacheError, match="a blue ball.*not finite"):
-        cache(tmp_path).fill(PROMPTS, lambda: encode)
-    assert cache(tmp_path).missing(["a blue ball"])
+    def fill(change, dtype=torch.float32):
+        rows = encoded(PROMPTS)
+        cache(tmp_path, dtype=dtype).fill(PROMPTS, lambda: lambda prompts: change(rows))
 
-
-def test_overflow_of_the_stored_dtype_is_refused(tmp_path):
-    def encode(prompts):
-        return [row | {"tokens": row["tokens"] * 1e6} for row in encoded(prompts)]
-
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(TextCacheError, match="a blue ball.*not finite"):
+            fill(lambda rows, bad=bad: rows[PROMPTS.index("a blue ball")]["tokens"][0, 0].fill_(bad) is None or rows)
+        assert cache(tmp_path).missing(["a blue ball"])
     with pytest.raises(TextCacheError, match="float16"):
-        cache(tmp_path, dtype=torch.float16).fill(PROMPTS, lambda: encode)
-
-
-def test_encoder_that_loses_prompts_is_refused(tmp_path):
+        fill(lambda rows: [row | {"tokens": row["tokens"] * 1e6} for row in rows], torch.float16)
     with pytest.raises(ValueError):
-        cache(tmp_path).fill(PROMPTS, lambda: lambda prompts: encoded(prompts[1:]))
-
-
-def test_encoder_with_gradients_is_accepted(tmp_path):
-    def encode(prompts):
-        return [row | {"tokens": row["tokens"].requires_grad_()} for row in encoded(prompts)]
-
-    cache(tmp_path).fill(PROMPTS, lambda: encode)
+        fill(lambda rows: rows[1:])
+    fill(lambda rows: [row | {"tokens": row["tokens"].requires_grad_()} for row in rows])
     assert not cache(tmp_path).get(PROMPTS)["tokens"].requires_grad
 
 
@@ -309,40 +216,21 @@ def test_encoder_with_gradients_is_accepted(tmp_path):
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_share_the_work_whatever_the_order_they_run_in(tmp_path, world):
-    """A process that starts late sees files of the others, and still encodes exactly its own share."""
+    """One that starts late sees files of the others, and still encodes exactly its own share; so does one that starts
+    together with them, and sees nothing of their work (here: in a folder of its own)."""
     prompts = [f"prompt {i}" for i in range(20)]
-    encoders = [Encoder() for _ in range(world)]
-    for rank in reversed(range(world)):
-        cache(tmp_path).fill(prompts, lambda rank=rank: encoders[rank], rank=rank, world=world)
-    encoded = [prompt for encoder in encoders for batch in encoder.batches for prompt in batch]
-    assert sorted(encoded) == sorted(prompts)
-    assert cache(tmp_path).missing(prompts) == []
-
-
-def test_shares_are_disjoint_when_processes_start_together(tmp_path):
-    """Each process of its own folder stands for one that saw nothing of the others' work yet."""
-    prompts = [f"prompt {i}" for i in range(20)] * 2
-    encoders = [Encoder() for _ in range(3)]
-    for rank, encoder in enumerate(encoders):
-        cache(tmp_path / str(rank)).fill(prompts, lambda encoder=encoder: encoder, rank=rank, world=3)
-    encoded = [prompt for encoder in encoders for batch in encoder.batches for prompt in batch]
-    assert sorted(encoded) == sorted(set(prompts))
-
-
-def fill_in_a_process(folder, rank, world, count):
-    cache(folder).fill([f"prompt {i}" for i in range(count)], Encoder, batch_size=4, rank=rank, world=world)
+    for folders in ([tmp_path / "shared"] * world, [tmp_path / str(rank) for rank in range(world)]):
+        encoders = [Encoder() for _ in range(world)]
+        for rank in reversed(range(world)):
+            cache(folders[rank]).fill(prompts * 2, lambda own=encoders[rank]: own, rank=rank, world=world)
+        assert sorted(sum((batch for encoder in encoders for batch in encoder.batches), [])) == sorted(prompts)
+    assert cache(tmp_path / "shared").missing(prompts) == []
 
 
 @pytest.mark.parametrize("world", [1, 2], ids=["two runs at once", "one run, two processes"])
 def test_two_writers_leave_whole_files(tmp_path, world):
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=fill_in_a_process, args=(tmp_path, i % world, world, 60)) for i in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
     prompts = [f"prompt {i}" for i in range(60)]
+    fork(lambda i: cache(tmp_path).fill(prompts, Encoder, batch_size=4, rank=i % world, world=world), 2)
     assert cache(tmp_path).fill(prompts, forbidden) == 0
     assert_same(cache(tmp_path).get(prompts), Conditions.of(encoded(prompts)))
     assert len(files(tmp_path)) == 60
@@ -378,11 +266,3 @@ def test_conditions_expand_index_and_join():
     assert_same(both.expand(2), both)
     with pytest.raises(ValueError, match="2 samples to 3"):
         both.expand(3)
-
-
-def test_the_negative_prompt_is_an_entry_of_its_own(tmp_path):
-    store, encoder = cache(tmp_path), Encoder()
-    store.fill([NEGATIVE, ""], lambda: encoder)
-    assert encoder.batches == [[NEGATIVE, ""]]
-    assert store.path(NEGATIVE) != store.path("")
-    assert len(store.get([NEGATIVE])) == 1

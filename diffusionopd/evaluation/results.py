@@ -68,7 +68,9 @@ def read_records(path: Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            if not isinstance(records[-1].sample_id, int):
+                raise TypeError(f"sample_id is {records[-1].sample_id!r}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{path}, line {number}: not a result ({error}); remove the line to go on") from error
     return records
 
@@ -124,7 +126,7 @@ def read_averages(path: Path) -> dict[str, Summary]:
         means = json.loads(path.read_text(encoding="utf-8"))
         counts, errors = means.pop("counts", {}), means.pop("standard_errors", {})
         return {name: Summary(float(m), errors.get(name, 0.0), counts.get(name, 0)) for name, m in means.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read as average scores: {error}") from error
 
 
@@ -221,7 +223,7 @@ class ResultFolder:
         """Raises `EvaluationError` unless the records are those of an evaluation with these settings and prompts."""
         try:
             before = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{self.folder} has no readable {SETTINGS} ({error}); {_REMEDY}") from error
         now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
