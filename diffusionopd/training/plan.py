@@ -223,7 +223,7 @@ class Plan(RoundPlan):
             ("student NFE", f"{nfe.student} per round, with gradient"),
             ("teacher NFE", nfe.teacher and f"{nfe.teacher} per round"),
             ("sampling NFE", nfe.sampling and f"{nfe.sampling} per round{average}"),
-            ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta"),
+            ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta and the references of targets"),
         ]
         for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
@@ -254,7 +254,11 @@ class Plan(RoundPlan):
         if self.algorithm.has_rewards:
             parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
             return f"{self.algorithm.name} on the mean of {parts}"
-        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}"
+        target = ""
+        if task.strength != 1.0:
+            start = with_origin(task.reference) if task.reference_adapter else "the base"
+            target = f", target {task.strength:g} times the way to it from {start}"
+        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}{target}"
 
 
 _VISITS = {

@@ -246,6 +246,8 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
         )
     for task in plan.tasks if plan.algorithm.has_teachers else ():
         adapters.add_teacher(task.adapter, task.lora_path)
+        if task.strength != 1.0 and task.reference_adapter:
+            adapters.add_teacher(task.reference_adapter, task.reference)
     if memory.attention_backend:
         choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
     if memory.compile:
