@@ -58,6 +58,18 @@ def mopd_beyond() -> ConfigDict:
     return _distillation("tiny-mopd-beyond", [teacher | {"strength": 1.25} for teacher in (COMPOSE, OCR, SCENE)])
 
 
+def mopd_merged() -> ConfigDict:
+    """``mopd`` from the sum of its teachers: the repair of a merge, in a tenth of the rounds.
+
+    Command:   CONFIG=config/tiny.py:mopd_merged NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
+    """
+    config = mopd()
+    config.run_name = "tiny-mopd-merged"
+    config.num_epochs = 12
+    config.train.student_init = "teachers"
+    return config
+
+
 def sopd_compose() -> ConfigDict:
     """The composition teacher alone. Command and hardware as for ``mopd``, with CONFIG=config/tiny.py:sopd_compose."""
     return _distillation("tiny-sopd-compose", [COMPOSE])

@@ -34,7 +34,7 @@ from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
 from diffusionopd.models.backbone import ModelInfo, read_model
-from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
 T = TypeVar("T")
@@ -365,8 +365,22 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
             check_writable("cache_dir", Path(values["cache_dir"]), problems)
     if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
         check_adapter("train.lora_path", values["train.lora_path"], problems)
+    _check_start(values, problems)
     if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
         problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
+
+
+def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
+    """A start from the teachers is the only start, and there are teachers."""
+    name, algorithm = "train.student_init", ALGORITHMS.get(values["train.algorithm"])
+    if values[name] != FROM_TEACHERS:
+        return
+    if not unset(values["train.lora_path"]):
+        what = f"is {FROM_TEACHERS!r}, and train.lora_path names a start too"
+        problems.add(name, what, f"Leave one of them out: set it to {FRESH!r}, or train.lora_path to None.")
+    if algorithm and not algorithm.has_teachers:
+        what = f"is {FROM_TEACHERS!r}, but {algorithm.name} has no teachers"
+        problems.add(name, what, f"Set it to {FRESH!r}, or name a LoRA in train.lora_path.")
 
 
 def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:
