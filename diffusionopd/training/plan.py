@@ -210,11 +210,12 @@ class Plan(RoundPlan):
         """The plan as a table for people, without a trailing newline."""
         shape, nfe = self.shape, self.nfe_per_round
         batches = f"{shape.batches_per_task} batch{'' if shape.batches_per_task == 1 else 'es'} per process"
+        visits = f"each with {shape.drawn} drawn tasks" if shape.drawn else _VISITS[shape.task_order]
         average = " on average" if len(self.algorithm.steps(self, (0, 0, 0))) < self.sampler.trained_steps else ""
         rows = [
             ("model", with_origin(self.values["pretrained.model"])),
             ("written to", str(self.run.run_dir)),
-            ("rounds", f"{shape.num_rounds}, {_VISITS[shape.task_order]}"),
+            ("rounds", f"{shape.num_rounds}, {visits}"),
             ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
@@ -309,6 +310,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         sampler.check(problems)
     if batches and problems.good("train.teachers"):
         passes = sampler.num_inner_epochs if sampler else 1
+        _check_drawn_tasks(values, len(tasks), problems)
         batches.check(tasks_per_round(values), num_processes, algorithm.one_step, passes, problems)
     settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
     if settings:
@@ -321,7 +323,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     # The plan
     assert sampler and batches
     run, watch = read(RunSettings, values), read(WatchSettings, values)
-    shape = round_shape(batches, len(tasks), num_processes, run.num_epochs)
+    shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
     notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
@@ -368,6 +370,15 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
     _check_start(values, problems)
     if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
         problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
+
+
+def _check_drawn_tasks(values: Mapping[str, Any], num_tasks: int, problems: Problems) -> None:
+    name, drawn = "train.tasks_per_round", values["train.tasks_per_round"]
+    if drawn and values["train.task_order"] != TOGETHER:
+        remedy = f"Set it to 0, or train.task_order to {TOGETHER!r}."
+        problems.add(name, f"is {drawn}, but train.task_order is {values['train.task_order']!r}", remedy)
+    elif drawn > num_tasks:
+        problems.add(name, f"is {drawn}, more than the {num_tasks} tasks", "Set it to 0 for all of them.")
 
 
 def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
