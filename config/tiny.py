@@ -25,7 +25,7 @@ SCENE = _teacher("scene", "general_ocr", 1.0)
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return the configuration called ``name``: mopd, sopd_compose, sopd_ocr or sopd_scene."""
+    """Return the configuration called ``name``: mopd, mopd_fold, mopd_beyond, sopd_compose, sopd_ocr or sopd_scene."""
     return globals()[name]()
 
 
@@ -40,6 +40,34 @@ def mopd() -> ConfigDict:
     Loss:      target "velocity", self-normalized, not the paper's; chosen on test prompts (docs/method.md)
     """
     return _distillation("tiny-mopd", [COMPOSE, OCR, SCENE])
+
+
+def mopd_fold() -> ConfigDict:
+    """``mopd`` with stronger guidance folded in: every teacher at 2, the student without.
+
+    Command and hardware as for ``mopd``, with CONFIG=config/tiny.py:mopd_fold.
+    """
+    return _distillation("tiny-mopd-fold", [teacher | {"guidance_scale": 2.0} for teacher in (COMPOSE, OCR, SCENE)])
+
+
+def mopd_beyond() -> ConfigDict:
+    """``mopd`` with targets beyond the teachers: 1.25 times the way from the base to each.
+
+    Command and hardware as for ``mopd``, with CONFIG=config/tiny.py:mopd_beyond.
+    """
+    return _distillation("tiny-mopd-beyond", [teacher | {"strength": 1.25} for teacher in (COMPOSE, OCR, SCENE)])
+
+
+def mopd_merged() -> ConfigDict:
+    """``mopd`` from the sum of its teachers: the repair of a merge, in a tenth of the rounds.
+
+    Command:   CONFIG=config/tiny.py:mopd_merged NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
+    """
+    config = mopd()
+    config.run_name = "tiny-mopd-merged"
+    config.num_epochs = 12
+    config.train.student_init = "teachers"
+    return config
 
 
 def sopd_compose() -> ConfigDict:

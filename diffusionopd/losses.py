@@ -42,6 +42,16 @@ def distillation_loss(
     return loss
 
 
+def extrapolated(v_ref: Tensor, v_teacher: Tensor, strength: float) -> Tensor:
+    """The target ``v_ref + lambda (v_T - v_ref)``: the teacher at 1, softened below, beyond the teacher above.
+
+    Its step is exact for every kernel here, since their variance does not depend on the velocity: the Gaussian in
+    proportion to ``N_T^lambda N_ref^(1 - lambda)`` has mean ``lambda mu_T + (1 - lambda) mu_ref`` and their variance.
+    Tensors ``[B, ...]``.
+    """
+    return v_teacher if strength == 1.0 else v_ref + strength * velocity_difference(v_teacher, v_ref)
+
+
 def policy_gradient_loss(
     transition: Transition,
     x: Tensor,

@@ -1,9 +1,10 @@
-"""The student's own trajectory, visited once: both velocities at each state, then the next state."""
+"""The student's own trajectory, visited once: its velocity and its target at each state, then the next state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +15,34 @@ Velocity = Callable[[Tensor, float], Tensor]
 """``(x [B, C, h, w], sigma) -> velocity [B, C, h, w]`` of one policy: an adapter, its prompts and its guidance."""
 
 
+class Branches(NamedTuple):
+    """A policy's velocities at a state, ``[B, C, h, w]``; one tensor where guidance needs no second branch."""
+
+    guided: Tensor
+    conditional: Tensor
+
+
+class Target(NamedTuple):
+    """Where the student is pulled to at a state, ``[B, C, h, w]``, without gradient."""
+
+    v: Branches
+    v_teacher: Tensor  # the teacher's guided velocity, from which the target may be away
+
+
 @dataclass(frozen=True)
 class Visit:
     """One state of the trajectory. Tensors ``[B, C, h, w]``, float32.
 
-    ``v_student`` carries the gradient when the step is trained; ``x``, ``x_next`` and ``v_teacher`` never do.
-    ``v_teacher`` is None at a step that is not trained.
+    ``v`` are the velocities of the policy that walks; the student's carry the gradient when the step is trained.
+    ``target`` is None at a step that is not trained.
     """
 
     step: int
     transition: Transition
     x: Tensor
-    v_student: Tensor
-    v_teacher: Tensor | None
+    v: Branches
     x_next: Tensor
+    target: Target | None = None
 
 
 @torch.no_grad()
@@ -44,15 +59,15 @@ def walk(
     for step, transition in enumerate(transitions):
         v = policy(x, transition.sigma)
         x_next = _next(solver, transition, x, v, step, draw_noise)
-        yield Visit(step, transition, x, v, None, x_next)
+        yield Visit(step, transition, x, Branches(v, v), x_next)
         x = x_next
 
 
 def rollout(
     x: Tensor,
     transitions: Sequence[Transition],
-    student: Velocity,
-    teacher: Velocity,
+    student: Callable[[Tensor, float], Branches],
+    target: Callable[[Tensor, float], Target],
     *,
     trained: Collection[int],
     draw_noise: Callable[[int], Tensor],
@@ -70,16 +85,16 @@ def rollout(
     solver = DpmSolver2() if multistep else None
     for step, transition in enumerate(transitions if finish else transitions[: max(trained) + 1]):
         supervised = step in trained
-        v_teacher = None
+        pulled_to = None
         if supervised:
             with torch.no_grad():
-                v_teacher = teacher(x, transition.sigma)
+                pulled_to = target(x, transition.sigma)
         # The student comes last, so that its adapter is in use when the consumer calls backward (gradient checkpointing
         # runs the forward again there).
         with torch.set_grad_enabled(supervised):
-            v_student = student(x, transition.sigma)
-        x_next = _next(solver, transition, x, v_student.detach(), step, draw_noise)
-        yield Visit(step, transition, x, v_student, v_teacher, x_next)
+            v = student(x, transition.sigma)
+        x_next = _next(solver, transition, x, v.guided.detach(), step, draw_noise)
+        yield Visit(step, transition, x, v, x_next, pulled_to)
         x = x_next
 
 

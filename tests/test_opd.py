@@ -156,7 +156,7 @@ def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, mon
     adapters.use(STUDENT)
     for batch, visit in kept:
         v = backbone.velocity(visit.x, visit.transition.sigma, batch.text)[0]
-        loss = 0.5 * (visit.transition.b * (v - visit.v_teacher)).square().flatten(1).mean(1).mean()
+        loss = 0.5 * (visit.transition.b * (v - visit.target.v_teacher)).square().flatten(1).mean(1).mean()
         learner.optimizer.backward(loss / len(kept))
     assert_near(taken[1], gradients(adapters), rel=1e-5)
 

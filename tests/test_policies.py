@@ -40,19 +40,19 @@ def test_every_request_has_its_own_answer(policies, adapters, text, monkeypatch)
         patch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
         answers = policies.frozen(asked)
     assert used == ["teacher_b", "teacher_b", None, None, "teacher_a", STUDENT] and adapters.active == STUDENT
-    for request, answer in zip(asked, answers, strict=True):
+    for request, (answer, conditional) in zip(asked, answers, strict=True):
         assert answer.dtype == torch.float32 and not answer.requires_grad
         with torch.no_grad(), adapters.using(request.policy):
-            own, _ = policies.backbone.velocity(request.x, request.sigma, request.conditions, request.guidance)
-        assert torch.equal(answer, own)
+            own = policies.backbone.velocity(request.x, request.sigma, request.conditions, request.guidance)
+        assert torch.equal(answer, own[0]) and torch.equal(conditional, own[1])
     backwards = policies.frozen(asked[::-1])[::-1]
-    assert all(torch.equal(mine, other) for mine, other in zip(answers, backwards, strict=True))
+    assert all(torch.equal(mine[0], other[0]) for mine, other in zip(answers, backwards, strict=True))
     assert policies.frozen([]) == []
 
 
 def test_the_base_alone_needs_no_student(backbone, text):
     x = torch.randn(1, *backbone.latent_shape(64))
-    (answer,) = Policies(backbone, Adapters(backbone.transformer)).frozen([Request(None, x, 0.5, text(1))])
+    ((answer, _),) = Policies(backbone, Adapters(backbone.transformer)).frozen([Request(None, x, 0.5, text(1))])
     with torch.no_grad():
         assert torch.equal(answer, backbone.velocity(x, 0.5, text(1))[0])
 

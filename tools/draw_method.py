@@ -19,8 +19,9 @@ import torch
 from matplotlib.patches import Circle
 from torch import Tensor
 
+from diffusionopd.algorithms.opd import Opd
 from diffusionopd.losses import distillation_loss
-from diffusionopd.rollout import Velocity, Visit, rollout
+from diffusionopd.rollout import Branches, Target, Velocity, Visit, rollout
 from diffusionopd.training import load_config
 from diffusionopd.training.setup import started
 from diffusionopd.transitions import schedule
@@ -47,8 +48,8 @@ def draw(path: Path) -> None:
 
 def velocities(visit: Visit) -> tuple[Tensor, Tensor]:
     """The student's and the teacher's."""
-    assert visit.v_teacher is not None
-    return visit.v_student, visit.v_teacher
+    assert visit.target is not None
+    return visit.v.guided, visit.target.v_teacher
 
 
 # --- one task in the plane --------------------------------------------------------------------------------------------
@@ -69,7 +70,17 @@ def walk_plane(student: Tensor, teacher: Tensor) -> list[Visit]:
     draws = torch.Generator().manual_seed(SEED)
     steps, start = schedule("flow_sde", [0.92, 0.72, 0.52, 0.32, 0.12], 0.45), torch.tensor([[-1.7, -0.2]])
     noise = lambda step: torch.randn(1, 2, generator=draws)  # noqa: E731
-    return list(rollout(start, steps, gaussian(student), gaussian(teacher), trained=range(4), draw_noise=noise))
+    ours, theirs = gaussian(student), gaussian(teacher)
+    return list(
+        rollout(
+            start,
+            steps,
+            lambda x, sigma: Branches(*[ours(x, sigma)] * 2),
+            lambda x, sigma: Target(Branches(*[theirs(x, sigma)] * 2), theirs(x, sigma)),
+            trained=range(4),
+            draw_noise=noise,
+        )
+    )
 
 
 def draw_plane(figure: Any) -> None:
@@ -112,10 +123,10 @@ def visit_round(folder: str) -> tuple[list[float], list[tuple[str, str, Tensor]]
     config = load_config(f"{ROOT / 'config' / 'tiny.py'}:mopd", overrides)
     found = []
     with started(config) as run:
-        assert run is not None
+        assert run is not None and isinstance(run.algorithm, Opd)
         transitions = run.algorithm.transitions
         for batch in run.batches.round(0):
-            policies, noise = (run.algorithm.student(batch), run.algorithm.teacher(batch)), batch.step_noise
+            policies, noise = (run.algorithm.branches(batch), run.algorithm.target(batch)), batch.step_noise
             visits = list(rollout(batch.noise, transitions, *policies, trained=batch.steps, draw_noise=noise))
             row = SAMPLES[batch.rows[0].task]
             pairs = [[visits[n].x - transitions[n].sigma * v for v in velocities(visits[n])] for n in STEPS]

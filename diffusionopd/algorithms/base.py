@@ -149,7 +149,7 @@ class Nfe:
     student: int = 0  # with gradient
     teacher: int = 0
     sampling: int = 0  # of the student or its old policy, without gradient; an expectation where steps are drawn
-    base: int = 0
+    base: int = 0  # of the base, and of other references that a target starts from
     kept_latents: int = 2  # per image: tensors of a latent's size that live as long as the round, its noise included
     extra_adapters: int = 0  # frozen adapters of the student's size beside the teachers'
 
@@ -302,7 +302,7 @@ class Algorithm:
         """The velocity of a frozen adapter, or of the bare base for None, without gradient."""
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            (v,) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
+            ((v, _),) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
             self.velocities.note(policy, batch, sigma, v)
             return v
 

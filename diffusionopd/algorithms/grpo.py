@@ -68,7 +68,7 @@ class Grpo(Algorithm):
                 losses = self.losses([batches[i] for i in part])
                 for batch, walked, advantage in ((batches[i], visits[i], advantages[i]) for i in part):
                     for visit in (walked[n] for n in batch.steps):
-                        tr, x, v_old = visit.transition, visit.x, visit.v_student
+                        tr, x, v_old = visit.transition, visit.x, visit.v.guided
                         v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
                         v_student = self.student(batch)(x, tr.sigma)
                         loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantage.to(x), *s.clip)

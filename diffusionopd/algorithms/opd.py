@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from diffusionopd.algorithms.base import (
     Algorithm,
     ClipSettings,
+    Losses,
+    Models,
     Nfe,
     ReferenceSettings,
     Result,
@@ -19,11 +22,23 @@ from diffusionopd.algorithms.base import (
     TeacherSettings,
 )
 from diffusionopd.config_schema import Problems, key
-from diffusionopd.data.batches import Batch, choose_steps
-from diffusionopd.losses import TARGETS, distillation_loss, policy_gradient_loss
-from diffusionopd.rollout import Visit, rollout
+from diffusionopd.data.batches import Batch, choose_steps, step_chances
+from diffusionopd.losses import TARGETS, distillation_loss, extrapolated, policy_gradient_loss
+from diffusionopd.models.policies import STUDENT, Request
+from diffusionopd.rollout import Branches, Target, Visit, rollout
+from diffusionopd.transitions import per_sample_mean, velocity_difference
 
 KL, POLICY_GRADIENT = "kl", "policy_gradient"
+GAPS = TO_TEACHER, TO_TARGET = "teacher", "target"
+
+
+UNIFORM = "uniform"
+_BETA = re.compile(r"beta\(\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\)")
+
+
+def _is_weighting(value: str) -> bool:
+    beta = _BETA.fullmatch(value or "")
+    return value == UNIFORM or beta is not None and min(float(beta[1]), float(beta[2])) > 0
 
 
 @dataclass(frozen=True)
@@ -38,10 +53,27 @@ class OpdSettings(ClipSettings, ReferenceSettings):
     """In which quantity "kl" compares: "mean" of the step (the paper's), "velocity", or "x0"."""
     self_normalize: bool = key("train.self_normalize", False)
     """Divide each sample's error by its own mean magnitude (detached)."""
+    conditional_weight: float = key("train.conditional_weight", 0.0, "[0, inf)")
+    """Weight of the same loss between the conditional velocities, before guidance, beside that between the guided ones:
+    under guidance the latter alone leaves open how the two branches share the change. No further forward; student and
+    teachers must be under guidance."""
     steps_per_rollout: int = key("train.steps_per_rollout", 0, "[0, inf)")
     """Of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all equally
     likely; the others cost the student's forward pass only, and those after the last one nothing. The gradient is
     the same in expectation. 0 supervises all."""
+    step_weighting: str = key("train.step_weighting", UNIFORM, form=(f'"{UNIFORM}" or "beta(a, b)"', _is_weighting))
+    """How the `steps_per_rollout` steps are drawn: "uniform", or "beta(a, b)" in proportion to that density over the
+    trajectory from noise (0) to data (1): "beta(5, 2)" prefers low noise, "beta(2, 5)" high noise."""
+    step_correction: bool = key("train.step_correction", False)
+    """Weigh each drawn step by how much rarer than uniform it is drawn, so that the gradient is that of all steps in
+    expectation, whatever `step_weighting`."""
+
+    def chances(self, trained_steps: int) -> tuple[float, ...] | None:
+        """How likely each trained step is drawn; None where all are as likely."""
+        beta = _BETA.fullmatch(self.step_weighting)
+        if not beta or not self.steps_per_rollout:
+            return None
+        return step_chances(trained_steps, self.steps_per_rollout, float(beta[1]), float(beta[2]))
 
 
 class Opd(Algorithm):
@@ -54,6 +86,12 @@ class Opd(Algorithm):
     one_step = True
     settings: OpdSettings
 
+    def __init__(self, models: Models, *others: Any) -> None:
+        super().__init__(models, *others)
+        steps, s = self.sampler.trained_steps, self.settings
+        chances = s.chances(steps) if s.step_correction else None
+        self.step_weights = chances and [s.steps_per_rollout / (steps * chance) for chance in chances]
+
     def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
         """See :meth:`Algorithm.round`.
 
@@ -61,53 +99,92 @@ class Opd(Algorithm):
         backpropagated at once and then forgotten. With ``num_inner_epochs`` above 1 the visits are kept, and each
         further epoch trains on the same states with the new weights, one optimizer step per epoch.
         """
-        s, result = self.settings, Result()
-        kept: list[tuple[Batch, Visit]] = []
+        result, kept = Result(), list[tuple[Batch, Visit]]()
+        gaps = {name: self.losses(batches) for name in GAPS if any(map(_is_extrapolated, batches))}
         for epoch in range(self.sampler.num_inner_epochs):
             losses = self.losses(batches)
-            for batch, visit, v_student in self._again(kept) if epoch else self._visits(batches, result, kept):
-                tr, v_teacher = visit.transition, visit.v_teacher
-                assert v_teacher is not None
-                if s.loss == KL:
-                    loss = distillation_loss(tr, v_student, v_teacher, s.target, s.self_normalize)
-                else:
-                    v_old = visit.v_student.detach()
-                    loss = policy_gradient_loss(tr, visit.x, visit.x_next, v_student, v_old, v_teacher, s.clip_range)
-                if s.beta > 0:
-                    v_base = self.base(batch)(visit.x, tr.sigma)
-                    loss = loss + s.beta * distillation_loss(tr, v_student, v_base, s.target, s.self_normalize)
+            for batch, visit, v in self._again(kept) if epoch else self._visits(batches, result, kept):
+                loss = self._loss(batch, visit, v)
                 self.optimizer.backward(losses.add(batch, visit.step, loss))
+                if epoch == 0:
+                    for name, gap in gaps.items():
+                        gap.add(batch, visit.step, _squared_distance(v, visit.target, name))
             norm = self.update(losses, step)
             if epoch == 0:
                 result.note(losses, norm)
+        result.metrics |= _distances(gaps)
         return result
+
+    def _loss(self, batch: Batch, visit: Visit, v: Branches) -> Tensor:
+        """The loss ``[B]`` at a visited state, of the student's velocities ``v`` there."""
+        s, tr, target = self.settings, visit.transition, visit.target
+        assert target is not None
+        if s.loss == KL:
+            loss = distillation_loss(tr, v.guided, target.v.guided, s.target, s.self_normalize)
+        else:
+            old = visit.v.guided.detach()
+            loss = policy_gradient_loss(tr, visit.x, visit.x_next, v.guided, old, target.v.guided, s.clip_range)
+        if s.conditional_weight > 0:
+            branch = distillation_loss(tr, v.conditional, target.v.conditional, s.target, s.self_normalize)
+            loss = loss + s.conditional_weight * branch
+        if s.beta > 0:
+            v_base = self.base(batch)(visit.x, tr.sigma)
+            loss = loss + s.beta * distillation_loss(tr, v.guided, v_base, s.target, s.self_normalize)
+        return loss if self.step_weights is None else loss * self.step_weights[visit.step]
 
     def _visits(
         self, batches: Sequence[Batch], result: Result, kept: list[tuple[Batch, Visit]]
-    ) -> Iterator[tuple[Batch, Visit, Tensor]]:
+    ) -> Iterator[tuple[Batch, Visit, Branches]]:
         """The trained states of the student's trajectories, with its velocity there; what is looked at is noted."""
         for batch in batches:
             for visit in rollout(
                 batch.noise,
                 self.transitions,
-                self.student(batch),
-                self.teacher(batch),
+                self.branches(batch),
+                self.target(batch),
                 trained=batch.steps,
                 draw_noise=batch.step_noise,
                 multistep=self.sampler.multistep,
                 finish=batch.wants_images,
             ):
-                if visit.v_teacher is not None:
-                    yield batch, visit, visit.v_student
+                if visit.target is not None:
+                    yield batch, visit, visit.v
                     if self.sampler.num_inner_epochs > 1:
-                        kept.append((batch, replace(visit, v_student=visit.v_student.detach())))
+                        kept.append((batch, replace(visit, v=Branches(*(v.detach() for v in visit.v)))))
             if batch.wants_images:
                 result.images.append((batch, visit.x_next))
 
-    def _again(self, kept: Sequence[tuple[Batch, Visit]]) -> Iterator[tuple[Batch, Visit, Tensor]]:
+    def _again(self, kept: Sequence[tuple[Batch, Visit]]) -> Iterator[tuple[Batch, Visit, Branches]]:
         """The same states, with the velocity of the student as it is now."""
         for batch, visit in kept:
-            yield batch, visit, self.student(batch)(visit.x, visit.transition.sigma)
+            yield batch, visit, self.branches(batch)(visit.x, visit.transition.sigma)
+
+    def branches(self, batch: Batch) -> Callable[[Tensor, float], Branches]:
+        """The student's velocities for a batch."""
+
+        def velocities(x: Tensor, sigma: float) -> Branches:
+            v = Branches(*self.policies.student(x, sigma, batch.text, self.sampler.guidance))
+            self.velocities.note(STUDENT, batch, sigma, v.guided)
+            return v
+
+        return velocities
+
+    def target(self, batch: Batch) -> Callable[[Tensor, float], Target]:
+        """The targets of a batch: its teacher's velocities, or those at their ``strength`` from the reference's."""
+        ((policy, reference, guidance, strength),) = {
+            (r.teacher, r.reference, r.guidance, r.strength) for r in batch.rows
+        }
+        asked = [policy] if strength == 1.0 else [policy, reference]
+
+        def velocities(x: Tensor, sigma: float) -> Target:
+            answers = self.policies.frozen([Request(name, x, sigma, batch.text, guidance) for name in asked])
+            for name, (v, _) in zip(asked, answers, strict=True):
+                self.velocities.note(name, batch, sigma, v)
+            teacher, start = answers[0], answers[-1]
+            branches = (extrapolated(v_ref, v, strength) for v_ref, v in zip(start, teacher, strict=True))
+            return Target(Branches(*branches), teacher[0])
+
+        return velocities
 
     @classmethod
     def check(
@@ -118,8 +195,13 @@ class Opd(Algorithm):
         if trained and drawn > trained:
             remedy = f"Set it to at most {trained}, or to 0 for all of them."
             problems.add("train.steps_per_rollout", f"is {drawn}, more than the {trained} trained steps", remedy)
+        if settings.step_weighting != UNIFORM and not drawn:
+            remedy = "Set train.steps_per_rollout to how many steps are drawn, or this to 'uniform'."
+            problems.add("train.step_weighting", f"is {settings.step_weighting!r}, but no steps are drawn", remedy)
         if settings.loss == POLICY_GRADIENT:
             sampler.check_noise("train.loss", POLICY_GRADIENT, problems)
+        if settings.conditional_weight > 0:
+            _check_branches(settings, sampler, values, problems)
 
     @classmethod
     def notes(cls, settings: OpdSettings, changed: Sequence[str]) -> list[str]:
@@ -131,7 +213,10 @@ class Opd(Algorithm):
     def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:
         """The same steps for all of a task's batches, so that neither their size nor the processes matter."""
         drawn = plan.settings.steps_per_rollout
-        return choose_steps(plan.sampler.trained_steps, drawn, *key) if drawn else super().steps(plan, key)
+        trained = plan.sampler.trained_steps
+        if not drawn:
+            return super().steps(plan, key)
+        return choose_steps(trained, drawn, *key, chances=plan.settings.chances(trained))
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
@@ -146,10 +231,55 @@ class Opd(Algorithm):
         student = visits * shape.tasks_per_round * own * sampler.num_inner_epochs
         teachers = sum(plan.nfe(task.guidance_scale) for task in plan.tasks) * shape.tasks_per_round / len(plan.tasks)
         unsupervised = drawn * (sampler.trained_steps + 1) / (drawn + 1) - drawn
+        if plan.settings.chances(sampler.trained_steps):  # no such formula
+            draws = [cls.steps(plan, (0, i, 0)) for i in range(200)]
+            unsupervised = sum(steps[-1] + 1 - drawn for steps in draws) / len(draws)
+        extrapolated_tasks = [task for task in plan.tasks if task.strength != 1.0]
+        references = sum(plan.nfe(task.guidance_scale) for task in extrapolated_tasks) * shape.tasks_per_round
         return Nfe(
             student=student,
             teacher=round(visits * teachers),
             sampling=round(shape.images_per_round * own * unsupervised),
-            base=student if plan.settings.beta > 0 else 0,
+            base=(student if plan.settings.beta > 0 else 0) + round(visits * references / len(plan.tasks)),
             kept_latents=1 + (4 * (drawn or sampler.trained_steps) if sampler.num_inner_epochs > 1 else 0),
         )
+
+
+def _is_extrapolated(batch: Batch) -> bool:
+    return any(row.strength != 1.0 for row in batch.rows)
+
+
+def _squared_distance(v: Branches, target: Target | None, name: str) -> Tensor:
+    """Mean squared distance ``[B]`` of the student's guided velocity to its teacher's, or to its target."""
+    assert target is not None
+    other = target.v_teacher if name == TO_TEACHER else target.v.guided
+    return per_sample_mean(velocity_difference(v.guided.detach(), other).square())
+
+
+def _distances(gaps: Mapping[str, Losses]) -> dict[str, float]:
+    """``distance/<task>/<teacher or target>``: the roots of the mean squared distances. Collective."""
+    found: dict[str, float] = {}
+    for name, gap in gaps.items():
+        gap.reduce()
+        found |= {f"distance/{task}/{name}": mean**0.5 for task, mean in gap.means().items()}
+    return found
+
+
+def _check_branches(
+    settings: OpdSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+) -> None:
+    """The loss of the branches needs two of them, of the student and of every teacher."""
+    name = "train.conditional_weight"
+    remedy = (
+        "Set it to 0, or all of them under guidance above 1 (sample.guidance_scale with train.cfg, guidance_scale)."
+    )
+    if settings.loss != KL:
+        problems.add(name, f"goes with train.loss {KL!r} only", "Set it to 0.")
+    if problems.good("sample.guidance_scale", "train.cfg") and sampler.guidance <= 1:
+        problems.add(name, f"is {settings.conditional_weight:g}, but the student has no guidance", remedy)
+    default = values["sample.teacher_guidance_scale"]
+    for index, task in enumerate(values["train.teachers"]):
+        guidance = task.get("guidance_scale") or default if isinstance(task, Mapping) else default
+        if guidance == 1:
+            place = f"train.teachers[{index}]"
+            problems.add(name, f"is {settings.conditional_weight:g}, but {place} has no guidance", remedy)

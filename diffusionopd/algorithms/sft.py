@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from diffusionopd.algorithms.base import Algorithm, Nfe, Result, RoundPlan, TeacherSettings
+from diffusionopd.algorithms.base import Algorithm, Nfe, Result, RoundPlan, SamplerSettings, TeacherSettings
+from diffusionopd.config_schema import Problems
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import flow_matching_loss
 
@@ -45,6 +47,14 @@ class Sft(Algorithm):
                 if epoch == 0:
                     result.note(losses, norm)
         return result
+
+    @classmethod
+    def check(cls, settings: Any, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems) -> None:
+        """Samples are the teacher's own."""
+        for index, task in enumerate(values["train.teachers"]):
+            if isinstance(task, Mapping) and task.get("strength", 1.0) != 1.0:
+                what = f"is {task['strength']}, but {cls.name} samples from the teacher itself"
+                problems.add(f"train.teachers[{index}].strength", what, "Leave it at 1, or set train.algorithm='opd'.")
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:

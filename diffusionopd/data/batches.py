@@ -45,6 +45,8 @@ class Row:
     prompt: Prompt
     teacher: str  # the teacher's adapter
     guidance: float  # the teacher's
+    strength: float = 1.0  # of its target: how far from the reference to the teacher, and beyond
+    reference: str | None = None  # an adapter; None: the bare base
     weight: float = 1.0  # of its loss
 
 
@@ -145,7 +147,10 @@ class Batches:
             return drawn([(stream, *key, i, step) for i in samples]).to(self.device, non_blocking=True)
 
         text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
-        rows = [Row(own.name, i, p, own.adapter, own.guidance_scale) for i, p in zip(samples, prompts, strict=True)]
+        rows = [
+            Row(own.name, i, p, own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
+            for i, p in zip(samples, prompts, strict=True)
+        ]
         return Batch(
             rows=tuple(rows),
             noise=drawn([(Stream.LATENT, *key, i) for i in (groups if self.settings.same_latent else samples)]),
@@ -156,10 +161,37 @@ class Batches:
         )
 
 
-def choose_steps(trained_steps: int, count: int, *key: int) -> tuple[int, ...]:
-    """``count`` of the first ``trained_steps`` steps without replacement, increasing, each subset equally likely.
+def choose_steps(trained_steps: int, count: int, *key: int, chances: Sequence[float] | None = None) -> tuple[int, ...]:
+    """``count`` of the first ``trained_steps`` steps without replacement, increasing. A function of ``key`` alone.
 
-    The mean of a loss over them has the mean over all steps as its expectation. A function of ``key`` alone.
+    Without ``chances`` each subset is equally likely, and the mean of a loss over them has the mean over all steps as
+    its expectation. ``chances``: how likely each step is to be among them, as of :func:`step_chances`; the draw is
+    systematic sampling in a random order, which has exactly these.
     """
-    order = torch.randperm(trained_steps, generator=generator(Stream.SUPERVISED_STEPS, *key))
-    return tuple(sorted(order[:count].tolist()))
+    random = generator(Stream.SUPERVISED_STEPS, *key)
+    order = torch.randperm(trained_steps, generator=random)
+    if chances is None:
+        return tuple(sorted(order[:count].tolist()))
+    ends = torch.tensor(chances, dtype=torch.float64)[order].cumsum(0)
+    ends[-1] = count  # exactly
+    points = torch.arange(count) + torch.rand(1, generator=random, dtype=torch.float64)
+    return tuple(sorted(order[torch.searchsorted(ends, points, right=True)].tolist()))
+
+
+def step_chances(trained_steps: int, count: int, a: float, b: float) -> tuple[float, ...]:
+    """How likely each step is drawn when ``count`` are drawn in proportion to a beta(a, b) density over the trajectory.
+
+    Step ``i`` of ``T`` is at ``(i + 1/2) / T``, from 0 at the noise to 1 at the data. The sum is ``count``; what would
+    be above 1 is drawn always, and the others share the rest.
+    """
+    at = (torch.arange(trained_steps, dtype=torch.float64) + 0.5) / trained_steps
+    density = at ** (a - 1) * (1 - at) ** (b - 1)
+    chances = torch.zeros_like(density)
+    certain = chances.bool()
+    while True:
+        chances[certain] = 1.0
+        free = ~certain
+        chances[free] = density[free] / density[free].sum() * (count - certain.sum())
+        if not (chances > 1.0).any():
+            return tuple(chances.tolist())
+        certain |= chances > 1.0

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     EVALUATION = 3
     FORWARD = 5
     SUPERVISED_STEPS = 6
+    TASKS = 7
 
 
 def generator(*key: int) -> torch.Generator:

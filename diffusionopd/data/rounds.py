@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from diffusionopd.config_schema import ROUND, Problems, key
+from diffusionopd.data.noise import Stream, generator
 
 TOGETHER, ALTERNATE, CASCADE = "together", "alternate", "cascade"
 
@@ -31,6 +34,9 @@ class BatchSettings:
     task_order: str = key("train.task_order", TOGETHER, choices=(TOGETHER, ALTERNATE, CASCADE))
     """Which tasks a round visits: "together", all of them; "alternate", one, in turn; "cascade", one, each for an equal
     share of the rounds, one after another. `num_batches_per_epoch` is shared by the tasks of a round."""
+    tasks_per_round: int = key("train.tasks_per_round", 0, "[0, inf)")
+    """With `task_order` "together": visit this many tasks in a round, drawn anew for each, all as likely; 0 visits all.
+    The gradient is that of all tasks in expectation."""
 
     def check(self, visited: int, num_processes: int, one_step: bool, inner_epochs: int, problems: Problems) -> None:
         """Everything that must divide something else.
@@ -40,7 +46,7 @@ class BatchSettings:
         batches, size = self.num_batches_per_epoch, self.train_batch_size
         part, steps, group = self.batch_size, self.gradient_accumulation_steps, self.num_image_per_prompt
         if batches % visited:
-            what = f"is {batches}, not a multiple of the {visited} teachers"
+            what = f"is {batches}, not a multiple of the {visited} tasks of a round"
             up = math.ceil(batches / visited) * visited
             remedy = f"Set it to {up} (and train.gradient_accumulation_steps to match)."
             problems.add("sample.num_batches_per_epoch", what, remedy)
@@ -77,11 +83,13 @@ class RoundShape:
     images_per_prompt: int
     accumulation: int  # backward batches per optimizer step: part of a round's, a round's, or those of several rounds
     task_order: str = TOGETHER
+    drawn: int = 0  # tasks per round, if they are drawn
+    seed: int = 0
 
     @property
     def tasks_per_round(self) -> int:
         """How many tasks a round visits."""
-        return self.num_tasks if self.task_order == TOGETHER else 1
+        return self.drawn or (self.num_tasks if self.task_order == TOGETHER else 1)
 
     @property
     def images_per_task(self) -> int:
@@ -118,15 +126,20 @@ class RoundShape:
         updates, more = divmod(completed, self.rounds_per_step)
         return None if more else updates
 
-    def tasks_of(self, index: int) -> range:
-        """Which tasks round ``index`` (from 0) visits."""
+    def tasks_of(self, index: int) -> Sequence[int]:
+        """Which tasks round ``index`` (from 0) visits, increasing."""
+        if self.drawn:
+            order = torch.randperm(self.num_tasks, generator=generator(Stream.TASKS, self.seed, index))
+            return sorted(order[: self.drawn].tolist())
         if self.task_order == TOGETHER:
             return range(self.num_tasks)
         task = index % self.num_tasks if self.task_order == ALTERNATE else index * self.num_tasks // self.num_rounds
         return range(task, task + 1)
 
-    def rounds_of(self, task: int, start: int = 0) -> range:
+    def rounds_of(self, task: int, start: int = 0) -> Iterable[int]:
         """The rounds from ``start`` that visit a task."""
+        if self.drawn:
+            return (index for index in range(start, self.num_rounds) if task in self.tasks_of(index))
         if self.task_order == TOGETHER:
             return range(start, self.num_rounds)
         if self.task_order == ALTERNATE:
@@ -135,21 +148,29 @@ class RoundShape:
         return range(max(start, first), end)
 
 
-def round_shape(settings: BatchSettings, num_tasks: int, num_processes: int, num_rounds: int) -> RoundShape:
+def round_shape(
+    settings: BatchSettings, num_tasks: int, num_processes: int, num_rounds: int, seed: int = 0
+) -> RoundShape:
     """The shape that settings in which nothing is wrong describe."""
+    drawn = settings.tasks_per_round % num_tasks if settings.task_order == TOGETHER else 0
     return RoundShape(
         num_rounds,
         num_processes,
         num_tasks,
         batch_size=settings.train_batch_size,
         backward_size=settings.batch_size,
-        batches_per_task=settings.num_batches_per_epoch // (num_tasks if settings.task_order == TOGETHER else 1),
+        batches_per_task=settings.num_batches_per_epoch
+        // (drawn or (num_tasks if settings.task_order == TOGETHER else 1)),
         images_per_prompt=settings.num_image_per_prompt,
         accumulation=settings.gradient_accumulation_steps,
         task_order=settings.task_order,
+        drawn=drawn,
+        seed=seed,
     )
 
 
 def tasks_per_round(values: Mapping[str, Any]) -> int:
     """How many tasks a round visits; training from rewards without ``train.teachers`` has one."""
-    return max(1, len(values["train.teachers"])) if values["train.task_order"] == TOGETHER else 1
+    if values["train.task_order"] != TOGETHER:
+        return 1
+    return values.get("train.tasks_per_round") or max(1, len(values["train.teachers"]))

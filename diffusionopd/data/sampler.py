@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -32,7 +32,7 @@ class PromptSampler:
         epoch, offset = divmod(round_index * self._groups_per_round + group_index, self._count)
         return self._permutation(epoch)[offset]
 
-    def used_by(self, rounds: range) -> list[int]:
+    def used_by(self, rounds: Iterable[int]) -> list[int]:
         """Sorted indices of the prompts that these rounds use, each once: what the text cache must hold for them."""
         used: set[int] = set()
         for round_index in rounds:

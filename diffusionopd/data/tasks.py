@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest
+from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
 from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS
 
@@ -36,6 +36,12 @@ class Task:
     """One of "general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files."""
     guidance_scale: float = key("guidance_scale", 4.5, "[1, inf)", resume=TEACHERS)
     """Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`)."""
+    strength: float = key("strength", 1.0, "[0, inf)", resume=TEACHERS)
+    """How far the target is from the reference, in units of the way to the teacher: 1 is the teacher itself, less is
+    softened, more is beyond it. Anything but 1 costs one more forward without gradient per trained state."""
+    reference: str = key("reference", "", resume=TEACHERS)
+    """What `strength` counts from, under this teacher's guidance: empty for the base without adapters, or a LoRA, given
+    as `lora_path` is."""
     eval_guidance_scale: float = key("eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`)."""
     eval_num_steps: int = key("eval_num_steps", 40, "[1, inf)", resume=FREE)
@@ -44,7 +50,16 @@ class Task:
     @property
     def adapter(self) -> str:
         """The teacher's adapter: a task may be called anything, a module attribute may not."""
-        return "teacher_" + "".join(c if c.isalnum() else "_" for c in self.name)
+        return "teacher_" + self._module_name
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """The reference's adapter; None where it is the base."""
+        return None if unset(self.reference) else "reference_" + self._module_name
+
+    @property
+    def _module_name(self) -> str:
+        return "".join(c if c.isalnum() else "_" for c in self.name)
 
 
 FIELDS = keys_of(Task)
@@ -95,6 +110,7 @@ def check_tasks(
                 problems.add(f"{place}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
         elif problems.good(f"{place}.lora_path"):
             check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
+            _check_target(place, fields, problems)
         prompts.append(_check_dataset(place, fields, with_test, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
     for name, count in Counter(str(task.name) for task in tasks).items():
@@ -131,6 +147,15 @@ def _check_fields(
         if reward_names is not None and name not in reward_names:
             remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
             problems.add(rewards, f"names the unknown reward {name!r}", remedy)
+
+
+def _check_target(place: str, fields: Mapping[str, Any], problems: Problems) -> None:
+    """A reference is there, and has a use."""
+    reference = f"{place}.reference"
+    if problems.good(reference) and not unset(fields["reference"]):
+        check_adapter(reference, fields["reference"], problems)
+        if fields["strength"] == 1.0:
+            problems.add(reference, "has no effect at strength 1", "Set the strength, or leave the reference out.")
 
 
 def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -69,6 +69,21 @@ class Adapters:
                 layer.lora_A[name].weight.copy_(weights.a[module])
                 layer.lora_B[name].weight.copy_(weights.b[module])
 
+    @torch.no_grad()
+    def start_from(self, name: str, weights: LoraWeights, scale: float = 1.0) -> None:
+        """Give the fresh adapter ``name`` the effect ``scale * B A`` of ``weights``, whose alphas are their ranks.
+
+        Components that its rank leaves over stay as they are: fresh. Raises AdapterError for modules that it does not
+        have and for larger ranks.
+        """
+        layers = dict(self._layers(name))
+        refuse(weights.source, {f"modules that {name} does not adapt": weights.a.keys() - layers.keys()})
+        for module, a in weights.a.items():
+            own_a, own_b = layers[module].lora_A[name].weight, layers[module].lora_B[name].weight
+            share = (scale / layers[module].scaling[name]) ** 0.5
+            own_a[: len(a)] = a * share
+            own_b[:, : len(a)] = weights.b[module] * share
+
     def add_copy(self, name: str, of: str) -> None:
         """Add a frozen copy of the adapter ``of``, with its tensors as they are now."""
         self._inject(name, copy.deepcopy(self.configs[of]), trainable=False)

@@ -19,7 +19,7 @@ STUDENT = "student"
 
 @dataclass(frozen=True)
 class Request:
-    """Asks a frozen policy for its guided velocity on ``b`` rows.
+    """Asks a frozen policy for its velocities on ``b`` rows.
 
     A row is a sample of its own: rows of one request may be of different noise levels and guidance, and requests may be
     cut, joined and reordered between the call and its forwards without changing an answer beyond rounding.
@@ -46,17 +46,17 @@ class Policies:
         return self._ask(STUDENT, x, sigma, conditions, guidance)
 
     @torch.no_grad()
-    def frozen(self, requests: Sequence[Request]) -> list[Tensor]:
-        """The guided velocity of each request, float32 ``[b, C, h, w]``, in their order, without gradient.
+    def frozen(self, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor]]:
+        """Each request's guided and conditional velocity, float32 ``[b, C, h, w]``, in their order, without gradient.
 
         The number of forwards depends on the requests' policies and shapes alone, so that processes that ask alike stay
         in step. Afterwards the student's adapter is in use: checkpointed blocks run again in its backward pass.
         """
-        answers: dict[int, Tensor] = {}
+        answers: dict[int, tuple[Tensor, Tensor]] = {}
         for policy in dict.fromkeys(request.policy for request in requests):  # as few switches as possible
             for i, r in enumerate(requests):
                 if r.policy == policy:
-                    answers[i], _ = self._ask(policy, r.x, r.sigma, r.conditions, r.guidance)
+                    answers[i] = self._ask(policy, r.x, r.sigma, r.conditions, r.guidance)
         if STUDENT in self.adapters.configs:
             self.adapters.use(STUDENT)
         return [answers[i] for i in range(len(requests))]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from diffusionopd.config_schema import FREE, is_device, key
 
+FRESH, FROM_TEACHERS = "fresh", "teachers"
 _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device)
 
 
@@ -63,8 +64,13 @@ class LoraSettings:
     """Must be True: the student is a LoRA on the frozen base."""
     lora_path: str = key("train.lora_path", None)
     """LoRA to start the student from (forms as for teachers); None is a fresh one."""
+    student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))
+    """Where a student without `train.lora_path` starts: "fresh", as the base, or at its "teachers": the sum of their
+    LoRAs (task arithmetic), cut to its rank; what the cut loses is printed."""
+    student_init_scale: float = key("train.student_init_scale", 0.0, "[0, inf)")
+    """What multiplies that sum; 0: the one of 0.2, 0.4, ..., 1 with the smallest loss on a batch of each task."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
-    """Rank of a fresh one."""
+    """Its rank, unless it comes from `train.lora_path`."""
     lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
     """Its output is scaled by `lora_alpha / lora_rank`."""
     lora_target_modules: tuple | None = key(

@@ -34,7 +34,7 @@ from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
 from diffusionopd.models.backbone import ModelInfo, read_model
-from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
 T = TypeVar("T")
@@ -210,11 +210,12 @@ class Plan(RoundPlan):
         """The plan as a table for people, without a trailing newline."""
         shape, nfe = self.shape, self.nfe_per_round
         batches = f"{shape.batches_per_task} batch{'' if shape.batches_per_task == 1 else 'es'} per process"
+        visits = f"each with {shape.drawn} drawn tasks" if shape.drawn else _VISITS[shape.task_order]
         average = " on average" if len(self.algorithm.steps(self, (0, 0, 0))) < self.sampler.trained_steps else ""
         rows = [
             ("model", with_origin(self.values["pretrained.model"])),
             ("written to", str(self.run.run_dir)),
-            ("rounds", f"{shape.num_rounds}, {_VISITS[shape.task_order]}"),
+            ("rounds", f"{shape.num_rounds}, {visits}"),
             ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
@@ -223,7 +224,7 @@ class Plan(RoundPlan):
             ("student NFE", f"{nfe.student} per round, with gradient"),
             ("teacher NFE", nfe.teacher and f"{nfe.teacher} per round"),
             ("sampling NFE", nfe.sampling and f"{nfe.sampling} per round{average}"),
-            ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta"),
+            ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta and the references of targets"),
         ]
         for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
@@ -254,7 +255,11 @@ class Plan(RoundPlan):
         if self.algorithm.has_rewards:
             parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
             return f"{self.algorithm.name} on the mean of {parts}"
-        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}"
+        target = ""
+        if task.strength != 1.0:
+            start = with_origin(task.reference) if task.reference_adapter else "the base"
+            target = f", target {task.strength:g} times the way to it from {start}"
+        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}{target}"
 
 
 _VISITS = {
@@ -305,6 +310,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         sampler.check(problems)
     if batches and problems.good("train.teachers"):
         passes = sampler.num_inner_epochs if sampler else 1
+        _check_drawn_tasks(values, len(tasks), problems)
         batches.check(tasks_per_round(values), num_processes, algorithm.one_step, passes, problems)
     settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
     if settings:
@@ -317,7 +323,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     # The plan
     assert sampler and batches
     run, watch = read(RunSettings, values), read(WatchSettings, values)
-    shape = round_shape(batches, len(tasks), num_processes, run.num_epochs)
+    shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
     notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
@@ -361,8 +367,31 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
             check_writable("cache_dir", Path(values["cache_dir"]), problems)
     if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
         check_adapter("train.lora_path", values["train.lora_path"], problems)
+    _check_start(values, problems)
     if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
         problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
+
+
+def _check_drawn_tasks(values: Mapping[str, Any], num_tasks: int, problems: Problems) -> None:
+    name, drawn = "train.tasks_per_round", values["train.tasks_per_round"]
+    if drawn and values["train.task_order"] != TOGETHER:
+        remedy = f"Set it to 0, or train.task_order to {TOGETHER!r}."
+        problems.add(name, f"is {drawn}, but train.task_order is {values['train.task_order']!r}", remedy)
+    elif drawn > num_tasks:
+        problems.add(name, f"is {drawn}, more than the {num_tasks} tasks", "Set it to 0 for all of them.")
+
+
+def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
+    """A start from the teachers is the only start, and there are teachers."""
+    name, algorithm = "train.student_init", ALGORITHMS.get(values["train.algorithm"])
+    if values[name] != FROM_TEACHERS:
+        return
+    if not unset(values["train.lora_path"]):
+        what = f"is {FROM_TEACHERS!r}, and train.lora_path names a start too"
+        problems.add(name, what, f"Leave one of them out: set it to {FRESH!r}, or train.lora_path to None.")
+    if algorithm and not algorithm.has_teachers:
+        what = f"is {FROM_TEACHERS!r}, but {algorithm.name} has no teachers"
+        problems.add(name, what, f"Set it to {FRESH!r}, or name a LoRA in train.lora_path.")
 
 
 def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:

@@ -327,11 +327,12 @@ def weight_digests(tasks: Sequence[Task], backbone: Backbone, adapters: Adapters
     base = [*backbone.transformer.named_parameters(), *backbone.vae.named_parameters()]
     own = (_bytes(_sampled(parameter)) for name, parameter in base if ".lora_" not in name)
     digests = {f"the base model ({backbone.dtype})": _sha256(own)}
-    for task in tasks:
-        options = vars(adapters.configs[task.adapter]).items()
+    frozen = {f"the teacher of {task.name}": task.adapter for task in tasks}
+    frozen |= {f"the reference of {task.name}": task.reference_adapter for task in tasks if task.reference_adapter}
+    for what, adapter in frozen.items():
+        options = vars(adapters.configs[adapter]).items()
         scale = json.dumps({name: v for name, v in options if "alpha" in name or "rslora" in name}, sort_keys=True)
-        tensors = map(_bytes, adapters.parameters(task.adapter))
-        digests[f"the teacher of {task.name}"] = _sha256([scale.encode(), *tensors])
+        digests[what] = _sha256([scale.encode(), *map(_bytes, adapters.parameters(adapter))])
     return digests
 
 

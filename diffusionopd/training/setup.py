@@ -48,6 +48,7 @@ from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
 from diffusionopd.training.plan import Plan, check
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
+from diffusionopd.training.start import choose_scale, start_from_teachers
 
 _RUN_FOLDER = "Choose another with --config.save_dir, or free space."
 
@@ -164,6 +165,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
     text = _fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype)
     backbone.negative = text.get([NEGATIVE], device, dtype)
+    merged = start_from_teachers(plan, adapters, accelerator.print) if resume.folder is None else None
     digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
@@ -190,6 +192,10 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
         rank=accelerator.process_index,
     )
     closing.callback(batches.close)
+    if merged and not plan.read(LoraSettings).student_init_scale:
+        choose_scale(algorithm, batches.round(0), merged, accelerator.print)
+        if ema is not None:
+            ema.load([p.detach() for p in optimizer.parameters])
     return Run(
         plan=plan, resume=resume, accelerator=accelerator, algorithm=algorithm, batches=batches, optimizer=optimizer,
         ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers, metrics=metrics,
@@ -246,6 +252,8 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
         )
     for task in plan.tasks if plan.algorithm.has_teachers else ():
         adapters.add_teacher(task.adapter, task.lora_path)
+        if task.strength != 1.0 and task.reference_adapter:
+            adapters.add_teacher(task.reference_adapter, task.reference)
     if memory.attention_backend:
         choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
     if memory.compile:

@@ -1,0 +1,46 @@
+"""A student that starts at the sum of its teachers (``train.student_init``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.data.batches import Batch
+from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.merging import Merged, merge
+from diffusionopd.models.policies import STUDENT
+from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
+from diffusionopd.training.plan import Plan
+
+SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""What the sum is tried at, unless the configuration says."""
+
+
+def start_from_teachers(plan: Plan, adapters: Adapters, say: Callable[[str], None]) -> Merged | None:
+    """Put the student at the sum of its teachers, if it is to start there. AdapterError for modules that it lacks."""
+    lora = plan.read(LoraSettings)
+    if lora.student_init != FROM_TEACHERS:
+        return None
+    merged = merge([load_lora(task.lora_path) for task in plan.tasks], lora.lora_rank)
+    say(f"the student starts at the sum of its teachers: {merged.describe()}")
+    adapters.start_from(STUDENT, merged.weights, lora.student_init_scale or 1.0)
+    return merged
+
+
+def choose_scale(algorithm: Algorithm, batches: Sequence[Batch], merged: Merged, say: Callable[[str], None]) -> None:
+    """Scale the start to the smallest mean loss on the first of ``batches`` of each task. Collective."""
+    first = {batch.rows[0].task: batch for batch in reversed(batches)}
+    tried = [replace(batch, wants_images=False) for batch in first.values()]
+    losses = {}
+    for scale in SCALES:
+        algorithm.policies.adapters.start_from(STUDENT, merged.weights, scale)
+        result = algorithm.round(tried, step=False)
+        algorithm.optimizer.discard()
+        assert result.losses is not None
+        losses[scale] = result.losses.mean
+    best = min(losses, key=losses.__getitem__)
+    algorithm.policies.adapters.start_from(STUDENT, merged.weights, best)
+    listed = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in losses.items())
+    say(f"at {best:g} times the sum, by the loss of each: {listed}")
