@@ -62,7 +62,7 @@ def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
         except (ValueError, RecursionError) as error:
             bad.append(f"{source}: no prompt as {prompt_fn!r} has them, in UTF-8: {error}")
     if bad:
-        raise PromptError(listed(bad))
+        raise PromptError(bad[0] if len(bad) == 1 else f"{path} has {len(bad)} bad lines:\n{listed(bad)}")
     if not prompts:
         raise PromptError(f"{path} holds no prompt: it is empty or has blank lines only")
     if all("\t" in prompt.text for prompt in prompts) and prompt_fn == "general_ocr":
@@ -74,9 +74,9 @@ def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
 
 
 def listed(lines: Sequence[str], most: int = 10) -> str:
-    """The lines below each other, those beyond the first few as a number."""
+    """The lines below each other, indented, those beyond the first few as a number."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join([*lines[:most], *more])
+    return "\n".join(f"    {line}" for line in [*lines[:most], *more])
 
 
 def _parse_text(line: str, source: str) -> Prompt:

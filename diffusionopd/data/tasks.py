@@ -164,17 +164,17 @@ def _check_dataset(
         try:
             prompts = load_prompts(fields["dataset"], fields["prompt_fn"], split)
         except PromptError as error:
-            problems.add(key, f"has no prompts that can be used:\n{error}", "")
+            problems.add(key, f"has prompts that cannot be used: {error}", "")
             continue
         counts[split] = len(prompts)
         if split in scored and (unfit := unfit_lines(prompts[: scored[split]], rewards)):
-            problems.add(key, f"has {len(unfit)} prompts that cannot be scored:\n{listed(unfit)}\n{_UNFIT[split]}", "")
+            problems.add(key, f"has {split} prompts that cannot be scored", f"{_UNFIT[split]}:\n{listed(unfit)}")
     return counts["train"]
 
 
 _UNFIT = {
-    "train": "Repair or remove these lines (a run that has begun is then resumed with --allow_config_change); in a "
-    "distillation, monitor_freq=0 does without scores.",
-    "test": "Repair or remove these lines, or do without evaluations (eval_freq=0).",
+    "train": "Repair or remove these lines (a run that has begun is then resumed with --allow_config_change), or, in a "
+    "distillation, do without scores (monitor_freq=0)",
+    "test": "Repair or remove these lines, or do without evaluations (eval_freq=0)",
 }
 """Split -> what to do about prompts of it that cannot be scored."""

@@ -85,13 +85,12 @@ def find_benchmark(
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompts = load_prompts(folder, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")[
-        :limit
-    ]
+    prompt_fn = task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr")
+    prompts = load_prompts(folder, prompt_fn, "test")[:limit]
     if unfit := unfit_lines(prompts, chosen):
         raise PromptError(
-            f"dataset '{dataset}' has {len(unfit)} prompts that cannot be scored:\n{listed(unfit)}\n"
-            "Repair or remove these lines, or choose with --rewards what scores them"
+            f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "
+            f"--rewards what scores them:\n{listed(unfit)}"
         )
     return Benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,

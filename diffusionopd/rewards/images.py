@@ -4,6 +4,7 @@ Inside, images are uint8 `[B, H, W, 3]` arrays, RGB. Letters: B images, H height
 square that a model sees.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,11 +36,13 @@ def to_uint8(images: Images) -> np.ndarray:
     if isinstance(images, Tensor):
         images = images.detach()
         if images.is_floating_point():
-            low, high = images.aminmax() if images.numel() else (0.0, 0.0)
-            if not (low > -_OVERSHOOT and high < 1 + _OVERSHOOT):  # NaN is neither
+            low, high = map(float, images.aminmax()) if images.numel() else (0.0, 0.0)
+            if not math.isfinite(high - low):
+                raise ValueError("an image tensor holds values that are not finite")
+            if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
                 raise ValueError(
-                    f"an image tensor of floats holds values from {float(low):g} to {float(high):g}: they must be "
-                    "finite and in [0, 1]; give levels of 0 to 255 as uint8, and x / 2 + 0.5 of an x in [-1, 1]"
+                    f"an image tensor of floats holds values from {low:g} to {high:g}, not in [0, 1]: give levels of 0 "
+                    "to 255 as uint8, and x / 2 + 0.5 of an x in [-1, 1]"
                 )
             images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         images = images.movedim(-3, -1).contiguous().cpu().numpy()

@@ -119,7 +119,7 @@ def _included(prompt: str, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ValueError("'include' is empty")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         needed = '{"include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": ...}'
-        raise UnfitPromptError(f"lacks metadata as of prompt_fn 'geneval', {needed}: {error!r}", prompt) from error
+        raise UnfitPromptError(f"lacks metadata as of prompt_fn 'geneval' ({error!r}): {needed}", prompt) from error
     return include
 
 

@@ -337,10 +337,8 @@ def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) ->
 def _scored(values: Mapping[str, Any], algorithm: type[Algorithm]) -> dict[str, int | None]:
     """The splits whose prompts are scored: how many of each, from the first; None for all."""
     number = values.get("eval_num_prompts")
-    training: dict[str, int | None] = (
-        {"train": None} if algorithm.has_rewards or values.get("monitor_freq") != 0 else {}
-    )
-    return training | {"test": number if isinstance(number, int) and number > 0 else None}
+    scored: dict[str, int | None] = {"test": number if isinstance(number, int) and number > 0 else None}
+    return scored | ({"train": None} if algorithm.has_rewards or values.get("monitor_freq") != 0 else {})
 
 
 def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:

@@ -173,7 +173,7 @@ def parse_request(prompt: str, metadata: Mapping[str, Any]) -> Request:
         return Request(_one_of(metadata.get("tag"), TAGS), include, exclude)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         needed = '{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ...}'
-        raise UnfitPromptError(f"lacks metadata as in GenEval's files, {needed}: {error!r}", prompt) from error
+        raise UnfitPromptError(f"lacks metadata as in GenEval's files ({error!r}): {needed}", prompt) from error
 
 
 def _clause(entry: Mapping[str, Any], index: int) -> Clause:
