@@ -113,7 +113,8 @@ def check_prompts(
             scorer = _factory(name, {})
         except RewardError:
             continue
-        if isinstance(scorer, PromptChecker):
+        # A method of an object may be called check too, and be something else.
+        if isinstance(inspect.getattr_static(scorer, "check", None), staticmethod | classmethod):
             for index, what in scorer.check(prompts, metadata).items():
                 found.setdefault(index, f"{what} (reward '{name}')")
     return dict(sorted(found.items()))
