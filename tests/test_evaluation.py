@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -210,7 +211,7 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("dataset/drawbench", "assets/tiny/dataset/ocr", "mine"):
         Path(folder).mkdir(parents=True)
-        (Path(folder) / "test.txt").write_text("one\ntwo\nthree\n")
+        (Path(folder) / "test.txt").write_text('"one"\n"two"\n"three"\n')
     task = {
         "name": "ocr", "dataset": "assets/tiny/dataset/ocr", "prompt_fn": "general_ocr", "proxy_reward": {"ocr": 1.0},
     }  # fmt: skip
@@ -239,6 +240,10 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         PromptError, match="dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets"
     ):
         find_benchmark("geneval")
+    Path("mine/test.txt").write_text("one\n\n'two'\nthree\n")
+    with pytest.raises(PromptError) as caught:
+        find_benchmark("mine", {}, ["ocr"])
+    assert re.findall(r"mine/test.txt, line (\d+): ", str(caught.value)) == ["1", "4"]
     with pytest.raises(BenchmarkError, match="limit of 0"):
         find_benchmark("mine", {}, ["ocr"], limit=0)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +15,7 @@ from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.algorithms.nft import OLD
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.rewards import RewardError
+from diffusionopd.rewards import RewardError, RewardUnavailableError, UnfitPromptError
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.transitions import per_sample_mean
@@ -241,14 +246,30 @@ def test_the_counts_of_the_plan_are_what_runs(tiny_config, tmp_path):
 def test_a_failing_reward_stops_the_training(finished, monkeypatch):
     folder, config = finished("nft", num_epochs=4)
 
-    def fail(*arguments):
-        raise RewardError("no more")
+    where = Path(config.train.teachers[0]["dataset"], "train.txt")
+    lines = where.read_text().splitlines()
+    for error, changed in (
+        (lambda prompt: UnfitPromptError("is odd", prompt), True),
+        (lambda prompt: KeyError(prompt), True),
+        (lambda prompt: RewardUnavailableError("is odd"), False),
+    ):
+        seen = []
 
-    monkeypatch.setattr(JpegCompressibility, "score", fail)
-    with pytest.raises(RewardError) as caught:
-        train(config)
-    assert [fact for fact in ("'first'", "no more") if fact not in str(caught.value)] == []
-    assert checkpoint.find_latest(folder / "checkpoints").name == "checkpoint-3"
+        def fail(self, images, prompts, metadata, error=error, seen=seen):
+            seen.append(prompts[0])
+            raise error(prompts[0])
+
+        monkeypatch.setattr(JpegCompressibility, "score", fail)
+        config.reward_timeout = 1.0  # an unavailable one is asked again
+        with pytest.raises(RewardError) as caught, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(config)
+        place = f"{where}, line {lines.index(seen[0]) + 1}: "
+        for fact in ("'first'", "resume_from=auto"):
+            assert fact in str(caught.value)
+        for fact in (place, "--allow_config_change"):  # the same prompt would fail again
+            assert (fact in str(caught.value)) == changed
+        assert checkpoint.find_latest(folder / "checkpoints").name == "checkpoint-3"
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -278,6 +299,28 @@ def test_what_cannot_be_trained_is_said_before_weights_load(tiny_config):
             check(tiny_config(**{"train__algorithm": algorithm, key: value}), 1)
         (problem,) = caught.value.problems
         assert [fact for fact in facts if fact not in problem] == [], problem
+
+
+def test_prompts_that_rewards_cannot_score_are_said_before_weights_load(tiny_config):
+    off = {"monitor_freq": 0, "eval_freq": 0}
+    for changes, wanted in (
+        ({**off, "train__algorithm": "nft"}, {"train": 7}),
+        ({"train__algorithm": "nft", "eval_freq": 1, "eval_num_prompts": 2}, {"train": 7, "test": 2}),
+        ({**off, "monitor_freq": 1}, {"train": 7}),
+        ({**off, "eval_freq": 1}, {"test": 3}),
+        (off, {}),
+    ):
+        config = tiny_config(**changes)
+        first, second = config.train.teachers
+        config.train.teachers = [first, {**second, "proxy_reward": {"jpeg_compressibility": 1.0, "ocr": 0.5}}]
+        found = {}
+        try:
+            check(config, 1)
+        except ConfigError as error:
+            for problem in error.problems:
+                assert problem.startswith("train.teachers[1].dataset ")
+                found |= Counter(re.findall(r"(\w+)\.txt, line \d+: ", problem))
+        assert found == wanted, changes
 
 
 def test_rounds_of_a_task_are_those_that_visit_it(tiny_config):

@@ -162,5 +162,5 @@ def clause(**changes) -> dict:
     ],
 )
 def test_metadata_that_cannot_be_judged_is_an_error_with_the_prompt(metadata, what):
-    with pytest.raises(RewardError, match=f"the prompt 'a photo of a cat': .*{what}"):
+    with pytest.raises(RewardError, match=f"the prompt 'a photo of a cat' .*{what}"):
         parse_request("a photo of a cat", metadata)

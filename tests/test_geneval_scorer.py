@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionopd.rewards import NOT_APPLICABLE, RewardError
+from diffusionopd.rewards import NOT_APPLICABLE, RewardError, UnfitPromptError, check_prompts
 from diffusionopd.rewards.clip import load_clip
 from diffusionopd.rewards.geneval import mask2former
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
@@ -168,7 +168,9 @@ def test_from_pixels_to_scores(scorer):
 
 
 def test_mistakes_are_named(scorer, folder, tmp_path):
-    with pytest.raises(RewardError, match="cannot judge the prompt 'a sign'"):
-        scorer.score(np.stack([picture(0)] * 2), ["a photo of a dog", "a sign"], [BATCH[0][0], {}])
+    prompts, metadata = ["a photo of a dog", "a sign"], [BATCH[0][0], {}]
+    with pytest.raises(UnfitPromptError, match="'a sign'"):
+        scorer.score(np.stack([picture(0)] * 2), prompts, metadata)
+    assert list(check_prompts(["geneval"], prompts, metadata)) == [1]
     with pytest.raises(RewardError, match="tools.download rewards geneval"):
         GenEval(clip=folder, checkpoint=str(tmp_path / "none.pth"))

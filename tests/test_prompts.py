@@ -1,6 +1,7 @@
 """Prompt files: what is accepted, what is refused and how it is named; prompt sampling: coverage and purity."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -36,6 +37,35 @@ def test_geneval_file_keeps_the_whole_object_for_the_scorer(tmp_path):
     prompts = load_prompts(str(tmp_path), "geneval", "test")
     assert [prompt.text for prompt in prompts] == [record["prompt"] for record in records]
     assert [prompt.metadata for prompt in prompts] == records
+
+
+def test_lines_end_with_line_feeds_and_carriage_returns_alone(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        write(tmp_path, "train.txt", end.join(["a red lake", "", "a\u2028b\x0bc\x85d", "a blue town"]) + end)
+        read = load_prompts(tmp_path, "general_ocr", "train")
+        assert [prompt.text for prompt in read] == ["a red lake", "a\u2028b\x0bc\x85d", "a blue town"]
+        assert [prompt.source for prompt in read] == [f"{tmp_path / 'train.txt'}, line {n}" for n in (1, 3, 4)]
+
+
+def test_lines_of_another_format_are_refused_as_text(tmp_path):
+    for content, at in (
+        ('a dog\n{"prompt": "a cat"}\n{"text": "a cow"}', ("line 2", "line 3", "geneval")),
+        ("1\ta dog\n2\ta cat\n", ("1\\ta dog",)),
+    ):
+        write(tmp_path, "train.txt", content)
+        with pytest.raises(PromptError) as error:
+            load_prompts(tmp_path, "general_ocr", "train")
+        assert all(part in str(error.value) for part in ("train.txt", *at))
+    write(tmp_path, "train.txt", "{red|blue} car\nwith\ta tab\n{}x\n")
+    assert len(load_prompts(tmp_path, "general_ocr", "train")) == 3
+
+
+def test_all_bad_lines_are_named_up_to_a_number(tmp_path):
+    write(tmp_path, "train_metadata.jsonl", "".join('{"prompt": "good"}\nbad\n' for _ in range(13)))
+    with pytest.raises(PromptError) as error:
+        load_prompts(tmp_path, "geneval", "train")
+    named = re.findall(r"line (\d+):", str(error.value))
+    assert named == [str(2 * n) for n in range(1, 11)] and "13" in str(error.value) and "3 more" in str(error.value)
 
 
 def test_byte_order_mark_is_ignored(tmp_path):

@@ -65,6 +65,8 @@ def test_every_form_of_an_image_becomes_the_same_uint8():
         (torch.zeros(3, 8, 8), r"\[B, 3, H, W\]"),
         (torch.zeros(1, 8, 8, 3), r"\[B, 3, H, W\]"),
         (torch.full((1, 3, 8, 8), float("nan")), "not finite"),
+        (torch.full((1, 3, 8, 8), 255.0).half(), r"255, not in \[0, 1\]"),
+        (torch.linspace(-1, 1, 192).view(1, 3, 8, 8), "from -1 to 1"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "uint8 or float"),
         (np.zeros((1, 8, 8, 3)), "uint8"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "same shape"),

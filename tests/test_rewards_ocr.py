@@ -1,14 +1,17 @@
 """The reading reward: its formula, what prompts ask for, the real engine on rendered text, and PaddleOCR's two APIs."""
 
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusionopd.rewards import RewardError, build_scorer
-from diffusionopd.rewards.ocr import Ocr, normalised, ocr_reward, wanted_text
+from diffusionopd.rewards import RewardError, UnfitPromptError, build_scorer
+from diffusionopd.rewards.ocr import Ocr, ocr_reward
+from diffusionopd.rewards.quotes import normalised, quoted, wanted_text
+from tools.prompts.ocr import generate
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("rapidfuzz")
@@ -26,15 +29,60 @@ def test_reward_is_one_minus_the_clipped_edit_distance():
         assert ocr_reward(read, "hello") == pytest.approx(reward)
 
 
+# By kind: straight and curly, of other languages, singles and apostrophes, inches and feet, nesting, escapes, odd ones.
 WANTED = {
     'a shop called "Open Late"': "openlate",
     "a shop called “Open Late”": "openlate",
-    "a shop called 'Open Late', at night": "openlate",
-    "the baker's shop called ‘Joe’s Bread’": "joe’sbread",
-    "the baker's sign 'NO 7'": "no7",
-    'first "A1" then "B2"': "a1",
-    "don't mind: \"it's fine\"": "it'sfine",
     'A "Café" in the rain': "café",
+    'first "A1" then "B2"': "a1",
+    'says" HELLO "today': "hello",
+    "don't mind: \"it's fine\"": "it'sfine",
+    "ein Schild mit „Straße“": "straße",
+    "ein Schild mit „Straße”": "straße",
+    "ein Schild mit »Straße«": "straße",
+    "ein Schild mit ‚Straße‘ hier": "straße",
+    "en skylt ”HEJ” här": "hej",
+    "une affiche « CAFÉ » et « BAR »": "café",
+    "une affiche ‹CAFÉ›": "café",
+    "a sign ＂SALE＂": "sale",
+    "看板「営業中」と『本日』": "営業中",
+    "写着“你好”和“世界”的牌子": "你好",
+    '写着"你好"和"世界"的牌子': "你好",
+    "写着'你好'的牌子": "你好",
+    "a sign ``EXIT''": "exit",
+    "a sign ''EXIT''": "exit",
+    "a shop called 'Open Late', at night": "openlate",
+    "the baker's shop called ‘Joe’s Bread’": "joe'sbread",
+    "the baker's sign 'NO 7'": "no7",
+    "text 'A' and 'B'": "a",
+    "a mug with the words 'DON'T PANIC'": "don'tpanic",
+    "a jukebox that says 'Rock 'n' Roll'": "rock'n'roll",
+    "a jukebox that says 'Rock 'n Roll' and 'Jazz'": "rock'nroll",
+    "'It's 5 o'clock'": "it's5o'clock",
+    "the '90s rock 'n' roll bar 'OPEN'": "open",
+    "a sign 'Til Dawn'": "tildawn",
+    "the letter 'n'": "n",
+    'a 24" monitor on a desk that shows "HELLO"': "hello",
+    "a 24” monitor and a 5” pipe with “NEWS”": "news",
+    'a shop window with “OPEN” above a 3" pipe and a 5" pipe': "open",
+    'a 5½" pipe, a 12"x18" poster: "SALE"': "sale",
+    'a 5\'10" man holding "HI"': "hi",
+    "a 6' tall man with a sign 'HI'": "hi",
+    'a door with "ROOM 24" and a sign': "room24",
+    'a banner "She said "yes" today"': 'shesaid"yes"today',
+    "“outer “inner” rest”": 'outer"inner"rest',
+    '“Say "please"” sign': 'say"please"',
+    "「外『内』外」": "外『内』外",
+    "'She said \"HI\" today'": "hi",
+    r'a banner "She said \"yes\" today"': 'shesaid"yes"today',
+    r"a sign that says \"HELLO\"": "hello",
+    r"a sign 'DON\'T PANIC'": "don'tpanic",
+    r'a prompt "C:\"': "c:\\",
+    '“OPEN" at night': "open",
+    '"OPEN” at night': "open",
+    "“A“ and “B“": "a",
+    'a sign "" and "SALE"': "sale",
+    'a sign "SALE': "sale",
 }
 
 
@@ -42,15 +90,42 @@ def test_the_quoted_text_is_wanted():
     assert {prompt: wanted_text(prompt) for prompt in WANTED} == WANTED
 
 
-def test_a_prompt_that_wants_no_text_is_named():
-    for prompt in ("a red sign", 'a sign ""', 'a sign "  "', "the baker's sign"):
-        with pytest.raises(RewardError) as error:
+def test_ordinary_prompts_are_read_as_upstream_reads_them():
+    prompts = generate(300, seed=1)
+    assert [wanted_text(prompt) for prompt in prompts] == ["".join(p.split('"')[1].split()).lower() for p in prompts]
+
+
+def test_a_prompt_that_wants_no_text_is_named_beforehand_and_when_scored():
+    bad = ["a red sign", 'a sign ""', 'a sign "  "', "the baker's sign", 'a 24" monitor, a 5" pipe', "a sign '\u200b'"]
+    for prompt in bad:
+        with pytest.raises(UnfitPromptError) as error:
             wanted_text(prompt)
-        assert repr(prompt) in str(error.value)
+        assert repr(prompt) in str(error.value) and error.value.prompt == prompt
+    assert Ocr.check(['a "good" one', *bad], [{}] * 7).keys() == set(range(1, 7))
 
 
-def test_spaces_and_case_do_not_count():
-    assert normalised(" Step\tGoal\n42 ") == "stepgoal42"
+def test_what_is_unclear_is_said_once():
+    clear = ['a "good" one', 'the same "HI" and “Hi”', "it's a 'fine' baker's"]
+    assert all(not quoted(prompt).unclear for prompt in clear)
+    with pytest.warns(UserWarning, match="'A'.*2 more") as said:
+        assert Ocr.check([*clear, "'A' and 'B'", '"A" and "B"', 'a "sale'], [{}] * 6) == {}
+    assert len(said) == 1
+
+
+def test_equal_texts_look_equal():
+    """Spaces and case, composition, width, quotes, ligatures, what has no width: on both sides."""
+    pairs = {
+        " Step\tGoal\n42 ": "stepgoal42",
+        unicodedata.normalize("NFD", "Café Zürich"): "Café Zürich",
+        "ＳＡＬＥ\u3000５０％": "sale50%",
+        "Don’t": "DON'T",
+        "SA\u200bLE\ufeff\u00ad": "sale",
+        "“ﬁn…”": '"fin..."',
+    }
+    for one, other in pairs.items():
+        assert ocr_reward(normalised(one), wanted_text(f"a sign 「{other}」")) == 1
+        assert ocr_reward(normalised(other), wanted_text(f"a sign 「{one}」")) == 1
+    assert normalised("Step") != normalised("Stop")
 
 
 # ---- RapidOCR --------------------------------------------------------------------------------------------------------
@@ -74,6 +149,13 @@ def test_a_wrong_letter_of_n_costs_one_nth(rapidocr):
         images = [rendered(text), rendered("".join(letters))]
         scores = rapidocr.score(images, [f'a sign "{text}"'] * 2, [{}] * 2)["ocr"]
         np.testing.assert_allclose(scores, [1.0, 1 - 1 / len(normalised(text))])
+
+
+def test_what_the_engine_cannot_read_is_named_once(rapidocr):
+    with pytest.warns(UserWarning) as said:
+        for _ in range(2):
+            rapidocr.score([rendered("HELLO")] * 2, ['"HELLO ЖЖ 日"', "“Don’t”"], [{}] * 2)
+    assert len(said) == 1 and "ж" in str(said[0].message) and "日" not in str(said[0].message)
 
 
 def test_an_empty_image_is_read_as_nothing(rapidocr):

@@ -4,13 +4,16 @@ import os
 import shutil
 import struct
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from diffusionopd.files import FolderError
+from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 
@@ -62,6 +65,19 @@ def forbidden():
 
 def files(folder):
     return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_prompts_that_are_cut_are_said_once(tmp_path, pipeline_folder, capfd):
+    """How much, by the tokenizers themselves; and diffusers' own words, which have the padding, are not heard."""
+    texts = ["a red circle", NEGATIVE, *(f"{n} " + "red circle " * 20 for n in range(5))]
+    with pytest.warns(UserWarning) as said:
+        cache(tmp_path, length=9).fill(texts, partial(load_text_encoder, pipeline_folder, max_sequence_length=9), 2)
+    (message,) = {str(warning.message) for warning in said}
+    assert message.startswith("5 ") and "2 more" in message and "'0 red" in message and "'a red" not in message
+    for name, limit in (("tokenizer", 14), ("tokenizer_3", 9)):
+        length = len(AutoTokenizer.from_pretrained(pipeline_folder / name)(texts[2]).input_ids)
+        assert f"{length - limit} of {length} " in message
+    assert "truncated" not in "".join(capfd.readouterr())
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from diffusionopd.rewards import RewardError, build_scorer
+from diffusionopd.rewards import UnfitPromptError, build_scorer
 from diffusionopd.tiny.grammar import TASKS, captions, counting, draw, pair, position, sign, single
 from diffusionopd.tiny.render import render
 from diffusionopd.tiny.scorers import TinyCompose, TinyScene
@@ -72,9 +72,33 @@ def test_an_object_of_no_known_colour_is_an_extra_object():
     assert TinyCompose().score(image[None], [caption.text], [caption.metadata])["tiny_compose"][0] == 0
 
 
-def test_compose_without_metadata_says_what_to_do():
-    with pytest.raises(ValueError, match="prompt_fn 'geneval'"):
-        TinyCompose().score(np.zeros((1, 64, 64, 3), np.uint8), ["a photo of a red circle"], [{}])
+def test_prompts_that_cannot_be_scored_are_named_beforehand_and_when_scored(ocr):
+    good = pair(RED_CIRCLE, BLUE_SQUARE).metadata
+    circle = good["include"][0]
+    wrong = [
+        {},
+        {"include": []},
+        {"include": None},
+        {"include": "circle"},
+        *({"include": [{**circle, **change}]} for change in (
+            {"count": "1"}, {"count": 0}, {"color": "mauve"}, {"class": "dog"}, {"class": ["circle"]},
+            {"position": "above"}, {"position": ["near", 0]}, {"position": ["above", 1]},
+        )),
+        {"include": [{"class": "circle"}]},
+    ]  # fmt: skip
+    metadata = [good, *wrong]
+    found = TinyCompose.check([f"p{i}" for i in range(len(metadata))], metadata)
+    assert list(found) == list(range(1, len(metadata)))
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    for one in wrong:
+        with pytest.raises(UnfitPromptError, match="'p'.*geneval"):
+            TinyCompose().score(image, ["p"], [one])
+    signs = ['a sign "347"', "a sign that says 347", 'a sign "?!"']
+    assert list(type(ocr).check(signs, [{}] * 3)) == [1, 2]
+    for text in signs[1:]:
+        with pytest.raises(UnfitPromptError) as error:
+            ocr.score(image, [text], [{}])
+        assert repr(text) in str(error.value)
 
 
 def test_clean_signs_are_read_exactly_and_wrong_ones_are_not(ocr):
@@ -94,11 +118,6 @@ def test_clean_signs_are_read_exactly_and_wrong_ones_are_not(ocr):
 def test_a_blank_sign_scores_zero(ocr):
     blank = np.full((1, 64, 64, 3), 245, np.uint8)
     assert ocr.score(blank, [sign("123").text], [{}]) == {"tiny_ocr": 0, "tiny_ocr_soft": 0}
-
-
-def test_a_prompt_without_quotes_is_refused(ocr):
-    with pytest.raises(RewardError, match="347"):
-        ocr.score(np.zeros((1, 64, 64, 3), np.uint8), ["a sign that says 347"], [{}])
 
 
 def test_scene_score_grows_with_colour():

@@ -14,6 +14,7 @@ from diffusionopd.algorithms.base import ReferenceSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
+from diffusionopd.data.unfit import way_out
 from diffusionopd.distributed import by_rank, gather_over_processes, sum_over_processes
 from diffusionopd.rewards import AVERAGE, NOT_APPLICABLE, RewardError, RewardWorker, Scores, failed
 
@@ -104,6 +105,9 @@ class RewardSettings(ReferenceSettings):
             problems.add(name, "is 1", "Set it to at least 2, such as 8: advantages compare the images of one prompt.")
 
 
+_RESUME = "--config.resume_from=auto"
+
+
 class Scoring:
     """The rewards of a round's samples: scored beside sampling, awaited together, gathered over processes."""
 
@@ -167,17 +171,16 @@ class Scoring:
         scores: list[list[tuple[str, Scores]]] = []
         task, failure = "", ""
         try:
-            for pending in self._pending:
+            for batch, pending in zip(self._batches, self._pending, strict=True):
                 scores.append([])
                 for task, future in pending:
+                    prompts = [row.prompt for row in batch.rows[batch.slices[task]]]
                     scores[-1].append((task, future.result()))
         except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
-            failure = f"the samples of task {task!r} cannot be scored: {error}"
+            remedy = way_out(error, prompts, _RESUME, f"{_RESUME} --allow_config_change")
+            failure = f"the samples of task {task!r} cannot be scored: {error}. To continue, {remedy}"
         if failures := by_rank(gather_over_processes([failure])):
-            raise RewardError(
-                f"{failures}. The student has not been changed by this round; go on from the last checkpoint with "
-                "--config.resume_from=auto."
-            )
+            raise RewardError(f"{failures}. The student has not been changed by this round.")
         return scores
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,19 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and what its scorer must know beyond it ({} for plain text files)."""
+    """A caption, what its scorer must know beyond it ({} for plain text files), and its place, "FILE, line N"."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    source: str = field(default="", compare=False)
 
 
 def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt]:
     """Prompts of a data set in file order; `prompt_fn` ("general_ocr" or "geneval") says which file and format.
 
-    Blank lines are skipped, a byte order mark is ignored. Raises PromptError for an unknown format, and for a file that
-    is missing, unreadable, not UTF-8, without prompts, or has a malformed line (file and line are named).
+    Lines end with a line feed, a carriage return, or both; blank ones are skipped, a byte order mark is ignored. Raises
+    PromptError for an unknown format, and for a file that is missing, unreadable, not UTF-8, without prompts, or has
+    malformed lines (all are named with file and line), or lines of another format.
     """
     if prompt_fn not in FORMATS:
         raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(FORMATS))}")
@@ -50,34 +53,56 @@ def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
         ) from None
     except OSError as error:
         raise PromptError(f"prompt file {path} cannot be read: {error}") from error
-    prompts = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    prompts, bad = [], []
+    for number, line in enumerate(content.splitlines(), 1):  # bytes: at line feeds and carriage returns alone
+        source = f"{path}, line {number}"
         try:
             if text := line.decode().strip():
-                prompts.append(FORMATS[prompt_fn][1](text))
+                prompts.append(FORMATS[prompt_fn][1](text, source))
         except (ValueError, RecursionError) as error:
-            raise PromptError(
-                f"{path}, line {number}: no prompt as {prompt_fn!r} has them, in UTF-8: {error}"
-            ) from None
+            bad.append(f"{source}: no prompt as {prompt_fn!r} has them, in UTF-8: {error}")
+    if bad:
+        raise PromptError(bad[0] if len(bad) == 1 else f"{path} has {len(bad)} bad lines:\n{listed(bad)}")
     if not prompts:
         raise PromptError(f"{path} holds no prompt: it is empty or has blank lines only")
+    if all("\t" in prompt.text for prompt in prompts) and prompt_fn == "general_ocr":
+        raise PromptError(
+            f"{path} is a table: each of its lines has a tab, such as {prompts[0].text[:80]!r}. Keep the column of the "
+            "prompts alone"
+        )
     return prompts
 
 
-def _parse_json(line: str) -> Prompt:
+def listed(lines: Sequence[str], most: int = 10) -> str:
+    """The lines below each other, indented, those beyond the first few as a number."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"    {line}" for line in [*lines[:most], *more])
+
+
+def _parse_text(line: str, source: str) -> Prompt:
+    record = None
+    if line.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+    if isinstance(record, dict):
+        raise PromptError("it is a JSON object, which prompt_fn 'geneval' reads from <split>_metadata.jsonl")
+    return Prompt(line, source=source)
+
+
+def _parse_json(line: str, source: str) -> Prompt:
     record = json.loads(line)
     text = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"expected a JSON object with a 'prompt' that is not blank, found {line[:80]}")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as results are written
-    return Prompt(text, record)
+    return Prompt(text, record, source)
 
 
-FORMATS: dict[str, tuple[str, Callable[[str], Prompt]]] = {
-    "general_ocr": ("{split}.txt", Prompt),
+FORMATS: dict[str, tuple[str, Callable[[str, str], Prompt]]] = {
+    "general_ocr": ("{split}.txt", _parse_text),
     "geneval": ("{split}_metadata.jsonl", _parse_json),
 }
-"""``prompt_fn`` -> the name of its files, and what makes a prompt of a line."""
+"""``prompt_fn`` -> the name of its files, and what makes a prompt of a line and its place."""
 
 
 def write_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:

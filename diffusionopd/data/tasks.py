@@ -11,7 +11,8 @@ from typing import Any
 
 from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
 from diffusionopd.config_schema.paths import check_adapter, gap
-from diffusionopd.data.prompts import FORMATS
+from diffusionopd.data.prompts import FORMATS, PromptError, listed, load_prompts
+from diffusionopd.data.unfit import unfit_lines
 
 
 def _is_name(value: Any) -> bool:
@@ -83,10 +84,12 @@ def check_tasks(
     reward_names: Collection[str],
     defaults: Mapping[str, Any],
     with_test: bool,
+    scored: Mapping[str, int | None],
 ) -> tuple[tuple[Task, ...], tuple[int, ...]]:
     """The tasks, and how many training prompts each has; what is wrong with them goes to ``problems``.
 
     ``defaults``: what a task has that does not say so itself; ``with_test``: test prompts must be there too.
+    ``scored``: split -> how many of its prompts, from the first, are scored; None for all.
     """
     where = "train.teachers"
     if not problems.good(where):
@@ -111,7 +114,7 @@ def check_tasks(
         elif problems.good(f"{place}.lora_path"):
             check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
             _check_target(place, fields, problems)
-        prompts.append(_check_dataset(place, fields, with_test, problems))
+        prompts.append(_check_dataset(place, fields, with_test, scored, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
     for name, count in Counter(str(task.name) for task in tasks).items():
         if count > 1:
@@ -167,20 +170,36 @@ def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, **fields}]
 
 
-def _check_dataset(place: str, fields: Mapping[str, Any], with_test: bool, problems: Problems) -> int:
+def _check_dataset(
+    place: str, fields: Mapping[str, Any], with_test: bool, scored: Mapping[str, int | None], problems: Problems
+) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
     if not problems.good(key := f"{place}.dataset", f"{place}.prompt_fn"):
         return 0
     if what := gap(fields["dataset"]):
         problems.add(key, what, "Name the folder with the prompt files.")
         return 0
-    pattern = FORMATS[fields["prompt_fn"]][0]
-    train, test = (Path(fields["dataset"], pattern.format(split=split)) for split in ("train", "test"))
-    for file, needed in ((train, True), (test, with_test)):
-        if needed and not file.is_file():
+    counts, rewards = {"train": 0}, fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
+    for split in ("train", "test") if with_test else ("train",):
+        file = Path(fields["dataset"], FORMATS[fields["prompt_fn"]][0].format(split=split))
+        if not file.is_file():
             what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
-    count = sum(1 for line in train.read_bytes().split(b"\n") if line.strip()) if train.is_file() else 0
-    if train.is_file() and not count:
-        problems.add(key, f"has no prompt in {train}", "Put one on each line.")
-    return count
+            continue
+        try:
+            prompts = load_prompts(fields["dataset"], fields["prompt_fn"], split)
+        except PromptError as error:
+            problems.add(key, f"has prompts that cannot be used: {error}", "")
+            continue
+        counts[split] = len(prompts)
+        if split in scored and (unfit := unfit_lines(prompts[: scored[split]], rewards)):
+            problems.add(key, f"has {split} prompts that cannot be scored", f"{_UNFIT[split]}:\n{listed(unfit)}")
+    return counts["train"]
+
+
+_UNFIT = {
+    "train": "Repair or remove these lines (a run that has begun is then resumed with --allow_config_change), or, in a "
+    "distillation, do without scores (monitor_freq=0)",
+    "test": "Repair or remove these lines, or do without evaluations (eval_freq=0)",
+}
+"""Split -> what to do about prompts of it that cannot be scored."""

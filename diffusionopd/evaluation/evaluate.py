@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusionopd.data.prompts import Prompt
+from diffusionopd.data.unfit import met_at
 from diffusionopd.distributed import barrier, gather_over_processes
 from diffusionopd.evaluation.results import AVERAGES, Record, ResultFolder, Summary, read_averages, summarise
-from diffusionopd.rewards import RewardError, Scorer, score_all, to_uint8
+from diffusionopd.rewards import RewardError, RewardUnavailableError, Scorer, score_all, to_uint8
 
 TIMEOUT = 12 * 3600.0
 """Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
@@ -54,7 +55,12 @@ def score_samples(
             batch = [prompts[index] for index, _ in samples]
             texts = [prompt.text for prompt in batch]
             images = to_uint8(generate(texts, samples))
-            scores = score_all(scorers, images, texts, [prompt.metadata for prompt in batch])
+            try:
+                scores = score_all(scorers, images, texts, [prompt.metadata for prompt in batch])
+            except RewardUnavailableError:
+                raise
+            except RewardError as error:
+                raise RewardError(f"{error}. It was scoring {met_at(error, batch)}") from error
             records = []
             for i, prompt in enumerate(batch):
                 row = {name: float(values[i]) for name, values in scores.items()}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.data.prompts import Prompt, load_prompts
+from diffusionopd.data.prompts import Prompt, PromptError, listed, load_prompts
+from diffusionopd.data.unfit import unfit_lines
 from diffusionopd.rewards import check_name
 
 _QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
@@ -63,7 +64,7 @@ def find_benchmark(
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
         RewardError: an unknown reward.
-        PromptError: the prompt file is missing or malformed.
+        PromptError: the prompt file is missing or malformed, or has prompts that the rewards cannot score.
     """
     config = config or {}
     tasks, sample = config.get("train", {}).get("teachers", []), config.get("sample", {})
@@ -84,10 +85,16 @@ def find_benchmark(
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompts = load_prompts(folder, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")
+    prompt_fn = task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr")
+    prompts = load_prompts(folder, prompt_fn, "test")[:limit]
+    if unfit := unfit_lines(prompts, chosen):
+        raise PromptError(
+            f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "
+            f"--rewards what scores them:\n{listed(unfit)}"
+        )
     return Benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,
-        prompts[:limit],
+        prompts,
         chosen,
         first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps"), 40),
         first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"), 4.5),

@@ -26,6 +26,7 @@ from diffusionopd.distributed import world_size
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.sharding import Sharding
+from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
 from diffusionopd.stages import stage
 
 FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
@@ -349,13 +350,16 @@ def load_text_encoder(
         if isinstance(encoder := getattr(pipeline, name), nn.Module):
             encoder.to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
+    tokenizers = {name: getattr(pipeline, name) for name in info.family.TEXT if name.startswith("tokenizer")}
+    tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
-        rows = info.family.encode(pipeline, list(prompts), device, length)
+        with quiet_pipeline(pipeline):
+            rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return encode
+    return MeasuringEncoder(encode, tokenizers, length)
 
 
 def _absent_encoders(info: ModelInfo) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from diffusionopd.files import write_atomically, writing
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
+from diffusionopd.models.token_limits import describe_cut
 
 _FORMAT = 2
 _CHECKSUM = "crc32"  # its name among the tensors of a file
@@ -72,7 +73,8 @@ class TextCache:
 
         Process ``rank`` of ``world`` takes every ``world``-th distinct prompt. The shares are cut before looking at the
         disk: what is missing changes while the other processes write, the list of prompts does not. ``load_encoder`` is
-        called only if this share misses something, and its result is dropped before returning.
+        called only if this share misses something, and its result is dropped before returning. Prompts that are longer
+        than the encoders read (the encoder's ``cut``, if it has one) are warned about.
         Raises TextCacheError if the disk is too small or a row is not finite, FolderError if a write fails.
         """
         missing = self.missing(list(dict.fromkeys(prompts))[rank::world])
@@ -91,6 +93,8 @@ class TextCache:
                         # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
                         write_atomically(self.path(prompt), content)
                     progress.update(len(batch))
+            if cut := getattr(encoder, "cut", None):
+                warnings.warn(describe_cut(cut), stacklevel=2)
         finally:
             del encoder
             gc.collect()

@@ -6,21 +6,29 @@ nothing. To add a reward: write a class with `score` (see `Scorer`) and name it 
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scorer, Scores
+from diffusionopd.rewards.base import (
+    NOT_APPLICABLE,
+    PromptChecker,
+    RewardError,
+    RewardUnavailableError,
+    Scorer,
+    Scores,
+    UnfitPromptError,
+)
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Composite", "Images", "RewardError", "RewardUnavailableError",
-    "RewardWorker", "Scorer", "Scores", "build_composite", "build_scorer", "check_name", "check_options", "failed",
-    "register", "score_all", "to_uint8",
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Composite", "Images", "PromptChecker", "RewardError",
+    "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "build_composite", "build_scorer",
+    "check_name", "check_options", "check_prompts", "failed", "register", "score_all", "to_uint8",
 ]  # fmt: skip
 
 REGISTRY: dict[str, str] = {
@@ -90,6 +98,26 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
         if not isinstance(given, Mapping):
             raise RewardError(f"the options of reward '{name}' must be {{option: value}}, not {given!r}")
         _factory(name, given)
+
+
+def check_prompts(
+    names: Iterable[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> dict[int, str]:
+    """Which prompts some of the rewards could not score: index -> what is wrong, with the reward; nothing is loaded.
+
+    Rewards whose class has no `check`, or cannot be imported here, find nothing wrong: building those says what is.
+    """
+    found: dict[int, str] = {}
+    for name in names:
+        try:
+            scorer = _factory(name, {})
+        except RewardError:
+            continue
+        # A method of an object may be called check too, and be something else.
+        if isinstance(inspect.getattr_static(scorer, "check", None), staticmethod | classmethod):
+            for index, what in scorer.check(prompts, metadata).items():
+                found.setdefault(index, f"{what} (reward '{name}')")
+    return dict(sorted(found.items()))
 
 
 def _factory(name: str, options: Mapping[str, Any]) -> Any:

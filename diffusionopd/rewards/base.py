@@ -1,6 +1,6 @@
 """What every scorer is: the protocol, its error, and the value that says "does not apply"."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,18 @@ Scores = dict[str, np.ndarray]
 
 class RewardError(ValueError):
     """A reward that is unknown, cannot be built here, or gave scores of the wrong form."""
+
+
+class UnfitPromptError(RewardError):
+    """A prompt that a reward cannot score, whatever the image.
+
+    `what` says what is wrong (a predicate of the prompt), `prompt` is its text.
+    """
+
+    def __init__(self, what: str, prompt: str, reward: str = ""):
+        self.what, self.prompt = what, prompt
+        place = f"reward '{reward}': " if reward else ""
+        super().__init__(f"{place}the prompt {prompt!r} {what}")
 
 
 class RewardUnavailableError(RewardError):
@@ -39,3 +51,32 @@ class Scorer(Protocol):
             float64 arrays of length B by score name. The reward's own name is always among them.
         """
         ...
+
+
+@runtime_checkable
+class PromptChecker(Protocol):
+    """What a scorer's class may have beside `score`: which prompts it could not score.
+
+    Asked of the class, before any weights load and whether or not the packages are there that scoring needs.
+    """
+
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Mapping[int, str]:
+        """Index of a prompt -> what is wrong with it, a predicate such as "has no text in quotes"; all of them at once.
+
+        Args: as of `Scorer.score`.
+        """
+        ...
+
+
+def unfit(
+    read: Callable[[str, Mapping[str, Any]], object], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> dict[int, str]:
+    """A `PromptChecker.check` of what reads one prompt and its metadata and may raise `UnfitPromptError`."""
+    found = {}
+    for index, one in enumerate(zip(prompts, metadata, strict=True)):
+        try:
+            read(*one)
+        except UnfitPromptError as error:
+            found[index] = error.what
+    return found

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from diffusionopd.config_schema import is_number
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scorer, Scores, UnfitPromptError
 from diffusionopd.rewards.images import Images
 
 AVERAGE = "avg"
@@ -67,6 +67,8 @@ def score_all(
     for name, scorer in scorers.items():
         try:
             scores = scorer.score(images, prompts, metadata)
+        except UnfitPromptError as error:
+            raise UnfitPromptError(error.what, error.prompt, name) from error
         except RewardError:
             raise
         except Exception as error:  # a scorer raises whatever its libraries raise

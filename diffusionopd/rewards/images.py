@@ -4,6 +4,7 @@ Inside, images are uint8 `[B, H, W, 3]` arrays, RGB. Letters: B images, H height
 square that a model sees.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,9 @@ from torch.nn.functional import interpolate, pad
 
 Images = Tensor | np.ndarray | Sequence[Image.Image]
 """`[B, 3, H, W]` tensor (uint8, or float in [0, 1]), `[B, H, W, 3]` uint8 array, or B PIL images."""
+
+_OVERSHOOT = 0.5
+"""How far floats may be outside [0, 1]: less than images of 0 to 255, or of -1 to 1, are."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,13 +30,20 @@ def to_uint8(images: Images) -> np.ndarray:
     Floats are rounded to the nearest of the 256 levels and clamped: a decoder overshoots [0, 1] by a little.
 
     Raises:
-        ValueError: another shape or dtype, a value that is not finite, PIL images of several sizes.
+        ValueError: another shape or dtype, a value that is not finite or far outside [0, 1], PIL images of several
+            sizes.
     """
     if isinstance(images, Tensor):
         images = images.detach()
         if images.is_floating_point():
-            if not torch.isfinite(images).all():
+            low, high = map(float, images.aminmax()) if images.numel() else (0.0, 0.0)
+            if not math.isfinite(high - low):
                 raise ValueError("an image tensor holds values that are not finite")
+            if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+                raise ValueError(
+                    f"an image tensor of floats holds values from {low:g} to {high:g}, not in [0, 1]: give levels of 0 "
+                    "to 255 as uint8, and x / 2 + 0.5 of an x in [-1, 1]"
+                )
             images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         images = images.movedim(-3, -1).contiguous().cpu().numpy()
     elif not isinstance(images, np.ndarray):

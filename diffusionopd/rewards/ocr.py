@@ -1,44 +1,21 @@
 """Does the image show the text that the prompt asks for? Read by RapidOCR or by PaddleOCR."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.base import RewardError, Scores, unfit
 from diffusionopd.rewards.images import Images, each_uint8
+from diffusionopd.rewards.quotes import normalised, quoted, wanted_text
 
 Reader = Callable[[np.ndarray], list[str]]
 """The lines of text in a uint8 `[H, W, 3]` image, which the engines expect as BGR."""
-
-# Double quotes first, straight or curly; single ones only around whole words, so that an apostrophe is none.
-_QUOTED = (
-    re.compile(r'"([^"]*)"'),
-    re.compile(r"[“„]([^“”„]*)[”“]"),
-    re.compile(r"‘([^‘]*?)’(?!\w)"),
-    re.compile(r"(?<!\w)'([^']*)'(?!\w)"),
-)
-
-
-def wanted_text(prompt: str) -> str:
-    """The first text in quotes of the prompt, without spaces, in lower case.
-
-    Raises:
-        RewardError: nothing in quotes, or nothing but spaces.
-    """
-    for pattern in _QUOTED:
-        if match := pattern.search(prompt):
-            if text := normalised(match.group(1)):
-                return text
-            raise RewardError(f"reward 'ocr': the quotes in the prompt {prompt!r} are empty")
-    raise RewardError(f"reward 'ocr': the prompt {prompt!r} has no text in quotes that an image could show")
-
-
-def normalised(text: str) -> str:
-    """Without white space, in lower case."""
-    return "".join(text.split()).lower()
+Alphabet = Callable[[], Collection[str]]
+"""The characters that a reader can give, empty where they are not known."""
 
 
 def ocr_reward(read: str, wanted: str) -> float:
@@ -52,12 +29,34 @@ def ocr_reward(read: str, wanted: str) -> float:
     return 1 - distance / len(wanted)
 
 
-def rapidocr_reader() -> Reader:
-    """RapidOCR on the CPU: PP-OCR models in ONNX form, part of the package."""
+def rapidocr_reader() -> tuple[Reader, Alphabet]:
+    """RapidOCR on the CPU, PP-OCR models in ONNX form, part of the package; and its alphabet, once it has read."""
     from rapidocr import RapidOCR
 
     engine = RapidOCR(params={"Global.use_cls": False, "Global.log_level": "error"})
-    return lambda pixels: list(engine(pixels).txts or ())
+    return lambda pixels: list(engine(pixels).txts or ()), partial(rapidocr_alphabet, engine)
+
+
+def rapidocr_alphabet(engine: Any) -> Collection[str]:
+    """The characters that its recogniser knows, empty until it is loaded."""
+    decoder = getattr(getattr(engine, "text_rec", None), "postprocess_op", None)
+    return frozenset(getattr(decoder, "character", ()))
+
+
+def check_quotes(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """As `PromptChecker.check`: prompts without text in quotes. Says once which text is taken where that is unclear."""
+    unclear = {}
+
+    def read(prompt: str, _: Mapping[str, Any]) -> None:
+        if (found := quoted(prompt)).unclear:
+            unclear[prompt] = found
+
+    problems = unfit(read, prompts, metadata)
+    if unclear and os.environ.get("RANK", "0") == "0":  # every process checks
+        prompt, found = next(iter(unclear.items()))
+        more = f"; {len(unclear) - 1} more prompts are like it" if len(unclear) > 1 else ""
+        warnings.warn(f"the prompt {prompt!r} {found.unclear}: {found.text!r} is wanted{more}", stacklevel=2)
+    return problems
 
 
 def paddleocr_reader(device: str) -> Reader:
@@ -119,14 +118,33 @@ class Ocr:
 
         if engine not in ("rapidocr", "paddleocr"):
             raise RewardError(f"reward 'ocr': engine must be 'rapidocr' or 'paddleocr', not {engine!r}")
-        self._read_lines = rapidocr_reader() if engine == "rapidocr" else paddleocr_reader(device)
+        self._alphabet: Alphabet = tuple
+        self._unreadable: set[str] = set()  # what has been warned about
+        if engine == "rapidocr":
+            self._read_lines, self._alphabet = rapidocr_reader()
+        else:
+            self._read_lines = paddleocr_reader(device)
+
+    check = staticmethod(check_quotes)
 
     def read(self, pixels: np.ndarray) -> str:
         """All text in a uint8 `[H, W, 3]` RGB image, `normalised`, in the order of the engine's lines."""
         return normalised("".join(self._read_lines(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `RewardError` for a prompt without quoted text; what the engine raises, passes."""
+        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without quoted text; the engine's errors pass.
+
+        Wanted characters that the engine cannot read, which cost score on a perfect image, are named once.
+        """
         wanted = [wanted_text(prompt) for prompt in prompts]
         read = [self.read(pixels) for pixels in each_uint8(images)]
+        self._name_unreadable(set("".join(wanted)))
         return {"ocr": np.array([ocr_reward(*pair) for pair in zip(read, wanted, strict=True)], dtype=np.float64)}
+
+    def _name_unreadable(self, wanted: set[str]) -> None:
+        known = self._alphabet()
+        unknown = {c for c in wanted - self._unreadable if c not in known and c.upper() not in known}
+        if known and unknown:
+            self._unreadable |= unknown
+            listed = " ".join(sorted(unknown))
+            warnings.warn(f"reward 'ocr': the engine's alphabet lacks {listed}: it never reads them", stacklevel=3)

@@ -97,7 +97,7 @@ class RewardWorker:
         """An error while the batch in work has taken longer than the timeout; None otherwise."""
         if time.monotonic() - self._began <= self._timeout:
             return None
-        return RewardError(
+        return RewardUnavailableError(
             f"reward '{self._name}' has been scoring one batch for more than {self._timeout:g} seconds; "
             "if that is not too long for it, raise reward_timeout"
         )

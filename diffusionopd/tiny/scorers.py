@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffusionopd.rewards.base import UnfitPromptError, unfit
 from diffusionopd.rewards.images import Images, to_uint8
-from diffusionopd.rewards.ocr import wanted_text
+from diffusionopd.rewards.ocr import check_quotes
+from diffusionopd.rewards.quotes import wanted_text
+from diffusionopd.tiny.grammar import RELATIONS, SHAPES
 from diffusionopd.tiny.render import PALETTE, SIGN_ROWS
 
 Metadata = Sequence[Mapping[str, Any]]
@@ -88,20 +91,41 @@ class TinyCompose:
     `tiny_compose_soft`: how far its conditions hold (each kind's count, each relation, nothing else), averaged.
     """
 
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Metadata) -> dict[int, str]:
+        """As `PromptChecker.check`: prompts without GenEval's metadata in the words of the tiny world."""
+        return unfit(_included, prompts, metadata)
+
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
-        """Raises ValueError where a prompt has no GenEval metadata."""
-        conditions = [_conditions(p, m, t) for p, m, t in zip(to_uint8(images), metadata, prompts, strict=True)]
+        """Raises UnfitPromptError where a prompt has no such metadata."""
+        include = [_included(*one) for one in zip(prompts, metadata, strict=True)]
+        conditions = [_conditions(*one) for one in zip(to_uint8(images), include, strict=True)]
         return {
             "tiny_compose": np.array([float(all(c >= 1 for c in part)) for part in conditions]),
             "tiny_compose_soft": np.array([float(np.mean(part)) for part in conditions]),
         }
 
 
-def _conditions(image: np.ndarray, metadata: Mapping[str, Any], prompt: str) -> list[float]:
+def _included(prompt: str, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects that a prompt asks for. Raises UnfitPromptError where its metadata does not say them."""
+    try:
+        include = metadata["include"]
+        for entry in include:
+            relation, reference = entry.get("position", (RELATIONS[0], 0))
+            known = entry["color"] in PALETTE and entry["class"] in SHAPES and relation in RELATIONS
+            if not (known and entry["count"] in range(1, 100) and reference in range(len(include))):
+                raise ValueError(f"{entry} is no object of the tiny world")
+        if not include:
+            raise ValueError("'include' is empty")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        needed = '{"include": [{"class": "circle", "count": 1, "color": "red"}], "prompt": ...}'
+        raise UnfitPromptError(f"lacks metadata as of prompt_fn 'geneval' ({error!r}): {needed}", prompt) from error
+    return include
+
+
+def _conditions(image: np.ndarray, include: list[dict[str, Any]]) -> list[float]:
     """How far each condition of one prompt holds, each in [0, 1]."""
-    if "include" not in metadata:
-        raise ValueError(f"tiny_compose needs GenEval metadata with 'include' for {prompt!r}; use prompt_fn 'geneval'")
-    found, include = detect(image), metadata["include"]
+    found = detect(image)
     kinds = [(i["color"], i["class"]) for i in include]
     groups = [[d for d in found if (d.color, d.shape) == kind] for kind in kinds]
     # Two entries of the same kind share their detections, so counts are compared per kind.
@@ -140,18 +164,33 @@ class TinyOcr:
         bgr = np.ascontiguousarray(np.asarray(large)[:, :, ::-1])
         output = self._engine(bgr, use_det=False, use_cls=False, use_rec=True)
         text = output.txts[0] if output.txts else ""
-        # A lone round digit is at times read as the letter.
-        return "".join(c for c in text.upper() if c.isalnum()).replace("O", "0")
+        return _letters(text)
+
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Metadata) -> dict[int, str]:
+        """As `PromptChecker.check`: prompts without letters or digits in quotes."""
+        return check_quotes(prompts, metadata) | unfit(lambda prompt, _: _wanted_letters(prompt), prompts, metadata)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
         """1 for the number that the prompt quotes, else 0; softly, 1 less the edits per wanted character."""
         from rapidfuzz.distance import Levenshtein
 
-        wanted = [wanted_text(prompt).upper() for prompt in prompts]
+        wanted = [_wanted_letters(prompt) for prompt in prompts]
         seen = [self.read(image) for image in to_uint8(images)]
         soft = [max(0.0, 1 - Levenshtein.distance(s, w) / len(w)) for s, w in zip(seen, wanted, strict=True)]
         exact = [float(s == w) for s, w in zip(seen, wanted, strict=True)]
         return {"tiny_ocr": np.array(exact), "tiny_ocr_soft": np.array(soft)}
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone; a lone round digit is at times read as the letter."""
+    return "".join(c for c in text.upper() if c.isalnum()).replace("O", "0")
+
+
+def _wanted_letters(prompt: str) -> str:
+    if not (letters := _letters(wanted_text(prompt))):
+        raise UnfitPromptError("has no letter or digit in quotes", prompt)
+    return letters
 
 
 # --------------------------------------------------------------------------------------------------------------- scene

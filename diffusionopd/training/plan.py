@@ -296,6 +296,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         reward_names=REGISTRY,
         defaults={field: values[name] for field, name in _TASK_DEFAULTS.items() if problems.good(name)},
         with_test=values.get("eval_freq") != 0,
+        scored=_scored(values, algorithm),
     )
     model = _check_local_model(values, problems)
     if problems.good("reward_options"):
@@ -337,6 +338,13 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
 def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:
     """The settings of a group with whose keys nothing is wrong so far."""
     return read(group, values) if problems.good(*(k.name for k in keys_of(group).values())) else None
+
+
+def _scored(values: Mapping[str, Any], algorithm: type[Algorithm]) -> dict[str, int | None]:
+    """The splits whose prompts are scored: how many of each, from the first; None for all."""
+    number = values.get("eval_num_prompts")
+    scored: dict[str, int | None] = {"test": number if isinstance(number, int) and number > 0 else None}
+    return scored | ({"train": None} if algorithm.has_rewards or values.get("monitor_freq") != 0 else {})
 
 
 def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:

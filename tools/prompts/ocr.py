@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from diffusionopd.rewards import UnfitPromptError
+from diffusionopd.rewards.quotes import wanted_text
 from tools.prompts.mixture import allocate, drawn, shuffled
 
 SENTENCES = (
@@ -79,9 +81,11 @@ def make(kind: str, number: int) -> str:
 
 
 def essence(prompt: str) -> str:
-    """The words in double quotes, without spaces, in lower case; a prompt without any stands for itself."""
-    parts = prompt.split('"')
-    return "".join(parts[1].split()).lower() if len(parts) > 2 else prompt
+    """The text that the reward looks for; a prompt without any stands for itself."""
+    try:
+        return wanted_text(prompt)
+    except UnfitPromptError:
+        return prompt
 
 
 def generate(count: int, seed: int, exclude: Iterable[str] = ()) -> list[str]:

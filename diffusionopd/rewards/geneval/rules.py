@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.base import UnfitPromptError
 from diffusionopd.rewards.geneval.classes import CLASSES, COLOURS, POSITIONS, TAGS
 
 THRESHOLD = 0.3
@@ -161,7 +161,7 @@ def parse_request(prompt: str, metadata: Mapping[str, Any]) -> Request:
     """Metadata such as `{"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [...]}`.
 
     Raises:
-        RewardError: what is missing or not GenEval's, with the prompt.
+        UnfitPromptError: what is missing or not GenEval's.
     """
     try:
         include, exclude = (
@@ -172,15 +172,13 @@ def parse_request(prompt: str, metadata: Mapping[str, Any]) -> Request:
             raise ValueError("'include' is missing or empty")
         return Request(_one_of(metadata.get("tag"), TAGS), include, exclude)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RewardError(
-            f"reward 'geneval' cannot judge the prompt {prompt!r}: {error!r}. It needs metadata as in GenEval's "
-            'test_metadata.jsonl: {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ...}'
-        ) from error
+        needed = '{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ...}'
+        raise UnfitPromptError(f"lacks metadata as in GenEval's files ({error!r}): {needed}", prompt) from error
 
 
 def _clause(entry: Mapping[str, Any], index: int) -> Clause:
     count, colour, position = entry["count"], entry.get("color"), entry.get("position")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count {count!r} is no whole number of at least 1")
     if position is not None:
         relation, target = position

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusionopd.rewards.base import NOT_APPLICABLE, Scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, Scores, unfit
 from diffusionopd.rewards.clip import CLIP_L, Clip, load_clip
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
@@ -100,8 +100,13 @@ class GenEval:
         self.detect = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """As `PromptChecker.check`: prompts without GenEval's metadata."""
+        return unfit(parse_request, prompts, metadata)
+
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `RewardError` for a prompt without GenEval's metadata, before anything is run."""
+        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without GenEval's metadata, first of all."""
         requests = [parse_request(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
         pixels = to_uint8(images)
         found = []

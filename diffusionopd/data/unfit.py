@@ -1,0 +1,37 @@
+"""Prompts that rewards cannot score: found before anything loads, and named by file and line when met later."""
+
+from collections.abc import Iterable, Sequence
+
+from diffusionopd.data.prompts import Prompt
+from diffusionopd.rewards import RewardUnavailableError, UnfitPromptError, check_prompts
+
+_SHOWN = 3
+
+
+def unfit_lines(prompts: Sequence[Prompt], rewards: Iterable[str]) -> list[str]:
+    """One line for each prompt that some of the rewards could not score: where it stands, its text, what it lacks."""
+    found = check_prompts(rewards, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+    return [f"{_place(prompts[index])} {what}" for index, what in found.items()]
+
+
+def way_out(error: Exception, prompts: Sequence[Prompt], go_on: str, repaired: str) -> str:
+    """What to do about an error of a reward on some prompts.
+
+    ``go_on``, ``repaired``: how to continue, with the prompt files as they are, and with some lines changed.
+    """
+    if isinstance(error, RewardUnavailableError):
+        return f"go on with {go_on}"
+    repair = f"repair or remove {met_at(error, prompts)}, and go on with {repaired}"
+    return repair if isinstance(error, UnfitPromptError) else f"go on with {go_on}; if it fails again, {repair}"
+
+
+def met_at(error: Exception, prompts: Iterable[Prompt]) -> str:
+    """Those of the prompts that an error of a reward is about: the one that it names, or any of them."""
+    own = [prompt for prompt in prompts if not isinstance(error, UnfitPromptError) or prompt.text == error.prompt]
+    places = [*dict.fromkeys(map(_place, own))]
+    return " or ".join(places[:_SHOWN]) + (f" or {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+
+
+def _place(prompt: Prompt) -> str:
+    text = prompt.text if len(prompt.text) <= 80 else f"{prompt.text[:77]}..."
+    return f"{prompt.source}: {text!r}" if prompt.source else repr(text)

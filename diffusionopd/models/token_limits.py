@@ -1,0 +1,58 @@
+"""Prompts that are longer than text encoders read: which, and by how much. diffusers says so in whole batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusionopd.models.conditions import NEGATIVE, Row, TextEncoder
+
+
+def cut_tokens(tokenizers: Mapping[str, Any], prompts: Sequence[str], max_sequence_length: int) -> dict[str, str]:
+    """Prompts that are cut -> how many tokens each tokenizer loses. CLIP's limit is its own, others' is given."""
+    losses: dict[str, dict[str, list[str]]] = {}
+    texts = [prompt for prompt in prompts if prompt != NEGATIVE]
+    for name, tokenizer in tokenizers.items():
+        limit = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else max_sequence_length
+        for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids if texts else (), strict=True):
+            if len(ids) > limit:
+                lost = f"{len(ids) - limit} of {len(ids)} tokens beyond the {limit}"
+                losses.setdefault(text, {}).setdefault(lost, []).append(name)
+    return {
+        text: ", ".join(f"{lost} of {' and '.join(names)}" for lost, names in own.items())
+        for text, own in losses.items()
+    }
+
+
+class MeasuringEncoder:
+    """A text encoder that notes in `cut` which of its prompts are cut, as `cut_tokens` has them."""
+
+    def __init__(self, encode: TextEncoder, tokenizers: Mapping[str, Any], max_sequence_length: int):
+        self._encode, self._tokenizers, self._length = encode, tokenizers, max_sequence_length
+        self.cut: dict[str, str] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> list[Row]:
+        """As `TextEncoder`."""
+        self.cut |= cut_tokens(self._tokenizers, prompts, self._length)
+        return self._encode(prompts)
+
+
+def describe_cut(cut: Mapping[str, str], most: int = 3) -> str:
+    """One line about all that is cut: the first few by their beginnings, with what they lose."""
+    shown = [f"{text if len(text) <= 60 else text[:57] + '...'!r} loses {lost}" for text, lost in [*cut.items()][:most]]
+    more = f"; and {len(cut) - most} more" if len(cut) > most else ""
+    return f"{len(cut)} prompts are longer than the text encoders read: {'; '.join(shown)}{more}"
+
+
+@contextmanager
+def quiet_pipeline(pipeline: Any) -> Iterator[None]:
+    """Without the pipeline's own warnings of what it cuts: it decodes the padding of the whole batch."""
+    logger = logging.getLogger(type(pipeline).__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
