@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -90,11 +91,16 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    style(axes)
+    return figure, axes
+
+
+def style(axes: Axes, **ticks: Any) -> None:
+    """A light grid, two spines, whole numbers below; ``ticks`` are options of MaxNLocator."""
     axes.grid(True, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, **ticks))
 
 
 def _legend(axes: Axes) -> None:
