@@ -40,7 +40,11 @@ CLIP_WIDTHS = {"sd35": (768, 1280), "small": (16, 16)}
 
 def main() -> None:
     """Build the folder and say how it is used."""
-    args = parse()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(RANDOM), default="sd35")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the files")
+    parser.add_argument("--device", default="cpu", help="where the random numbers are drawn")
+    args = parser.parse_args()
     for library in (transformers_logging, diffusers_logging):
         library.set_verbosity_error()
     folder = FOLDER / args.shape
@@ -48,7 +52,7 @@ def main() -> None:
         torch.manual_seed(0)
         pipeline = build_pipeline(args.shape).to(getattr(torch, args.dtype))
     pipeline.save_pretrained(folder / "model")
-    loras = {task: random_lora(pipeline.transformer, seed, gap=0.1) for seed, task in enumerate(TASKS)}
+    loras = {task: random_lora(pipeline.transformer, seed) for seed, task in enumerate(TASKS)}
     adapters = Adapters(pipeline.transformer)
     for task, lora in loras.items():
         adapters.add_teacher(task, lora)
@@ -57,15 +61,6 @@ def main() -> None:
             write_atomically(folder / "dataset" / task / f"{split}.txt", "\n".join(PROMPTS) + "\n")
     name = "mopd" if args.shape == "sd35" else f"{args.shape}_mopd"
     print(f"written to {folder}; use it with --config benchmarks/full_size_config.py:{name}")
-
-
-def parse() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(RANDOM), default="sd35")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the files")
-    parser.add_argument("--device", default="cpu", help="where the random numbers are drawn")
-    return parser.parse_args()
 
 
 def build_pipeline(shape: str) -> StableDiffusion3Pipeline:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import platform
 import statistics
 import sys
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
 from benchmarks.upstream import restore_layers, upstream_round
-from benchmarks.world import World, add_flags, recorded
+from benchmarks.world import World, add_flags, write_figures
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch, choose_steps
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
@@ -66,12 +65,9 @@ def main() -> None:
     rounds.clear()  # their models make room for the one that is counted
     result = summarise(world, seconds, resident, peaks)
     print(table(result, world))
-    if args.json:
-        machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
-        result |= {"torch": torch.__version__, "settings": recorded(args), "all_s": seconds}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {args.json}")
+    machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
+    write_figures(args, result | {"torch": torch.__version__, "all_s": seconds})
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,9 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     parser.epilog = "\n".join(["ways:", *(f"  {name:<18}{way.what}" for name, way in WAYS.items())])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--text_encoders", action="store_true", help="with --random: encoders of the published size")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args(arguments)
 
 
@@ -174,8 +168,9 @@ REFERENCES = ("upstream", "default", "floor")
 def build_all(world: World, ways: Mapping[str, Way]) -> tuple[dict[str, Round], dict[str, int]]:
     """Every way, warmed up, and the GPU memory that its model takes; what cannot be built is reported and left out."""
     rounds, resident = {}, {}
+    device = None if world.args.device == "cpu" else world.args.device
     for name, way in tqdm(ways.items(), desc="building", unit="way"):
-        before = _allocated(world.args.device)
+        before = torch.cuda.memory_allocated(device)
         try:
             round_ = way.build(world)
             round_()
@@ -183,7 +178,7 @@ def build_all(world: World, ways: Mapping[str, Way]) -> tuple[dict[str, Round], 
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         gc.collect()
-        rounds[name], resident[name] = round_, _allocated(world.args.device) - before
+        rounds[name], resident[name] = round_, torch.cuda.memory_allocated(device) - before
     return rounds, resident
 
 
@@ -199,12 +194,13 @@ def time_all(
     try:
         for _ in tqdm(range(repeats), desc="measuring", unit="repeat"):
             for name, round_ in rounds.items():
-                others = _allocated(device) - resident[name]
-                if device != "cpu":
-                    torch.cuda.reset_peak_memory_stats(device)
+                if device == "cpu":
+                    seconds.setdefault(name, []).append(_seconds(round_, device))
+                    continue
+                others = torch.cuda.memory_allocated(device) - resident[name]
+                torch.cuda.reset_peak_memory_stats(device)
                 seconds.setdefault(name, []).append(_seconds(round_, device))
-                if device != "cpu":
-                    peaks[name] = torch.cuda.max_memory_allocated(device) - others
+                peaks[name] = torch.cuda.max_memory_allocated(device) - others
     except KeyboardInterrupt:
         if not seconds:
             raise
@@ -218,10 +214,6 @@ def _seconds(round_: Round, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def _allocated(device: str) -> int:
-    return 0 if device == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def matrix_peak(device: str, dtype: torch.dtype) -> float:
@@ -265,21 +257,23 @@ def table(result: Mapping[str, Any], world: World) -> str:
     """The figures for people."""
     args = world.args
     tasks, model = (args.tasks, args.random) if args.random else (len(args.teachers), Path(args.model).parent.name)
-    heads = [*(f"/{name}" for name in REFERENCES), "of peak", "peak GiB"]
     lines = [
         f"{model}: {tasks} tasks x {args.batch_size} images x {world.sampler.trained_steps} trained steps at "
         f"{args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
         f"needed: {result['needed_flops'] / 1e12:.4g} TFLOP a round; a matrix product reaches "
         f"{result['matrix_flops_per_second'] / 1e12:.4g} TFLOP/s here",
-        f"{'way':<18}{'seconds':>9}" + "".join(f"{head:>10}" for head in heads) + "  exact",
+        _line("way", "seconds", *(f"/{name}" for name in REFERENCES), "of peak", "peak GiB", "exact"),
     ]
     for name, figures in result["ways"].items():
-        cells = [f"{figures[key]:.3f}" if (key := f"to_{other}") in figures else "" for other in REFERENCES]
-        cells.append(f"{figures['utilisation']:.1%}" if "utilisation" in figures else "")
-        cells.append(f"{figures['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in figures else "")
-        row = f"{name:<18}{figures['seconds']:9.3f}" + "".join(f"{cell:>10}" for cell in cells)
-        lines.append(f"{row}  {WAYS[name].exact}")
+        ratios = [f"{figures[key]:.3f}" if (key := f"to_{other}") in figures else "" for other in REFERENCES]
+        used = f"{figures['utilisation']:.1%}" if "utilisation" in figures else ""
+        peak = f"{figures['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in figures else ""
+        lines.append(_line(name, f"{figures['seconds']:.3f}", *ratios, used, peak, WAYS[name].exact))
     return "\n".join(lines)
+
+
+def _line(name: str, *cells: str) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells[:-1]) + f"  {cells[-1]}"
 
 
 if __name__ == "__main__":

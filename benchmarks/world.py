@@ -6,9 +6,11 @@ Time and memory do not depend on the values of weights, so that what nobody can 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.noise import noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import BatchSettings, round_shape
+from diffusionopd.files import write_atomically
 from diffusionopd.models.backbone import Backbone, TextEncoder, load_backbone, load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.lora import Adapters
@@ -81,7 +84,7 @@ def random_model(shape: str) -> tuple[SD3Transformer2DModel, AutoencoderKL]:
     return SD3Transformer2DModel(**RANDOM[shape]), vae
 
 
-def random_lora(transformer: nn.Module, seed: int, gap: float) -> LoraWeights:
+def random_lora(transformer: nn.Module, seed: int, gap: float = 0.1) -> LoraWeights:
     """A LoRA on the usual layers whose ``B A`` has about ``gap`` times the size of a fresh linear layer's weights."""
     own = torch.Generator().manual_seed(seed)
     layers = {
@@ -134,25 +137,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teachers", nargs="+", default=TINY_TEACHERS, help="LoRA folders, one per task")
     parser.add_argument("--random", choices=list(RANDOM), help="random weights of this shape instead of --model")
     parser.add_argument("--tasks", type=int, default=3, help="with --random: how many teachers")
-    parser.add_argument("--gap", type=float, default=0.1, help="with --random: relative size of a teacher's lora_B")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=6, help="images per task, and of a backward pass")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--timestep_fraction", type=float, default=0.99)
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of student and teachers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
-def recorded(args: argparse.Namespace) -> dict[str, object]:
-    """The settings to keep with a measurement; files of this repository by their names in it, not on this machine."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, list):
-            return [plain(part) for part in value]
-        return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
-
-    return {key: plain(value) for key, value in vars(args).items() if key != "json"}
+def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write figures and settings to ``args.json``, if it is given; this repository's files by their names in it."""
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        text = json.dumps(figures | {"settings": settings}, indent=2).replace(f"{ROOT}/", "")
+        write_atomically(args.json, text + "\n")
+        print(f"wrote {args.json}")
 
 
 @dataclass
@@ -169,17 +169,13 @@ class World:
     @property
     def sampler(self) -> SamplerSettings:
         """The Euler ODE."""
-        return SamplerSettings(
-            num_steps=self.args.steps,
-            guidance_scale=self.args.guidance_scale,
-            noise_level=0.0,
-            timestep_fraction=self.args.timestep_fraction,
-        )
+        options = {"noise_level": 0.0, "timestep_fraction": 0.99}
+        return SamplerSettings(num_steps=self.args.steps, guidance_scale=self.args.guidance_scale, **options)
 
     @property
     def prompts(self) -> list[str]:
         """One per task of the tiny world."""
-        return [PROMPTS[task % len(PROMPTS)] for task in range(len(self.args.teachers))]
+        return list(islice(cycle(PROMPTS), len(self.args.teachers)))
 
     def setup(self, *, dtype: torch.dtype | None = None, **switches: Any) -> tuple[Opd, list[Batch]]:
         """Student and teachers, and one batch per task; ``switches`` are those of :func:`assemble`."""
@@ -187,7 +183,7 @@ class World:
         backbone = self._backbone(dtype or self.half)
         teachers = args.teachers
         if args.random:
-            teachers = [random_lora(backbone.transformer, seed, args.gap) for seed in range(args.tasks)]
+            teachers = [random_lora(backbone.transformer, seed) for seed in range(args.tasks)]
         *texts, backbone.negative = self._texts
         shape = backbone.latent_shape(args.resolution)
         noises = [noise(shape, [(t, i) for i in range(args.batch_size)]).to(args.device) for t in range(len(texts))]
@@ -200,15 +196,13 @@ class World:
         return load_text_encoder(self.args.model, dtype=self.half, device=self.args.device, max_sequence_length=length)
 
     def _backbone(self, dtype: torch.dtype) -> Backbone:
+        placed: dict[str, Any] = {"dtype": dtype, "device": self.args.device}
         if not self.args.random:
-            return load_backbone(self.args.model, dtype=dtype, device=self.args.device)
+            return load_backbone(self.args.model, **placed)
         with torch.random.fork_rng(), torch.device(self.args.device):
             torch.manual_seed(0)
             transformer, vae = random_model(self.args.random)
-            if dtype != torch.float32:
-                transformer = transformer.to(dtype)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return StableDiffusion3(transformer, vae, scheduler, dtype=dtype, device=self.args.device)
+        return StableDiffusion3(transformer.to(dtype), vae, FlowMatchEulerDiscreteScheduler(shift=3.0), **placed)
 
     @cached_property
     def _texts(self) -> list[Conditions]:
@@ -216,11 +210,9 @@ class World:
         args, own = self.args, torch.Generator().manual_seed(1)
         if args.random:
             widths = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048} | RANDOM[args.random]
-            shapes = {
-                "tokens": (TEXT_TOKENS, widths["joint_attention_dim"]),
-                "pooled": (widths["pooled_projection_dim"],),
-            }
-            rows = [{n: torch.randn(*s, generator=own) for n, s in shapes.items()} for _ in range(args.tasks + 1)]
+            tokens, pooled = (TEXT_TOKENS, widths["joint_attention_dim"]), widths["pooled_projection_dim"]
+            drawn = ((torch.randn(tokens, generator=own), torch.randn(pooled, generator=own)) for _ in count())
+            rows = [{"tokens": t, "pooled": p} for t, p in islice(drawn, args.tasks + 1)]
         else:
             rows = self.text_encoder()([*self.prompts, NEGATIVE])
         found = [Conditions.of([row]).to(args.device, self.half) for row in rows]

@@ -13,66 +13,52 @@ gradient is proportional to the gap, so that a figure from random weights can be
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
 
-from benchmarks.world import World, add_flags, recorded
+from benchmarks.world import World, add_flags, write_figures
 from diffusionopd.losses import distillation_loss
+from diffusionopd.rollout import rollout
 
 EPSILON = 1e-8
 
 
 def main() -> None:
     """Measure one round and print its figures."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    (algorithm, batches), gaps = World(args).setup(), []
-    transitions = algorithm.transitions[: World(args).sampler.trained_steps]
-    if args.random:  # one step of middling length stands for the round: all steps of a CPU run would take half an hour
-        transitions = [transitions[(args.steps - 1) // 2]]
-    optimizer, started = algorithm.optimizer, time.perf_counter()
-    for batch in batches:
-        x = batch.noise
-        for transition in transitions:
-            v_teacher = algorithm.teacher(batch)(x, transition.sigma)
-            v_student = algorithm.student(batch)(x, transition.sigma)
-            loss = distillation_loss(transition, v_student, v_teacher).mean()
-            optimizer.backward(loss / (len(batches) * len(transitions)))
-            gaps.append(((v_student - v_teacher).norm() / v_teacher.norm()).item())
-            x = transition.sample(x, v_student.detach(), None)
-    # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.
-    gradients = [p.grad for p in optimizer.parameters if p.grad is not None and p.grad.any()]
-    total = sum(g.numel() for g in gradients)
-    rms = (sum(g.double().square().sum().item() for g in gradients) / total) ** 0.5 / optimizer.loss_scale
-    result = {
-        "gradient_rms": rms,
-        "taken_by_epsilon": EPSILON / (rms + EPSILON),
-        "relative_gap": sum(gaps) / len(gaps),
-        "last_loss": loss.item(),
-        "trained_values": total,
-        "seconds": time.perf_counter() - started,
-        "settings": recorded(args),
-    }
-    print(f"gradient RMS {rms:.3g}: epsilon {EPSILON:g} takes {100 * result['taken_by_epsilon']:.2g}% of an update")
-    print(f"relative gap {result['relative_gap']:.3g}, {total:,} values with a gradient")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def parse() -> argparse.Namespace:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.set_defaults(tasks=1)
-    parser.add_argument("--json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    world, gaps = World(args), []
+    algorithm, batches = world.setup()
+    transitions = algorithm.transitions[: world.sampler.trained_steps]
+    if args.random:  # one step of middling length stands for the round: all steps of a CPU run would take half an hour
+        transitions = [transitions[(args.steps - 1) // 2]]
+    optimizer, policies, trained = algorithm.optimizer, (algorithm.student, algorithm.teacher), range(len(transitions))
+    for batch in batches:
+        walked = rollout(
+            batch.noise, transitions, *(p(batch) for p in policies), trained=trained, draw_noise=batch.step_noise
+        )
+        for visit in walked:
+            v, v_teacher = visit.v_student, visit.v_teacher
+            assert v_teacher is not None
+            loss = distillation_loss(visit.transition, v, v_teacher).mean()
+            optimizer.backward(loss / (len(batches) * len(transitions)))
+            gaps.append(((v - v_teacher).norm() / v_teacher.norm()).item())
+    # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.
+    gradients = torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None and p.grad.any()])
+    rms = gradients.double().square().mean().sqrt().item() / optimizer.loss_scale
+    taken, gap = EPSILON / (rms + EPSILON), sum(gaps) / len(gaps)
+    print(f"gradient RMS {rms:.3g}: epsilon {EPSILON:g} takes {100 * taken:.2g}% of an update")
+    print(f"relative gap {gap:.3g}, {len(gradients):,} values with a gradient")
+    figures = {"gradient_rms": rms, "taken_by_epsilon": taken, "relative_gap": gap, "last_loss": loss.item()}
+    write_figures(args, figures | {"trained_values": len(gradients)})
 
 
 if __name__ == "__main__":

@@ -53,30 +53,31 @@ def finish(runner: Runner, run: Run, rounds: int = 3) -> None:
     write_atomically(runner.result_file(run), json.dumps(asdict(result(run, rounds))))
 
 
-def test_a_failure_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    done = []
+@pytest.fixture
+def driven(tmp_path, monkeypatch):
+    """A runner that leaves what runs leave, except for those that are to fail; and what was done."""
+    done, failing = [], set()
 
     def do(self, run):
-        if run.experiment == "teacher_ocr":
+        if run.experiment in failing:
             raise RuntimeError("out of luck")
         done.append(run.experiment)
         finish(self, run)
 
     monkeypatch.setattr(Runner, "do", do)
-    runner = Runner(tmp_path, tmp_path / "results", short=True)
+    return Runner(tmp_path, tmp_path, short=True), done, failing
+
+
+def test_a_failure_is_told_and_the_others_go_on(driven):
+    runner, done, failing = driven
+    failing.add("teacher_ocr")
     failures = run_all(plan(["opd", "guard_scene"], [1]), runner, jobs=2)
     assert sorted(done) == ["guard_scene", "teacher_compose", "teacher_scene"]
     assert failures == ["teacher_ocr-seed1: out of luck", "opd-seed1: its teachers are missing"]
 
 
-def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
-    runner, done = Runner(tmp_path, tmp_path, short=True), []
-
-    def do(self, run):
-        done.append(run.experiment)
-        finish(self, run)
-
-    monkeypatch.setattr(Runner, "do", do)
+def test_a_teacher_without_its_folder_is_trained_again(driven):
+    runner, done, _ = driven
     runs = plan(["opd"], [1])
     assert run_all(runs, runner, jobs=1) == []
     assert done == ["teacher_compose", "teacher_ocr", "teacher_scene", "opd"]
@@ -88,24 +89,22 @@ def test_a_teacher_without_its_folder_is_trained_again(tmp_path, monkeypatch):
 
 def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(Runner, "_train", lambda self, run: calls.append(f"train {run.name}"))
-    monkeypatch.setattr(Runner, "_evaluate", lambda self, run: calls.append(f"evaluate {run.name}"))
+    for name in ("_train", "_evaluate"):
+        monkeypatch.setattr(Runner, name, lambda self, run, name=name: calls.append(name))
     monkeypatch.setattr(Runner, "_result", lambda self, run: result(run, 60))
     runner, run = Runner(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
-    runner.do(run)
-    assert calls == ["train teacher_ocr-seed1", "evaluate teacher_ocr-seed1"]
-    runner.do(run)
-    assert calls[2:] == ["train teacher_ocr-seed1"]
+    for expected in (["_train", "_evaluate"], ["_train", "_evaluate", "_train"]):
+        runner.do(run)
+        assert calls == expected
 
 
 def test_a_result_of_another_length_is_none(tmp_path):
     runner, run = Runner(tmp_path, tmp_path, short=False), Run("opd", 1)
-    finish(runner, run, rounds=40)
-    assert not runner.is_done(run)
-    finish(runner, run, rounds=80)
-    assert runner.is_done(run)
+    for rounds in (40, 80):
+        finish(runner, run, rounds)
+        assert runner.is_done(run) == (rounds == 80)
     runner.result_file(run).write_text("{")
-    with pytest.raises(ClaimsError, match=r"opd-seed1\.json is no result of a run"):
+    with pytest.raises(ClaimsError, match=r"opd-seed1\.json"):
         runner.is_done(run)
 
 

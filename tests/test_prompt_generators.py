@@ -55,19 +55,21 @@ def test_published_lines_are_lines_of_the_grammar():
     objects = [n for n in range(0, size, 90) if [c["class"] for c in make(n)["include"]] == ["handbag", "scissors"]]
     lines |= {json.dumps(make(number)) for number in range(objects[0], objects[0] + 90)}
     assert set(PUBLISHED) <= lines
+    articles = [geneval.article(name) for name in ("umbrella", "hair drier", "oven")]
+    assert articles == ["an umbrella", "a hair drier", "an oven"]
+    plurals = [geneval.plural(name) for name in ("bus", "scissors", "knife", "person")]
+    assert plurals == ["buses", "scissorses", "knifes", "persons"]
 
 
-@pytest.mark.parametrize(
-    ("tag", "size"),
-    [("single_object", 80), ("two_object", 6320), ("counting", 240), ("colors", 790), ("position", 25_280)],
-)
-def test_small_spaces_hold_each_prompt_once(tag, size):
-    records = space(tag)
-    assert len(records) == size == len({record["prompt"] for record in records})
-    assert {record["tag"] for record in records} == {tag}
-
-
-def test_color_attr_numbers_are_all_pairs_of_two_colours_and_two_objects():
+def test_spaces_hold_each_prompt_once():
+    sizes = {"single_object": 80, "two_object": 6320, "counting": 240, "colors": 790, "position": 25_280}
+    assert {*sizes, "color_attr"} == set(geneval.SPACES) == set(geneval.SHARES) == set(TAGS)
+    for tag, size in sizes.items():
+        records = space(tag)
+        assert len(records) == size == len({record["prompt"] for record in records})
+        assert {record["tag"] for record in records} == {tag}
+    assert not any("person" in record["prompt"] for record in space("colors"))
+    assert "person" not in geneval.COLOURABLE and len(geneval.COLOURABLE) == len(CLASSES) - 1
     size, make = geneval.SPACES["color_attr"]
     assert size == 79 * 78 * 10 * 9
     for number in (0, 1, 89, 90, 91, size // 2, size - 1):
@@ -76,50 +78,22 @@ def test_color_attr_numbers_are_all_pairs_of_two_colours_and_two_objects():
     assert len({make(number)["prompt"] for number in range(0, size, 37)}) == len(range(0, size, 37))
 
 
-def test_every_tag_has_a_space():
-    assert set(geneval.SPACES) == set(geneval.SHARES) == set(TAGS)
-
-
-def test_people_have_no_colour():
-    assert not any("person" in record["prompt"] for record in space("colors"))
-    assert "person" not in geneval.COLOURABLE and len(geneval.COLOURABLE) == len(CLASSES) - 1
-
-
-def test_articles_and_plurals_follow_the_letters():
-    assert [geneval.article(name) for name in ("umbrella", "hair drier", "oven")] == [
-        "an umbrella",
-        "a hair drier",
-        "an oven",
-    ]
-    assert [geneval.plural(name) for name in ("bus", "scissors", "knife", "person")] == [
-        "buses",
-        "scissorses",
-        "knifes",
-        "persons",
-    ]
-
-
-def test_shares_are_those_of_flow_grpo_with_repeats():
+def test_shares_are_those_of_flow_grpo_with_repeats_and_larger_tags_fill_up_without():
     lines = geneval.generate(1700, 0, repeat=True)
     tags = Counter(json.loads(line)["tag"] for line in lines)
     assert tags == {"position": 700, "counting": 500, "color_attr": 300, "colors": 100, "two_object": 100}
     counting = Counter(line for line in lines if '"counting"' in line)
     assert len(counting) == 240 and set(counting.values()) == {2, 3}  # evenly
-
-
-def test_without_repeats_each_prompt_comes_once_and_larger_tags_fill_up():
     lines = geneval.generate(3400, 0)
     assert len(set(lines)) == 3400
     tags = Counter(json.loads(line)["tag"] for line in lines)
-    assert tags["counting"] == 240
-    assert tags["position"] == pytest.approx((3400 - 240) * 7 / 12, abs=1)
+    assert (tags["counting"], tags["position"]) == (240, pytest.approx((3400 - 240) * 7 / 12, abs=1))
 
 
 def test_excluded_prompts_are_absent_in_either_order():
     gone = [f"a photo of two {geneval.plural(name)}" for name in CLASSES]
     swapped = "a photo of a skis and a bowl"
-    lines = geneval.generate(20_000, 1, [*gone, swapped])
-    prompts = {json.loads(line)["prompt"] for line in lines}
+    prompts = {json.loads(line)["prompt"] for line in geneval.generate(20_000, 1, [*gone, swapped])}
     assert not prompts & {*gone, swapped, "a photo of a bowl and a skis"}
     assert len({prompt for prompt in prompts if prompt.endswith("zebras")}) == 2  # three and four
 
@@ -129,43 +103,35 @@ def test_too_many_prompts_are_refused_with_the_maximum(monkeypatch):
     excluded = [json.loads(line)["prompt"] for line in PUBLISHED]
     # The tags that are used, less the excluded ones of these; pairs go in both orders.
     maximum = 6320 + 240 + 790 + 25_280 - (2 + 2 + 1 + 1)
-    with pytest.raises(PromptError, match=rf"1 to {maximum} "):
-        geneval.generate(maximum + 1, 0, excluded)
-    with pytest.raises(PromptError, match="--count 0"):
-        geneval.generate(0, 0)
-    with pytest.raises(PromptError, match="every kind"):
-        geneval.generate(10, 0, [record["prompt"] for record in space("counting")], repeat=True)
+    counting = [record["prompt"] for record in space("counting")]
+    for message, *arguments in (
+        (f"1 to {maximum} ", maximum + 1, 0, excluded),
+        ("--count 0", 0, 0),
+        ("--exclude", 10, 0, counting, True),
+    ):
+        with pytest.raises(PromptError, match=message):
+            geneval.generate(*arguments)
 
 
 # --- text rendering --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ocr_prompts():
-    return ocr.generate(4000, 5)
-
-
-def test_scorer_finds_the_words_meant(ocr_prompts):
-    assert all(prompt.count('"') == 2 for prompt in ocr_prompts)
-    assert all(wanted_text(prompt) == ocr.essence(prompt) for prompt in ocr_prompts)
-    assert '"Apples $1.00"' in ocr.make("price", 0) and ocr.make("price", 0)[0].isupper()
-
-
-def test_ocr_prompts_differ_and_kinds_have_equal_shares(ocr_prompts):
-    assert len(set(ocr_prompts)) == 4000
-    assert sum(bool(re.search(r'"Open \d', prompt)) for prompt in ocr_prompts) == pytest.approx(
-        4000 / len(ocr.KINDS), abs=1
-    )
-    assert all(ocr.size(kind) >= 100_000 for kind in ocr.KINDS)
+def test_ocr_prompts_differ_and_ask_for_the_words_meant_in_equal_shares():
+    prompts = ocr.generate(4000, 5)
+    assert len(set(prompts)) == 4000 and all(prompt.count('"') == 2 for prompt in prompts)
+    assert all(wanted_text(prompt) == ocr.essence(prompt) for prompt in prompts)
+    hours = [prompt for prompt in prompts if re.search(r'"Open \d', prompt)]
+    assert len(hours) == pytest.approx(4000 / len(ocr.KINDS), abs=1)
+    words = ocr.essence(hours[0])
+    assert not any(ocr.essence(p) == words for p in ocr.generate(4000, 5, [f'A door with "{words.upper()}" on it']))
 
 
 def test_numbers_of_a_kind_are_its_prompts_one_to_one(monkeypatch):
+    assert all(ocr.size(kind) >= 100_000 for kind in ocr.KINDS)
+    assert '"Apples $1.00"' in ocr.make("price", 0) and ocr.make("price", 0)[0].isupper()
     monkeypatch.setitem(ocr.KINDS, "small", ("things", "{} {}", "first second"))
-    for name, words in {
-        "things": ["a sign", "a wall"],
-        "first": ["No", "Mind"],
-        "second": ["Dogs", "Cats", "Exit"],
-    }.items():
+    own = {"things": ["a sign", "a wall"], "first": ["No", "Mind"], "second": ["Dogs", "Cats", "Exit"]}
+    for name, words in own.items():
         monkeypatch.setitem(ocr.WORDS, name, words)
     scenes = [len(ocr.WORDS[name]) for name in ("styles", "places", "lettering")]
     assert ocr.size("small") == 12 * len(ocr.SENTENCES) * math.prod(scenes)
@@ -181,24 +147,17 @@ def test_word_lists_have_no_repeats_and_no_quotation_marks():
     assert set().union(*([things, *parts.split()] for things, _, parts in ocr.KINDS.values())) <= set(ocr.WORDS)
 
 
-def test_excluded_words_are_asked_for_in_no_prompt(ocr_prompts):
-    words = ocr.essence(next(prompt for prompt in ocr_prompts if '"Open ' in prompt))
-    assert not any(ocr.essence(p) == words for p in ocr.generate(4000, 5, [f'A door with "{words.upper()}" on it']))
-
-
 # --- the mixture -----------------------------------------------------------------------------------------------------
 
 
-def test_apportion_gives_every_prompt_to_a_kind():
+def test_every_prompt_goes_to_a_kind_and_small_kinds_are_filled_first():
     assert apportion(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
     assert apportion(17, {"a": 7, "b": 10}) == {"a": 7, "b": 10}
-
-
-def test_allocate_fills_small_kinds_first():
     assert allocate(100, {"a": 1, "b": 1, "c": 2}, {"a": 5, "b": 500, "c": 500}) == {"a": 5, "b": 32, "c": 63}
-    assert allocate(12, {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50}) == {"a": 9, "b": 3}
+    weights, available = {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50}
+    assert allocate(12, weights, available) == {"a": 9, "b": 3}
     with pytest.raises(PromptError, match="1 to 12 "):
-        allocate(13, {"a": 1, "b": 5, "c": 0}, {"a": 9, "b": 3, "c": 50})
+        allocate(13, weights, available)
 
 
 def test_drawn_is_a_permutation_and_lazy():
@@ -225,13 +184,11 @@ def test_a_seed_gives_the_bytes_that_it_always_gave(tmp_path, kind):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_command_writes_files_that_load_and_does_not_overwrite(tmp_path, capsys):
-    exclude = tmp_path / "test_metadata.jsonl"
+def test_command_writes_files_that_load_and_does_not_overwrite(tmp_path):
+    exclude, output = tmp_path / "test_metadata.jsonl", tmp_path / "new" / "train_metadata.jsonl"
     exclude.write_text("\n".join(PUBLISHED))
-    output = tmp_path / "new" / "train_metadata.jsonl"
     arguments = ["geneval", "--output", str(output), "--count", "300", "--seed", "7", "--exclude", str(exclude)]
     main(arguments)
-    assert "300 lines, 300 different" in capsys.readouterr().out
     prompts = load_prompts(output.parent, "geneval", "train")
     assert len(prompts) == 300 and {"tag", "include", "prompt"} <= set(prompts[0].metadata)
     first = output.read_bytes()
@@ -239,22 +196,17 @@ def test_command_writes_files_that_load_and_does_not_overwrite(tmp_path, capsys)
         main(arguments)
     main([*arguments, "--force"])
     assert output.read_bytes() == first  # the seed decides
+    main([*arguments, "--force", "--seed", "8"])
+    assert output.read_bytes() != first
+    exclude.unlink()
+    with pytest.raises(SystemExit, match=str(exclude)):
+        main([*arguments, "--force"])
     assert [path.name for path in output.parent.iterdir()] == ["train_metadata.jsonl"]
 
 
-def test_command_runs_as_a_module_and_its_seed_counts(tmp_path):
+def test_command_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "tools.prompts", "ocr", "--output", "train.txt", "--count", "50"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(load_prompts(tmp_path, "general_ocr", "train")) == 50
-    main(["ocr", "--output", str(tmp_path / "test.txt"), "--count", "50", "--seed", "1"])
-    assert (tmp_path / "test.txt").read_text() != (tmp_path / "train.txt").read_text()
-
-
-def test_command_names_an_unreadable_exclusion(tmp_path):
-    arguments = ["ocr", "--output", str(tmp_path / "x.txt"), "--count", "5", "--exclude", str(tmp_path / "none.txt")]
-    with pytest.raises(SystemExit, match=r"none\.txt does not exist"):
-        main(arguments)
-    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from diffusionopd.tiny.flow import encode, generate
 from diffusionopd.tiny.grammar import TASKS, captions, file_captions
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
-QUICK_PROMPTS = 48
+SIGN = 'a sign that says "347"'
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +20,17 @@ def base():
     return check.load(ASSETS)
 
 
-def test_manifest_matches_every_shipped_file():
-    assert check.describe(ASSETS) == json.loads((ASSETS / check.MANIFEST).read_text())["files"]
-
-
-def test_everything_is_small_and_nothing_is_pickled():
+def test_what_is_shipped_is_small_safe_and_in_the_manifest():
     files = check.describe(ASSETS)
+    assert files == json.loads((ASSETS / check.MANIFEST).read_text())["files"]
     assert sum(entry["bytes"] for entry in files.values()) < 25e6
     assert {Path(name).suffix for name in files} <= {".json", ".jsonl", ".md", ".model", ".png", ".safetensors", ".txt"}
-
-
-def test_no_shipped_text_names_a_folder_of_the_machine_that_built_it():
-    for path in ASSETS.rglob("*.json*"):
+    for path in ASSETS.rglob("*.json*"):  # no folder of the machine that built it
         text = path.read_text(encoding="utf-8")
         assert not [word for word in ("/home/", "/root/", "/tmp/", ".cache/") if word in text], path
+    recorded = json.loads((ASSETS / "scores.json").read_text())
+    assert (recorded["prompts_per_task"], recorded["teacher_guidance_scale"]) == (384, check.TEACHER_GUIDANCE)
+    assert check.violations(recorded["results"]) == []
 
 
 def test_stock_pipeline_loads_and_generates():
@@ -41,18 +38,9 @@ def test_stock_pipeline_loads_and_generates():
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     assert (config.num_layers, tuple(config.dual_attention_layers), config.qk_norm) == (4, (0,), "rms_norm")
-    images = pipe(
-        'a sign that says "347"',
-        num_inference_steps=2,
-        height=64,
-        width=64,
-        max_sequence_length=models.CONTEXT,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    assert images.shape == (1, 3, 64, 64)
-    assert torch.isfinite(images).all()
-    assert images.std() > 0.05
+    options = {"num_inference_steps": 2, "max_sequence_length": models.CONTEXT, "output_type": "pt"}
+    images = pipe(SIGN, height=64, width=64, generator=torch.Generator().manual_seed(0), **options).images
+    assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all() and images.std() > 0.05
 
 
 def test_shipped_parts_are_those_of_the_code(base):
@@ -78,9 +66,8 @@ def test_captions_fit_the_context_and_lose_nothing(base):
 
 
 def test_prompt_embeddings_have_a_fixed_length(base):
-    tokens, pooled = encode(base, ["a photo of a red circle", 'a sign that says "347"'])
-    assert tokens.shape == (2, 2 * models.CONTEXT, 128)
-    assert pooled.shape == (2, 128)
+    tokens, pooled = encode(base, ["a photo of a red circle", SIGN])
+    assert (tokens.shape, pooled.shape) == ((2, 2 * models.CONTEXT, 128), (2, 128))
 
 
 def test_images_do_not_depend_on_the_batch(base):
@@ -89,19 +76,12 @@ def test_images_do_not_depend_on_the_batch(base):
     assert (together.int() - alone.int()).abs().max() <= 1  # rounding
 
 
-def test_recorded_scores_satisfy_the_bounds():
-    recorded = json.loads((ASSETS / "scores.json").read_text())
-    assert recorded["prompts_per_task"] == 384
-    assert recorded["teacher_guidance_scale"] == check.TEACHER_GUIDANCE
-    assert check.violations(recorded["results"]) == []
-
-
 @pytest.mark.parametrize("task", [*(pytest.param(t, marks=pytest.mark.slow) for t in TASKS[:-1]), TASKS[-1]])
 def test_shipped_weights_score_as_recorded(base, task):
     """A few prompts, with margins of about three standard errors."""
     if task == "ocr":
         pytest.importorskip("rapidocr")
-    prompts, name = file_captions(task, "test")[:QUICK_PROMPTS], f"tiny_{task}"
+    prompts, name = file_captions(task, "test")[:48], f"tiny_{task}"
     guidance = check.TEACHER_GUIDANCE[task]
     teacher = check.score(check.load(ASSETS, task), task, guidance, prompts)[name]
     weak = check.score(base, task, 1.0, prompts)[name]

@@ -1,81 +1,57 @@
 """The tiny grammar: what is held out, and that the shipped prompt files are what the code writes."""
 
+import random
 from pathlib import Path
 
 import pytest
 
 from diffusionopd.data.prompts import load_prompts
-from diffusionopd.tiny.grammar import (
-    COMPOSE_LINES,
-    DIGITS,
-    PROMPT_FN,
-    RELATIONS,
-    SPLITS,
-    TASKS,
-    TEST_LINES,
-    captions,
-    corrupt,
-    draw,
-    file_captions,
-    groups,
-    prompt_files,
-)
+from diffusionopd.tiny import grammar
+from diffusionopd.tiny.grammar import PROMPT_FN, SPLITS, TASKS, captions, corrupt, draw, file_captions, groups
 
-ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
+DATASET = Path(__file__).parents[1] / "assets" / "tiny" / "dataset"
 
 
 def test_shipped_prompt_files_are_what_the_code_writes():
-    shipped = {p.relative_to(ASSETS / "dataset").as_posix(): p for p in (ASSETS / "dataset").glob("*/*")}
-    assert {name: path.read_text(encoding="utf-8") for name, path in shipped.items()} == prompt_files()
+    shipped = {p.relative_to(DATASET).as_posix(): p.read_text(encoding="utf-8") for p in DATASET.glob("*/*")}
+    assert shipped == grammar.prompt_files()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_test_file_has_384_lines_of_held_out_prompts_only(task):
-    lines = [caption.text for caption in file_captions(task, "test")]
-    assert len(lines) == TEST_LINES
-    assert set(lines) == {caption.text for caption in captions(task, "test")}
-    assert not set(lines) & {caption.text for caption in captions(task, "train")}
-    assert not set(lines) & {caption.text for caption in file_captions(task, "train")}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_run_reads_the_shipped_files(task):
-    """Through the reader of real runs, with texts and metadata intact."""
-    for split in SPLITS:
-        prompts = load_prompts(ASSETS / "dataset" / task, PROMPT_FN[task], split)
-        expected = file_captions(task, split)
+def test_files_are_read_and_test_lines_are_of_held_out_prompts_only(task):
+    distinct, lines = {}, {}
+    for split in SPLITS:  # through the reader of real runs, with texts and metadata intact
+        prompts, expected = load_prompts(DATASET / task, PROMPT_FN[task], split), file_captions(task, split)
+        distinct[split], lines[split] = ({c.text for c in found} for found in (captions(task, split), expected))
         assert [p.text for p in prompts] == [c.text for c in expected]
         if task == "compose":
             assert [p.metadata["include"] for p in prompts] == [c.metadata["include"] for c in expected]
+    assert len(prompts) == grammar.TEST_LINES and lines["test"] == distinct["test"]
+    assert not lines["test"] & (distinct["train"] | lines["train"])
 
 
 def test_every_digit_is_trained_at_every_position():
     numbers = [caption.metadata["text"] for caption in captions("ocr", "train")]
     assert len(numbers) == 800
     for place in range(3):
-        assert {number[place] for number in numbers} == set(DIGITS)
+        assert {number[place] for number in numbers} == set(grammar.DIGITS)
 
 
 def test_pairs_are_held_out_in_both_orders_and_every_relation():
-    def pairs(split):
-        return {
-            frozenset((i["color"], i["class"]) for i in caption.metadata["include"])
-            for tag in ("two_object", "position")
-            for caption in groups("compose", split)[tag]
-        }
-
-    assert pairs("train").isdisjoint(pairs("test"))
+    pairs = {}
     for split in SPLITS:
+        held = [c.metadata["include"] for tag in ("two_object", "position") for c in groups("compose", split)[tag]]
+        pairs[split] = {frozenset((i["color"], i["class"]) for i in include) for include in held}
         relations = {c.metadata["include"][1]["position"][0] for c in groups("compose", split)["position"]}
-        assert relations == set(RELATIONS)
+        assert relations == set(grammar.RELATIONS)
+    assert pairs["train"].isdisjoint(pairs["test"])
 
 
 def test_metadata_has_the_form_of_geneval():
     held = {tag: group[0].metadata for tag, group in groups("compose", "test").items()}
-    assert held.keys() == COMPOSE_LINES["test"].keys()
+    assert held.keys() == grammar.COMPOSE_LINES["test"].keys()
     for tag, metadata in held.items():
-        assert metadata["tag"] == tag
-        assert metadata["prompt"].startswith("a photo of ")
+        assert metadata["tag"] == tag and metadata["prompt"].startswith("a photo of ")
         assert all(i.keys() >= {"class", "count", "color"} for i in metadata["include"])
     reference, subject = held["position"]["include"]
     relation = subject["position"][0]
@@ -88,12 +64,7 @@ def test_metadata_has_the_form_of_geneval():
 
 @pytest.mark.parametrize("task", ["compose", "ocr"])
 def test_label_noise_changes_the_caption_and_stays_in_the_training_split(task):
-    import random
-
-    rng = random.Random(0)
-    train = {caption.text for caption in captions(task, "train")}
+    rng, train = random.Random(0), {caption.text for caption in captions(task, "train")}
     for _ in range(300):
         caption = draw(task, rng)
-        wrong = corrupt(task, caption, rng)
-        assert wrong.text in train
-        assert wrong.text != caption.text
+        assert corrupt(task, caption, rng).text in train - {caption.text}

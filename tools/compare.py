@@ -30,9 +30,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Flags to files; a mistake of the user's ends in one line, not in a traceback."""
-    flags = parse_flags()
+    flags = parse_flags(arguments)
     try:
         models = read_models(flags.runs)
         comparison = compare([*published_models(), *models] if flags.published else models)

@@ -2,19 +2,15 @@
 
     python -m tools.cost --config config/opd.py:mopd --num_processes 8 [--config.KEY=VALUE ...]
     python -m tools.cost --config config/teacher.py:nft_geneval --num_processes 8 --json FILE
-    python -m tools.cost --family
 
-The first forms take any configuration, whether or not its prompts, teachers and weights are on this machine; --family
-prints the table of docs/scaling.md. Time is that of the transformer alone at the utilisation that is given: a
-prediction to compare a measurement with, not a measurement.
+For any configuration, whether or not its prompts, teachers and weights are on this machine. Time is that of the
+transformer alone at the utilisation that is given: a prediction to compare a measurement with, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
@@ -26,26 +22,15 @@ from diffusionopd.training.plan import Plan
 from tools.costs.models import read_pipeline
 from tools.costs.round import MACHINE, memory, outside_training, step_cost, work
 
-ROOT = Path(__file__).resolve().parent.parent
-FAMILY = {
-    "SD3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "SD3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "SD3.5-large": "stabilityai/stable-diffusion-3.5-large",
-}
-
 
 def main() -> None:
-    """Print the cost of a configuration, or the family's table."""
+    """Print the cost of a configuration."""
     try:
         source, overrides, rest = split_arguments(sys.argv[1:])
         args = parse(rest)
-        if args.family:
-            for line in family_table(FAMILY):
-                print(line, flush=True)
-        elif source is None:
-            sys.exit("error: name a configuration (--config config/opd.py:mopd) or --family")
-        else:
-            report(check(load_config(source, overrides), args.num_processes, sources=False), args)
+        if source is None:
+            sys.exit("error: name a configuration (--config config/opd.py:mopd)")
+        report(check(load_config(source, overrides), args.num_processes, sources=False), args)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
 
@@ -56,7 +41,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
     parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
     parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
-    parser.add_argument("--family", action="store_true", help="memory of the SD3 family; takes minutes")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args(arguments)
 
@@ -121,32 +105,6 @@ def tera(flops: float) -> str:
 def giga(size: float) -> str:
     """Bytes in units that fit."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
-def family_table(models: dict[str, str], resolutions: tuple[int, ...] = (512, 1024)) -> Iterator[str]:
-    """Lines of Markdown: FLOPs of a forward pass and memory per GPU of ``mopd`` on each of the models, in bf16."""
-    ways = "replicated | checkpointed | FSDP2 over 8 | checkpointed"
-    yield f"| model | pixels | forward / backward, TFLOP | batch | {ways} |"
-    yield "| --- " * 8 + "|"
-    plan = check(load_config(f"{ROOT}/config/opd.py:mopd"), MACHINE, sources=False)
-    for name, model in models.items():
-        pipeline = read_pipeline(model)
-        for resolution in resolutions:
-            costs = []
-            for checkpointing in (False, True):
-                values = {"resolution": resolution, "activation_checkpointing": checkpointing}
-                changed = replace(plan, values={**plan.values, **values})
-                costs.append([step_cost(changed, pipeline, images) for images in (1, 2)])
-            plain = costs[0][0]
-            flops = f"{(plain.forward + plain.lora_forward) / 1e12:.1f} / {plain.backward / 1e12:.1f}"
-            for batch in (1, 3, 12):
-                cells = []
-                for shards in (1, MACHINE):
-                    for one, two in costs:  # activations are affine in the images (tested)
-                        activations = one.activations + (batch - 1) * (two.activations - one.activations)
-                        held = memory(plan, replace(one, activations=activations), shards)
-                        cells.append(f"{sum(held.values()) / 1e9:.2f}")
-                yield f"| {name} | {resolution} | {flops} | {batch} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ class Backbone(ABC):
     def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
 
+    @classmethod
+    @abstractmethod
+    def row_shapes(
+        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditions at their longest; ``configs`` has those of the text encoders too."""
+
     @abstractmethod
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """The pipeline's own ``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU."""

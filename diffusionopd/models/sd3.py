@@ -46,6 +46,15 @@ class StableDiffusion3(Backbone):
             )
         return config["in_channels"], resolution // factor, resolution // factor
 
+    @classmethod
+    def row_shapes(
+        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Backbone.row_shapes`; T5's tokens are there without T5 too, as zeros."""
+        config, tokens = configs["transformer"], configs["text_encoder"]["max_position_embeddings"]
+        shape = (tokens + max_sequence_length, config["joint_attention_dim"])
+        return {"tokens": shape, "pooled": (config["pooled_projection_dim"],)}
+
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """See :meth:`Backbone.sigmas`; the scheduler's own spacing, from 1."""
         options, c = {}, self.scheduler.config

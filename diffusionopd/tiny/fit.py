@@ -16,8 +16,6 @@ from diffusers.training_utils import EMAModel
 
 from diffusionopd.distributed import average_gradients
 
-_SAVE_SECONDS = 120
-
 
 def fit(
     name: str,
@@ -26,41 +24,19 @@ def fit(
     rate: Callable[[float, int], float],
     loss: Callable[[float, int], torch.Tensor],
     average: EMAModel | None = None,
-    file: Path | None = None,
 ) -> None:
-    """Steps with clipped gradients, averaged over processes, until ``minutes`` are over, earlier runs included.
+    """Steps with clipped gradients, averaged over processes, until ``minutes`` are over.
 
     Args:
         optimizer: of one parameter group.
         rate, loss: learning rate and scalar loss, from the fraction of the time that is over and the number of steps.
         average: moving average of the parameters, which have its values in the end.
-        file: the state (with ``average``): training goes on from it where it exists; rank 0 writes it every two minutes
-            and in the end.
     """
     (group,) = optimizer.param_groups
     parameters: list[torch.nn.Parameter] = group["params"]
-    parts: dict[str, Any] = {"optimizer": optimizer, "average": average}
     main = not dist.is_initialized() or dist.get_rank() == 0
-    step, seconds, mean_loss = 0, 0.0, 0.0
-    if file and file.exists():
-        state = torch.load(file, weights_only=True)
-        for part, owner in parts.items():
-            owner.load_state_dict(state[part])
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        step, seconds, mean_loss = state["progress"]
-        print(f"{name}: resumed at step {step}", flush=True)
-
-    def save_state() -> None:
-        if main and file:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"parameters": [p.detach() for p in parameters], "progress": (step, seconds, mean_loss)}
-            save(state, file)
-
-    saved = time.monotonic()
-    begin = saved - seconds
-    while (done := (seconds := _of_rank_0(time.monotonic() - begin)) / (60 * minutes)) < 1:
+    step, mean_loss, begin = 0, 0.0, time.monotonic()
+    while (done := _of_rank_0(time.monotonic() - begin) / (60 * minutes)) < 1:
         group["lr"] = rate(done, step)
         value = loss(done, step)
         optimizer.zero_grad()
@@ -74,10 +50,6 @@ def fit(
         mean_loss += (value.item() - mean_loss) / min(step, 100)
         if main and step % 100 == 0:
             print(f"{name} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
-        if time.monotonic() - saved > _SAVE_SECONDS:
-            save_state()
-            saved = time.monotonic()
-    save_state()
     if average:
         average.copy_to(parameters)
 

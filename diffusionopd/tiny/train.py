@@ -121,7 +121,7 @@ def train_base(rank: int, work: Path, out: Path, minutes: float) -> None:
 
     optimizer = torch.optim.AdamW(modules.parameters(), betas=_BETAS, weight_decay=0.01)
     average = EMAModel(modules.parameters(), decay=0.998, foreach=True)
-    fit.fit("base", optimizer, minutes, rate, loss, average, work / "base-state.pt")
+    fit.fit("base", optimizer, minutes, rate, loss, average)
     if rank == 0:
         pipe.save_pretrained(out)
 

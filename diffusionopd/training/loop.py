@@ -59,16 +59,8 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                     # --- batches, and a round on them
                     start, number = time.perf_counter(), completed + 1
                     stop.doing = f"round {number}"
-                    updates = shape.updates_after(number)
-                    with stage("prompts and noise"):
-                        batches = run.batches.round(completed)
                     nfe = run.backbone.evaluations
-                    with memory_advice(stop.doing, _ROUND_MEMORY), _noted(stop.doing):
-                        result = algorithm.round(batches, step=updates is not None)
-                    if updates is not None:
-                        algorithm.finish(updates)
-                        if run.ema is not None:
-                            run.ema.update(updates)
+                    result = train_round(run, number)
                     completed = number
 
                     # --- log; monitored scores arrive while the next round trains
@@ -99,6 +91,20 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
     if stop.signal:
         raise Stopped(saved)
     return saved
+
+
+def train_round(run: Run, number: int) -> Result:
+    """Round ``number`` (from 1): its batches, a round on them, and what follows an optimizer step."""
+    updates, what = run.plan.shape.updates_after(number), f"round {number}"
+    with stage("prompts and noise"):
+        batches = run.batches.round(number - 1)
+    with memory_advice(what, _ROUND_MEMORY), _noted(what):
+        result = run.algorithm.round(batches, step=updates is not None)
+    if updates is not None:
+        run.algorithm.finish(updates)
+        if run.ema is not None:
+            run.ema.update(updates)
+    return result
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from diffusionopd.files import write_atomically, write_json
-from diffusionopd.stages import stage, timed_stages
+from diffusionopd.stages import timed_stages
+from diffusionopd.training.loop import train_round
 from diffusionopd.training.setup import Run, started
 
 OTHER = "everything else"
@@ -48,12 +49,12 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> dict[str, Any]
 def _measure(run: Run, folder: Path, rounds: int) -> dict[str, Any] | None:
     device = run.accelerator.device
     gpu = device.type == "cuda"
-    numbers = iter(tqdm(range(2 * rounds + 2), desc="profiling", unit="round", disable=not run.is_main))
+    numbers = iter(tqdm(range(1, 2 * rounds + 3), desc="profiling", unit="round", disable=not run.is_main))
 
     def seconds() -> float:
         """Of the next round."""
         start = time.perf_counter()
-        _train(run, next(numbers))
+        train_round(run, next(numbers))
         if gpu:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -83,7 +84,7 @@ def _measure(run: Run, folder: Path, rounds: int) -> dict[str, Any] | None:
         _write(summary, folder)  # a trace of a large model's round takes minutes, and may be cut short
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=activities) as traced:
-        _train(run, next(numbers))
+        train_round(run, next(numbers))
     next(numbers, None)  # closes the bar
     if not run.is_main:
         return None
@@ -115,15 +116,3 @@ def _write(summary: dict[str, Any], folder: Path) -> None:
         lines.append(f"the GPU computes for {summary['kernel_seconds']:.4g} s, in {summary['kernels']} kernels")
     lines.append(f"\nmost expensive operators of one round:\n{summary['operators']}" if summary["operators"] else "")
     write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
-
-
-def _train(run: Run, index: int) -> None:
-    """What the training loop does of round ``index`` (from 0) before it logs."""
-    updates = run.plan.shape.updates_after(index + 1)
-    with stage("prompts and noise"):
-        batches = run.batches.round(index)
-    run.algorithm.round(batches, step=updates is not None)
-    if updates is not None:
-        run.algorithm.finish(updates)
-        if run.ema is not None:
-            run.ema.update(updates)

@@ -8,14 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from experiments.claims.curves import Point, Result, Runs, curve_from_base, monitored
 from experiments.claims.experiments import TASKS
+from tools.report.plots import BASE, SERIES, style
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-BASE = "#6b7280"
-BLUE, RED, GREEN, PURPLE, BLACK = "#0b62a8", "#c2410c", "#00795c", "#a2528f", "#2b2b2b"
+BLUE, RED, GREEN, PURPLE, _, BLACK = SERIES
 METHODS = {"opd": BLUE, "multitask_nft": RED, "multitask_guard": GREEN, "cascade_nft": PURPLE}
 NOISE = {"opd_noise00": BLUE, "opd_noise03": GREEN, "opd_noise07": RED}
 ESTIMATORS = {"opd_noise03": GREEN, "ppo_noise03": GREEN, "opd_noise07": RED, "ppo_noise07": RED}
@@ -72,10 +70,7 @@ def _panels(rows: int) -> tuple[Figure, list[list[Axes]]]:
     for i, row in enumerate(grid):
         for axes, task in zip(row, TASKS, strict=True):
             axes.set_title(task if i == 0 else "", fontsize=11)
-            axes.grid(True, color="#e5e7eb", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+            style(axes, nbins=6, steps=[1, 2, 5, 10])
         row[0].set_ylabel("score")
     return figure, grid
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import sys
@@ -132,45 +131,27 @@ def measure(
     }
 
 
-def expected_cosine(figures: dict[str, Any], draws: int) -> float:
-    """Cosine of the mean of so many draws with the closed form if the error is unbiased and of the predicted size."""
-    return 1 / math.sqrt(1 + figures["predicted"] / (draws * figures["closed_squared"]))
-
-
 def main() -> None:
-    """Measure at a few steps of each noise level, print a table, write the file."""
+    """Measure at a few steps of each noise level and write the file, of which the report makes a table."""
     args = parse()
     torch.set_num_threads(1)
     started = time.perf_counter()
     algorithm, batch = build(args)
     for i in range(args.rounds):
         algorithm.round([replace(batch, noise=first_noise(args, algorithm, 1 + i))])
-    print(f"{args.task} teacher, student after {args.rounds} rounds, {args.pictures} images, {args.draws} draws")
-    print("noise step sigma      KL  noise/signal  measured/predicted  KL^2 part  total/closed  cosine (expected)")
-    states = []
-    for level in args.levels:
-        for s in estimates(algorithm, batch, level, args):
-            noise, predicted = s["variance"], s["predicted"]
-            print(
-                f"{level:5.1f} {s['step']:4d} {s['sigma']:5.3f} {s['kl']:7.3g} {noise / s['closed_squared']:13.3g} "
-                f"{noise / predicted:19.3f} {s['score_function'] / predicted:10.3f} "
-                f"{1 + noise / s['between_pictures']:13.3g}  "
-                f"{s['cosine'][args.draws]:6.3f} ({expected_cosine(s, args.draws):.3f})"
-            )
-            states.append({"noise": level, **s})
-    seconds = round(time.perf_counter() - started, 1)
+    states = [{"noise": level, **s} for level in args.levels for s in estimates(algorithm, batch, level, args)]
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     options = [f"--{key} {shlex.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in settings.items()]
     result = {
         "command": " ".join(["python experiments/claims/variance.py", *options]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - started, 1),
         "settings": settings,
         "states": states,
     }
     write_atomically(args.output, json.dumps(result, indent=1) + "\n")
-    print(f"{seconds:.0f} s; wrote {args.output}")
+    print(f"wrote {args.output}; for the table: python experiments/claims/report.py")
 
 
 def parse() -> argparse.Namespace:

@@ -1,16 +1,18 @@
 """The paper's claims (arXiv 2605.15055, sections 3.3 and 4), each with the rule by which runs decide it.
 
-A claim is a statement, its rule, and rows; a row is a name, the experiments that it needs, and what is measured on one
-seed of them (NaN where that is undefined).
+A claim is a statement and its rule (`claims.toml`), and rows; a row is a name, the experiments that it needs, and what
+is measured on one seed of them (NaN where that is undefined).
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -88,11 +90,12 @@ class Claim:
 
 def claims(runs: Runs, variance: Mapping[str, Any] | None) -> list[Claim]:
     """All claims; ``variance`` is the content of ``variance.json``, None before it was measured."""
-    found = [
-        Claim(statement, rule, [_part(runs, relation, limit, *row) for row in rows()])
-        for statement, rule, relation, limit, rows in CLAIMS
-    ]
-    return [*found, Claim(*ESTIMATORS, list(_estimators(variance)))]
+    found = []
+    for c in tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))["claims"]:
+        rows = ROWS[c["rows"]]() if c["rows"] in ROWS else ()
+        parts = [_part(runs, c["relation"], c["limit"], *row) for row in rows] or list(_estimators(variance))
+        found.append(Claim(c["statement"], c["rule"], parts))
+    return found
 
 
 def _part(
@@ -288,45 +291,11 @@ def _estimators(variance: Mapping[str, Any] | None) -> Iterator[Part]:
             yield Part(f"noise {level}, {name}", *rule, {variance["settings"]["seed"]: value})
 
 
-# ---- the claims ------------------------------------------------------------------------------------------------------
-
-CLAIMS: tuple[tuple[str, str, str, float, Callable[[], Iterator[Row]]], ...] = (
-    (
-        "Teachers: an off-the-shelf RL algorithm makes each task's teacher from its reward alone.",
-        "(teacher − base) / (shipped teacher − base) on the teacher's own task is at least 0.5.",
-        *("≥", 0.5, _teachers),
-    ),
-    (
-        "One student reaches each of its teachers on the teacher's task.",
-        "student / teacher on the teacher's task is at least 0.97.",
-        *("≥", 0.97, _student),
-    ),
-    (
-        "At equal cost the student is better than multi-task RL and cascade RL.",
-        "Average of the finished student minus that of the other after as many evaluations (one that ends earlier "
-        "counts with its end) is above 0: on all test prompts where the other is finished too, else on the "
-        "monitored ones, its curve interpolated.",
-        *(">", 0.0, _equal_cost),
-    ),
-    (
-        "The closed form beats the PPO-style surrogate at equal noise.",
-        "Average of the closed form minus that of the surrogate is above 0: at the end of the shorter run, and as "
-        "the mean over the rounds until there (area under the curve).",
-        *(">", 0.0, _closed_form),
-    ),
-    (
-        "Less noise is faster: the ODE needs fewer rounds than noise 0.7 (the paper: up to 5 times).",
-        "Rounds until the interpolated curve has 90% of the teacher's score on the same prompts (and, beside the "
-        "claim, half of the gap from the base to it), noise 0.7 over ODE, is above 1. A run of noise 0.7 that "
-        "never gets there counts with its length, an ODE run that alone does not with 0; where neither does, the "
-        "seed is undefined.",
-        *(">", 1.0, _speeds),
-    ),
-)
-"""Statement, rule, relation and limit of every value, rows."""
-ESTIMATORS = (
-    "The surrogate has the closed form's gradient on average, and score-function noise on top.",
-    "Means over the measured steps: measured / predicted variance is within a quarter of 1; the squared error "
-    "of the mean is at most 1.5 times what that variance explains; noise is most of the total variance, which "
-    "is that over draws plus the closed form's own over pictures.",
-)
+ROWS = {
+    "teachers": _teachers,
+    "student": _student,
+    "equal_cost": _equal_cost,
+    "closed_form": _closed_form,
+    "speeds": _speeds,
+}
+"""`rows` of `claims.toml` -> what is measured."""

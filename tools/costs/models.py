@@ -31,21 +31,16 @@ class Pipeline(ModelInfo):
         """Of tensors on the meta device, the transformer in ``dtype``."""
         index = self.configs["index"]
         with torch.device("meta"):
-            transformer, vae = (
-                part_class(index, part).from_config(self.configs[part]) for part in ("transformer", "vae")
-            )
+            transformer = part_class(index, "transformer").from_config(self.configs["transformer"])
+            vae = part_class(index, "vae").from_config(self.configs["vae"])
         transformer = transformer.bfloat16() if dtype == torch.bfloat16 else transformer
         return self.family(transformer, vae, part_class(index, "scheduler")(), index=index, dtype=dtype, device="meta")
 
     def conditions(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> Conditions:
-        """What SD3's transformer sees of prompts: CLIP's tokens, then T5's, which are zeros where there is no T5."""
-        config, first = self.configs["transformer"], next(iter(self.encoders.values()))
-        tokens = first.max_position_embeddings + max_sequence_length
-        parts = {
-            "tokens": torch.zeros(rows, tokens, config["joint_attention_dim"], dtype=dtype),
-            "pooled": torch.zeros(rows, config["pooled_projection_dim"], dtype=dtype),
-        }
-        return Conditions(parts)
+        """What the transformer sees of so many prompts at their longest: zeros."""
+        encoders = {name: config.to_dict() for name, config in self.encoders.items()}
+        shapes = self.family.row_shapes(max_sequence_length, {**self.configs, **encoders})
+        return Conditions({name: torch.zeros(rows, *shape, dtype=dtype) for name, shape in shapes.items()})
 
     def encoder_parameters(self) -> int:
         """Of all text encoders."""
@@ -62,7 +57,8 @@ def read_pipeline(model: str) -> Pipeline:
         encoders = {name: AutoConfig.for_model(**config) for name, config in _PUBLISHED["text_encoders"].items()}
         return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
     info = read_model(model)
-    names = [name for name, entry in info.configs["index"].items() if name in info.family.TEXT and entry[0]]
-    there = [name for name in names if not Path(model).is_dir() or (Path(model) / name).is_dir()]
-    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in there if "encoder" in name}
+    index, folder = info.configs["index"], Path(model)
+    names = [n for n in info.family.TEXT if "encoder" in n and index.get(n, [None])[0]]
+    there = [name for name in names if not folder.is_dir() or (folder / name).is_dir()]
+    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in there}
     return Pipeline(model, None, info.family, info.configs, encoders)

@@ -16,19 +16,12 @@ from diffusionopd.rewards import UnfitPromptError
 from diffusionopd.rewards.quotes import wanted_text
 from tools.prompts.mixture import allocate, drawn, shuffled
 
-SENTENCES = (
-    '{style} of {thing} {place}, with the words "{text}" in {lettering}',
-    '{style} of {thing} that reads "{text}" in {lettering}, {place}',
-    '{style} showing {thing} {place}. The text on it says "{text}" in {lettering}',
-    'the words "{text}" in {lettering} on {thing} {place}, {style}',
-    '{thing} {place} with "{text}" written on it in {lettering}, {style}',
-    '{thing} {place} displays "{text}" in {lettering}, {style}',
-    '{style} of {thing} with the inscription "{text}" in {lettering}, {place}',
-    'seen {place}: {thing} with "{text}" in {lettering}, {style}',
-)
+_DATA = json.loads(Path(__file__).with_name("ocr.json").read_text(encoding="utf-8"))
+
+SENTENCES: list[str] = _DATA["sentences"]
 """All have the words in double quotes, once, and no other quotation marks: what a scorer looks for."""
 
-WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ocr_words.json").read_text(encoding="utf-8")) | {
+WORDS: dict[str, list[str]] = _DATA["words"] | {
     "dollars": [str(number) for number in range(1, 30)],
     "house_numbers": [str(number) for number in (*range(1, 100, 3), *range(101, 1000, 37))],
     "days": [str(number) for number in range(1, 29)],
@@ -38,21 +31,7 @@ WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("ocr_words.jso
 }
 """Lists of words; no entry comes twice in its list or has quotation marks."""
 
-KINDS = {
-    "shop": ("shop_signs", "{} {} {}", "adjectives nouns shops"),
-    "notice": ("notice_boards", "{} {}", "orders subjects"),
-    "hours": ("doors", "Open {} to {}", "mornings evenings"),
-    "price": ("price_tags", "{} ${}.{}", "goods dollars cents"),
-    "address": ("street_signs", "{} {} {}", "house_numbers names streets"),
-    "title": ("covers", "The {} {}", "adjectives nouns"),
-    "long_title": ("covers", "The {} of the {} {}", "topics adjectives nouns"),
-    "slogan": ("banners", "{} Your {}", "verbs owned"),
-    "event": ("posters", "{} {} {}", "events months days"),
-    "code": ("plates", "{} {}", "letters numbers"),
-    "direction": ("road_signs", "{} {} {}", "names distances units"),
-    "greeting": ("cards", "{} {}", "greetings names"),
-    "word": ("clothes", "{}", "single_words"),
-}
+KINDS: dict[str, list[str]] = _DATA["kinds"]
 """The kinds, in equal shares: the things that carry them, the pattern of the words, and the lists that fill it."""
 
 

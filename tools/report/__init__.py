@@ -1,21 +1,9 @@
-"""Pages of results.
-
-`collect` reads a distillation and `render` draws it; `read_models`, `compare` and `render_comparison` put evaluated
-models side by side.
-"""
+"""Pages of results: of a distillation (`collect.py`), and of evaluated models side by side (`comparison.py`)."""
 
 from tools.report.collect import Image, Report, ReportError, Task, collect, render, summary, text_table
-from tools.report.comparison import (
-    ComparisonError,
-    Evaluation,
-    Model,
-    compare,
-    csv_table,
-    published_models,
-    read_models,
-    render_comparison,
-    text_comparison,
-)  # fmt: skip
+from tools.report.comparison import compare
+from tools.report.evaluated import ComparisonError, Evaluation, Model, published_models, read_models
+from tools.report.tables import csv_table, render_comparison, text_comparison
 
 __all__ = [
     "ComparisonError", "Evaluation", "Image", "Model", "Report", "ReportError", "Task", "collect", "compare",

@@ -185,16 +185,9 @@ def render(report: Report) -> str:
     """The page as one HTML document that refers to nothing outside itself."""
     shares = [task.gap_closed for task in report.tasks if task.gap_closed is not None]
     mean_gap = percent(fmean(shares) if shares else None)
+    shown = {"title": report.title, "facts": report.facts, "report": report, "mean_gap": mean_gap}
     helpers = {"percent": percent, "label": label, "duration": duration, "image": image_of}
-    return render_page(
-        "report.html.j2",
-        title=report.title,
-        facts=report.facts,
-        report=report,
-        mean_gap=mean_gap,
-        plots=_plots(report),
-        **helpers,
-    )
+    return render_page("report.html.j2", plots=_plots(report), **shown, **helpers)
 
 
 def _plots(report: Report) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,10 +20,13 @@ SIZE = (5.4, 3.3)  # inches
 
 
 def running_mean(points: Points, window: int = 5) -> list[tuple[float, float]]:
-    """Each y replaced by the mean of up to `window` points around it, fewer at the ends; same x."""
-    half = window // 2
+    """Each y replaced by the mean of the points around it, fewer at the ends; same x.
+
+    The window is a quarter of the points at most: over a short run a longer one would be flat. None of fewer than 8.
+    """
+    half = min(window, len(points) // 4) // 2
     near = [[y for _, y in points[max(0, i - half) : i + half + 1]] for i in range(len(points))]
-    return [(x, fmean(ys)) for (x, _), ys in zip(points, near, strict=True)]
+    return [(x, fmean(ys)) for (x, _), ys in zip(points, near, strict=True)] if half else []
 
 
 def score_curve(
@@ -41,7 +45,8 @@ def score_curve(
         axes.axhline(level, color=color, linestyle=style, linewidth=1.8, label=f"{name} {level:.2f}")
     if monitored:
         axes.plot(*_columns(monitored), "o", color=STUDENT, alpha=0.3, markersize=4, label="training images")
-        axes.plot(*_columns(running_mean(monitored)), "-", color=STUDENT, linewidth=2, label="running mean")
+    if smooth := running_mean(monitored):
+        axes.plot(*_columns(smooth), "-", color=STUDENT, linewidth=2, label="running mean")
     if evaluated:
         axes.plot(*_columns(evaluated), "D", color=STUDENT, markersize=5, label="test prompts")
     if final is not None:
@@ -56,11 +61,11 @@ def loss_curves(losses: Mapping[str, Points]) -> str:
     figure, axes = _figure("round", "loss")
     for i, (task, points) in enumerate(losses.items()):
         positive = [(x, y) for x, y in points if y > 0]
-        color = SERIES[i % len(SERIES)]
+        color, smooth = SERIES[i % len(SERIES)], running_mean(positive, 9)
         axes.plot(*_columns(positive), color=color, alpha=0.25, linewidth=1)
-        axes.plot(*_columns(running_mean(positive, 9)), color=color, linewidth=2, label=task)
-    if any(y > 0 for points in losses.values() for _, y in points):
-        axes.set_yscale("log")
+        axes.plot(*_columns(smooth or positive), color=color, linewidth=2, label=task)
+        if positive:
+            axes.set_yscale("log")
     _legend(axes)
     return _svg(figure)
 
@@ -86,11 +91,16 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    style(axes)
+    return figure, axes
+
+
+def style(axes: Axes, **ticks: Any) -> None:
+    """A light grid, two spines, whole numbers below; ``ticks`` are options of MaxNLocator."""
     axes.grid(True, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, **ticks))
 
 
 def _legend(axes: Axes) -> None:
