@@ -50,6 +50,7 @@ _REMEDY = (
     "Go on with the old values, start another run with --config.run_name, or add --allow_config_change to go on with "
     "the new ones."
 )
+_ROW = b'{"round": '  # begins a line of metrics.jsonl
 _SAMPLE = 4096  # values of each tensor of the base model: 4 million of SD3.5-Medium's 2.2 billion
 
 
@@ -139,9 +140,11 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
 def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
     """The valid checkpoint that a run goes on from, or None for a fresh start.
 
-    RunError where a fresh start, or another run's checkpoint, would overwrite what ``run_dir`` holds, and where nothing
-    valid is left to go on from; CheckpointError for a named checkpoint that is damaged.
+    RunError where ``run_dir`` has files of other programs that a run would replace, where a fresh start, or another
+    run's checkpoint, would overwrite what it holds, and where nothing valid is left to go on from; CheckpointError for
+    a named checkpoint that is damaged.
     """
+    _check_own(run_dir)
     root = run_dir / "checkpoints"
     present = checkpoint.folders(root)
     if resume_from == "auto":
@@ -163,6 +166,32 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
             "Add --config.resume_from=auto to go on with it, or choose another --config.run_name."
         )
     return folder
+
+
+def _check_own(run_dir: Path) -> None:
+    """RunError unless the files in ``run_dir`` that a run replaces are a run's."""
+    config, metrics = run_dir / "config.json", run_dir / "metrics.jsonl"
+    foreign = []
+    if config.is_file() and not {"sample", "train"} <= _object(config.read_bytes()).keys():
+        foreign.append(config)
+    # A line that a crash cut short, or filled with zeros, is a run's all the same.
+    lines = [line.strip(b"\0\r") for line in metrics.read_bytes().split(b"\n")] if metrics.is_file() else []
+    if any(line and not line.startswith(_ROW[: len(line)]) and "round" not in _object(line) for line in lines):
+        foreign.append(metrics)
+    if foreign:
+        raise RunError(
+            f"{' and '.join(map(str, foreign))} would be replaced by the run's, but no run wrote what is there. Choose "
+            "another --config.run_name or --config.save_dir, or move it away."
+        )
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
+from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import (
     DTYPES,
@@ -59,6 +60,7 @@ class Run:
     plan: Plan
     resume: Resume
     accelerator: Accelerator
+    lock: Lock  # of the run folder
     algorithm: Algorithm
     batches: Batches
     optimizer: StudentOptimizer
@@ -93,17 +95,22 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     requested_sharding()  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
-    resume, plan = together(partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
-    accelerator.print(plan.describe())
+    look = partial(together, partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
+    resume, plan = look()
     if dry_run:
+        accelerator.print(plan.describe())
+        together(partial(refuse_if_held, plan.run.run_dir), "looking at the run folder")
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return
-    accelerator.project_configuration.project_dir = str(plan.run.run_dir)
-    accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
-    # A failure is told first: closing waits for threads and ends the process group.
-    with ExitStack() as closing, ending_together():
-        yield build(plan, resume, accelerator, closing)
+    with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
+        resume, plan = look()  # again: until now another process may have written there
+        accelerator.print(plan.describe())
+        accelerator.project_configuration.project_dir = str(plan.run.run_dir)
+        accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
+        # A failure is told first: closing waits for threads and ends the process group.
+        with ExitStack() as closing, ending_together():
+            yield build(plan, resume, accelerator, lock, closing)
 
 
 def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
@@ -129,7 +136,7 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     )
 
 
-def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitStack) -> Run:
+def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, closing: ExitStack) -> Run:
     """Build everything; weights load here. Errors as of :func:`diffusionopd.training.train`.
 
     ``closing`` ends the threads and trackers, the last made first, and writes what is left.
@@ -191,9 +198,9 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
     )
     closing.callback(batches.close)
     return Run(
-        plan=plan, resume=resume, accelerator=accelerator, algorithm=algorithm, batches=batches, optimizer=optimizer,
-        ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers, metrics=metrics,
-        monitor=monitor, digests=digests,
+        plan=plan, resume=resume, accelerator=accelerator, lock=lock, algorithm=algorithm, batches=batches,
+        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers,
+        metrics=metrics, monitor=monitor, digests=digests,
     )  # fmt: skip
 
 
