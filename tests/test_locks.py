@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from diffusionopd import locks
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, read_records
 from diffusionopd.locks import LOCK, HeldError, Holder, hold, refuse_if_held
