@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -23,7 +23,7 @@ from diffusionopd.signals import end_at_once
 from diffusionopd.training import train
 
 from .conftest import ROOT
-from .forked import Mark, fork, start
+from .forked import Forked, Mark, fork, start
 from .helpers import metrics
 from .helpers_processes import linux, wait_for
 
@@ -270,32 +270,32 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(tiny_config, tmp_path, m
     assert len(metrics(run)) <= 1 and not (run / "checkpoints" / "checkpoint-2").exists()
 
 
-def begin(work: Path, name: str, *arguments: object) -> subprocess.Popen:
-    """A command of the scripts, as on a command line; its output goes to ``<work>/<name>.log``."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (work / f"{name}.log").open("wb") as log:
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+def begin(log: Path, *arguments: object) -> Forked:
+    """One of the scripts in a process of its own, as on a command line."""
+
+    def work(rank):
+        os.chdir(ROOT)
+        sys.argv = [str(argument) for argument in arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return start(work, log=log)
 
 
-def two(work: Path, trial: int, first: list, second: list) -> list[int]:
-    """Start both, the second after a random time, in every fourth trial after the first was killed; their statuses."""
-    rng = random.Random(trial)
-    one = begin(work, f"{trial}-first", *first)
+def two(log: Path, trial: int, first: list, second: list) -> list[int]:
+    """Start both, the second at a random moment of the first, which every fourth time is killed then; their statuses.
+
+    Who is refused is told for whose sake.
+    """
+    one = begin(log / "first", *first)
+    time.sleep(random.Random(trial).random() ** 2 * 6)
     if trial % 4 == 3:
-        with suppress(subprocess.TimeoutExpired):
-            one.wait(8 + rng.random() * 16)
         one.kill()
-        one.wait()
-    else:
-        time.sleep(rng.random() ** 2 * 16)
-    other = begin(work, f"{trial}-second", *second)
-    statuses = [process.wait(600) for process in (one, other)]
-    for mine, process, status in (("first", other, statuses[0]), ("second", one, statuses[1])):
-        if status > 0:  # refused, for the sake of the other
-            assert f" {process.pid} " in (work / f"{trial}-{mine}.log").read_text(), (trial, mine, statuses)
-    print(f"trial {trial}: statuses {statuses}", flush=True)
-    return statuses
+    other = begin(log / "second", *second)
+    ends = [process.wait(300)[0] for process in (one, other)]
+    for end, of in zip(ends, (other, one), strict=True):
+        assert end.status <= 0 or f" {of.pids[0]} " in end.errors, (trial, ends)
+    print(f"trial {trial}: statuses {[end.status for end in ends]}", flush=True)
+    return [end.status for end in ends]
 
 
 @pytest.mark.slow
@@ -312,11 +312,11 @@ def test_twenty_times_two_trainings_at_once(tmp_path):
         flags = [f"--config.{name}={value}" for name, value in {**options, "save_dir": run}.items()]
         rates = [1e-3, 1e-3 if trial % 4 == 3 else 1e-5]
         commands = [[*common, *flags, f"--config.train.learning_rate={rate}"] for rate in rates]
-        statuses = two(tmp_path, trial, *commands)
+        statuses = two(tmp_path / f"log-{trial}", trial, *commands)
         rows, finished = metrics(run), [rate for rate, status in zip(rates, statuses, strict=True) if status == 0]
         assert [row["round"] for row in rows] == list(range(1, 9)) and finished
         assert not (run / LOCK).exists()
-        if statuses[0] != -signal.SIGKILL and 2 in statuses:
+        if 2 in statuses:
             assert {row["lr"] for row in rows} == set(finished)
             assert json.loads((run / "config.json").read_text())["train"]["learning_rate"] == finished[0]
 
@@ -333,12 +333,13 @@ def test_twenty_times_two_evaluations_at_once(pipeline_folder, make_lora, tmp_pa
     models = [["--base"], ["--lora", make_lora(0, std=0.5)]]
     alone = []
     for i, model in enumerate(models):
-        assert begin(tmp_path, f"alone-{i}", *common, tmp_path / f"alone-{i}", *model).wait(600) == 0
+        (end,) = begin(tmp_path / f"log-{i}", *common, tmp_path / f"alone-{i}", *model).wait(300)
+        assert end.status == 0, end.errors
         alone.append(read_records(tmp_path / f"alone-{i}" / RESULTS))
     assert alone[0] != alone[1]
     for trial in range(20):
         out, which = tmp_path / f"out-{trial}", [0, 0 if trial % 4 == 3 else 1]
-        statuses = two(tmp_path, trial, *([*common, out, *models[i]] for i in which))
+        statuses = two(tmp_path / f"log-{trial}", trial, *([*common, out, *models[i]] for i in which))
         finished = [i for i, status in zip(which, statuses, strict=True) if status == 0]
         assert finished and (len(finished) == 1 or which[0] == which[1])
         assert read_records(out / RESULTS) == alone[finished[0]] and not (out / LOCK).exists()

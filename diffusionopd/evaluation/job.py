@@ -17,7 +17,7 @@ from diffusionopd.evaluation.results import EvaluationError, ResultFolder, Summa
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import ensure_writable
-from diffusionopd.locks import Lock, hold
+from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import backbone as models
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
@@ -119,11 +119,12 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
 
 
 def _look(job: Job, dtype: torch.dtype) -> None:
-    """EvaluationError for what in any of the folders must stay; changes nothing."""
+    """HeldError, or EvaluationError for what must stay, in any of the folders; changes nothing."""
     for model in job.models:
         for benchmark in job.benchmarks:
             texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
             files = ResultFolder(job.folder(model, benchmark))
+            refuse_if_held(files.folder)
             files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
 
 

@@ -35,6 +35,7 @@ from diffusionopd.config_schema import (
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import CASCADE, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
+from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
@@ -96,13 +97,14 @@ class Resume:
         return "\n".join([f"resuming after round {self.completed} from {self.folder}", *self.notes])
 
 
-def find_start(config: ConfigDict, num_processes: int, allow_change: bool = False) -> Resume:
+def find_start(config: ConfigDict, num_processes: int, allow_change: bool = False, held: bool = False) -> Resume:
     """Where ``config`` starts on ``num_processes`` processes.
 
     When the per-process batch keys are those of the checkpoint but the number of processes is not, they are adapted so
     that a round stays the same. Raises RunError or CheckpointError where there is nothing valid to go on from or a
     start would overwrite something, and ResumeError when the round cannot stay the same, or the experiment would change
-    and ``allow_change`` is False. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
+    and ``allow_change`` is False; HeldError where another process writes into the run folder, unless this run has it
+    ``held``. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
     """
     fresh = Resume(config, config, num_processes)
     values, problems = flatten(config), Problems()
@@ -111,6 +113,8 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if problems.found or any(find_secrets(values)):
         return fresh
     run = read(RunSettings, values)
+    if not held:
+        refuse_if_held(run.run_dir)
     folder = find_checkpoint(run.resume_from, run.run_dir)
     if folder is None:
         return fresh

@@ -24,7 +24,7 @@ from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
-from diffusionopd.locks import Lock, hold, refuse_if_held
+from diffusionopd.locks import Lock, hold
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import (
     DTYPES,
@@ -95,16 +95,16 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     requested_sharding()  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
-    look = partial(together, partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
-    resume, plan = look()
+    look = partial(_plan, config, accelerator, allow_config_change)
+    _, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
         accelerator.print(plan.describe())
-        together(partial(refuse_if_held, plan.run.run_dir), "looking at the run folder")
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
-        resume, plan = look()  # again: until now another process may have written there
+        # Again: until now another process may have written there.
+        resume, plan = together(partial(look, held=True), "checking the configuration")
         accelerator.print(plan.describe())
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
@@ -113,9 +113,9 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
             yield build(plan, resume, accelerator, lock, closing)
 
 
-def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
+def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool, held: bool) -> tuple[Resume, Plan]:
     """Where the run starts, and what it will do: what is wrong is said here, before weights load."""
-    resume = find_start(config, accelerator.num_processes, allow_config_change)
+    resume = find_start(config, accelerator.num_processes, allow_config_change, held)
     plan = check(resume.config, accelerator.num_processes)
     check_devices(plan, accelerator.device)
     return resume, plan
