@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from diffusionopd.config_schema.secrets import redacted
 from diffusionopd.distributed import world_size
+from diffusionopd.signals import end_at_once
 
 POLL = 0.5
 """Seconds between two readings of the store."""
@@ -91,5 +91,5 @@ def _watch(store: dist.Store, rank: int, over: threading.Event) -> None:
         if failed != rank and not over.wait(GRACE):
             print(f"rank {rank} ends because rank {failed} failed: {message}", file=sys.stderr, flush=True)
             store.add("ended", 1)
-            os._exit(1)  # the main thread may be in a collective, from where no exception would return
+            end_at_once(1)  # the main thread may be in a collective, from where no exception would return
         return

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 75
@@ -19,13 +19,16 @@ STOPPED = 75
 SAME = 1.0
 """Seconds within which signals count as one: a launcher passes on what a process may also get directly."""
 
+before_end: list[Callable[[], object]] = []
+"""What is called, in any thread, before a process ends at once, where no cleaning up follows."""
+
 
 class SignalWatch:
     """Within a ``with`` block the first signal calls ``first(number)``, and a later one ends the process at once.
 
-    Ending at once is ``os._exit(128 + number)``. Handlers run when the main thread is back in Python; a process that is
-    stuck elsewhere is killed by its launcher. The handlers that were there before come back after the block. Does
-    nothing outside the main thread, where the system delivers no signals.
+    That is `end_at_once` with status ``128 + number``. Handlers run when the main thread is back in Python; a process
+    that is stuck elsewhere is killed by its launcher. The handlers that were there before come back after the block.
+    Does nothing outside the main thread, where the system delivers no signals.
     """
 
     def __init__(self, first: Callable[[int], None]) -> None:
@@ -51,7 +54,16 @@ class SignalWatch:
             self._first(number)
         elif time.monotonic() - self._since > SAME:
             say(f"a second signal ({name(number)}): ending at once")
-            os._exit(128 + number)
+            end_at_once(128 + number)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """`os._exit`, whatever other threads are doing, after the calls of ``before_end``."""
+    try:
+        for call in before_end:
+            call()
+    finally:
+        os._exit(status)
 
 
 def name(number: int) -> str:
@@ -70,6 +82,6 @@ def end_at_signals(message: str) -> SignalWatch:
 
     def end(number: int) -> None:
         say(f"{name(number)}: {message}")
-        os._exit(128 + number)
+        end_at_once(128 + number)
 
     return SignalWatch(end)

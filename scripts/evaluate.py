@@ -66,7 +66,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     form = "REWARD.OPTION=VALUE, as docs/rewards.md has them"
     parser.add_argument("--reward_options", nargs="+", default=[], metavar="OPTION", help=form)
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
-    parser.add_argument("--resume", action="store_true", help="go on where an earlier evaluation stopped")
+    parser.add_argument("--resume", action="store_true", help="go on where it stopped, instead of starting over")
+    parser.add_argument("--overwrite", action="store_true", help="replace another evaluation that is in the folder")
     parser.add_argument("--cache_dir", help="folder of the prompt embeddings (default .cache/text)")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")

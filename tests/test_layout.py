@@ -19,7 +19,7 @@ PACKAGE = "diffusionopd"
 LAYERS = {
     "equations": {"transitions", "losses", "rollout"},
     "declarations": {"files", "config_schema"},
-    "parts": {"models", "data", "rewards", "distributed", "failures", "launch", "signals", "stages"},
+    "parts": {"models", "data", "rewards", "distributed", "failures", "launch", "locks", "signals", "stages"},
     "methods": {"algorithms", "evaluation"},
     "runs": {"training"},
 }

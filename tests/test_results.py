@@ -1,5 +1,6 @@
 """Result files: resuming, merging, averages."""
 
+import itertools
 import json
 import math
 import resource
@@ -32,10 +33,10 @@ def record(sample_id: int, score: float = 1.0, name: str = "a") -> Record:
 
 
 def opened(
-    folder: Path, resume: bool = False, settings=None, texts=TEXTS, images: bool = False, **share
+    folder: Path, resume: bool = False, settings=None, texts=TEXTS, images=False, overwrite=False, **share
 ) -> ResultFolder:
     files = ResultFolder(folder, **share)
-    files.open(settings or {"seed": 1}, texts, resume, images)
+    files.open(settings or {"seed": 1}, texts, resume, images, overwrite)
     return files
 
 
@@ -106,20 +107,117 @@ def test_parts_of_a_killed_run_survive_another_number_of_processes(tmp_path):
     assert opened(tmp_path, resume=True).done() == {1, 5}
 
 
-def test_without_resume_an_earlier_evaluation_is_replaced(tmp_path):
-    files = opened(tmp_path)
-    files.append([record(0)])
-    files.save_image(0, np.zeros((8, 8, 3), np.uint8))
+PIXELS = np.zeros((8, 8, 3), np.uint8)
+
+
+def finished(folder: Path, samples: int = 6, **how) -> ResultFolder:
+    """An evaluation with images that has come to its end."""
+    files = opened(folder, texts=TEXTS[:samples], images=True, **how)
+    for i in range(samples):
+        files.save_image(i, PIXELS)
+        files.append([record(i)])
     files.close()
+    return files
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_evaluation_is_started_over_and_another_one_is_not_replaced_unasked(tmp_path):
+    """Of pictures only its own go: those of its samples."""
+    finished(tmp_path)
+    for name in ("holiday.jpg", "00006.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"mine")
+    before = bytes_of(tmp_path)
+    for resume in (False, True):
+        for other in ({"settings": {"seed": 2}}, {"texts": TEXTS[:3]}, {"texts": TEXTS[::-1]}):
+            with pytest.raises(EvaluationError) as refused:
+                opened(tmp_path, resume, **other)
+            assert str(tmp_path) in str(refused.value) and bytes_of(tmp_path) == before
+    with pytest.raises(EvaluationError, match="00006.jpg"):  # which it would write
+        opened(tmp_path, texts=[*TEXTS, "one more"], images=True)
     again = opened(tmp_path)
     assert again.done() == set()
-    assert not (tmp_path / AVERAGES).exists() and not again.image_path(0).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [SETTINGS, "images"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["00006.jpg", "holiday.jpg"]
+    again.append([record(0)])
+    for resume in (False, True):
+        opened(tmp_path, resume, settings={"seed": 2}, overwrite=True)
+        assert again.done() == set() and json.loads((tmp_path / SETTINGS).read_text())["seed"] == 2
+
+
+def test_a_damaged_evaluation_is_kept_until_it_is_to_be_replaced(tmp_path):
+    finished(tmp_path)
+    (tmp_path / RESULTS).write_bytes(b"{}\n")
+    for resume in (False, True):
+        with pytest.raises(EvaluationError, match="line 1"):
+            opened(tmp_path, resume)
+    assert opened(tmp_path, resume=True, overwrite=True).done() == set()
+    assert not list(tmp_path.glob("images/*"))
+
+
+@pytest.mark.parametrize("images_saved", [None, 0, 6])
+def test_pictures_are_the_evaluations_own_if_it_has_saved_some(images_saved, tmp_path):
+    """An evaluation from before this was written down may have saved one of each scored sample."""
+    finished(tmp_path, 3)
+    settings = {"seed": 1} | ({} if images_saved is None else {"images_saved": images_saved})
+    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    if images_saved == 0:
+        with pytest.raises(EvaluationError, match="00000.jpg"):
+            opened(tmp_path, images=True)
+    opened(tmp_path)
+    assert len(list(tmp_path.glob("images/*"))) == (3 if images_saved == 0 else 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", AVERAGES, RESULTS, "evaluation_results.part1.jsonl", "images/00000.jpg"]
+)
+def test_a_folder_with_files_of_others_is_refused_and_stays_as_it_was(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}\n")
+    before = bytes_of(tmp_path)
+    for how in ({}, {"resume": True}, {"overwrite": True}, {"images": True}):
+        with pytest.raises(EvaluationError) as refused:
+            opened(tmp_path, **how)
+        assert str(tmp_path) in str(refused.value) and name.split("/")[0] in str(refused.value)
+        assert bytes_of(tmp_path) == before
+
+
+def test_a_kill_while_a_folder_is_made_ready_leaves_nothing_mixed_or_lost(tmp_path, monkeypatch):
+    """Before each change of a file: what is scored there belongs to the settings there, and a resume keeps it all."""
+
+    def dying(function, calls):
+        def call(*args, **kwargs):
+            if next(calls) == 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    for same in (False, True):
+        for moment in itertools.count():
+            folder, calls = tmp_path / f"{same}-{moment}", itertools.count(-moment)
+            finished(folder, 3)
+            ResultFolder(folder, rank=1, world=2).append([record(5)])
+            with monkeypatch.context() as patch:
+                for owner, name in ((Path, "unlink"), (ResultFolder, "_write")):
+                    patch.setattr(owner, name, dying(getattr(owner, name), calls))
+                try:
+                    opened(folder, resume=same, settings={"seed": 1 if same else 2}, overwrite=True)
+                    break
+                except KeyboardInterrupt:
+                    pass
+            seed = json.loads((folder / SETTINGS).read_text())["seed"]
+            left = opened(folder, resume=True, settings={"seed": seed}).done()
+            assert left == {0, 1, 2, 5} if same else seed == 1 or not left
+        assert moment > 4
 
 
 def test_a_sample_without_its_picture_is_made_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     tmp_path = Path(tmp_path.name)  # as on a command line, relative
-    files = opened(tmp_path)
+    files = opened(tmp_path, images=True)
     files.append([record(0), record(1)])
     files.save_image(1, np.full((8, 8, 3), 200, np.uint8))
     assert np.asarray(Image.open(tmp_path / "images" / "00001.jpg")).shape == (8, 8, 3)
@@ -134,9 +232,9 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
         opened(tmp_path, resume=True, texts=TEXTS[:2])
     with pytest.raises(EvaluationError, match="sample 3 has another prompt"):
         opened(tmp_path, resume=True, texts=[*TEXTS[:3], "another", *TEXTS[4:]])
-    (tmp_path / SETTINGS).unlink()
-    with pytest.raises(EvaluationError, match="no readable"):
-        opened(tmp_path, resume=True)
+    (tmp_path / SETTINGS).write_text("[1")
+    with pytest.raises(EvaluationError, match=SETTINGS):
+        opened(tmp_path, resume=True, overwrite=True)
 
 
 def test_table_is_aligned():

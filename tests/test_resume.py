@@ -409,6 +409,37 @@ def test_latest_may_point_anywhere(checkpoints):
         assert find_checkpoint("auto", checkpoints.parent) == checkpoints / "checkpoint-3"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"architectures": ["Mine"]}'),
+        ("config.json", '{"train": {}}'),
+        ("config.json", "[1]"),
+        ("config.json", ""),
+        ("metrics.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'),
+        ("metrics.jsonl", '{"step": 1}'),
+        ("metrics.jsonl", "step,loss"),
+        ("metrics.jsonl", '{"round": 1}\n{"epoch": 2}\n'),
+    ],
+)
+def test_files_of_other_programs_are_not_replaced(name, content, tiny_config, tmp_path):
+    run = tmp_path / "logs" / "run"
+    run.mkdir(parents=True)
+    (run / name).write_text(content)
+    for resume_from in (None, "auto"):
+        for dry_run in (False, True):
+            with pytest.raises(RunError) as refused:
+                train(tiny_config(resume_from=resume_from), dry_run=dry_run)
+            assert str(run / name) in str(refused.value)
+    assert [(path.name, path.read_text()) for path in run.iterdir()] == [(name, content)]
+
+
+def test_what_a_crash_leaves_of_a_runs_own_files_is_no_other_programs(tmp_path):
+    for rest in ("", '{"round": 2, "lo', '{"ro', "\0" * 100, '{"round": 2\n'):
+        (tmp_path / "metrics.jsonl").write_text('{"round": 1, "loss": 1.0}\n' + rest)
+        assert find_checkpoint("auto", tmp_path) is None
+
+
 def test_no_checkpoint_yet_is_a_fresh_start(tmp_path):
     (tmp_path / "run" / "checkpoints" / ".partial-checkpoint-1.1.host.00000000").mkdir(parents=True)
     for wanted in (None, "", "auto"):

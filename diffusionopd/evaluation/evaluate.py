@@ -18,6 +18,7 @@ from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.unfit import met_at
 from diffusionopd.distributed import barrier, gather_over_processes
 from diffusionopd.evaluation.results import AVERAGES, Record, ResultFolder, Summary, read_averages, summarise
+from diffusionopd.locks import Lock
 from diffusionopd.rewards import RewardError, RewardUnavailableError, Scorer, score_all, to_uint8
 
 TIMEOUT = 12 * 3600.0
@@ -78,8 +79,10 @@ def evaluate(
     batch_size: int,
     save_images: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     images_per_prompt: int = 1,
     settings: Mapping[str, Any] | None = None,
+    lock: Lock | None = None,
     rank: int = 0,
     world: int = 1,
     in_step: bool = False,
@@ -87,8 +90,10 @@ def evaluate(
     """Score the images of all prompts and write the files of `diffusionopd.evaluation.results`.
 
     Args:
-        folder: where the files go. What is there is replaced, unless `resume`: then scored samples are not made again.
-        settings: JSON values that the images depend on, kept beside the results and compared on resume.
+        folder: where the files go. The same evaluation is started over, unless `resume`: then scored samples are not
+            made again. Another one is refused, unless `overwrite`.
+        settings: JSON values that the images depend on, kept beside the results and compared.
+        lock: of the folder, looked at before anything is written.
         rank, world: this process's share is every `world`-th sample left to do.
         in_step: whether all processes must make the same number of batches, as with a sharded base.
 
@@ -96,14 +101,15 @@ def evaluate(
         mean, standard error and count of each score, on every process.
 
     Raises:
-        EvaluationError: what is in the folder cannot be resumed.
+        EvaluationError: what is in the folder cannot be resumed or replaced.
+        HeldError: the folder was taken by another process.
         RewardError: a scorer's output is malformed.
     """
-    files = ResultFolder(Path(folder), rank, world)
+    files = ResultFolder(Path(folder), rank, world, lock)
     texts = [prompt.text for prompt in prompts for _ in range(images_per_prompt)]
     if rank == 0:
         described = {**(settings or {}), "rewards": sorted(scorers), "images_per_prompt": images_per_prompt}
-        files.open(described, texts, resume, save_images)
+        files.open(described, texts, resume=resume, need_images=save_images, overwrite=overwrite)
     barrier("the end of a data set", TIMEOUT)
     done = files.done()
     left = [sample_id for sample_id in range(len(texts)) if sample_id not in done]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from accelerate import PartialState
 
 from diffusionopd.distributed import together
 from diffusionopd.evaluation.evaluate import TIMEOUT, evaluate
-from diffusionopd.evaluation.results import EvaluationError, Summary
+from diffusionopd.evaluation.results import EvaluationError, ResultFolder, Summary
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import ensure_writable
+from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import backbone as models
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
@@ -29,6 +30,7 @@ _RUNTIME_OPTIONS = frozenset(
     "device base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
 )
 """Options that say where a scorer runs or how long to wait for it, not what it scores."""
+_OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Job:
     dtype: torch.dtype | None = None
     save_images: bool = False
     resume: bool = False
+    overwrite: bool = False
     cache_dir: str = ".cache/text"
     text_encoder_device: str = ""  # empty: the process's own, as for vae_device
     vae_device: str = ""
@@ -101,16 +104,37 @@ def _each_once(items: Sequence[Model | Benchmark]) -> bool:
 def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]]]:
     """Evaluate every model on every benchmark of the job; the scores by model and benchmark, on every process.
 
-    Scorers are built first, so that a missing package or checkpoint is found before the base loads.
+    The folders are looked at and taken first; then scorers are built, so that a missing package or checkpoint is found
+    before the base loads.
 
     Raises:
-        EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError: as the parts do.
+        EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError, HeldError, FolderError:
+            as the parts do.
     """
+    dtype = job.dtype or (torch.float16 if state.device.type == "cuda" else torch.float32)
+    together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
+    folders = [job.folder(model, benchmark) for model in job.models for benchmark in job.benchmarks]
+    with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
+        return _run(job, state, dtype, iter(locks))
+
+
+def _look(job: Job, dtype: torch.dtype) -> None:
+    """HeldError, or EvaluationError for what must stay, in any of the folders; changes nothing."""
+    for model in job.models:
+        for benchmark in job.benchmarks:
+            texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
+            files = ResultFolder(job.folder(model, benchmark))
+            refuse_if_held(files.folder)
+            files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
+
+
+def _run(
+    job: Job, state: PartialState, dtype: torch.dtype, locks: Iterator[Lock]
+) -> dict[str, dict[str, dict[str, Summary]]]:
     device, rank, world = state.device, state.process_index, state.num_processes
     if rank == 0:
-        ensure_writable(job.output, "output folder", "Choose another with --output_dir, or free space.")
+        ensure_writable(job.output, "output folder", _OUTPUT_FOLDER)
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
-    dtype = job.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
     scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
     # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
@@ -148,8 +172,10 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
                 batch_size=job.batch_size,
                 save_images=job.save_images,
                 resume=job.resume,
+                overwrite=job.overwrite,
                 images_per_prompt=job.images_per_prompt,
                 settings=settings_of(job, model, benchmark, dtype),
+                lock=next(locks),
                 rank=rank,
                 world=world,
                 in_step=backbone.sharding is not None,
@@ -176,6 +202,8 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "max_sequence_length": job.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "reward_options": {name: given for name, given in options.items() if given},
+        "rewards": sorted(benchmark.rewards),
+        "images_per_prompt": job.images_per_prompt,
     }
 
 

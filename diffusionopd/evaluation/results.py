@@ -2,7 +2,8 @@
 
     <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line
     <folder>/average_scores.json         mean of each score; "counts" and "standard_errors" beside them
-    <folder>/evaluation_settings.json    what the images depend on, so that a resume cannot mix two evaluations
+    <folder>/evaluation_settings.json    what the images depend on, so that two evaluations are not mixed; beside it
+                                         "images_saved": of samples below this number the evaluation may write images
     <folder>/images/%05d.jpg             by sample_id, when images are saved
 
 Several processes write a part file each; process 0 merges them. File and key names are those of the upstream release.
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from diffusionopd.files import write_atomically, writing
+from diffusionopd.locks import Lock
 from diffusionopd.rewards import NOT_APPLICABLE
 
 RESULTS = "evaluation_results.jsonl"
@@ -27,7 +29,9 @@ AVERAGES = "average_scores.json"
 SETTINGS = "evaluation_settings.json"
 PART = "evaluation_results.part{rank}.jsonl"
 _KEPT = "What has been scored is kept: free some space, and go on with --resume."
-_REMEDY = "use another output folder, or leave out --resume to start over"
+_SAVED = "images_saved"
+_FOREIGN = ("config.json", "metrics.jsonl", AVERAGES, RESULTS, PART.format(rank="*"), "images")
+_REMEDY = "use another output folder, or --overwrite to replace that evaluation"
 
 
 class EvaluationError(ValueError):
@@ -139,40 +143,97 @@ def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
     return "\n".join(rows)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What an evaluation begins with in a folder."""
+
+    records: list[Record]
+    """Of samples that need no work."""
+    images_saved: int
+    """Samples below this number may have an image of this evaluation's."""
+    stale_images: list[Path]
+    """Of an earlier evaluation that is started over."""
+
+
 @dataclass
 class ResultFolder:
     """An evaluation's folder, as one of `world` processes sees it.
 
-    Order of calls: `open` on process 0, wait, `done` and then `append` on all, wait, `close` on process 0.
+    Order of calls: `open` on process 0, wait, `done` and then `append` on all, wait, `close` on process 0. All that is
+    ever removed or replaced is what an evaluation has written. With a `lock`, HeldError instead of writing when that is
+    lost.
     """
 
     folder: Path
     rank: int = 0
     world: int = 1
+    lock: Lock | None = None
 
-    def open(self, settings: Mapping[str, Any], texts: Sequence[str], resume: bool, need_images: bool) -> None:
-        """Make the folder ready for appending; what an earlier run left is kept with `resume`, else removed.
+    def look(
+        self,
+        settings: Mapping[str, Any],
+        texts: Sequence[str],
+        resume: bool = False,
+        need_images: bool = False,
+        overwrite: bool = False,
+    ) -> Start:
+        """What this evaluation begins with; changes nothing.
 
         Args:
-            settings: JSON values that images and scores depend on; must equal those of the run being resumed.
+            settings: JSON values that images and scores depend on.
             texts: the prompt of each sample id.
-            resume: keep scored samples.
+            resume: go on from the scored samples of an evaluation that is the same, instead of starting it over.
             need_images: a sample whose image is not there counts as not done.
+            overwrite: start over an evaluation that is not the same, too.
 
         Raises:
-            EvaluationError: settings or prompts other than the earlier run's, more samples there than wanted now.
+            EvaluationError: files that no evaluation wrote; without `overwrite` also results of other settings or
+                prompts, or of more samples.
         """
+        before = self._settings()
+        try:
+            records = self._merge() if before is not None else []
+        except EvaluationError:
+            if not overwrite:
+                raise
+            records, resume = [], False
+        given, wanted = (before or {}).pop(_SAVED, None), len(texts) if need_images else 0
+        # Before there was this entry, a sample that was scored may have an image.
+        saved = given if isinstance(given, int) else 1 + max((record.sample_id for record in records), default=-1)
+        if taken := [path for path in map(self.image_path, range(saved, wanted)) if path.exists()]:
+            raise EvaluationError(f"{taken[0]} is not of the evaluation in this folder; use another output folder")
+        differences = _differences(before or {}, settings, texts, records)
+        if records and differences and not overwrite:
+            what = "; ".join(differences)
+            raise EvaluationError(f"{self.folder} holds results of another evaluation: {what}; {_REMEDY}")
+        if differences or not resume:
+            return Start([], wanted, [self.image_path(sample_id) for sample_id in range(saved)])
+        kept = [record for record in records if not need_images or self.image_path(record.sample_id).is_file()]
+        return Start(kept, max(saved, wanted), [])
+
+    def open(
+        self,
+        settings: Mapping[str, Any],
+        texts: Sequence[str],
+        resume: bool = False,
+        need_images: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Make the folder ready for appending: what an evaluation left there is kept or removed.
+
+        The order is such that a kill at any moment leaves results beside the settings that they were made with.
+        Arguments and errors as of `look`.
+        """
+        start = self.look(settings, texts, resume, need_images, overwrite)
+        self._check_lock()
         self.folder.mkdir(parents=True, exist_ok=True)
-        records = self._merge() if resume else []
-        if records:
-            self._check(settings, texts, records)
-        if need_images:
-            records = [record for record in records if self.image_path(record.sample_id).is_file()]
-        images = [] if resume else (self.folder / "images").glob("*.jpg")
-        for path in [self.folder / AVERAGES, *self._parts(), *images]:
+        (self.folder / AVERAGES).unlink(missing_ok=True)
+        if start.records:
+            self._write_records(start.records)
+        for path in [*([] if start.records else [self.folder / RESULTS]), *self._parts(), *start.stale_images]:
             path.unlink(missing_ok=True)
-        self._write(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
-        self._write_records(records)
+        described = {**settings, _SAVED: start.images_saved}
+        self._write(self.folder / SETTINGS, json.dumps(described, indent=2) + "\n")
 
     def done(self) -> set[int]:
         """Ids of the samples that need no work; to be called after `open`."""
@@ -180,6 +241,7 @@ class ResultFolder:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records to this process's file at once, so that a kill loses at most the batch in work."""
+        self._check_lock()
         path = self.folder / (RESULTS if self.world == 1 else PART.format(rank=self.rank))
         with writing(path, "file", _KEPT), path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, records)))
@@ -203,6 +265,10 @@ class ResultFolder:
             part.unlink()
         self._write(self.folder / AVERAGES, json.dumps(averages_json(summarise(records, combined)), indent=4) + "\n")
 
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format(rank="*")))
 
@@ -213,26 +279,43 @@ class ResultFolder:
 
     def _write(self, path: Path, content: bytes | str) -> None:
         """Write a file of the folder atomically; FolderError when the disk is full or it cannot be written."""
+        self._check_lock()
         with writing(path, "file", _KEPT):
             write_atomically(path, content)
 
     def _write_records(self, records: Iterable[Record]) -> None:
         self._write(self.folder / RESULTS, "".join(map(_line, records)))
 
-    def _check(self, settings: Mapping[str, Any], texts: Sequence[str], records: Sequence[Record]) -> None:
-        """Raises `EvaluationError` unless the records are those of an evaluation with these settings and prompts."""
-        try:
-            before = dict(json.loads((self.folder / SETTINGS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise EvaluationError(f"{self.folder} has no readable {SETTINGS} ({error}); {_REMEDY}") from error
-        now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
-        if other := [record.sample_id for record in records if record.prompt != wanted.get(record.sample_id)]:
-            differences.append(f"sample {other[0]} has another prompt, or is not among the {len(texts)} wanted now")
-        if differences:
-            what = "; ".join(differences)
-            raise EvaluationError(f"{self.folder} holds results of another evaluation: {what}; {_REMEDY}")
+    def _settings(self) -> dict[str, Any] | None:
+        """Those of the evaluation that wrote here; None if there was none.
+
+        Raises:
+            EvaluationError: they cannot be read, or there are none beside files that an evaluation would replace.
+        """
+        path = self.folder / SETTINGS
+        if path.exists():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise EvaluationError(f"{path} cannot be read ({error}); use another output folder") from error
+        if foreign := [path.name for name in _FOREIGN for path in self.folder.glob(name)]:
+            raise EvaluationError(
+                f"{self.folder} has {', '.join(foreign)}, and no {SETTINGS}: it is not an evaluation's folder; use "
+                "another one"
+            )
+        return None
+
+
+def _differences(
+    before: Mapping[str, Any], settings: Mapping[str, Any], texts: Sequence[str], records: Sequence[Record]
+) -> list[str]:
+    """What an evaluation with these settings and prompts, and the one that made the records, do not share."""
+    now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
+    if other := [record.sample_id for record in records if record.prompt != wanted.get(record.sample_id)]:
+        differences.append(f"sample {other[0]} has another prompt, or is not among the {len(texts)} wanted now")
+    return differences
 
 
 def _line(record: Record) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusionopd.config_schema import ConfigError, redacted, split_arguments
+from diffusionopd.locks import HeldError
 from diffusionopd.signals import STOPPED
 from diffusionopd.training.plan import load_config
 from diffusionopd.training.resume import RunError
@@ -50,4 +51,4 @@ def plain_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             message = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(redacted(f"error: {message}"), file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError | RunError) else 1) from None
+        raise SystemExit(2 if isinstance(error, ConfigError | HeldError | RunError) else 1) from None

@@ -146,6 +146,8 @@ def _flush(run: Run) -> None:
     row, run.held = run.held, None
     scores = run.monitor.collect()
     if row is not None:
+        if run.is_main:
+            run.lock.check()
         run.metrics.write(row | scores)
 
 
@@ -218,6 +220,7 @@ def _save(run: Run, completed: int, unevaluated: dict[str, Any] | None = None) -
 
     def save() -> None:
         if run.is_main:
+            run.lock.check()
             checkpoint.save(root, name, write, run.plan.run.num_checkpoint_limit, protect)
 
     together(save, "saving")

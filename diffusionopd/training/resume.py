@@ -35,6 +35,7 @@ from diffusionopd.config_schema import (
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import CASCADE, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
+from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
@@ -50,6 +51,7 @@ _REMEDY = (
     "Go on with the old values, start another run with --config.run_name, or add --allow_config_change to go on with "
     "the new ones."
 )
+_ROW = b'{"round": '  # begins a line of metrics.jsonl
 _SAMPLE = 4096  # values of each tensor of the base model: 4 million of SD3.5-Medium's 2.2 billion
 
 
@@ -95,13 +97,14 @@ class Resume:
         return "\n".join([f"resuming after round {self.completed} from {self.folder}", *self.notes])
 
 
-def find_start(config: ConfigDict, num_processes: int, allow_change: bool = False) -> Resume:
+def find_start(config: ConfigDict, num_processes: int, allow_change: bool = False, held: bool = False) -> Resume:
     """Where ``config`` starts on ``num_processes`` processes.
 
     When the per-process batch keys are those of the checkpoint but the number of processes is not, they are adapted so
     that a round stays the same. Raises RunError or CheckpointError where there is nothing valid to go on from or a
     start would overwrite something, and ResumeError when the round cannot stay the same, or the experiment would change
-    and ``allow_change`` is False. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
+    and ``allow_change`` is False; HeldError where another process writes into the run folder, unless this run has it
+    ``held``. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
     """
     fresh = Resume(config, config, num_processes)
     values, problems = flatten(config), Problems()
@@ -110,6 +113,8 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if problems.found or any(find_secrets(values)):
         return fresh
     run = read(RunSettings, values)
+    if not held:
+        refuse_if_held(run.run_dir)
     folder = find_checkpoint(run.resume_from, run.run_dir)
     if folder is None:
         return fresh
@@ -139,9 +144,11 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
 def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
     """The valid checkpoint that a run goes on from, or None for a fresh start.
 
-    RunError where a fresh start, or another run's checkpoint, would overwrite what ``run_dir`` holds, and where nothing
-    valid is left to go on from; CheckpointError for a named checkpoint that is damaged.
+    RunError where ``run_dir`` has files of other programs that a run would replace, where a fresh start, or another
+    run's checkpoint, would overwrite what it holds, and where nothing valid is left to go on from; CheckpointError for
+    a named checkpoint that is damaged.
     """
+    _check_own(run_dir)
     root = run_dir / "checkpoints"
     present = checkpoint.folders(root)
     if resume_from == "auto":
@@ -163,6 +170,32 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
             "Add --config.resume_from=auto to go on with it, or choose another --config.run_name."
         )
     return folder
+
+
+def _check_own(run_dir: Path) -> None:
+    """RunError unless the files in ``run_dir`` that a run replaces are a run's."""
+    config, metrics = run_dir / "config.json", run_dir / "metrics.jsonl"
+    foreign = []
+    if config.is_file() and not {"sample", "train"} <= _object(config.read_bytes()).keys():
+        foreign.append(config)
+    # A line that a crash cut short, or filled with zeros, is a run's all the same.
+    lines = [line.strip(b"\0\r") for line in metrics.read_bytes().split(b"\n")] if metrics.is_file() else []
+    if any(line and not line.startswith(_ROW[: len(line)]) and "round" not in _object(line) for line in lines):
+        foreign.append(metrics)
+    if foreign:
+        raise RunError(
+            f"{' and '.join(map(str, foreign))} would be replaced by the run's, but no run wrote what is there. Choose "
+            "another --config.run_name or --config.save_dir, or move it away."
+        )
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
+from diffusionopd.locks import Lock, hold
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import (
     DTYPES,
@@ -60,6 +61,7 @@ class Run:
     plan: Plan
     resume: Resume
     accelerator: Accelerator
+    lock: Lock  # of the run folder
     algorithm: Algorithm
     batches: Batches
     optimizer: StudentOptimizer
@@ -94,22 +96,27 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     requested_sharding()  # before accelerate, which would name no remedy
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
-    resume, plan = together(partial(_plan, config, accelerator, allow_config_change), "checking the configuration")
-    accelerator.print(plan.describe())
+    look = partial(_plan, config, accelerator, allow_config_change)
+    _, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
+        accelerator.print(plan.describe())
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return
-    accelerator.project_configuration.project_dir = str(plan.run.run_dir)
-    accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
-    # A failure is told first: closing waits for threads and ends the process group.
-    with ExitStack() as closing, ending_together():
-        yield build(plan, resume, accelerator, closing)
+    with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
+        # Again: until now another process may have written there.
+        resume, plan = together(partial(look, held=True), "checking the configuration")
+        accelerator.print(plan.describe())
+        accelerator.project_configuration.project_dir = str(plan.run.run_dir)
+        accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
+        # A failure is told first: closing waits for threads and ends the process group.
+        with ExitStack() as closing, ending_together():
+            yield build(plan, resume, accelerator, lock, closing)
 
 
-def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool) -> tuple[Resume, Plan]:
+def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: bool, held: bool) -> tuple[Resume, Plan]:
     """Where the run starts, and what it will do: what is wrong is said here, before weights load."""
-    resume = find_start(config, accelerator.num_processes, allow_config_change)
+    resume = find_start(config, accelerator.num_processes, allow_config_change, held)
     plan = check(resume.config, accelerator.num_processes)
     check_devices(plan, accelerator.device)
     return resume, plan
@@ -130,7 +137,7 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     )
 
 
-def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitStack) -> Run:
+def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, closing: ExitStack) -> Run:
     """Build everything; weights load here. Errors as of :func:`diffusionopd.training.train`.
 
     ``closing`` ends the threads and trackers, the last made first, and writes what is left.
@@ -197,9 +204,9 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, closing: ExitSta
         if ema is not None:
             ema.load([p.detach() for p in optimizer.parameters])
     return Run(
-        plan=plan, resume=resume, accelerator=accelerator, algorithm=algorithm, batches=batches, optimizer=optimizer,
-        ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers, metrics=metrics,
-        monitor=monitor, digests=digests,
+        plan=plan, resume=resume, accelerator=accelerator, lock=lock, algorithm=algorithm, batches=batches,
+        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers,
+        metrics=metrics, monitor=monitor, digests=digests,
     )  # fmt: skip
 
 
