@@ -54,15 +54,14 @@ class Pipeline(ModelInfo):
         return sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
-def read_pipeline(model: str) -> Pipeline:
-    """The configurations of a pipeline folder or hub id. Raises BackboneError for one that cannot be read."""
+def read_pipeline(model: str, **source: Any) -> Pipeline:
+    """The configurations of a base model; arguments and error as of `read_model`."""
     if model in PUBLISHED and not Path(model).is_dir():
         index = _PUBLISHED["index"]
         configs = {"index": index, "transformer": PUBLISHED[model], "vae": _PUBLISHED["vae"]}
         encoders = {name: AutoConfig.for_model(**config) for name, config in _PUBLISHED["text_encoders"].items()}
         return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
-    info = read_model(model)
-    names = [name for name, entry in info.configs["index"].items() if name in info.family.TEXT and entry[0]]
-    there = [name for name in names if not Path(model).is_dir() or (Path(model) / name).is_dir()]
-    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in there if "encoder" in name}
+    info = read_model(model, **source)
+    names = [name for name in info.configs if name in info.family.TEXT]
+    encoders = {name: AutoConfig.for_model(**info.configs[name]) for name in names}
     return Pipeline(model, None, info.family, info.configs, encoders)
