@@ -27,7 +27,7 @@ from diffusionopd.evaluation.job import TIMEOUT, Job, Model, find_checkpoint, ru
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
-from diffusionopd.models.backbone import DTYPES
+from diffusionopd.models.backbone import DTYPES, is_here, read_model
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
@@ -51,8 +51,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", type=Path, help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
     parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
-    parser.add_argument("--model", help=f"base model, hub id or folder (default {DEFAULT_MODEL})")
+    parser.add_argument("--model", help=f"base model: hub id, folder or .safetensors (default {DEFAULT_MODEL})")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
+    parser.add_argument("--variant", help='of its weight files, such as "fp16"')
+    parser.add_argument("--model_config", help="pipeline folder or hub id for a base model that is a single file")
     parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE (default 40)")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; 1 is without (default 4.5)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
@@ -137,6 +139,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     config = find_config(flags)
     pretrained, models = config.get("pretrained", {}), find_models(flags, config)
+    own_base = pretrained if flags.model in (None, pretrained.get("model")) else {}
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
     benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
@@ -146,12 +149,17 @@ def make_job(flags: argparse.Namespace) -> Job:
     named |= {
         "base": flags.model or pretrained.get("model") or DEFAULT_MODEL,
         "revision": flags.revision or pretrained.get("revision") or None,
+        "variant": flags.variant or own_base.get("variant") or None,
+        "config": flags.model_config or own_base.get("config") or None,
         "models": models,
         "benchmarks": benchmarks,
         "dtype": DTYPES.get(flags.mixed_precision),
         "reward_options": options,
     }
-    return Job(**{name: value for name, value in named.items() if value is not None})
+    job = Job(**{name: value for name, value in named.items() if value is not None})
+    if is_here(job.base, job.revision, job.config):
+        read_model(**job.source, download=False)
+    return job
 
 
 def main() -> None:

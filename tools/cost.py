@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from diffusionopd.config_schema import redacted, split_arguments
 from diffusionopd.files import write_json
+from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
 from tools.costs.models import read_pipeline
@@ -47,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def report(plan: Plan, args: argparse.Namespace) -> None:
     """Print what ``plan`` costs and write it to ``args.json``."""
-    shape, pipeline = plan.shape, read_pipeline(plan.values["pretrained.model"])
+    shape, pipeline = plan.shape, read_pipeline(**plan.read(BaseSettings).source)
     cost = step_cost(plan, pipeline, shape.backward_size)
     kinds = work(plan, cost)
     nfe, flops = (sum(column) for column in zip(*kinds.values(), strict=True))

@@ -25,11 +25,15 @@ def gap(source: str | None) -> str:
     return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
 
 
-def check_model(key: str, model: str, problems: Problems) -> None:
-    """The base model is a hub id or a diffusers folder that is there."""
-    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder."
+def check_model(key: str, model: str, problems: Problems, *, or_file: bool = False) -> None:
+    """A pipeline is a hub id or a diffusers folder that is there; or, where it may be, a single .safetensors file."""
+    remedy = "Give a hub id (organisation/name) or a local diffusers pipeline folder"
+    remedy += ", or a single .safetensors file." if or_file else "."
     if what := gap(model):
         problems.add(key, what, remedy)
+    elif or_file and model.endswith(".safetensors") and not Path(model).is_dir():
+        if not Path(model).exists() and not (_is_hub_id(model) and model.count("/") > 1):
+            problems.add(key, f"is {model}, which does not exist here", remedy)
     elif Path(model).exists():
         if not (Path(model) / "model_index.json").is_file():
             problems.add(key, f"is {model}, which has no model_index.json", remedy)

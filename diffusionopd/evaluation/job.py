@@ -59,6 +59,8 @@ class Job:
     benchmarks: Sequence[Benchmark]
     output: Path
     revision: str | None = None
+    variant: str | None = None
+    config: str | None = None  # of a single file
     resolution: int = 512
     seed: int = 42
     batch_size: int = 16
@@ -90,6 +92,11 @@ class Job:
         }
         if problems := [problem for problem, found in unusable.items() if found]:
             raise EvaluationError("; ".join(problems))
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the base model is, as arguments of what reads it."""
+        return {"model": self.base, "revision": self.revision, "variant": self.variant, "config": self.config}
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
@@ -141,16 +148,12 @@ def _run(
     place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
     length = job.max_sequence_length
-    cache = TextCache(job.cache_dir, models.text_key(job.base, job.revision), length, dtype)
-    load = partial(
-        models.load_text_encoder, job.base, job.revision, dtype=precision, device=place, max_sequence_length=length
-    )
+    cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
+    load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
     texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
     sharding = requested_sharding() if world > 1 else None
-    backbone = models.load_backbone(
-        job.base, job.revision, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding
-    )
+    backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
     backbone.negative = cache.get([NEGATIVE], device)
     adapters = Adapters(backbone.transformer, backbone.inert_modules())
     for index, model in enumerate(job.models):
@@ -193,6 +196,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "dataset": benchmark.name,
         "model": job.base,
         "revision": job.revision,
+        **{name: value for name, value in job.source.items() if name in ("variant", "config") and value},
         "lora": model.lora.source if model.lora else None,
         "lora_hash": lora_hash(model.lora) if model.lora else None,
         "num_inference_steps": benchmark.num_steps,

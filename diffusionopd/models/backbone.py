@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,21 @@ from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.pipeline_files import (
+    CONFIGS,
+    Part,
+    check_loaded,
+    default_config,
+    fetch_weights,
+    find_checkpoint,
+    find_folder,
+    from_checkpoint,
+    hub_remedy,
+    is_checkpoint,
+    text_digest,
+    weight_problems,
+)
+from diffusionopd.models.schedules import flow_levels
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
 from diffusionopd.stages import stage
@@ -32,14 +47,19 @@ from diffusionopd.stages import stage
 FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
-_MODELS = ("transformer", "vae")
-
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
 
 
 class BackboneError(ValueError):
-    """Raised for a base model that cannot be loaded, and for a device that is not there."""
+    """Raised for a base model that cannot be loaded, and for a device that is not there.
+
+    ``problems`` lists what is wrong with a base model, each with its remedy.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems) or (message,)
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,13 @@ class Backbone(ABC):
 
     # --- what a family says ------------------------------------------------------------------------------------------
 
+    MODELS: ClassVar[Mapping[str, tuple[str, ...]]]
+    """``transformer`` and ``vae`` -> the classes of diffusers that may be loaded as each."""
     TEXT: ClassVar[Mapping[str, tuple[str, ...]]]
     """Text encoders and tokenizers of the pipeline -> the classes of transformers that may be loaded as each."""
+    IN_CHECKPOINT: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
+    """Text encoders that diffusers takes from a single file -> what their tensors' names begin with there, and the
+    tensors that it makes itself."""
     LORA_TARGETS: ClassVar[tuple[str, ...]]
     """The modules that a student adapts unless the configuration names others."""
     DEFAULTS: ClassVar[Defaults]
@@ -252,7 +277,7 @@ class Backbone(ABC):
 class ModelInfo:
     """What the small files of a base model say, before any weights load.
 
-    ``configs``: model_index.json as ``index``, and those of the ``transformer`` and the ``vae``.
+    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae`` and the text encoders.
     """
 
     model: str
@@ -265,6 +290,17 @@ class ModelInfo:
         return self.family.evaluations_of(guidance, self.configs)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A base model on this machine: the folder of its configurations, its parts with weights, its scheduler."""
+
+    info: ModelInfo
+    root: Path
+    checkpoint: Path | None
+    parts: Mapping[str, Part]
+    scheduler: Any
+
+
 def part_class(index: Mapping[str, Any], part: str) -> Any:
     """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
     library, name = (index.get(part) or (None, ""))[:2]
@@ -274,88 +310,210 @@ def part_class(index: Mapping[str, Any], part: str) -> Any:
     return found
 
 
+def _refusal(model: str, problems: Sequence[str]) -> BackboneError:
+    what = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+    return BackboneError(f"the base model {model!r} cannot be loaded: {what}", problems)
+
+
 @contextmanager
 def _loading(model: str) -> Iterator[None]:
     """Turn what the libraries raise inside into BackboneError with the remedy."""
     try:
         yield
+    except BackboneError:
+        raise
     except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
-        remedy = (
-            "The folder must be a complete diffusers pipeline folder; download or build it again."
-            if Path(model).is_dir()
-            else "Check the name and the connection, accept the model's licence on the hub, and log in (hf auth login)."
-        )
-        raise BackboneError(f"the base model {model!r} cannot be loaded: {error}. {remedy}") from error
+        here = "The folder must be a complete diffusers pipeline folder; download or build it again."
+        raise _refusal(model, [f"{error}. {here if Path(model).exists() else hub_remedy()}"]) from error
 
 
-def read_model(model: str, revision: str | None = None) -> ModelInfo:
-    """The family and the configurations of a diffusers folder or hub id. Raises BackboneError naming the remedy."""
+def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:
+    """Whether the configurations of a base model are on this machine, so that it can be read without a download."""
     with _loading(model):
-        index = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+        checkpoint = find_checkpoint(model, revision, download=False) if is_checkpoint(model) else None
+        if is_checkpoint(model) and checkpoint is None:
+            return False
+        root = find_folder((config or default_config(checkpoint)) if checkpoint else model, revision)
+        return root is not None and (root / "model_index.json").is_file()
+
+
+def read_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    download: bool = True,
+) -> ModelInfo:
+    """The family and configurations of a base model: a diffusers folder, a hub id, or a single .safetensors file.
+
+    The weights that are here are checked by their headers. Without ``download`` the base must be here
+    (:func:`is_here`).
+
+    Args:
+        variant: of the weight files, such as ``"fp16"``.
+        config: folder or hub id of the pipeline that a single file is made for; None: diffusers infers a hub id.
+
+    Raises:
+        BackboneError: naming all that is wrong, each with its remedy.
+    """
+    return _find(model, revision, variant, config, "configs" if download else "").info
+
+
+def _find(model: str, revision: str | None, variant: str | None, config: str | None, fetch: str) -> _Found:
+    """A base model, with everything checked that can be before weights load.
+
+    ``fetch``: what may be downloaded: nothing (""), "configs", also the weights of the family's "models", or "all".
+    """
+    checkpoint, source = None, model
+    if is_checkpoint(model):
+        with _loading(model):
+            checkpoint = find_checkpoint(model, revision, download=bool(fetch))
+            assert checkpoint is not None
+            source = config or default_config(checkpoint)
+    elif config:
+        raise _refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
+    with _loading(source):
+        root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch else None)
+        assert root is not None
+        index = diffusers.DiffusionPipeline.load_config(root)
         name = index.get("_class_name")
         if name not in FAMILIES:
             raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
-        family = pkgutil.resolve_name(FAMILIES[name])
-        own = {part: part_class(index, part).load_config(model, subfolder=part, revision=revision) for part in _MODELS}
-        configs = {"index": index, **own}
-        if problem := family.unsupported(configs):
+        family, local = pkgutil.resolve_name(FAMILIES[name]), Path(source).is_dir()
+        unusable = _index_problems(index, family, root, complete=local or bool(fetch))
+        parts = _parts(index, family, root, checkpoint, unusable)
+        scheduler, problems = _scheduler(index, root) if "scheduler" not in unusable else (None, [])
+        problems += unusable.values()
+        needed = [part for name, part in parts.items() if fetch == "all" or fetch == "models" and name in family.MODELS]
+        listing = () if local else fetch_weights(source, root, needed, variant)
+        problems += weight_problems(parts.values() if local else needed, variant, listing)
+        if not local:  # of what lies in the cache already
+            problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
+        if problems:
+            raise _refusal(model, problems)
+        info = ModelInfo(model, revision, family, {"index": index, **{n: part.config() for n, part in parts.items()}})
+        if problem := family.unsupported(info.configs):
             raise ValueError(problem)
-        return ModelInfo(model, revision, family, configs)
+    return _Found(info, root, checkpoint, parts, scheduler)
+
+
+def _scheduler(index: Mapping[str, Any], root: Path) -> tuple[Any, list[str]]:
+    """The pipeline's scheduler, and what is wrong with its noise levels."""
+    try:
+        scheduler = part_class(index, "scheduler").from_pretrained(root, subfolder="scheduler")
+        flow_levels(scheduler, 4, 1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+    except Exception as error:  # whatever a scheduler raises for options that do not go together
+        return None, [str(error)]
+    return scheduler, []
+
+
+def _index_problems(index: Mapping[str, Any], family: type[Backbone], root: Path, complete: bool) -> dict[str, str]:
+    """What is wrong with the parts that an index names, by part: classes that do not belong there, which may stand for
+    code, and folders that did not come along."""
+    problems, the_index = {}, "its model_index.json"
+    for name in (*family.MODELS, "scheduler"):
+        try:
+            kind = part_class(index, name).__name__
+            if kind not in family.MODELS.get(name, (kind,)):
+                problems[name] = f"its {name} is {kind}; {family.__name__} takes {' or '.join(family.MODELS[name])}"
+        except ValueError as error:
+            problems[name] = str(error)
+    for name in (n for n in (*index, *family.TEXT) if n.startswith(("text_encoder", "tokenizer"))):
+        library, kind = (index.get(name) or (None, None))[:2]
+        if not library and not kind:
+            if name in family.TEXT and name not in family.MAY_LACK:
+                problems[name] = f"{the_index} has no {name}"
+        elif library != "transformers" or kind not in family.TEXT.get(name, ()):
+            problems[name] = f"{the_index} asks for {library}.{kind} as {name}"
+    for name in (*family.MODELS, "scheduler", *family.TEXT) if complete else ():
+        if name not in problems and any(index.get(name) or ()) and not (root / name).is_dir():
+            without = f", or set {' and '.join(family.MAY_LACK)} to [null, null] there to go without"
+            remedy = f"Download it{without if name in family.MAY_LACK else ''}"
+            problems[name] = f"{the_index} lists {name}, but {root / name} is not there. {remedy}"
+    return problems
+
+
+def _parts(
+    index: Mapping[str, Any], family: type[Backbone], root: Path, checkpoint: Path | None, unusable: Collection[str]
+) -> dict[str, Part]:
+    """Transformer, VAE and text encoders, each where its weights are, but for those that are ``unusable``."""
+    without = {*unusable, *_absent_encoders(index, family)}
+    kinds = {name: part_class(index, name) for name in family.MODELS if name not in without}
+    encoders = [name for name in family.TEXT if name.startswith("text_encoder") and name not in without]
+    kinds |= {name: getattr(transformers, index[name][1]) for name in encoders}
+    parts = {name: Part(name, kind, root / name) for name, kind in kinds.items()}
+    if checkpoint is not None:
+        for name, part in parts.items():
+            parts[name] = from_checkpoint(part, checkpoint, *family.IN_CHECKPOINT.get(name, ("", ())))
+        if "transformer" in parts and parts["transformer"].checkpoint is None:
+            raise ValueError(f"{checkpoint} has no transformer of {index['_class_name']}")
+    return parts
+
+
+def _absent_encoders(index: Mapping[str, Any], family: type[Backbone]) -> tuple[str, ...]:
+    """The family's ``MAY_LACK`` if the index is without one of them."""
+    return family.MAY_LACK if any(not any(index.get(name) or ()) for name in family.MAY_LACK) else ()
 
 
 def load_backbone(
     model: str,
     revision: str | None = None,
     *,
+    variant: str | None = None,
+    config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     vae_device: torch.device | str | None = None,
     sharding: Sharding | None = None,
 ) -> Backbone:
-    """Load transformer, VAE and scheduler of a diffusers folder or hub id. Raises BackboneError naming the remedy.
+    """Load transformer, VAE and scheduler of a base model; arguments and error as of :func:`read_model`.
 
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
-    info = read_model(model, revision)
-    index = info.configs["index"]
+    found = _find(model, revision, variant, config, "models")
     with _loading(model):
         transformer, vae = (
-            part_class(index, part).from_pretrained(
-                model, subfolder=part, dtype=kept, revision=revision, use_safetensors=True
-            )
-            for part, kept in zip(_MODELS, (dtype, torch.float32), strict=True)
+            found.parts[name].load(variant, kept) for name, kept in (("transformer", dtype), ("vae", torch.float32))
         )
-        scheduler = part_class(index, "scheduler").from_pretrained(model, subfolder="scheduler", revision=revision)
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "vae_device": vae_device, "sharding": sharding}
-    return info.family(transformer, vae, scheduler, index=index, **placed)
+    return found.info.family(transformer, vae, found.scheduler, index=found.info.configs["index"], **placed)
 
 
 def load_text_encoder(
     model: str,
     revision: str | None = None,
     *,
+    variant: str | None = None,
+    config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_sequence_length: int | None = None,
 ) -> TextEncoder:
-    """Load the text encoders and tokenizers of a diffusers folder or hub id alone; rows are on the CPU.
+    """Load the text encoders and tokenizers of a base model alone; rows are on the CPU.
 
-    ``max_sequence_length`` None is the family's. Raises BackboneError naming the remedy.
+    ``max_sequence_length`` None is the family's. Arguments and error as of :func:`read_model`.
     """
-    device, info = torch.device(device), read_model(model, revision)
-    index = info.configs["index"]
+    # All weights are fetched: what is wrong with the transformer is said before prompts are encoded.
+    found = _find(model, revision, variant, config, "all")
+    device, info, index = torch.device(device), found.info, found.info.configs["index"]
+    encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
     with _loading(model):
         with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = part_class(index, "transformer").from_config(info.configs["transformer"])
-        # from_pretrained needs what is absent passed as None.
-        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(info)])
-        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "transformer": transformer}
-        pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-            model, revision=revision, **options, **absent
-        )
-    for name in info.family.TEXT:
-        if isinstance(encoder := getattr(pipeline, name), nn.Module):
-            encoder.to(device).requires_grad_(False).eval()
+            transformer = found.parts["transformer"].kind.from_config(info.configs["transformer"])
+        loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
+        # What is absent must be passed as None.
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
+        given = {"transformer": transformer, **absent, **loaded}
+        kind = getattr(diffusers, index["_class_name"])
+        if len(loaded) < len(encoders):
+            pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
+        else:
+            pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+        for name in encoders:
+            check_loaded(name, getattr(pipeline, name))
+    for name in encoders:
+        getattr(pipeline, name).to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
     tokenizers = {name: getattr(pipeline, name) for name in info.family.TEXT if name.startswith("tokenizer")}
     tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
@@ -369,44 +527,36 @@ def load_text_encoder(
     return MeasuringEncoder(encode, tokenizers, length)
 
 
-def _absent_encoders(info: ModelInfo) -> tuple[str, ...]:
-    """The family's ``MAY_LACK`` if one of them is absent. ValueError for a class that does not belong there: it may
-    stand for code."""
-    index, family, root = info.configs["index"], info.family, Path(info.model)
-    for name, entry in index.items():
-        if name.startswith(("text_encoder", "tokenizer")) and any(entry):
-            library, kind = entry
-            if library != "transformers" or kind not in family.TEXT.get(name, ()):
-                raise ValueError(f"its model_index.json asks for {library}.{kind} as {name}")
-    absent = {
-        name for name in family.TEXT if not any(index.get(name) or ()) or root.is_dir() and not (root / name).is_dir()
-    }
-    if needed := absent - set(family.MAY_LACK):
-        raise ValueError(f"it has no {', '.join(sorted(needed))}")
-    return family.MAY_LACK if absent else ()
-
-
-def text_key(model: str, revision: str | None = None) -> str:
-    """What the conditions of prompts depend on in ``model``, as a short hash: the key of the disk cache.
+def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
+    """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
     For a folder: names, sizes and the first and last MiB of every text encoder and tokenizer file. For a hub id: the
-    repository and the commit that ``revision`` resolves to. For both, the major versions of the libraries that encode.
+    repository and the commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its
+    text encoders, and what holds for its ``config``. For all, the variant and the major versions of the libraries that
+    encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
-    digest = hashlib.sha256(" ".join(versions).encode())
-    root = Path(model)
-    if root.is_dir():
-        for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(root)}:{size}".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(2**20))
-                handle.seek(max(0, size - 2**20))
-                digest.update(handle.read())
-    else:
-        with _loading(model):
-            index = Path(hf_hub_download(model, "model_index.json", revision=revision))
-        digest.update(f"{model}@{index.parent.name}".encode())
+    digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
+    source = model
+    with _loading(model):
+        if is_checkpoint(model):
+            checkpoint = find_checkpoint(model, revision, download=True)
+            assert checkpoint is not None
+            source, revision = config or default_config(checkpoint), None
+            family = read_model(model, revision, variant=variant, config=config).family
+            text_digest(digest, checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
+        root = Path(source)
+        if not root.is_dir():
+            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
+            digest.update(f"{source}@{index.parent.name}".encode())
+            return digest.hexdigest()[:16]
+    for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)}:{size}".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(2**20))
+            handle.seek(max(0, size - 2**20))
+            digest.update(handle.read())
     return digest.hexdigest()[:16]
 
 

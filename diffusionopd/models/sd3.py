@@ -9,21 +9,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffusionopd.models.backbone import Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.schedules import flow_levels
 
 
 class StableDiffusion3(Backbone):
     """Joint blocks; conditions are ``tokens`` (CLIP's, then T5's, always of full length) and CLIP's ``pooled``."""
 
+    MODELS = {"transformer": ("SD3Transformer2DModel",), "vae": ("AutoencoderKL",)}
     TEXT = {
         **{f"text_encoder{n}": ("CLIPTextModelWithProjection", "CLIPTextModel") for n in ("", "_2")},
         **{f"tokenizer{n}": ("CLIPTokenizer", "CLIPTokenizerFast") for n in ("", "_2")},
         "text_encoder_3": ("T5EncoderModel",),
         "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+    }
+    IN_CHECKPOINT = {
+        "text_encoder": ("text_encoders.clip_l.transformer.", ("text_projection.weight",)),  # the identity
+        "text_encoder_2": ("text_encoders.clip_g.transformer.", ()),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.", ()),
     }
     LORA_TARGETS = (
         "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -57,15 +63,14 @@ class StableDiffusion3(Backbone):
 
     def sigmas(self, num_steps: int, resolution: int) -> Tensor:
         """See :meth:`Backbone.sigmas`; the scheduler's own spacing, from 1."""
-        options, c = {}, self.scheduler.config
-        if c.use_dynamic_shifting:  # linear in the number of image tokens
+        c, mu = self.scheduler.config, None
+        if c.get("use_dynamic_shifting"):  # linear in the number of image tokens; the pipeline's own defaults
             _, h, w = self.latent_shape(resolution)
-            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+            fewest, most = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+            low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.16)
             tokens = h * w // self.transformer.config.patch_size**2
-            options["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(c)
-        scheduler.set_timesteps(num_steps, **options)
-        return scheduler.sigmas.double().cpu()
+            mu = low + (high - low) / (most - fewest) * (tokens - fewest)
+        return flow_levels(self.scheduler, num_steps, mu)
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         (velocity,) = self.transformer(

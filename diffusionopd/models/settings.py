@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusionopd.config_schema import FREE, is_device, key
 
@@ -15,13 +16,25 @@ class BaseSettings:
     """The base model."""
 
     model: str = key("pretrained.model", "")
-    """A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json."""
+    """A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json; or a single file, local
+    or on the hub ("organisation/name/file.safetensors"). docs/bases.md has what can be given."""
     revision: str = key("pretrained.revision", "")
     """Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder."""
+    variant: str = key("pretrained.variant", None)
+    """Variant of the weight files, such as "fp16"; None is the plain ones."""
+    config: str = key("pretrained.config", None)
+    """For a single file: folder or hub id of the pipeline that it is made for, which gives the configurations, the
+    tokenizers, and the weights that the file does not hold. None: the hub id that diffusers infers from the file."""
     resolution: int = key("resolution", 768, "[16, inf)")
     """Height and width in pixels; a multiple of the model's unit."""
     max_sequence_length: int = key("max_sequence_length", 128, "[1, inf)")
     """Length in tokens to which T5 prompts are cut or padded."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the base model is, as arguments of what reads it."""
+        rest = {"revision": self.revision, "variant": self.variant, "config": self.config}
+        return {"model": self.model} | {name: value or None for name, value in rest.items()}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
-from diffusionopd.models.backbone import ModelInfo, read_model
+from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
@@ -348,24 +348,30 @@ def _scored(values: Mapping[str, Any], algorithm: type[Algorithm]) -> dict[str, 
 
 
 def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
-    """What the small files of a base model here say, of which the resolution must be; nothing is downloaded."""
-    key = "pretrained.model"
-    if not problems.good(key) or not (Path(values[key]) / "model_index.json").is_file():
+    """What the files of a base model here say, of which the resolution must be; nothing is downloaded."""
+    base = _read_good(BaseSettings, values, problems)
+    if base is None or unset(base.model):
         return None
     try:
-        model = read_model(values[key])
-        key = "resolution"
-        if problems.good(key):
-            model.family.shape_of(values[key], model.configs)
-    except ValueError as error:
-        problems.add(key, f"is {values[key]}: {error}", "")
+        if not is_here(base.model, base.revision or None, base.config or None):
+            return None
+        model = read_model(**base.source, download=False)
+    except BackboneError as error:
+        for problem in error.problems:
+            problems.add("pretrained.model", f"is {base.model}: {problem}", "")
         return None
+    try:
+        model.family.shape_of(base.resolution, model.configs)
+    except ValueError as error:
+        problems.add("resolution", f"is {base.resolution}: {error}", "")
     return model
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
     if problems.good("pretrained.model"):
-        check_model("pretrained.model", values["pretrained.model"], problems)
+        check_model("pretrained.model", values["pretrained.model"], problems, or_file=True)
+    if problems.good("pretrained.config") and not unset(values["pretrained.config"]):
+        check_model("pretrained.config", values["pretrained.config"], problems)
     if run := _read_good(RunSettings, values, problems):
         run.check(problems)
     if problems.good("cache_dir"):

@@ -237,8 +237,7 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
     """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all."""
     base, memory, lora = plan.read(BaseSettings), plan.read(MemorySettings), plan.read(LoraSettings)
     backbone = load_backbone(
-        base.model,
-        base.revision or None,
+        **base.source,
         dtype=dtype,
         device=device,
         vae_device=find_device(memory.vae_device, device, "vae_device"),
@@ -397,10 +396,10 @@ def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dic
 def _fill_text_cache(plan: Plan, texts: Sequence[str], accelerator: Accelerator, dtype: torch.dtype) -> TextCache:
     """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
-    model, revision, length = base.model, base.revision or None, base.max_sequence_length
+    length = base.max_sequence_length
     place, precision = encoder_place(memory.text_encoder_device, accelerator.device, dtype)
-    load = partial(load_text_encoder, model, revision, dtype=precision, device=place, max_sequence_length=length)
-    cache = TextCache(memory.cache_dir, text_key(model, revision), length, dtype)
+    load = partial(load_text_encoder, **base.source, dtype=precision, device=place, max_sequence_length=length)
+    cache = TextCache(memory.cache_dir, text_key(**base.source), length, dtype)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     together(lambda: cache.fill(texts, load, **share), "encoding the prompts", LONGEST_TIMEOUT)
     return cache

@@ -49,16 +49,14 @@ class Pipeline(ModelInfo):
         return sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
-def read_pipeline(model: str) -> Pipeline:
-    """The configurations of a pipeline folder or hub id. Raises BackboneError for one that cannot be read."""
+def read_pipeline(model: str, **source: Any) -> Pipeline:
+    """The configurations of a base model; arguments and error as of `read_model`."""
     if model in PUBLISHED and not Path(model).is_dir():
         index = _PUBLISHED["index"]
         configs = {"index": index, "transformer": PUBLISHED[model], "vae": _PUBLISHED["vae"]}
         encoders = {name: AutoConfig.for_model(**config) for name, config in _PUBLISHED["text_encoders"].items()}
         return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
-    info = read_model(model)
-    index, folder = info.configs["index"], Path(model)
-    names = [n for n in info.family.TEXT if "encoder" in n and index.get(n, [None])[0]]
-    there = [name for name in names if not folder.is_dir() or (folder / name).is_dir()]
-    encoders = {name: AutoConfig.from_pretrained(model, subfolder=name) for name in there}
+    info = read_model(model, **source)
+    names = [name for name in info.configs if name in info.family.TEXT]
+    encoders = {name: AutoConfig.for_model(**info.configs[name]) for name in names}
     return Pipeline(model, None, info.family, info.configs, encoders)

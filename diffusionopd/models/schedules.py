@@ -1,0 +1,41 @@
+"""Noise levels of a pipeline's own scheduler: of flow matching, whatever the class, or refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+_REMEDY = "Save the pipeline with FlowMatchEulerDiscreteScheduler; its shift is what others call flow_shift"
+
+
+def flow_levels(scheduler: Any, num_steps: int, mu: float | None = None) -> Tensor:
+    """``num_steps + 1`` levels, decreasing to 0, float64 on the CPU; ``mu`` is the shift where it is dynamic.
+
+    Schedulers of flow matching give the levels of Euler steps, solvers with ``use_flow_sigmas`` (UniPC, DPM++) their
+    own. ValueError for a scheduler without such levels, and for one that has ``shift`` and ``flow_shift`` and follows
+    the wrong one.
+    """
+    config, kind = scheduler.config, type(scheduler)
+    matching = kind.__name__.startswith("FlowMatch")
+    if not (matching or config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
+        raise ValueError(f"its scheduler {kind.__name__} does not say that it is one of flow matching. {_REMEDY}")
+    own, other = ("shift", "flow_shift") if matching else ("flow_shift", "shift")
+    if config.get("use_dynamic_shifting") is not True and config.get(other, config[own]) != config[own]:
+        raise ValueError(
+            f"its scheduler {kind.__name__} follows {own} {config[own]:g}, but its scheduler_config.json says "
+            f"{other} {config[other]:g}, too. Delete the one that is not meant, or set both to one value."
+        )
+    kind = FlowMatchEulerDiscreteScheduler if matching else kind
+    made = kind.from_config(config)
+    made.set_timesteps(num_steps, **({} if mu is None else {"mu": mu}))
+    levels = made.sigmas.double().cpu()
+    values = levels.tolist()
+    if len(values) != num_steps + 1 or values[-1] != 0 or values[0] > 1 or any(b >= a for a, b in pairwise(values)):
+        names = [name for name in config if name.endswith(("_sigmas", "_sigmas_type"))]
+        options = ", ".join(f"{name} {config[name]}" for name in sorted(names) if config[name])
+        name = type(scheduler).__name__
+        raise ValueError(f"the noise levels of its scheduler {name} do not fall from 1 to 0 ({options}). {_REMEDY}")
+    return levels
