@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The published result in one command: download, check, distil, evaluate on four benchmarks, and the table beside the
+# published one.
+#
+#   bash scripts/reproduce.sh --dry_run        what it will need: downloads, disk, memory, hours; loads nothing
+#   bash scripts/reproduce.sh                  do it; the same command goes on where it was stopped
+#   bash scripts/reproduce.sh --config.seed=7  arguments beginning with --config. go to the training
+#
+# Writes logs/reproduce/: run/ (the training), evaluation/, comparison.html. Stable Diffusion 3.5 asks for its licence to
+# be accepted on the hub, then for `hf auth login` or HF_TOKEN.
+#
+# ROUNDS         rounds to train (default 3000: about the published 11.26 hours on 8 GPUs at 13 s a round; the number of
+#                rounds itself is not published)
+# NUM_PROCESSES  one per GPU (default: all, at most 8)
+# CONFIG         what is trained (default config/opd.py:mopd)
+# DATASETS       what is evaluated (default "geneval ocr pickscore drawbench")
+# TEACHERS       whose scores are in the table too (default "pickscore ocr geneval")
+# LIMIT          prompts of each benchmark (default all): for a trial
+# DOWNLOAD=false when everything is there already
+# FOLDER         where it is written (default logs/reproduce)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$here"
+
+ROUNDS=${ROUNDS:-3000} CONFIG=${CONFIG:-config/opd.py:mopd} FOLDER=${FOLDER:-logs/reproduce} DOWNLOAD=${DOWNLOAD:-true}
+read -ra datasets <<<"${DATASETS:-geneval ocr pickscore drawbench}"
+read -ra teachers <<<"${TEACHERS:-pickscore ocr geneval}"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+dry=false overrides=("--config.num_epochs=$ROUNDS" "--config.save_dir=$FOLDER/run" --config.resume_from=auto)
+for argument in "$@"; do
+    case $argument in
+        --dry_run) dry=true ;;
+        --config.*=*) overrides+=("$argument") ;;
+        *)
+            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" >&2
+            [ "$argument" = --help ] && exit 0
+            echo "reproduce.sh: unknown argument $argument" >&2
+            exit 2
+            ;;
+    esac
+done
+
+# Everything once, by the tool's own account.
+downloads() {
+    python -m tools.download datasets "${datasets[@]}" "$@"
+    python -m tools.download rewards "$@"
+    python -m tools.download models sd3.5-medium loras "$@"
+}
+
+if $dry; then
+    if $DOWNLOAD; then
+        echo "== Downloads (about 30 GB together)"
+        downloads --dry_run
+    fi
+    echo "== Costs of $ROUNDS rounds"
+    python -m tools.cost --config "$CONFIG" --num_processes "${NUM_PROCESSES:-8}" "${overrides[@]}"
+    echo "disk: besides the downloads, 1.7 MB of cached text embeddings for each prompt that the rounds draw (half" \
+        "precision), and $(du -sh "$FOLDER" 2>/dev/null | cut -f1 || echo 0) that $FOLDER has now"
+    echo "dry run: nothing was loaded or started"
+    exit 0
+fi
+
+if $DOWNLOAD; then
+    echo "== Downloading what is not here yet"
+    downloads
+fi
+echo "== Checking"
+bash scripts/single_node/mopd.sh --dry_run "${overrides[@]}"
+echo "== Distilling"
+bash scripts/single_node/mopd.sh "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
+echo "== Evaluating"
+named=()
+if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
+for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
+bash scripts/single_node/eval.sh --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
+    --dataset "${datasets[@]}" --output_dir "$FOLDER/evaluation" --save_images --resume
+python -m tools.compare "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"
