@@ -86,6 +86,20 @@ def gradients(adapters) -> list[torch.Tensor]:
     return [p.grad.clone() for p in adapters.parameters(STUDENT) if p.grad is not None]
 
 
+def velocities(backbone, adapters, text, names) -> list[torch.Tensor]:
+    """The velocity under each adapter, `[2, ...]` each, and then the student's gradients that are not zero."""
+    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5)).to(backbone.device)
+    found = []
+    for name in names:
+        with torch.set_grad_enabled(name == STUDENT):
+            adapters.use(name)
+            found.append(backbone.velocity(x, 0.7, text(2).to(backbone.device))[0])
+    torch.stack([v for v in found if v.requires_grad]).square().mean().backward()
+    found = [v.detach() for v in found] + [g for g in gradients(adapters) if g.any()]
+    adapters.transformer.zero_grad()
+    return found
+
+
 def make_batches(
     backbone, text, guidances=(1.0, 1.0), size=2, watched=False, tasks="ab", steps=(0, 1, 2, 3)
 ) -> list[Batch]:

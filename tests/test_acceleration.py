@@ -16,7 +16,7 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.merged import MergedTeachers
 
-from .helpers import assert_near, perturb
+from .helpers import assert_near, perturb, velocities
 
 CPU = torch.device("cpu")
 FEW = ["attn.to_q", "attn.add_k_proj"]  # adapted layers: compiling takes long enough with these
@@ -36,19 +36,7 @@ def build(pipeline_folder, make_lora, kind=Adapters):
     return backbone, adapters
 
 
-def velocities(backbone, adapters, text, names=("student", "teacher", None, "teacher", "student")):
-    """Each adapter's velocity, switching to and fro, and the student's gradient."""
-    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
-    found = []
-    for name in names:
-        with torch.set_grad_enabled(name == "student"):
-            adapters.use(name)
-            found.append(backbone.velocity(x, 0.7, text(2))[0])
-    adapters.use("student")
-    torch.stack([v for v in found if v.requires_grad]).square().mean().backward()
-    gradients = [p.grad for p in adapters.parameters("student") if p.grad is not None]
-    adapters.transformer.zero_grad()
-    return [v.detach() for v in found] + gradients
+SWITCHES = ("student", "teacher", None, "teacher", "student")
 
 
 @pytest.fixture
@@ -66,17 +54,17 @@ def fresh_graphs():
 )
 def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, fresh_graphs, kind, checkpointing, used):
     """One graph a kind of block and adapter; merged teachers and the base are one. Nothing is compiled again later."""
-    plain = velocities(*build(pipeline_folder, make_lora), text)
+    plain = velocities(*build(pipeline_folder, make_lora), text, SWITCHES)
     backbone, adapters = build(pipeline_folder, make_lora, kind)
     if checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
         choose_attention(backbone.transformer, "flash", dtype=torch.float32, device=CPU)
     compile_blocks(backbone.blocks(), backend="aot_eager")
-    assert_near(velocities(backbone, adapters, text), plain, rel=1e-5)
+    assert_near(velocities(backbone, adapters, text, SWITCHES), plain, rel=1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2 * used
     assert not counters["graph_break"]
-    velocities(backbone, adapters, text)
+    velocities(backbone, adapters, text, SWITCHES)
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -107,13 +95,13 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 def test_attention_kernels_give_the_same_velocity_and_gradient(pipeline_folder, make_lora, text):
-    plain = velocities(*build(pipeline_folder, make_lora), text)
+    plain = velocities(*build(pipeline_folder, make_lora), text, SWITCHES)
     for name, kernel in (("math", "attention_math"), ("flash", "flash_attention")):
         backbone, adapters = build(pipeline_folder, make_lora)
         backbone.transformer.enable_gradient_checkpointing()
         choose_attention(backbone.transformer, name, dtype=torch.float32, device=CPU)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as traced:
-            assert_near(velocities(backbone, adapters, text), plain, rel=1e-5)
+            assert_near(velocities(backbone, adapters, text, SWITCHES), plain, rel=1e-5)
         ran = " ".join(event.key for event in traced.key_averages())
         used = {each for each in ("attention_math", "flash_attention") if f"dot_product_{each}" in ran}
         assert used == {kernel}, "in the backward's second forward too"

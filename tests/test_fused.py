@@ -16,22 +16,9 @@ from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm, fuse_norms
 from diffusionopd.models.lora import Adapters
 
 from .conftest import TARGETS
-from .helpers import perturb
+from .helpers import perturb, velocities
 
-
-def passes(backbone, adapters, text):
-    """Velocities under each adapter and none, and the student's gradients."""
-    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
-    found = []
-    for name in ("teacher_a", None, "teacher_b", "student"):
-        adapters.use(name)
-        with torch.set_grad_enabled(name == "student"):
-            found.append(backbone.velocity(x, 0.7, text(2))[0])
-    found[-1].square().mean().backward()
-    gradients = [p.grad for p in adapters.parameters("student") if p.grad is not None and p.grad.any()]
-    for parameter in adapters.parameters("student"):
-        parameter.grad = None
-    return [v.detach() for v in found] + gradients
+EACH = ("teacher_a", None, "teacher_b", "student")
 
 
 def relative(mine, other):
@@ -51,9 +38,9 @@ def test_everything_is_fused_and_nothing_renamed(backbone, adapters, pipeline_fo
 
 def test_velocities_and_gradients_are_those_of_the_stock_layers(backbone, adapters, text):
     perturb(adapters, std=0.05)
-    fused = passes(backbone, adapters, text)
+    fused = velocities(backbone, adapters, text, EACH)
     restore_layers(backbone.transformer)
-    stock = passes(backbone, adapters, text)
+    stock = velocities(backbone, adapters, text, EACH)
     assert len(fused) == len(stock) > 20
     for mine, other in zip(fused, stock, strict=True):
         assert relative(mine, other) < 1e-5
@@ -63,16 +50,16 @@ def test_in_half_precision_they_are_as_near_to_float32_as_the_stock_layers(
     backbone, adapters, text, pipeline_folder, make_lora
 ):
     perturb(adapters, std=0.05)
-    exact = passes(backbone, adapters, text)
+    exact = velocities(backbone, adapters, text, EACH)
     half = load_backbone(str(pipeline_folder), dtype=torch.bfloat16)
     copies = Adapters(half.transformer)
     copies.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
     copies.add_teacher("teacher_a", make_lora(1))
     copies.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
     perturb(copies, std=0.05)
-    fused = passes(half, copies, text)
+    fused = velocities(half, copies, text, EACH)
     restore_layers(half.transformer)
-    stock = passes(half, copies, text)
+    stock = velocities(half, copies, text, EACH)
     deviations = [(relative(mine, e), relative(other, e)) for mine, other, e in zip(fused, stock, exact, strict=True)]
     mean = [sum(column) / len(deviations) for column in zip(*deviations, strict=True)]
     assert 1e-4 < mean[0] < 1.1 * mean[1], mean

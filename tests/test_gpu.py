@@ -20,7 +20,7 @@ from diffusionopd.training import train
 from diffusionopd.training.profiling import profile
 
 from .conftest import TARGETS
-from .helpers import assert_bitwise, metrics, state
+from .helpers import assert_bitwise, metrics, state, velocities
 
 pytestmark = pytest.mark.gpu
 
@@ -130,15 +130,8 @@ def half_model(pipeline_folder, make_lora):
 
 def passes(backbone, adapters, text):
     """Velocity of each adapter `[4, 2, C, h, w]`, and the gradient of the student's."""
-    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5)).to(GPU)
-    embeddings, found = text(2).to(GPU), []
-    for name in ("teacher_1", None, "teacher_2", "student"):
-        adapters.use(name)
-        with torch.set_grad_enabled(name == "student"):
-            found.append(backbone.velocity(x, 0.7, embeddings)[0])
-    found[-1].square().mean().backward()
-    gradient = torch.cat([p.grad.flatten() for p in adapters.parameters("student") if p.grad is not None])
-    return torch.stack(found).detach(), gradient
+    found = velocities(backbone, adapters, text, ("teacher_1", None, "teacher_2", "student"))
+    return torch.stack(found[:4]), torch.cat([gradient.flatten() for gradient in found[4:]])
 
 
 def assert_passes_near(mine, other, rel):

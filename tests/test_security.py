@@ -30,7 +30,7 @@ from diffusionopd.rewards.weights import load_official
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.training.command import parse, plain_errors
 from tools.downloads import DownloadError, transfer
-from tools.downloads.catalogue import CATALOGUE, File
+from tools.downloads.catalogue import File
 from tools.downloads.files import fetch
 from tools.report import Image as Shown
 from tools.report import Report, Task, compare, read_models, render, render_comparison
@@ -51,16 +51,6 @@ SOURCES = [
 ONLY = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True, "weights_only": True}
 # from_pretrained of these reads no weights, or (PEFT's) takes the safetensors file that is there.
 WITHOUT_WEIGHTS = ("part_class(index, 'scheduler')", "kind", "LoraConfig", "AutoConfig", "PeftModel")
-FORBIDDEN = """
-torch.load(path)
-np.load(path, allow_pickle=flag)
-CLIPModel.from_pretrained(name)
-CLIPModel.from_pretrained(name, use_safetensors=None)
-server.bind(('', 80))
-ThreadingHTTPServer((host, 0), Handler)
-spec.loader.exec_module(module)
-"""
-SAFE = "torch.load(path, weights_only=True), M.from_pretrained(name, use_safetensors=True), s.bind(('127.0.0.1', 0))"
 
 
 def broken_rules(source: str) -> list[str]:
@@ -84,13 +74,11 @@ def broken_rules(source: str) -> list[str]:
 
 def test_the_source_does_nothing_forbidden():
     """Files that are run are configurations alone, in one place."""
-    assert len(broken_rules(FORBIDDEN)) == len(FORBIDDEN.strip().splitlines()) and broken_rules(SAFE) == []
+    forbidden = "torch.load(p); np.load(p, allow_pickle=flag); M.from_pretrained(n); s.bind(('', 80)); __import__(n)"
+    assert len(broken_rules(forbidden)) == 5
     found = {path.relative_to(ROOT).as_posix(): broken_rules(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert found.pop("diffusionopd/config_schema/load.py") == ["spec.loader.exec_module(module)"]
     assert {path: calls for path, calls in found.items() if calls} == {}
-    for path in [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"]:
-        words = path.read_text(encoding="utf-8").split()
-        assert not {"eval", "curl", "wget", "sudo"} & set(words), path
 
 
 # --- weights that are programs ---------------------------------------------------------------------------------------
@@ -268,15 +256,6 @@ def test_other_schemes_and_too_much_are_refused(server, tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
-def test_the_catalogue_stays_within_its_folders_and_https():
-    parts = [part for items in CATALOGUE.values() for item in items.values() for part in item.parts]
-    files = [part for part in parts if isinstance(part, File)]
-    assert len(files) >= 10
-    for file in files:
-        assert Path(file.path).parts[0] in ("dataset", "reward_ckpts") and ".." not in Path(file.path).parts
-        assert all(url.startswith(("https://", "hub:")) for url in file.urls)
-
-
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 HUB_TOKEN = "hf_" + "Q7x" * 10
@@ -399,19 +378,19 @@ class Page(HTMLParser):
 def test_pages_of_a_distillation_and_of_a_comparison_run_nothing(tmp_path):
     models = ("base", f"teacher-{EVIL}", "student")
     scores = {model: Summary(0.1 * i, 0.0, 3) for i, model in enumerate(models)}
-    points = [(1.0, 0.2), (2.0, 0.1)]
     for name in ("a", "b"):
-        folder = tmp_path / name
-        (folder / "images").mkdir(parents=True)
-        records = [Record(i, f"{EVIL} {i}", {EVIL: EVIL}, {EVIL: 0.5 * i, "ocr": float(name == "a")}) for i in range(2)]
+        image = tmp_path / name / "images" / "00000.jpg"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(image)
+        records = [Record(0, EVIL, {EVIL: EVIL}, {EVIL: 0.5, "ocr": float(name == "a")})]
         settings = {"dataset": EVIL, "model": EVIL, "lora": EVIL, "rewards": [EVIL], "seed": EVIL + name}
-        (folder / "average_scores.json").write_text(json.dumps(averages_json(summarise(records))))
-        (folder / "evaluation_results.jsonl").write_text("".join(json.dumps(vars(r)) + "\n" for r in records))
-        (folder / "evaluation_settings.json").write_text(json.dumps(settings))
-        for i in range(2):
-            Image.new("RGB", (8, 8)).save(folder / "images" / f"{i:05d}.jpg")
-    shown = Shown(EVIL, dict.fromkeys(models, folder / "images" / "00000.jpg"), dict.fromkeys(models, 0.5))
-    task = Task(EVIL, EVIL, scores, points, points, points, [shown])
+        for file, content in (
+            ("average_scores.json", averages_json(summarise(records))), ("evaluation_settings.json", settings),
+            ("evaluation_results.jsonl", vars(records[0])),
+        ):  # fmt: skip
+            (tmp_path / name / file).write_text(json.dumps(content) + "\n")
+    shown = Shown(EVIL, dict.fromkeys(models, image), dict.fromkeys(models, 0.5))
+    task = Task(EVIL, EVIL, scores, *[[(1.0, 0.2), (2.0, 0.1)]] * 3, [shown])
     compared = read_models([f"{EVIL.replace('=', '')}={tmp_path / 'a'}", str(tmp_path / "b")])
     pages = render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])), render_comparison(compare(compared), EVIL)
     for page in map(Page, pages):
@@ -419,6 +398,6 @@ def test_pages_of_a_distillation_and_of_a_comparison_run_nothing(tmp_path):
         names = {name for name, _ in page.attributes}
         assert not [name for name in names if name.startswith("on") or name in ("href", "action", "srcdoc")]
         assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
-        policy = [value for name, value in page.attributes if name == "content" and "default-src" in value]
-        assert policy and policy[0].startswith("default-src 'none'") and "script" not in policy[0]
+        (policy,) = [value for name, value in page.attributes if name == "content" and "default-src" in value]
+        assert policy.startswith("default-src 'none'") and "script" not in policy
         assert any("<script>alert(1)</script>" in part for part in page.text), "shown as text"
