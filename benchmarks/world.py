@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.sd3 import StableDiffusion3
+from tools.costs.models import read_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -39,49 +40,21 @@ TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", 
 PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")
 TARGETS = StableDiffusion3.LORA_TARGETS
 RANK = 32
-TEXT_TOKENS = 77 + 128  # CLIP's and T5's
-
-# Where stabilityai/stable-diffusion-3.5-medium's transformer (2.2 B parameters) differs from diffusers' defaults.
-SD35_MEDIUM: dict[str, Any] = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
+PUBLISHED = read_pipeline("stabilityai/stable-diffusion-3.5-medium").configs
 # The same architecture, small enough to try a script that is meant for a GPU on a laptop.
-SMALL = SD35_MEDIUM | {
-    "num_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 64,
-    "caption_projection_dim": 64,
-    "pooled_projection_dim": 32,
-    "pos_embed_max_size": 96,
-    "dual_attention_layers": (0, 1),
-}
-RANDOM = {"sd35": SD35_MEDIUM, "small": SMALL}
-# The published autoencoder of the SD3 family, and one with as many halvings that a laptop decodes with.
-AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "sd35": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
-    "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-}
+SMALL: dict[str, Any] = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4, "pos_embed_max_size": 96}
+SMALL |= {"joint_attention_dim": 64, "caption_projection_dim": 64, "pooled_projection_dim": 32}
+SMALL |= {"dual_attention_layers": (0, 1)}
+RANDOM = {"sd35": dict(PUBLISHED["transformer"]), "small": {**PUBLISHED["transformer"], **SMALL}}
+AUTOENCODERS = {"sd35": {}, "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}}
 
 
 def random_model(shape: str) -> tuple[SD3Transformer2DModel, AutoencoderKL]:
     """A transformer of a :data:`RANDOM` shape and an SD3 autoencoder (8 pixels per latent, 16 channels), untrained."""
-    vae = AutoencoderKL(
-        **AUTOENCODERS[shape],
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    vae = AutoencoderKL.from_config(
+        {**PUBLISHED["vae"], **AUTOENCODERS[shape]}, scaling_factor=1.5305, shift_factor=0.0609
     )
-    return SD3Transformer2DModel(**RANDOM[shape]), vae
+    return SD3Transformer2DModel.from_config(RANDOM[shape]), vae
 
 
 def random_lora(transformer: nn.Module, seed: int, gap: float = 0.1) -> LoraWeights:
@@ -202,17 +175,18 @@ class World:
         with torch.random.fork_rng(), torch.device(self.args.device):
             torch.manual_seed(0)
             transformer, vae = random_model(self.args.random)
-        return StableDiffusion3(transformer.to(dtype), vae, FlowMatchEulerDiscreteScheduler(shift=3.0), **placed)
+        if dtype != torch.float32:
+            transformer = transformer.to(dtype)
+        return StableDiffusion3(transformer, vae, FlowMatchEulerDiscreteScheduler(shift=3.0), **placed)
 
     @cached_property
     def _texts(self) -> list[Conditions]:
         """Conditions of each task's prompt for a whole batch, then those of the negative prompt."""
         args, own = self.args, torch.Generator().manual_seed(1)
         if args.random:
-            widths = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048} | RANDOM[args.random]
-            tokens, pooled = (TEXT_TOKENS, widths["joint_attention_dim"]), widths["pooled_projection_dim"]
-            drawn = ((torch.randn(tokens, generator=own), torch.randn(pooled, generator=own)) for _ in count())
-            rows = [{"tokens": t, "pooled": p} for t, p in islice(drawn, args.tasks + 1)]
+            configs = {"transformer": RANDOM[args.random], "text_encoder": {"max_position_embeddings": 77}}
+            shapes = StableDiffusion3.row_shapes(128, configs)
+            rows = [{n: torch.randn(s, generator=own) for n, s in shapes.items()} for _ in range(args.tasks + 1)]
         else:
             rows = self.text_encoder()([*self.prompts, NEGATIVE])
         found = [Conditions.of([row]).to(args.device, self.half) for row in rows]

@@ -17,22 +17,16 @@ from diffusionopd.files import write_atomically
 from tools.report import compare, csv_table, published_models, read_models, render_comparison, text_comparison
 
 
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Flags to files; a mistake of the user's ends in one line, not in a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a model's evaluations; NAME for the table")
     parser.add_argument("--output", type=Path, default=Path("logs/comparison"), help="folder (default logs/comparison)")
     parser.add_argument("--published", action="store_true", help="add the rows of the paper's Table 1")
-    parser.add_argument(
-        "--pictures", type=int, default=12, metavar="PROMPTS", help="prompts to show of each data set, the first ones"
-    )
+    shown = "prompts to show of each data set, the first ones"
+    parser.add_argument("--pictures", type=int, default=12, metavar="PROMPTS", help=shown)
     parser.add_argument("--title", default="DiffusionOPD: models compared")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Flags to files; a mistake of the user's ends in one line, not in a traceback."""
-    flags = parse_flags(arguments)
+    flags = parser.parse_args(arguments)
     try:
         models = read_models(flags.runs)
         comparison = compare([*published_models(), *models] if flags.published else models)

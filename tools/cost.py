@@ -28,22 +28,17 @@ def main() -> None:
     """Print the cost of a configuration."""
     try:
         source, overrides, rest = split_arguments(sys.argv[1:])
-        args = parse(rest)
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
+        parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
+        parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
+        parser.add_argument("--json", help="write the figures to this file")
+        args = parser.parse_args(rest)
         if source is None:
             sys.exit("error: name a configuration (--config config/opd.py:mopd)")
         report(check(load_config(source, overrides), args.num_processes, sources=False), args)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The flags beside --config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
-    parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
-    parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
-    parser.add_argument("--json", help="write the figures to this file")
-    return parser.parse_args(arguments)
 
 
 def report(plan: Plan, args: argparse.Namespace) -> None:

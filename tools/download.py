@@ -20,26 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from tools.downloads import CATALOGUE, DownloadError, choose, describe, download
 
 
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Flags to files; returns 1 if anything failed, after everything has been tried."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CATALOGUE, help="what to download")
     parser.add_argument("names", nargs="*", help="which of the kind (default all)")
     parser.add_argument("--list", action="store_true", help="say what there is, from where, under which licence")
     parser.add_argument("--dry_run", action="store_true", help="say what would be loaded, and load nothing")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path(__file__).resolve().parent.parent,
-        help="folder that dataset/ and reward_ckpts/ belong in (default: this repository)",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Flags to files; returns 1 if anything failed, after everything has been tried."""
-    flags = parse_flags(arguments)
+    where = "folder that dataset/ and reward_ckpts/ belong in (default: this repository)"
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help=where)
+    flags = parser.parse_args(arguments)
     try:
         items = choose(flags.kind, flags.names)
     except DownloadError as error:

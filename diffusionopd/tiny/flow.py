@@ -1,4 +1,4 @@
-"""Flow matching on the tiny latents, as small functions: images as latents, training pair, prompt encoding, sampling.
+"""Flow matching on the tiny latents, as small functions: images as latents, the loss, prompt encoding, sampling.
 
 `x_t = (1 - t) x_0 + t noise`, velocity `noise - x_0` (Lipman et al., arXiv 2210.02747).
 """
@@ -60,16 +60,6 @@ def to_signal(images: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def training_pair(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_t, t, velocity target) for clean latents `x0`; t is logit-normal, half of it shifted."""
-    noise = torch.randn(x0.shape, generator=generator)
-    t = torch.sigmoid(torch.randn(len(x0), generator=generator))
-    shifted = torch.rand(len(x0), generator=generator) < 0.5
-    t = torch.where(shifted, SHIFT * t / (1 + (SHIFT - 1) * t), t)
-    w = t[:, None, None, None]
-    return (1 - w) * x0 + w * noise, t, noise - x0
-
-
 def loss(
     transformer: torch.nn.Module,
     x0: torch.Tensor,
@@ -77,10 +67,15 @@ def loss(
     pooled: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity at random times."""
-    x, t, target = training_pair(x0, generator)
+    """Mean squared error of the velocity at random times, which are logit-normal, half of them shifted."""
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.sigmoid(torch.randn(len(x0), generator=generator))
+    shifted = torch.rand(len(x0), generator=generator) < 0.5
+    t = torch.where(shifted, SHIFT * t / (1 + (SHIFT - 1) * t), t)
+    w = t[:, None, None, None]
+    x = (1 - w) * x0 + w * noise
     velocity = transformer(x, timestep=t * 1000, encoder_hidden_states=tokens, pooled_projections=pooled)
-    return F.mse_loss(velocity.sample, target)
+    return F.mse_loss(velocity.sample, noise - x0)
 
 
 def token_ids(pipe: StableDiffusion3Pipeline, texts: Sequence[str]) -> torch.Tensor:

@@ -133,7 +133,17 @@ def measure(
 
 def main() -> None:
     """Measure at a few steps of each noise level and write the file, of which the report makes a table."""
-    args = parse()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=64, help="of each step's noise")
+    parser.add_argument("--probes", type=int, default=48, help="random vectors for the Jacobian's norm")
+    parser.add_argument("--task", choices=PROMPT_FN, default="compose")
+    parser.add_argument("--pictures", type=int, default=4, help="images, at least 2")
+    parser.add_argument("--rounds", type=int, default=5, help="of distillation before the measurement; 0: the base")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.7], help="noise levels")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="of the 10 of a trajectory")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     algorithm, batch = build(args)
@@ -152,21 +162,6 @@ def main() -> None:
     }
     write_atomically(args.output, json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.output}; for the table: python experiments/claims/report.py")
-
-
-def parse() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=64, help="of each step's noise")
-    parser.add_argument("--probes", type=int, default=48, help="random vectors for the Jacobian's norm")
-    parser.add_argument("--task", choices=PROMPT_FN, default="compose")
-    parser.add_argument("--pictures", type=int, default=4, help="images, at least 2")
-    parser.add_argument("--rounds", type=int, default=5, help="of distillation before the measurement; 0: the base")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.7], help="noise levels")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="of the 10 of a trajectory")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    return parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> tuple[Opd, Batch]:

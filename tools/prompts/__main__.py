@@ -13,28 +13,22 @@ from diffusionopd.data.prompts import PromptError, read_prompts, write_lines
 from tools.prompts import geneval, ocr
 
 
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Flags to file; a mistake of the user's ends in one line, not in a traceback."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, what in (("geneval", "GenEval's grammar"), ("ocr", "scenes with text in double quotes")):
-        flags = kinds.add_parser(kind, help=what)
-        flags.add_argument("--output", type=Path, required=True, help="file to write")
-        flags.add_argument("--count", type=int, required=True, help="prompts")
-        flags.add_argument("--seed", type=int, default=42)
-        flags.add_argument("--exclude", type=Path, help="file of the same format whose prompts must not occur")
-        flags.add_argument("--force", action="store_true", help="replace the file")
-    kinds.choices["geneval"].add_argument(
-        "--repeat", action="store_true", help="hold Flow-GRPO's shares of the tags by repeating prompts of small tags"
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Flags to file; a mistake of the user's ends in one line, not in a traceback."""
-    flags = parse_flags(arguments)
+        own = kinds.add_parser(kind, help=what)
+        own.add_argument("--output", type=Path, required=True, help="file to write")
+        own.add_argument("--count", type=int, required=True, help="prompts")
+        own.add_argument("--seed", type=int, default=42)
+        own.add_argument("--exclude", type=Path, help="file of the same format whose prompts must not occur")
+        own.add_argument("--force", action="store_true", help="replace the file")
+    repeat = "hold Flow-GRPO's shares of the tags by repeating prompts of small tags"
+    kinds.choices["geneval"].add_argument("--repeat", action="store_true", help=repeat)
+    flags = parser.parse_args(arguments)
     try:
         if flags.output.exists() and not flags.force:  # before the work; `write_lines` asks again
             raise PromptError(f"{flags.output} exists already; choose another --output, or replace it with --force")
