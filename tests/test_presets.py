@@ -23,8 +23,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split, lines in (("train", 96), ("test", 4)):
         for name in ("pickscore", "ocr"):
-            _write(tmp_path / "dataset" / name / f"{split}.txt", "a sign\n" * lines)
-        _write(tmp_path / "dataset" / "geneval" / f"{split}_metadata.jsonl", '{"prompt": "a dog"}\n' * lines)
+            _write(tmp_path / "dataset" / name / f"{split}.txt", 'a sign "HI"\n' * lines)
+        line = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}'
+        _write(tmp_path / "dataset" / "geneval" / f"{split}_metadata.jsonl", f"{line}\n" * lines)
 
 
 def _write(path: Path, text: str) -> None:
