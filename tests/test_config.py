@@ -22,9 +22,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("pickscore", "ocr"):
         for split, lines in (("train", 30), ("test", 4)):
-            _write(tmp_path / "dataset" / name / f"{split}.txt", "a sign\n" * lines + "\n")
+            _write(tmp_path / "dataset" / name / f"{split}.txt", 'a sign "HI"\n' * lines + "\n")
     for split in ("train", "test"):
-        _write(tmp_path / "dataset" / "geneval" / f"{split}_metadata.jsonl", '{"prompt": "a dog"}\n' * 20)
+        line = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}'
+        _write(tmp_path / "dataset" / "geneval" / f"{split}_metadata.jsonl", f"{line}\n" * 20)
     return tmp_path
 
 
