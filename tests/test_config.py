@@ -305,7 +305,7 @@ def test_the_run_folder(folder):
     _write(folder / "taken", "")
     config = load_config(f"{OPD}:mopd", [("save_dir", "taken/run"), ("cache_dir", "taken/cache")])
     assert sorted(problem.split(" ")[0] for problem in problems_of(config)) == ["cache_dir", "save_dir"]
-    assert check(load_config(f"{OPD}:mopd", [("save_dir", "here/run")]), 8).run.run_dir == Path("here/run")
+    assert check(load_config(f"{OPD}:mopd", [("save_dir", "here/run")]), 8).run.run_dir == folder / "here/run"
     assert not (folder / "here").exists()
     config = load_config(f"{OPD}:mopd")
     config.run_name = ""

@@ -163,7 +163,7 @@ def test_an_upstream_file_works_unchanged(upstream, load):
     plan = check(config, 8)
     assert [task.guidance_scale for task in plan.tasks] == [4.5, 1.0]
     assert (plan.shape.images_per_round, plan.sampler.trained_steps) == (48, 9)
-    assert plan.run.run_dir == Path("logs/opd/mine")
+    assert plan.run.run_dir == upstream.parent.parent / "logs/opd/mine"
     (note,) = plan.notes
     ignored = ("prompt_fn", "reward_fn", "sample.global_std", "sample.sde_window_range", "train.timestep_shift")
     assert note.endswith(", ".join(ignored))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest
+from diffusionopd.config_schema import FREE, READ, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest
 from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS
+from diffusionopd.files import looked_in
 
 
 def _is_name(value: Any) -> bool:
@@ -24,11 +25,11 @@ class Task:
 
     name: str = key("name", "", form=('made of letters, digits, "-", "_"', _is_name))
     """Of the task, in logs and files."""
-    dataset: str = key("dataset", "")
+    dataset: str = key("dataset", "", path=READ)
     """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
-    lora_path: str = key("lora_path", "", resume=TEACHERS)
-    """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
-    effect when the training is from rewards."""
+    lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
+    """The teacher: a local folder, which may be that of a run (its latest checkpoint), a .safetensors file, or a hub id
+    with subfolder ("organisation/name/sub"). Without effect when the training is from rewards."""
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""
@@ -153,7 +154,7 @@ def _check_dataset(place: str, fields: Mapping[str, Any], with_test: bool, probl
     train, test = (Path(fields["dataset"], pattern.format(split=split)) for split in ("train", "test"))
     for file, needed in ((train, True), (test, with_test)):
         if needed and not file.is_file():
-            what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
+            what = f"lacks {file}{looked_in(file)}, which prompt_fn {fields['prompt_fn']!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
     count = sum(1 for line in train.read_bytes().split(b"\n") if line.strip()) if train.is_file() else 0
     if train.is_file() and not count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusionopd.config_schema import FREE, is_device, key
+from diffusionopd.config_schema import FREE, READ, WRITE, is_device, key
 
 _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device)
 
@@ -13,7 +13,7 @@ _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device
 class BaseSettings:
     """The base model."""
 
-    model: str = key("pretrained.model", "")
+    model: str = key("pretrained.model", "", path=READ)
     """A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json."""
     revision: str = key("pretrained.revision", "")
     """Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder."""
@@ -47,7 +47,7 @@ class MemorySettings:
     compile: bool = key("compile", False, resume=FREE)
     """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
     """
-    cache_dir: str = key("cache_dir", ".cache/text", resume=FREE)
+    cache_dir: str = key("cache_dir", ".cache/text", path=WRITE, resume=FREE)
     """Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length)."""
 
 
@@ -61,7 +61,7 @@ class LoraSettings:
 
     use_lora: bool = key("use_lora", True, choices=(True,))
     """Must be True: the student is a LoRA on the frozen base."""
-    lora_path: str = key("train.lora_path", None)
+    lora_path: str = key("train.lora_path", None, path=READ)
     """LoRA to start the student from (forms as for teachers); None is a fresh one."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Rank of a fresh one."""
