@@ -18,14 +18,14 @@ COMMANDS = {
 }
 """Name -> script, from the project's folder, and what it does."""
 
-_SEVERAL = """On several GPUs: bash scripts/single_node/mopd.sh (or teacher.sh, eval.sh) of the project's folder, or
-  accelerate launch -m diffusionopd train ..."""
+_SEVERAL = """In several processes, one per GPU: the launchers (scripts/single_node/mopd.sh, teacher.sh, eval.sh),
+or accelerate launch -m diffusionopd train ..."""
 
 
 def usage() -> str:
     """The list of commands."""
     rows = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: diffusionopd COMMAND [arguments]\n\n{rows}\n\nCOMMAND --help has its arguments. {_SEVERAL}"
+    return f"usage: diffusionopd COMMAND [arguments]; COMMAND --help has them\n\n{rows}\n\n{_SEVERAL}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,6 +31,11 @@ def user_path(text: str) -> str:
     return path
 
 
+def path_flag(text: str) -> Path:
+    """`user_path` as the type of a command-line flag."""
+    return Path(user_path(text))
+
+
 def located(text: str) -> str:
     """Where something to read is: in the current folder, else, such as ``assets/tiny/model``, in the project's.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -264,6 +263,14 @@ def test_overrides_that_have_no_place_are_reported_together():
         load_config(f"{OPD}:mopd", [("trian.learning_rate", "1"), ("train.teachers[5].name", "x"), ("", "1")])
     assert len(caught.value.problems) == 3
     assert "train.learning_rate" in caught.value.problems[0]
+
+
+def test_a_key_of_another_form_is_named_with_the_form():
+    for key in ("train.teachers.0.guidance_scale", "train..x", "train.teachers[x].name", "a b", "reward_options."):
+        with pytest.raises(ConfigError) as caught:
+            load_config(f"{OPD}:mopd", [(key, "1")])
+        (problem,) = caught.value.problems
+        assert key in problem and "train.teachers[0].guidance_scale" in problem and "Error" not in problem
 
 
 def test_arguments_are_split():

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.config_schema import redacted, split_arguments
-from diffusionopd.files import write_json
+from diffusionopd.files import path_flag, write_json
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
 from tools.costs.models import read_pipeline
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
     parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
     parser.add_argument("--family", action="store_true", help="memory of the SD3 family; takes minutes")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", type=path_flag, help="write the figures to this file")
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
+from diffusionopd.files import path_flag
 from tools.downloads import CATALOGUE, DownloadError, choose, describe, download
 
 
@@ -30,7 +31,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     parser.add_argument(
         "--root",
-        type=Path,
+        type=path_flag,
         default=Path(__file__).resolve().parent.parent,
         help="folder that dataset/ and reward_ckpts/ belong in (default: this repository)",
     )

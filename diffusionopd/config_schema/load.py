@@ -151,7 +151,8 @@ def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
             current = config_path.get_value(key, config)
         config_path.set_value(key, config, _parse(text, current), accept_new_attributes=True)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        reason = error.args[0] if error.args else type(error).__name__
+        reasons = {KeyError: "there is nothing of that name", IndexError: "there is no list with that entry"}
+        reason = reasons.get(type(error), "what is named before has no parts of that kind")
         return f"--config.{key} cannot be set: {reason}.{nearest(key, flatten(config))}"
     return None
 

@@ -116,8 +116,8 @@ def locate(path: str | Path) -> Path:
     for a run without any. Every other path is returned as it is, whatever is there.
     """
     path = Path(path)
-    runs = path / "checkpoints", path, path.parent if path.name == LATEST and not path.is_dir() else path
-    root = next((root for root in runs if (root / LATEST).is_file() or folders(root)), None)
+    run = path.parent if path.name == LATEST and not path.is_dir() else path
+    root = next((root for root in (run / "checkpoints", run) if (root / LATEST).is_file() or folders(root)), None)
     if root is None:
         return path
     pointer = root / LATEST

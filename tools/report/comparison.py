@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusionopd.config_schema import is_number
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, Record, Summary, read_averages, read_records
+from diffusionopd.files import path_flag
 from diffusionopd.rewards import NOT_APPLICABLE
 from tools.report import published
 from tools.report.pages import aligned, image_of, render_page
@@ -92,7 +93,7 @@ def read_models(runs: Sequence[str]) -> list[Model]:
             name, path = folder.parent.name if folder.name == EVALUATION else folder.name, run
         if name in models:
             raise ComparisonError(f"two models are called '{name}'; tell them apart as NAME={path}")
-        models[name] = Model(name, dict(_evaluations(Path(path))))
+        models[name] = Model(name, dict(_evaluations(path_flag(path))))
     return list(models.values())
 
 
