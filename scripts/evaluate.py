@@ -34,6 +34,7 @@ from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 from diffusionopd.training import load_config
 from diffusionopd.training.checkpoint import find_lora, locate
+from diffusionopd.training.command import plain_warnings
 from diffusionopd.training.plan import with_paths
 from diffusionopd.training.resume import read_run_config
 
@@ -169,8 +170,10 @@ def make_job(flags: argparse.Namespace) -> Job:
 
 def main() -> None:
     """Flags to job to tables; a mistake of the user's ends in one line, not in a traceback."""
+    flags = parse_flags()
     try:
-        job = make_job(parse_flags())
+        with plain_warnings():
+            job = make_job(flags)
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
             state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=TIMEOUT))
             with ending_together():

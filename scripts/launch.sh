@@ -55,9 +55,10 @@ fi
 
 if [ -n "$wanted" ]; then whole "$variable" "$wanted"; fi
 
+# -P: no file of the caller's folder is taken for a module.
 gpus=0
 if [ "${ACCELERATE_USE_CPU:-false}" != true ]; then
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$("$PYTHON" -P -c 'import torch; print(torch.cuda.device_count())')
 fi
 if [ "$gpus" -eq 0 ]; then
     here=${wanted:-1} config=cpu
@@ -82,6 +83,5 @@ case ${ENGINE:-} in
     *) fail "ENGINE=$ENGINE: it is fsdp2 or deepspeed_zero3; left empty, every process holds the complete model." ;;
 esac
 
-# -P: no file of the caller's folder is taken for a module.
 exec "$PYTHON" -P -m diffusionopd.launch --quiet --config_file "$root/scripts/accelerate/$config.yaml" \
     --num_processes "$processes" "${options[@]}" "$root/$1" "${@:2}"

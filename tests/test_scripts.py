@@ -18,7 +18,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 
 # Answers the launcher's question for GPUs, and otherwise says how it was called, and where.
 FAKE_PYTHON = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo "$FAKE_GPUS"; exit; fi
+if [ "$2" = -c ]; then echo "$FAKE_GPUS"; exit; fi
 echo "folder: $PWD"
 echo "cpu: ${ACCELERATE_USE_CPU:-} threads: ${OMP_NUM_THREADS:-} path: ${PYTHONPATH%%:*}"
 printf '%s\\n' "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusionopd.config_schema.keys import unset
 from diffusionopd.config_schema.problems import Problems
-from diffusionopd.files import looked_in
+from diffusionopd.files import located, looked_in
 
 _PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
@@ -64,4 +64,4 @@ def check_writable(key: str, folder: Path, problems: Problems) -> None:
 def _is_hub_id(source: str) -> bool:
     """Whether ``source`` can only be meant for the hub: ``owner/name[/sub/folder]``, with no such folder here."""
     first = source.split("/")[0]
-    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(first).exists()
+    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(located(first)).exists()
