@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from textwrap import dedent
 
 import pytest
@@ -293,6 +294,10 @@ def test_the_command_line_of_the_scripts(capsys, monkeypatch):
     for arguments, fact in ((["--dryrun"], "--dryrun"), ([], "--config")):
         with pytest.raises(ConfigError, match=fact):
             parse(arguments, "usage")
+    with plain_errors():
+        for file, own in ((str(ROOT / "diffusionopd" / "files.py"), True), ("/other/library.py", False)):
+            shown = warnings.formatwarning("said", UserWarning, file, 1, "")
+            assert "said" in shown and (file not in shown and shown.count("\n") == 1) == own
     error = ValueError("wrong")
     error.add_note("in round 2")
     for rank, raised, status, said in (

@@ -232,7 +232,7 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):
         find_benchmark("mine")
-    with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
+    with pytest.raises(BenchmarkError, match="nonesuch.*geneval, ocr"):
         find_benchmark("nonesuch")
     with pytest.raises(RewardError, match="Did you mean"):
         find_benchmark("mine", {}, ["jpeg_compressability"])
@@ -388,7 +388,7 @@ def tiny_run(model, teachers) -> dict:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--base", "--dataset", "nonesuch"], "neither a folder nor one of"),
+        (["--base", "--dataset", "nonesuch"], "neither a folder in"),
         (["--base", "--dataset", "DATASET"], "choose with --rewards"),
         (["--base", "--dataset", "DATASET", "--rewards", "jpg"], "unknown reward 'jpg'"),
         (["--checkpoint_path", "logs/none", "--dataset", "DATASET"], "no checkpoint at logs/none"),

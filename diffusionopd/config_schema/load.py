@@ -151,7 +151,10 @@ def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
             current = config_path.get_value(key, config)
         config_path.set_value(key, config, _parse(text, current), accept_new_attributes=True)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        reasons = {KeyError: "there is nothing of that name", IndexError: "there is no list with that entry"}
+        reasons: dict[type, str] = {
+            KeyError: "there is nothing of that name",
+            IndexError: "there is no list with that entry",
+        }
         reason = reasons.get(type(error), "what is named before has no parts of that kind")
         return f"--config.{key} cannot be set: {reason}.{nearest(key, flatten(config))}"
     return None

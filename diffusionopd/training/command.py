@@ -46,7 +46,7 @@ def plain_warnings() -> Iterator[None]:
         own = filename.startswith(package)
         return f"note: {message}\n" if own else before(message, category, filename, *place, **options)
 
-    warnings.formatwarning = formatted  # type: ignore[assignment]
+    warnings.formatwarning = formatted
     try:
         yield
     finally:
