@@ -25,8 +25,7 @@ def folder(tmp_path, monkeypatch):
     for (split, lines), name in itertools.product((("train", 96), ("test", 4)), ("pickscore", "ocr", "geneval")):
         path = tmp_path / "dataset" / name / f"{split}{'_metadata.jsonl' if name == 'geneval' else '.txt'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{geneval if name == 'geneval' else 'a sign "HI"'}
-" * lines)
+        path.write_text(((geneval if name == "geneval" else 'a sign "HI"') + "\n") * lines)
 
 
 def plan_of(source, num_processes=GPUS, *overrides):

@@ -91,6 +91,12 @@ class SamplerSettings:
         if problems.good("sample.solver", "sample.noise_level", "sample.deterministic") and self.kernel == "ode":
             remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
             problems.add(name, f"is {value!r}, which needs a sampler with noise", remedy)
+        fraction = "train.timestep_fraction"
+        last = problems.good(fraction, "sample.num_steps") and self.trained_steps == self.num_steps
+        if last and self.kernel in ("cps", "ddim"):
+            what = f"is {self.timestep_fraction:g}: the last step is trained too, to which {self.solver} adds no noise"
+            remedy = f"{name} {value!r} needs noise in every trained step: set it below 1, such as 0.99."
+            problems.add(fraction, what, remedy)
 
     def notes(self) -> list[str]:
         """What was set and does nothing."""

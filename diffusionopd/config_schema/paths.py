@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusionopd.config_schema.keys import unset
 from diffusionopd.config_schema.problems import Problems
+from diffusionopd.files import located, looked_in
 
 _PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
@@ -38,7 +39,7 @@ def check_model(key: str, model: str, problems: Problems, *, or_file: bool = Fal
         if not (Path(model) / "model_index.json").is_file():
             problems.add(key, f"is {model}, which has no model_index.json", remedy)
     elif not _is_hub_id(model) or model.count("/") != 1:
-        problems.add(key, f"is {model}, which does not exist here", remedy)
+        problems.add(key, f"is {model}, which does not exist{looked_in(model)}", remedy)
 
 
 def check_adapter(key: str, source: str, problems: Problems) -> None:
@@ -53,7 +54,7 @@ def check_adapter(key: str, source: str, problems: Problems) -> None:
     elif path.is_file() and path.suffix != ".safetensors":
         problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
     elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
-        problems.add(key, f"is {source}, which does not exist here", remedy)
+        problems.add(key, f"is {source}, which does not exist{looked_in(source)}", remedy)
 
 
 def check_writable(key: str, folder: Path, problems: Problems) -> None:
@@ -67,4 +68,4 @@ def check_writable(key: str, folder: Path, problems: Problems) -> None:
 def _is_hub_id(source: str) -> bool:
     """Whether ``source`` can only be meant for the hub: ``owner/name[/sub/folder]``, with no such folder here."""
     first = source.split("/")[0]
-    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(first).exists()
+    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(located(first)).exists()

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
+from diffusionopd.config_schema import FREE, READ, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
 from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS, PromptError, listed, load_prompts
 from diffusionopd.data.unfit import unfit_lines
+from diffusionopd.files import looked_in
 
 
 def _is_name(value: Any) -> bool:
@@ -25,11 +26,11 @@ class Task:
 
     name: str = key("name", "", form=('made of letters, digits, "-", "_"', _is_name))
     """Of the task, in logs and files."""
-    dataset: str = key("dataset", "")
+    dataset: str = key("dataset", "", path=READ)
     """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
-    lora_path: str = key("lora_path", "", resume=TEACHERS)
-    """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
-    effect when the training is from rewards."""
+    lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
+    """The teacher: a local folder, which may be that of a run (its latest checkpoint), a .safetensors file, or a hub id
+    with subfolder ("organisation/name/sub"). Without effect when the training is from rewards."""
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""
@@ -40,7 +41,7 @@ class Task:
     strength: float = key("strength", 1.0, "[0, inf)", resume=TEACHERS)
     """How far the target is from the reference, in units of the way to the teacher: 1 is the teacher itself, less is
     softened, more is beyond it. Anything but 1 costs one more forward without gradient per trained state."""
-    reference: str = key("reference", "", resume=TEACHERS)
+    reference: str = key("reference", "", path=READ, resume=TEACHERS)
     """What `strength` counts from, under this teacher's guidance: empty for the base without adapters, or a LoRA, given
     as `lora_path` is."""
     eval_guidance_scale: float = key("eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
@@ -183,7 +184,7 @@ def _check_dataset(
     for split in ("train", "test") if with_test else ("train",):
         file = Path(fields["dataset"], FORMATS[fields["prompt_fn"]][0].format(split=split))
         if not file.is_file():
-            what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
+            what = f"lacks {file}{looked_in(file)}, which prompt_fn {fields['prompt_fn']!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
             continue
         try:

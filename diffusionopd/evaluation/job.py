@@ -219,30 +219,3 @@ def lora_hash(lora: LoraWeights) -> str:
         for tensor in (lora.a[name], lora.b[name]):
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def find_checkpoint(path: str) -> Path:
-    """The folder of a saved LoRA: a run folder, `<run>/checkpoints/latest` or `checkpoint-<n>`, or its `lora/`.
-
-    Returns:
-        `checkpoint-<n>`, or the folder of a LoRA that stands alone.
-
-    Raises:
-        EvaluationError: nothing of the kind is there.
-    """
-    given = Path(path)
-    if given.name == "latest":
-        given = given.parent
-    for pointer in (given / "checkpoints" / "latest", given / "latest"):
-        if pointer.is_file():
-            given = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            break
-    if given.name == "lora" and (given.parent / "config.json").is_file():
-        given = given.parent
-    weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
-    if not any((given / name).is_file() for name in weights):
-        raise EvaluationError(
-            f"no checkpoint at {path}: expected a run folder, <run>/checkpoints/checkpoint-<n>, its lora/ folder, "
-            "or <run>/checkpoints/latest"
-        )
-    return given

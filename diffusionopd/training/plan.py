@@ -16,6 +16,9 @@ from diffusionopd.algorithms.base import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
 from diffusionopd.config_schema import (
     FREE,
+    READ,
+    SECTIONS,
+    WRITE,
     ConfigError,
     Problems,
     Schema,
@@ -24,18 +27,22 @@ from diffusionopd.config_schema import (
     flatten,
     key,
     keys_of,
+    placed,
     read,
     to_plain,
     unset,
+    unwritable,
 )
 from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
-from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
+from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks
+from diffusionopd.files import looked_in
 from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
+from diffusionopd.training.checkpoint import CheckpointError, locate
 
 T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
@@ -47,9 +54,9 @@ class RunSettings:
 
     run_name: str = key("run_name", "", resume=FREE)
     """Name of the run: its folder under `logdir`, and its name in the tracker. Empty: the configuration's name."""
-    logdir: str = key("logdir", "logs", resume=FREE)
+    logdir: str = key("logdir", "logs", path=WRITE, resume=FREE)
     """Folder that holds the folders of runs."""
-    save_dir: str = key("save_dir", "", resume=FREE)
+    save_dir: str = key("save_dir", "", path=WRITE, resume=FREE)
     """The run folder itself. Empty: `<logdir>/<run_name>`."""
     num_epochs: int = key("num_epochs", 100000, "[1, inf)", resume=FREE)
     """Rounds to train, in total: a resumed run counts those already done."""
@@ -57,9 +64,9 @@ class RunSettings:
     """Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end."""
     num_checkpoint_limit: int = key("num_checkpoint_limit", 5, "[0, inf)", resume=FREE)
     """How many checkpoints to keep, the newest; 0 keeps all."""
-    resume_from: str = key("resume_from", None, resume=FREE)
-    """Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of the
-    run folder, afresh if there is none."""
+    resume_from: str = key("resume_from", None, path=READ, resume=FREE)
+    """Where to start from: None or "" afresh, the path of a checkpoint folder or of a run (its latest checkpoint), or
+    "auto": the newest checkpoint of the run folder, afresh if there is none."""
     log_with: str = key("log_with", "none", resume=FREE)
     """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
@@ -70,14 +77,14 @@ class RunSettings:
 
     @property
     def run_dir(self) -> Path:
-        """``save_dir`` where it is set, else ``<logdir>/<run_name>``."""
-        return Path(self.logdir or "", self.run_name or "") if unset(self.save_dir) else Path(self.save_dir)
+        """``save_dir`` where it is set, else ``<logdir>/<run_name>``; absolute."""
+        parts = (self.logdir or "", self.run_name or "") if unset(self.save_dir) else (self.save_dir,)
+        return Path(*parts).absolute()
 
     @property
     def trackers(self) -> list[str]:
         """The names in ``log_with``."""
-        names = [name.strip() for name in (self.log_with or "").split(",")]
-        return [name for name in names if name and name != "none"]
+        return tracker_names(self.log_with)
 
     def check(self, problems: Problems) -> None:
         """The folder can be written, what is resumed from is there, trackers are installed."""
@@ -86,16 +93,26 @@ class RunSettings:
         else:
             check_writable("logdir" if unset(self.save_dir) else "save_dir", self.run_dir, problems)
         if not unset(self.resume_from) and self.resume_from != "auto":
-            folder = Path(self.resume_from)
-            if not (folder / "state").is_dir():
-                what = "has no state/ to resume from" if folder.is_dir() else "does not exist"
-                remedy = 'Name a checkpoint-<n> folder, or use "auto".'
-                problems.add("resume_from", f"is {folder}, which {what}", remedy)
+            remedy = 'Name a checkpoint-<n> folder, or use "auto".'
+            try:
+                folder = locate(self.resume_from)
+            except CheckpointError as error:
+                problems.add("resume_from", f"is {self.resume_from}: {error}", remedy)
+            else:
+                if not (folder / "state").is_dir():
+                    there = "has no state/ to resume from"
+                    what = there if folder.is_dir() else f"does not exist{looked_in(folder)}"
+                    problems.add("resume_from", f"is {folder}, which {what}", remedy)
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
             problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
         elif missing := [name for name in self.trackers if find_spec(name) is None]:
             problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
+
+
+def tracker_names(log_with: str | None) -> list[str]:
+    """The names in the key ``log_with``; "none", in any case, is none."""
+    return [name for part in str(log_with or "").split(",") if not unset(name := part.strip())]
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,29 @@ def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -
     return config_schema.load_config(SCHEMA, source, overrides)
 
 
+def with_paths(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, as nested dicts, with its paths, also its tasks', as they lead from here.
+
+    ``~`` is a home folder. A relative path is one from the current folder; what is not there to read is looked for in
+    the project's.
+    """
+    found = placed(to_plain(config), SCHEMA.keys)
+    for name in SECTIONS:
+        if isinstance(section := found.get(name), Mapping):
+            own = {key.removeprefix(f"{name}."): declared for key, declared in SCHEMA.keys.items()}
+            found[name] = placed(section, own)
+    tasks = found["train"].get("teachers") if isinstance(found.get("train"), Mapping) else None
+    if isinstance(tasks, list | tuple):
+        found["train"]["teachers"] = [placed(task, FIELDS) if isinstance(task, Mapping) else task for task in tasks]
+    return found
+
+
+def unsaved(values: Mapping[str, Any]) -> list[str]:
+    """Keys without effect on this run that hold what cannot be saved: they are left at their defaults."""
+    unused = (name for name in SCHEMA.keys if not is_used(name, values.get("train.algorithm", "")))
+    return [name for name in unused if any(unwritable(values.get(name), name))]
+
+
 def is_used(name: str, algorithm: str) -> bool:
     """Whether an algorithm reads a key."""
     cls = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
@@ -230,6 +270,8 @@ class Plan(RoundPlan):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
             rows += [(f"task {task.name}", f"{prompts} prompts, as many as {rounds:g} rounds draw")]
             rows += [("", self._source(task))]
+        if not unset(start := self.values["train.lora_path"]):
+            rows += [("student", f"starts from {with_origin(start)}")]
         rows = [(name, value) for name, value in rows if value]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
@@ -273,21 +315,22 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     """Check everything that can be checked without loading weights, and derive the counts of a round.
 
     ``num_processes`` is the number of processes of the whole run. Without ``sources`` the prompt files, teachers,
-    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Relative paths are
-    looked up from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Paths are looked up as
+    of :func:`with_paths`. Nothing is downloaded or written. Raises ConfigError with every problem found.
     """
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
 
     # Keys by themselves
-    values = flatten(config)
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
+    values = flatten(with_paths(config))
     problems = Problems(() if sources else (".dataset", ".lora_path"))
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     algorithm = ALGORITHMS[values["train.algorithm"]] if problems.good("train.algorithm") else Algorithm
 
     # What they point to
     if sources:
+        _find_runs(values, problems)
         _check_sources(values, problems)
     tasks, num_prompts = check_tasks(
         values,
@@ -330,6 +373,9 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
         what = "distillation" if algorithm.one_step else algorithm.name
         notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
+    if dropped := unsaved(values):
+        places = (f"{what} at {place}" for name in dropped for place, what in unwritable(values[name], name))
+        notes.append(f"left out of what is saved, being no values of JSON: {', '.join(places)}")
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
     return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
@@ -406,6 +452,20 @@ def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
     if algorithm and not algorithm.has_teachers:
         what = f"is {FROM_TEACHERS!r}, but {algorithm.name} has no teachers"
         problems.add(name, what, f"Set it to {FRESH!r}, or name a LoRA in train.lora_path.")
+
+
+def _find_runs(values: dict[str, Any], problems: Problems) -> None:
+    """Put the checkpoint of it in the place of a run folder that a LoRA is to come from."""
+    tasks = values["train.teachers"] if problems.good("train.teachers") else []
+    named = [(f"train.teachers[{i}].", task) for i, task in enumerate(tasks) if isinstance(task, dict)]
+    for place, holder in [("", values), *named]:
+        name = "lora_path" if place else "train.lora_path"
+        if isinstance(path := holder.get(name), str) and not unset(path):
+            try:
+                if (found := locate(path)) != Path(path):
+                    holder[name] = str(found)
+            except CheckpointError as error:
+                problems.add(place + name, f"is {path}: {error}", "Name a LoRA, or a run with a valid checkpoint.")
 
 
 def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:

@@ -39,7 +39,7 @@ from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
-from diffusionopd.training.plan import SCHEMA, RunSettings, is_used
+from diffusionopd.training.plan import SCHEMA, RunSettings, is_used, unsaved, with_paths
 
 # In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
 _BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)
@@ -106,13 +106,18 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     and ``allow_change`` is False; HeldError where another process writes into the run folder, unless this run has it
     ``held``. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
     """
-    fresh = Resume(config, config, num_processes)
     values, problems = flatten(config), Problems()
+    given = config
+    if dropped := unsaved(values):
+        given = config.copy_and_resolve_references()
+        given.update_from_flattened_dict({name: SCHEMA.defaults()[name] for name in dropped})
+        values |= {name: SCHEMA.defaults()[name] for name in dropped}
+    fresh = Resume(config, given, num_processes)
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     # Secrets are refused by check(); differences from the checkpoint would quote them.
     if problems.found or any(find_secrets(values)):
         return fresh
-    run = read(RunSettings, values)
+    run = read(RunSettings, flatten(with_paths(given)))
     if not held:
         refuse_if_held(run.run_dir)
     folder = find_checkpoint(run.resume_from, run.run_dir)
@@ -125,7 +130,7 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")
-    start = Resume(config, config, num_processes, folder, completed, unevaluated, digests, allow_change)
+    start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, allow_change)
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
@@ -159,7 +164,7 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
                 "nothing to resume. Put one back from a copy, or move them away to start this run afresh."
             )
         return latest
-    folder = None if unset(resume_from) else Path(str(resume_from))
+    folder = None if unset(resume_from) else checkpoint.locate(str(resume_from))
     if folder is not None:
         if not folder.is_dir():
             return None  # check() names it

@@ -47,7 +47,7 @@ from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan, check
+from diffusionopd.training.plan import Plan, check, tracker_names
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -128,10 +128,9 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     if not is_number(seconds) or seconds <= 0:
         seconds = TIMEOUT  # until check() refuses the configured one
     set_timeout(seconds)
-    trackers = [name for name in str(log_with or "").split(",") if name and name != "none"]
     return Accelerator(
         mixed_precision="no",
-        log_with=trackers or None,
+        log_with=tracker_names(log_with) or None,
         project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by started()
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
     )
