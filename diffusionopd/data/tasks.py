@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS
 
 
-def _is_name(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_name(value: Any) -> bool:
+    """Whether it can be part of a metric's or a file's name."""
     return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None
 
 
@@ -22,10 +28,14 @@ def _is_name(value: Any) -> bool:
 class Task:
     """An entry of ``train.teachers``: one task, with its teacher or the rewards it is trained on."""
 
-    name: str = key("name", "", form=('made of letters, digits, "-", "_"', _is_name))
+    name: str = key("name", "", form=('made of letters, digits, "-", "_"', is_name))
     """Of the task, in logs and files."""
     dataset: str = key("dataset", "")
     """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
+    datasets: tuple = key("datasets", [], form=("a list of folders", lambda value: all(map(_is_text, value))))
+    """In the place of `dataset`: several such folders of different names. The task's prompts are those of all together,
+    so each prompt of each is drawn equally often. Evaluations log the mean over all test prompts, and that of each
+    folder's as `eval/<task>/<folder>/<reward>`."""
     lora_path: str = key("lora_path", "", resume=TEACHERS)
     """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
     effect when the training is from rewards."""
@@ -36,6 +46,10 @@ class Task:
     """One of "general_ocr" reads the .txt files, one prompt per line; "geneval" reads the .jsonl files."""
     guidance_scale: float = key("guidance_scale", 4.5, "[1, inf)", resume=TEACHERS)
     """Classifier-free guidance of this teacher; optional (`sample.teacher_guidance_scale`)."""
+    weight: float = key("weight", 1.0, "(0, inf)")
+    """Of this task's loss, relative to the mean of all tasks' weights; logged losses are without it. AdamW hardly sees
+    a factor that a whole optimizer step has in common, so it acts where tasks share steps (not with
+    `train.task_order` "alternate" or "cascade", unless rounds share a step)."""
     eval_guidance_scale: float = key("eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`)."""
     eval_num_steps: int = key("eval_num_steps", 40, "[1, inf)", resume=FREE)
@@ -45,6 +59,17 @@ class Task:
     def adapter(self) -> str:
         """The teacher's adapter: a task may be called anything, a module attribute may not."""
         return "teacher_" + "".join(c if c.isalnum() else "_" for c in self.name)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where its prompts are."""
+        return tuple(self.datasets) or (self.dataset,)
+
+
+def loss_weights(tasks: Sequence[Task]) -> list[float]:
+    """The tasks' weights, relative to their mean: exactly 1 where all are equal."""
+    weights = [Fraction(task.weight) for task in tasks]
+    return [float(weight * len(weights) / sum(weights)) for weight in weights]
 
 
 FIELDS = keys_of(Task)
@@ -144,16 +169,29 @@ def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _check_dataset(place: str, fields: Mapping[str, Any], with_test: bool, problems: Problems) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
-    if not problems.good(key := f"{place}.dataset", f"{place}.prompt_fn"):
+    one, several = f"{place}.dataset", f"{place}.datasets"
+    if not problems.good(one, several, f"{place}.prompt_fn"):
         return 0
-    if what := gap(fields["dataset"]):
+    if not fields["datasets"]:
+        return _check_folder(one, fields["dataset"], fields["prompt_fn"], with_test, problems)
+    if fields["dataset"]:
+        problems.add(several, f"is set, and so is dataset, {fields['dataset']!r}", "Set one of them to None.")
+    for name, count in Counter(Path(folder).name for folder in fields["datasets"]).items():
+        if count > 1:
+            problems.add(several, f"has {count} folders called {name!r}", "Evaluations name them so: rename one.")
+    return sum(_check_folder(several, each, fields["prompt_fn"], with_test, problems) for each in fields["datasets"])
+
+
+def _check_folder(key: str, folder: str, prompt_fn: str, with_test: bool, problems: Problems) -> int:
+    """Check the prompt files of a folder and return the number of training prompts."""
+    if what := gap(folder):
         problems.add(key, what, "Name the folder with the prompt files.")
         return 0
-    pattern = FORMATS[fields["prompt_fn"]][0]
-    train, test = (Path(fields["dataset"], pattern.format(split=split)) for split in ("train", "test"))
+    pattern = FORMATS[prompt_fn][0]
+    train, test = (Path(folder, pattern.format(split=split)) for split in ("train", "test"))
     for file, needed in ((train, True), (test, with_test)):
         if needed and not file.is_file():
-            what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
+            what = f"lacks {file}, which prompt_fn {prompt_fn!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
     count = sum(1 for line in train.read_bytes().split(b"\n") if line.strip()) if train.is_file() else 0
     if train.is_file() and not count:

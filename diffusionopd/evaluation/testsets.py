@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.data.prompts import Prompt, load_prompts
+from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.rewards import check_name
 
 _QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
@@ -68,12 +68,14 @@ def find_benchmark(
     config = config or {}
     tasks, sample = config.get("train", {}).get("teachers", []), config.get("sample", {})
     task: Mapping[str, Any] = next((task for task in tasks if task["name"] == dataset), {})
-    if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
+    has = {"dataset": task.get("dataset") or task.get("datasets"), "prompt_fn": task.get("prompt_fn")}
+    if task and (missing := [name for name, value in has.items() if not value]):
         raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
     if not task and dataset not in BENCHMARKS and not os.path.isdir(dataset):
         known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
         raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
-    folder = Path(task.get("dataset") or BENCHMARKS.get(dataset, (dataset, ()))[0])
+    folders = task.get("datasets") or [task.get("dataset") or BENCHMARKS.get(dataset, (dataset, ()))[0]]
+    folder = Path(folders[0])
     # A folder that a named benchmark has its prompts in is scored as that is.
     of_folder = (names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve())
     chosen = tuple(rewards) or next(of_folder, ()) or tuple(task.get("proxy_reward") or ())
@@ -84,7 +86,7 @@ def find_benchmark(
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompts = load_prompts(folder, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")
+    prompts, _ = load_folders(folders, task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr"), "test")
     return Benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,
         prompts[:limit],
