@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from diffusionopd.models.backbone import load_backbone
@@ -84,6 +85,17 @@ def test_student_initialisation_is_a_function_of_the_seed(pipeline_folder):
 
     assert torch.equal(first_a(3), first_a(3))
     assert not torch.equal(first_a(3), first_a(4))
+
+
+def test_norms_are_those_of_the_matrices(adapters):
+    """Of what an adapter adds, as PEFT itself makes it, and of what it adds to."""
+    layers = [(m, n) for m in adapters.transformer.modules() if isinstance(m, LoraLayer) for n in m.lora_A]
+    for name in ("student", "teacher_a", "teacher_b"):
+        own = [layer for layer, adapter in layers if adapter == name]
+        added = sum(layer.get_delta_weight(name).double().square().sum().item() for layer in own) ** 0.5
+        assert adapters.added_norm(name) == pytest.approx(added, rel=1e-5) and (added > 0) == (name != "student")
+        base = sum(layer.get_base_layer().weight.double().square().sum().item() for layer in own) ** 0.5
+        assert adapters.base_norm(name) == pytest.approx(base, rel=1e-5)
 
 
 def test_using_restores_the_previous_adapter(adapters):

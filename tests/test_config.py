@@ -10,7 +10,7 @@ import pytest
 
 from diffusionopd.config_schema import ConfigError, Key, flatten, keys_of
 from diffusionopd.training import agreement, base_config, check, load_config
-from diffusionopd.training.plan import SCHEMA, is_used, tracker_names, with_paths
+from diffusionopd.training.plan import SCHEMA, ema_repeats, is_used, tracker_names, with_paths
 from diffusionopd.training.resume import find_start
 
 from .conftest import ROOT
@@ -133,6 +133,13 @@ def test_a_bad_value_is_one_problem_that_names_key_and_value(folder):
         ("vae_device", "gpu0"),
         ("text_encoder_device", 3),
         ("reward_options", {"ocr": 1}),
+        ("eval_variants", {"a/b": {"num_steps": 4}}),
+        ("eval_variants", {"fast": {}}),
+        ("eval_variants", {"fast": {"steps": 4}}),
+        ("eval_variants", {"fast": {"num_steps": 4.5}}),
+        ("eval_variants", {"fast": {"guidance_scale": 0.5}}),
+        ("train.lr_scheduler", "exponential"),
+        ("train.lr_warmup_steps", 10),
     ):
         config = copy.deepcopy(original)
         _set(config, name, value)
@@ -343,6 +350,27 @@ def test_prompt_files_must_be_there(folder):
     assert (plan.num_prompts, plan.shape.images_per_round) == ((0,), 72)
 
 
+def test_a_task_may_have_several_folders(folder):
+    config = load_config(f"{OPD}:sopd_ocr")
+    task, name = config.train.teachers[0], "train.teachers[0].datasets"
+    task["dataset"], task["datasets"] = None, ["dataset/ocr", "dataset/pickscore"]
+    plan = check(config, 8)
+    assert (plan.num_prompts, plan.tasks[0].folders) == ((30 + 30,), ("dataset/ocr", "dataset/pickscore"))
+    for wrong, fact in (("dataset/nowhere", "nowhere"), ("other/ocr", "'ocr'"), ("path/to/data", "path/to/data")):
+        task["datasets"] = ["dataset/ocr", wrong]
+        assert any(problem.startswith(name) and fact in problem for problem in problems_of(config))
+
+
+def test_the_average_is_taken_as_often_as_published(folder):
+    for source, repeats in (
+        ("opd.py:mopd", 3), ("opd.py:sopd_ocr", 3), ("teacher.py:guard_ocr", 8), ("teacher.py:nft_geneval", 1)
+    ):  # fmt: skip
+        config = load_config(f"{ROOT}/config/{source}", [("collective_timeout", "3600")])
+        assert ema_repeats(check(config, 8).values) == repeats
+        config.train.ema_repeats = 2
+        assert ema_repeats(check(config, 8).values) == 2
+
+
 def test_fields_of_tasks(folder):
     original = load_config(f"{OPD}:mopd")
     for field, value, *facts in (
@@ -356,6 +384,9 @@ def test_fields_of_tasks(folder):
         ("proxy_reward", {"ocr": "high"}, "ocr", "'high'"),
         ("proxy_reward", "ocr", "'ocr'"),
         ("dataset", "path/to/data", "'path/to/data'"),
+        ("datasets", ["dataset/ocr"], "'dataset/ocr'"),  # beside dataset
+        ("datasets", [3], "[3]"),
+        ("weight", 0.0, "0.0"),
         ("loar_path", "x", "lora_path"),
     ):
         config = copy.deepcopy(original)

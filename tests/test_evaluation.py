@@ -229,6 +229,8 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         assert (own.num_steps, own.guidance_scale) == wanted
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
+    several = find_benchmark("ocr", of(task | {"dataset": None, "datasets": ["mine", "dataset/drawbench"]}))
+    assert [prompt.text for prompt in several.prompts] == ["one", "two", "three"] * 2
     chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):

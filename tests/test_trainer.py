@@ -23,15 +23,20 @@ def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
     run = tmp_path / "logs" / "run"
     assert last == run / "checkpoints" / "checkpoint-3"
     assert (run / "checkpoints" / "latest").read_text().strip() == "checkpoint-3"
-    rows = metrics(run)
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    start, *rows = metrics(run)
+    assert [row["round"] for row in (start, *rows)] == [0, 1, 2, 3]
+    evaluated = {f"eval/{task}/jpeg_compressibility" for task in ("first", "second")}
+    assert start.keys() == {"round", *evaluated}
     for row in rows:
         assert {"loss", "loss/first", "loss/second", "grad_norm", "lr", "seconds", "evaluations"} <= row.keys()
         assert row["loss"] == pytest.approx((row["loss/first"] + row["loss/second"]) / 2)
         assert 0 < row["loss"] < 1e3
-        assert row["grad_norm"] > 0
-    assert all("monitor/first/jpeg_compressibility" in rows[i] for i in (0, 1, 2)), "first, every second, last"
-    assert ["eval/second/jpeg_compressibility" in row for row in rows] == [False, False, True]
+        assert row["grad_norm"] > 0 and row["lora_norm"] > 0
+    first = {key: value for key, value in rows[0].items() if "diversity/" in key}
+    assert checkpoint.load_scalars(last / "state")["diversity"] == first, "with which a resumed run compares"
+    for watched in ("monitor/first/jpeg_compressibility", "diversity/first"):
+        assert all(watched in row for row in rows), "first, every second, last"
+    assert [evaluated <= row.keys() for row in rows] == [False, False, True]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["round-000001.png", "round-000003.png"]
     assert json.loads((run / "config.json").read_text())["train"]["lora_rank"] == 4
     for name in ("checkpoint-2", "checkpoint-3"):
@@ -68,18 +73,53 @@ def test_base_and_teachers_are_bitwise_unchanged(tiny_config, monkeypatch):
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, tmp_path, noise_level):
-    options = {"sample__noise_level": noise_level, "train__ema": True, "train__ema_interval": 2}
-    complete = train(tiny_config(num_epochs=3, run_name="complete", **options))
-    train(tiny_config(num_epochs=1, run_name="parts", **options))
+    options = {"sample__noise_level": noise_level, "train__ema": True, "train__ema_interval": 2, "save_freq": 1}
+    options |= {"train__lr_scheduler": "cosine", "train__lr_warmup_steps": 1, "eval_freq": 2, "eval_num_prompts": 1}
+    complete = train(tiny_config(run_name="complete", **options))
+    parts = shutil.copytree(complete.parent.parent, tmp_path / "logs" / "parts")
+    for later in (2, 3):
+        shutil.rmtree(parts / "checkpoints" / f"checkpoint-{later}")
     # What a crash may leave: metrics of rounds after the checkpoint, and a line cut short.
-    file = tmp_path / "logs" / "parts" / "metrics.jsonl"
+    file = parts / "metrics.jsonl"
     file.write_text(file.read_text() + '{"round": 2, "loss": 9}\n{"round": 3, "lo')
-    resumed = train(tiny_config(num_epochs=3, run_name="parts", resume_from="auto", **options))
+    resumed = train(tiny_config(run_name="parts", resume_from="auto", **options))
     assert_bitwise(state(complete), state(resumed))
     assert_bitwise(*(load_file(folder / "lora/adapter_model.safetensors") for folder in (complete, resumed)))
-    keys = ("round", "loss", "loss/first", "loss/second", "grad_norm")
-    rows = [[{k: row[k] for k in keys} for row in metrics(tmp_path / "logs" / name)] for name in ("complete", "parts")]
-    assert rows[0] == rows[1]
+    rows = [metrics(tmp_path / "logs" / name) for name in ("complete", "parts")]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds", None)
+    assert rows[0] == rows[1] and [row["round"] for row in rows[0]] == [0, 1, 2, 3]
+    assert [row["lr"] for row in rows[0][1:]] == pytest.approx([0.0, 1e-3, 5e-4])
+
+
+def test_evaluations_by_folder_and_by_variant(tiny_config, tmp_path):
+    """A student that hardly moves: what is evaluated after the last round is what was before the first.
+
+    JPEG sizes of a picture of no guidance and two steps, whichever evaluation it comes from, and means over folders.
+    """
+    config = tiny_config(num_epochs=1, eval_freq=1, train__learning_rate=1e-12, sample__eval_guidance_scale=3.0)
+    task, one, two = config.train.teachers[0], tmp_path / "one", tmp_path / "two"
+    shutil.copytree(task["dataset"], one)
+    shutil.copytree(task["dataset"], two)
+    (two / "test.txt").write_text("a yellow star\n")
+    config.train.teachers[0] = {**task, "dataset": None, "datasets": [str(one), str(two)], "eval_num_steps": 3}
+    config.eval_variants = {"plain": {"guidance_scale": 1.0, "num_steps": 2}, "long": {"num_steps": 4}}
+    train(config)
+    start, end = metrics(tmp_path / "logs" / "run")
+    names = [f"{task}{variant}" for task in ("first", "second") for variant in ("", "@plain", "@long")]
+    names += [f"first{variant}/{folder}" for variant in ("", "@plain", "@long") for folder in ("one", "two")]
+    evaluated = {f"eval/{name}/jpeg_compressibility" for name in names}
+    assert evaluated == {key for key in start if key != "round"} == {key for key in end if key.startswith("eval/")}
+    for key in evaluated:
+        assert start[key] == pytest.approx(end[key], abs=0.02)
+    for variant in ("", "@plain", "@long"):
+        whole, *parts = (start[f"eval/first{variant}{part}/jpeg_compressibility"] for part in ("", "/one", "/two"))
+        assert whole == pytest.approx((3 * parts[0] + 1 * parts[1]) / 4)
+    plain = tiny_config(run_name="plain", num_epochs=1, eval_freq=1, sample__eval_guidance_scale=1.0)
+    train(plain)
+    same = "eval/second{}/jpeg_compressibility"
+    assert metrics(tmp_path / "logs" / "plain")[0][same.format("")] == start[same.format("@plain")]
+    assert len({start[same.format(variant)] for variant in ("", "@plain", "@long")}) == 3
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):

@@ -143,6 +143,11 @@ class RoundPlan:
     tasks: tuple[Task, ...]
     model: ModelInfo | None  # where the base model is a folder here
 
+    def steps_after(self, completed: int) -> int:
+        """Optimizer steps of so many rounds."""
+        in_round = self.shape.backward_batches // self.shape.batches_per_step * self.sampler.num_inner_epochs
+        return completed * in_round // self.shape.rounds_per_step
+
     def nfe(self, guidance: float) -> int:
         """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
         return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
@@ -245,6 +250,7 @@ class Algorithm:
     has_teachers: ClassVar[bool] = False
     has_rewards: ClassVar[bool] = False
     one_step: ClassVar[bool] = False  # whether a round may not have several optimizer steps
+    ema_each_batch: ClassVar[bool] = True  # whether the published code calls its average after each batch, or each step
 
     def __init__(self, models: Models, settings: Any, sampler: SamplerSettings, sigmas: Tensor, shape: RoundShape):
         """``sigmas`` ``[num_steps + 1]``: the noise levels of the training trajectories."""

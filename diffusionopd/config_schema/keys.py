@@ -55,7 +55,7 @@ class Key:
     resume: str = REFUSE
     used: bool = True  # False: accepted because existing files set it
     optional: bool = False  # None is a value of its own: the base model's default
-    path: Callable[[str], str] | None = None  # READ or WRITE, of a path
+    path: Callable[[str], str] | None = None  # READ or WRITE, of a path or a list of them
     group: type | None = None
 
     def problem(self, value: Any) -> tuple[str, str] | None:
@@ -75,13 +75,19 @@ class Key:
             wrong = f"{expected} in {self.interval}."
         elif self.path and value:
             try:
-                self.path(value)
+                self.placed(value)
             except ValueError as error:
                 return f"is {value!r}", f"{error}."
         else:
             for place, what in unwritable(value, self.name):
                 return f"has {what} at {place}", f"It is saved as JSON: give {_JSON}."
         return (f"is {value!r}", f"It must be {wrong}") if wrong else None
+
+    def placed(self, value: Any) -> Any:
+        """A path, or each of a list, as it leads from here; anything else as it is. Raises ValueError."""
+        if isinstance(value, list | tuple):
+            return [self.placed(each) for each in value]
+        return self.path(value) if self.path and isinstance(value, str) else value
 
 
 def key(name: str, default: Any, interval: str = "", **options: Any) -> Any:
@@ -138,9 +144,9 @@ def placed(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]
     """``values`` with the paths among them as they lead from here; what `Key.problem` refuses is left as it is."""
     result = dict(values)
     for name, declared in keys.items():
-        if declared.path and isinstance(value := values.get(name), str):
+        if declared.path and name in values:
             with suppress(ValueError):
-                result[name] = declared.path(value)
+                result[name] = declared.placed(values[name])
     return result
 
 

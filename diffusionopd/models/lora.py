@@ -119,6 +119,21 @@ class Adapters:
         """The adapter's tensors in module order: A and B of each layer."""
         return [p for _, layer in self._layers(name) for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
 
+    @torch.no_grad()
+    def base_norm(self, name: str) -> float:
+        """Frobenius norm of the base's matrices that an adapter adds to, all together."""
+        weights = [layer.get_base_layer().weight for _, layer in self._layers(name)]
+        return sum(torch.linalg.vector_norm(w, dtype=torch.float32).item() ** 2 for w in weights) ** 0.5
+
+    @torch.no_grad()
+    def added_norm(self, name: str) -> float:
+        """Frobenius norm of what an adapter adds to them, ``alpha / r B A``, without making these matrices."""
+        squares = []
+        for _, layer in self._layers(name):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            squares.append(layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+        return torch.stack(squares).sum().clamp(min=0).sqrt().item()
+
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """``<module>.lora_A.weight`` and ``<module>.lora_B.weight`` of the adapter, detached."""
         pairs = [(m, part, layer) for m, layer in self._layers(name) for part in ("lora_A", "lora_B")]

@@ -25,6 +25,7 @@ from diffusionopd.config_schema import (
     check_no_secrets,
     comparable,
     flatten,
+    is_number,
     key,
     keys_of,
     placed,
@@ -37,7 +38,7 @@ from diffusionopd.config_schema.paths import check_adapter, check_model, check_w
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
-from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks
+from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
 from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
@@ -115,6 +116,20 @@ def tracker_names(log_with: str | None) -> list[str]:
     return [name for part in str(log_with or "").split(",") if not unset(name := part.strip())]
 
 
+_VARIANTS = '{name: {"guidance_scale": at least 1, "num_steps": at least 1}}, a name of letters, digits, "-", "_"'
+
+
+def _are_variants(value: Mapping[Any, Any]) -> bool:
+    fields = {
+        "guidance_scale": lambda x: is_number(x) and x >= 1,
+        "num_steps": lambda x: type(x) is int and x >= 1,
+    }
+    return all(
+        is_name(name) and isinstance(own, Mapping) and own and all(f in fields and fields[f](x) for f, x in own.items())
+        for name, own in value.items()
+    )
+
+
 @dataclass(frozen=True)
 class WatchSettings:
     """Monitoring and evaluation."""
@@ -125,13 +140,17 @@ class WatchSettings:
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
     """Rounds between grids of sample images in `<run folder>/samples`; 0 is never."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
-    """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never."""
+    """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never. The first is
+    before round 1, of what the student starts as."""
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
-    """Test prompts per task (all processes together) in such an evaluation; 0 is all."""
+    """Test prompts per task (all processes together), and folder of it, in such an evaluation; 0 is all."""
     eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE)
     """Sampler steps in evaluation (always a first-order ODE)."""
     eval_guidance_scale: float = key("sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Classifier-free guidance in evaluation; 1.0 is without."""
+    eval_variants: dict = key("eval_variants", {}, form=(_VARIANTS, _are_variants), resume=FREE)
+    """Evaluations to make beside each: {name: {"guidance_scale": ..., "num_steps": ...}}, of which one may be left out
+    to be the task's. Such as {"unguided": {"guidance_scale": 1.0}}, logged as `eval/<task>@unguided/<reward>`."""
     test_batch_size: int = key("sample.test_batch_size", 1, "[1, inf)", resume=FREE)
     """Images per process in a batch of the evaluation."""
     reward_options: dict = key(
@@ -215,6 +234,14 @@ def is_used(name: str, algorithm: str) -> bool:
     return name in _COMMON_KEYS or (cls is not None and name in Schema(*cls.groups).keys)
 
 
+def ema_repeats(values: Mapping[str, Any]) -> int:
+    """`train.ema_repeats` of a checked flat configuration, with the published number for 0."""
+    batches = read(BatchSettings, values)
+    in_step = batches.gradient_accumulation_steps * batches.batch_size // batches.train_batch_size
+    published = in_step if ALGORITHMS[values["train.algorithm"]].ema_each_batch else 1
+    return values["train.ema_repeats"] or max(1, published)
+
+
 @dataclass(frozen=True)
 class Plan(RoundPlan):
     """A checked configuration and the counts that follow from it."""
@@ -261,15 +288,19 @@ class Plan(RoundPlan):
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
+            ("learning rate", self._rate()),
+            ("average", self._average()),
             ("student NFE", f"{nfe.student} per round, with gradient"),
             ("teacher NFE", nfe.teacher and f"{nfe.teacher} per round"),
             ("sampling NFE", nfe.sampling and f"{nfe.sampling} per round{average}"),
             ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta and the references of targets"),
+            ("evaluations", self._evaluations()),
         ]
-        for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
+        for task, prompts, weight in zip(self.tasks, self.num_prompts, loss_weights(self.tasks), strict=True):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
-            rows += [(f"task {task.name}", f"{prompts} prompts, as many as {rounds:g} rounds draw")]
-            rows += [("", self._source(task))]
+            folders = f" in {len(task.folders)} folders" if len(task.folders) > 1 else ""
+            rows += [(f"task {task.name}", f"{prompts} prompts{folders}, as many as {rounds:g} rounds draw")]
+            rows += [("", self._source(task) + (f", its loss times {weight:g}" if weight != 1.0 else ""))]
         if not unset(start := self.values["train.lora_path"]):
             rows += [("student", f"starts from {with_origin(start)}")]
         rows = [(name, value) for name, value in rows if value]
@@ -292,6 +323,23 @@ class Plan(RoundPlan):
             return f"{text}, rollouts by a second-order ODE solver, compared by Euler steps"
         noise = "" if sampler.kernel == "ode" else f" with noise level {sampler.noise_level:g}"
         return f"{text}, kernel {sampler.kernel}{noise}"
+
+    def _rate(self) -> str:
+        optimization, steps = self.read(OptimizerSettings), self.steps_after(self.shape.num_rounds)
+        text, warmup = f"{optimization.learning_rate:g}, {optimization.lr_scheduler}", optimization.lr_warmup_steps
+        text += f" over {steps} optimizer steps" if optimization.lr_scheduler != "constant" else ""
+        return text + (f", the first {warmup} rising" if warmup else "")
+
+    def _average(self) -> str:
+        average = self.read(EmaSettings)
+        times = f", {repeats} times" if (repeats := ema_repeats(self.values)) > 1 else ""
+        every = f"every {average.ema_interval} optimizer steps" if average.ema_interval > 1 else "every optimizer step"
+        return f"keeps up to {average.ema_decay:g} of itself{times} {every}" if average.ema else ""
+
+    def _evaluations(self) -> str:
+        names = ", ".join(self.watch.eval_variants)
+        also = f", each also as {names}" if names else ""
+        return f"at the start and every {self.watch.eval_freq} rounds{also}" if self.watch.eval_freq else ""
 
     def _source(self, task: Task) -> str:
         if self.algorithm.has_rewards:
@@ -324,7 +372,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     # Keys by themselves
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
     values = flatten(with_paths(config))
-    problems = Problems(() if sources else (".dataset", ".lora_path"))
+    problems = Problems(() if sources else (".dataset", ".datasets", ".lora_path"))
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     algorithm = ALGORITHMS[values["train.algorithm"]] if problems.good("train.algorithm") else Algorithm
 
@@ -356,6 +404,8 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         passes = sampler.num_inner_epochs if sampler else 1
         _check_drawn_tasks(values, len(tasks), problems)
         batches.check(tasks_per_round(values), num_processes, algorithm.one_step, passes, problems)
+    if optimization := _read_good(OptimizerSettings, values, problems):
+        optimization.check(problems)
     settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
     if settings:
         algorithm.check(settings, sampler, values, problems)

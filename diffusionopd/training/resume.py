@@ -39,7 +39,7 @@ from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
-from diffusionopd.training.plan import SCHEMA, RunSettings, is_used, unsaved, with_paths
+from diffusionopd.training.plan import SCHEMA, RunSettings, ema_repeats, is_used, unsaved, with_paths
 
 # In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
 _BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)
@@ -74,6 +74,7 @@ class Resume:
     completed: int = 0  # rounds done when it was saved
     unevaluated: dict[str, Any] | None = None  # metrics of the last round, when a signal interrupted its evaluation
     digests: Mapping[str, str] = field(default_factory=dict)  # of prompts and weights, when it was saved
+    diversity: Mapping[str, float] = field(default_factory=dict)  # in its first monitored round
     allow_change: bool = False
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
@@ -130,7 +131,8 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")
-    start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, allow_change)
+    diversity = scalars.get("diversity", {})
+    start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
@@ -244,6 +246,8 @@ def _adapt(start: Resume, values: Mapping[str, Any], before: int, now: int) -> N
         changes = adapted_batches(values, before, now)
     except ValueError as error:
         raise ResumeError(f"{start.folder} cannot be resumed with {now} processes: {error}") from None
+    if values["train.ema"] and (repeats := ema_repeats(values)) != ema_repeats({**values, **changes}):
+        changes["train.ema_repeats"] = repeats
     start.config, start.written_for = start.given.copy_and_resolve_references(), before
     start.config.update_from_flattened_dict(changes)
     listed = ", ".join(f"{name} {values[name]} -> {new}" for name, new in changes.items() if new != values[name])

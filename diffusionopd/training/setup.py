@@ -19,7 +19,7 @@ from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
 from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
-from diffusionopd.data.prompts import Prompt, load_prompts
+from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
@@ -45,9 +45,10 @@ from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.collapse import Signs
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan, check, tracker_names
+from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -70,9 +71,12 @@ class Run:
     adapters: Adapters
     text: TextCache
     test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
+    test_parts: Mapping[str, Mapping[str, range]]  # by task and folder; empty for a task with one
     scorers: Mapping[str, Mapping[str, RewardWorker]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
+    signs: Signs
+    base_norm: float  # of the matrices that the student adds to
     digests: Mapping[str, str]  # of prompts and weights
     held: dict[str, Any] | None = None  # the last round's metrics, until its monitored scores are there
 
@@ -152,7 +156,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     ensure_writable(memory.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
 
     # Prompts, and what is trained on them
-    train, test = _load_prompts(plan)
+    train, test, test_parts = _load_prompts(plan)
     noise = plan.read(NoiseSettings)
     samplers = {
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
@@ -175,9 +179,11 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
+    base_norm = adapters.base_norm(STUDENT)
     backbone.shard()
 
     algorithm, optimizer, ema = _build_algorithm(plan, backbone, adapters, rewards, dtype)
+    optimizer.steps = plan.steps_after(resume.completed)
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
     metrics = _open_metrics(plan, resume, accelerator, closing)
@@ -204,8 +210,9 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
             ema.load([p.detach() for p in optimizer.parameters])
     return Run(
         plan=plan, resume=resume, accelerator=accelerator, lock=lock, algorithm=algorithm, batches=batches,
-        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers,
-        metrics=metrics, monitor=monitor, digests=digests,
+        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, test_parts=test_parts,
+        scorers=scorers, metrics=metrics, monitor=monitor, signs=Signs(resume.diversity), base_norm=base_norm,
+        digests=digests,
     )  # fmt: skip
 
 
@@ -302,13 +309,17 @@ def _merges(plan: Plan) -> bool:
     return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
 
 
-def _load_prompts(plan: Plan) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]]]:
-    """Prompts by task, of training and of evaluations; none of the latter where nothing is evaluated."""
-    train = {task.name: load_prompts(task.dataset, task.prompt_fn, "train") for task in plan.tasks}
-    evaluated = plan.tasks if plan.watch.eval_freq else ()
-    test = {task.name: load_prompts(task.dataset, task.prompt_fn, "test") for task in evaluated}
-    most = plan.watch.eval_num_prompts or None
-    return train, {name: prompts[:most] for name, prompts in test.items()}
+def _load_prompts(
+    plan: Plan,
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]], dict[str, dict[str, range]]]:
+    """Prompts by task, of training and of evaluations, and which of the latter are whose folder's; if any."""
+    train = {task.name: load_folders(task.folders, task.prompt_fn, "train")[0] for task in plan.tasks}
+    test, parts = {}, {}
+    for task in plan.tasks if plan.watch.eval_freq else ():
+        most = plan.watch.eval_num_prompts or None
+        test[task.name], places = load_folders(task.folders, task.prompt_fn, "test", most)
+        parts[task.name] = places if len(places) > 1 else {}
+    return train, test, parts
 
 
 def _build_algorithm(
@@ -316,10 +327,17 @@ def _build_algorithm(
 ) -> tuple[Algorithm, StudentOptimizer, Ema | None]:
     """The algorithm, what it optimizes with, and the student's moving average if there is one."""
     optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), optimization, dynamic_scale=dtype == torch.float16)
-    ema = None
+    parameters, ema = adapters.parameters(STUDENT), None
     if average.ema:
-        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, optimization.fused_optimizer)
+        repeats = ema_repeats(plan.values)
+        ema = Ema(parameters, average.ema_decay, average.ema_interval, repeats, optimization.fused_optimizer)
+    optimizer = StudentOptimizer(
+        parameters,
+        optimization,
+        dynamic_scale=dtype == torch.float16,
+        num_steps=plan.steps_after(plan.shape.num_rounds),
+        ema=ema,
+    )
     algorithm = plan.algorithm(
         Models(Policies(backbone, adapters), optimizer, rewards),
         plan.settings,
@@ -335,8 +353,10 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     run_dir, is_main = plan.run.run_dir, accelerator.is_main_process
     with writing(run_dir, "run folder", _RUN_FOLDER):
         metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
-        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
-        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
+        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later; so is
+        # that of the start, which is round 0.
+        to_evaluate = resume.folder is None or resume.unevaluated is not None
+        metrics.truncate_after(resume.completed - to_evaluate)
         if is_main:
             write_json(run_dir / "config.json", resume.given.to_dict())
     closing.callback(accelerator.end_training)
@@ -350,11 +370,11 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
 def _build_monitor(plan: Plan, backbone: Backbone, device: str, closing: ExitStack) -> Monitor:
     """Scores images of training and draws them; rewards that are trained on are measured anyway."""
     watch = plan.watch
-    watched = plan.tasks if watch.monitor_freq and not plan.algorithm.has_rewards else ()
+    scored = watch.monitor_freq > 0 and not plan.algorithm.has_rewards
     monitor = Monitor(
         # One at a time: the images are decoded beside the next round, and share its memory.
         partial(backbone.decode, chunk=1),
-        {task.name: task.proxy_reward for task in watched},
+        {task.name: task.proxy_reward if scored else {} for task in plan.tasks},
         plan.run.run_dir / "samples",
         device,
         watch.reward_options,
