@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -317,9 +317,14 @@ def text_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str]) -> None:
 
 
 def from_checkpoint(part: Part, checkpoint: Path, prefix: str, made: Collection[str]) -> Part:
-    """The part as the single file has it, else as its folder has it. ValueError as of :meth:`Part.tensors`."""
-    inside = Part(part.name, part.kind, part.folder, checkpoint, prefix, made)
-    return inside if (part.of_diffusers or prefix) and inside.tensors(None) else part
+    """The part as the single file has it, else as its folder has it. ValueError as of :meth:`Part.tensors`, and for a
+    file without a transformer."""
+    inside = replace(part, checkpoint=checkpoint, prefix=prefix, made=made)
+    if (part.of_diffusers or prefix) and inside.tensors(None):
+        return inside
+    if part.name == "transformer":
+        raise ValueError(f"{checkpoint} has no {part.kind.__name__}")
+    return part
 
 
 def weight_problems(parts: Collection[Part], variant: str | None, listing: Collection[str] | None = ()) -> list[str]:
