@@ -222,7 +222,7 @@ class Part:
         elif shapes:
             what = f"tensors of {self.name} do not have the shapes of its config.json: {_some(shapes)}"
         elif beside:
-            what = f"{self.name} has tensors beside its weights that would be left out (scales of quantised ones?): {_some(beside)}"
+            what = f"{self.name} has tensors beside its weights (scales?) that would be left out: {_some(beside)}"
         else:
             return ""
         return f"{what}. Download or save it again in the form of {self.kind.__name__}.save_pretrained"
