@@ -239,7 +239,7 @@ class Part:
             method = config.get("quant_method", "quantised")
             return (
                 f"{self.name} is quantised ({method}), and what reads it is not here: {' '.join(str(error).split())}. "
-                f"Install it (pip install -U {method}), or save the model with its weights in full (dequantize())"
+                "Install that package, or save the model with its weights in full (dequantize())"
             )
         except Exception:  # noqa: S110 (a GPU that is not here may be where the run is; loading tells)
             pass
