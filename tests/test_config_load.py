@@ -138,13 +138,14 @@ WITH_IMPORTLIB = """import importlib.util
 def upstream(tmp_path, monkeypatch):
     """A checkout with upstream-style configuration files, prompts and LoRAs; returns the path of its opd.py."""
     monkeypatch.chdir(tmp_path)
+    geneval = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}\n'
     files = {
         "config/base.py": dedent(UPSTREAM_BASE),
         "config/opd.py": dedent(UPSTREAM_OPD.replace("LOAD", WITH_IMP)),
-        "dataset/ocr/train.txt": "a sign\n",
-        "dataset/ocr/test.txt": "a sign\n",
-        "dataset/geneval/train_metadata.jsonl": '{"prompt": "a dog"}\n',
-        "dataset/geneval/test_metadata.jsonl": '{"prompt": "a dog"}\n',
+        "dataset/ocr/train.txt": 'a sign "HI"\n',
+        "dataset/ocr/test.txt": 'a sign "HI"\n',
+        "dataset/geneval/train_metadata.jsonl": geneval,
+        "dataset/geneval/test_metadata.jsonl": geneval,
         "loras/ocr/adapter_model.safetensors": "",
         "loras/geneval/adapter_model.safetensors": "",
     }
