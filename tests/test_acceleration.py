@@ -31,9 +31,7 @@ def build(pipeline_folder, make_lora, kind=Adapters):
         {f"transformer_blocks.0.{n}": part[f"transformer_blocks.0.{n}"] for n in FEW} for part in (weights.a, weights.b)
     ]
     alpha = {name: weights.alpha[name] for name in pairs[0]}
-    adapters.add_teacher(
-        "teacher", dataclasses.replace(weights, a=pairs[0], b=pairs[1], alpha=alpha, target_modules=None)
-    )
+    adapters.add_teacher("teacher", dataclasses.replace(weights, a=pairs[0], b=pairs[1], alpha=alpha, config=None))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in adapters.parameters("student"):

@@ -27,8 +27,12 @@ class Task:
     dataset: str = key("dataset", "")
     """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
     lora_path: str = key("lora_path", "", resume=TEACHERS)
-    """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
-    effect when the training is from rewards."""
+    """The teacher: a local folder, a LoRA file, or a place on the hub ("owner/name[/folder or file][@revision]");
+    docs/loras.md has the formats. Without effect when the training is from rewards."""
+    scale: float = key(
+        "scale", 1.0, form=("a finite number other than 0", lambda v: is_number(v) and v != 0), resume=TEACHERS
+    )
+    """Multiplies the teacher's LoRA, as the strength slider of other tools does; below 0 it teaches the opposite."""
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""

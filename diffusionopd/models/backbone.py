@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,10 @@ _MODELS = ("transformer", "vae")
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+
+
+RowSplit = Callable[[Tensor], dict[str, Tensor]]
+"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
 
 
 class BackboneError(ValueError):
@@ -69,6 +73,8 @@ class Backbone(ABC):
     LORA_TARGETS: ClassVar[tuple[str, ...]]
     """The modules that a student adapts unless the configuration names others."""
     DEFAULTS: ClassVar[Defaults]
+    TRANSFORMERS: ClassVar[tuple[str, ...]] = ()
+    """Names of the transformer's classes, by which :func:`family_of` finds the family."""
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of blocks, which are compiled and sharded one by one."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
@@ -119,9 +125,19 @@ class Backbone(ABC):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
 
-    def inert_modules(self) -> set[str]:
+    @classmethod
+    def inert_of(cls, transformer: nn.Module) -> set[str]:
         """Modules without influence on the output, whose LoRA stays zero however long it is trained."""
         return set()
+
+    @classmethod
+    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+        return {}
+
+    def inert_modules(self) -> set[str]:
+        """:meth:`inert_of` the own transformer."""
+        return self.inert_of(self.transformer)
 
     # --- what all have in common -------------------------------------------------------------------------------------
 
@@ -256,6 +272,17 @@ class ModelInfo:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
 
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights, on the meta device. Raises BackboneError."""
+        with _loading(self.model), torch.device("meta"):
+            return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
+
+
+def family_of(transformer: nn.Module) -> type[Backbone] | None:
+    """The family that a transformer belongs to, by its class."""
+    families = map(pkgutil.resolve_name, FAMILIES.values())
+    return next((family for family in families if type(transformer).__name__ in family.TRANSFORMERS), None)
+
 
 def part_class(index: Mapping[str, Any], part: str) -> Any:
     """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
@@ -336,9 +363,8 @@ def load_text_encoder(
     """
     device, info = torch.device(device), read_model(model, revision)
     index = info.configs["index"]
+    transformer = info.empty_transformer()  # some pipelines read its configuration
     with _loading(model):
-        with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = part_class(index, "transformer").from_config(info.configs["transformer"])
         # from_pretrained needs what is absent passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(info)])
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "transformer": transformer}

@@ -33,7 +33,8 @@ from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
-from diffusionopd.models.backbone import ModelInfo, read_model
+from diffusionopd.models.backbone import BackboneError, ModelInfo, read_model
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 
@@ -254,7 +255,8 @@ class Plan(RoundPlan):
         if self.algorithm.has_rewards:
             parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
             return f"{self.algorithm.name} on the mean of {parts}"
-        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}"
+        scale = "" if task.scale == 1.0 else f" times {task.scale:g}"
+        return f"teacher {with_origin(task.lora_path)}{scale}, guidance {_guidance(task.guidance_scale)}"
 
 
 _VISITS = {
@@ -293,6 +295,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         with_test=values.get("eval_freq") != 0,
     )
     model = _check_local_model(values, problems)
+    lora_notes = _check_loras(values, algorithm, model, problems) if sources else []
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
@@ -319,7 +322,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs)
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
-    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    notes = [*sampler.notes(), *algorithm.notes(settings, changed), *lora_notes]
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
         what = "distillation" if algorithm.one_step else algorithm.name
         notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
@@ -347,6 +350,25 @@ def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelIn
         problems.add(key, f"is {values[key]}: {error}", "")
         return None
     return model
+
+
+def _check_loras(
+    values: Mapping[str, Any], algorithm: type[Algorithm], model: ModelInfo | None, problems: Problems
+) -> list[str]:
+    """What LoRAs that are here hold, and whether they fit a base model that is here; returns notes."""
+    sources: dict[str, Any] = {"train.lora_path": values.get("train.lora_path")}
+    if problems.good("train.teachers") and algorithm.has_teachers:
+        entries = [(i, entry) for i, entry in enumerate(values["train.teachers"]) if isinstance(entry, Mapping)]
+        sources |= {f"train.teachers[{i}].lora_path": entry.get("lora_path") for i, entry in entries}
+    here = {key: s for key, s in sources.items() if problems.good(key) and not unset(s) and Path(s).exists()}
+    try:
+        _, wrong, notes = find_all(here, values.get("pretrained.model") or "", model)
+    except BackboneError as error:
+        problems.add("pretrained.model", f"cannot be used: {error}", "")
+        return []
+    for place, what in wrong.items():
+        problems.add(place, f"cannot be used: {what}", "")
+    return notes
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
