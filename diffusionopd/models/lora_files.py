@@ -188,9 +188,9 @@ def _content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 def _refuse_other_kinds(path: Path, file: Path, tensors: Collection[str], options: Mapping[str, Any] | None) -> None:
     """AdapterError, with the way out, for what is another function of the base than a plain LoRA of its transformer."""
     options = options or {}
+    peft_type = str(options.get("peft_type") or "LORA").rpartition(".")[2]  # it may be written as PeftType.LORA
     kinds = [kind for pattern, kind in _OTHER_KINDS.items() if any(re.search(pattern, key) for key in tensors)]
-    if (peft_type := str(options.get("peft_type") or "LORA").rpartition(".")[2]).upper() != "LORA":
-        kinds.insert(0, peft_type)
+    kinds += [f"peft_type {peft_type}"] if peft_type != "LORA" else []
     kinds += [name for name in _VARIANTS if options.get(name)]
     if kinds:
         raise AdapterError(f"{path} is no plain LoRA, but has {', '.join(kinds)}: {_AS_LORA}")
