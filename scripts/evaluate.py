@@ -46,8 +46,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_argument_group("models", "at least one")
     which.add_argument("--checkpoint_path", help="run folder, checkpoint-<n>, its lora/, or <run>/checkpoints/latest")
-    which.add_argument("--lora_hf_path", action="append", help="LoRA on the hub: organisation/name[/sub/folder]")
-    which.add_argument("--lora", action="append", help="LoRA as a PEFT folder or a diffusers .safetensors file")
+    which.add_argument(
+        "--lora_hf_path", action="append", help="LoRA on the hub: owner/name[/folder or file][@revision]"
+    )
+    which.add_argument("--lora", action="append", help="LoRA as a folder or a file, of any format in docs/loras.md")
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
@@ -139,7 +141,8 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model
             raise EvaluationError(f"no teacher '{name}' with a lora_path in the configuration; its teachers: {known}")
         common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
-        found.append(Model(f"teacher-{name}", load_lora(locate(teacher["lora_path"])), scale))
+        strength = first(teacher.get("scale"), 1.0)
+        found.append(Model(f"teacher-{name}", load_lora(locate(teacher["lora_path"])).scaled(strength), scale))
     if flags.checkpoint_path:
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
     for source in [*flags.lora, *(flags.lora_hf_path or [])]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -262,13 +263,14 @@ def test_teacher_sources(folder):
     config = load_config(f"{OPD}:sopd_ocr")
     task = config.train.teachers[0]
     for source in (
-        *(None, "path/to/lora", "./nowhere", "somewhere.safetensors", "dataset/lora", "dataset"),
+        *(None, "path/to/lora", "./nowhere", "somewhere.safetensors", "owner/x.safetensors", "dataset/lora", "dataset"),
         *("dataset/ocr/train.txt", 7),
     ):
         task["lora_path"] = source
         problem_of(config, "train.teachers[0].lora_path", "not set" if source is None else str(source))
-    _write(folder / "run" / "lora" / "adapter_model.safetensors", "")
-    for source in ("run", "run/lora", "run/lora/adapter_model.safetensors", "owner/name", "owner/name/a/b"):
+    shutil.copytree(ROOT / "assets/tiny/teachers/ocr/lora", folder / "run" / "lora")
+    hub = ("owner/name", "owner/name/a/b", "owner/name/a b (1).safetensors", "owner/name/a@v1", "owner/name@refs/pr/1")
+    for source in ("run", "run/lora", "run/lora/adapter_model.safetensors", *hub):
         task["lora_path"] = source
         assert check(config, 8).tasks[0].lora_path == source
     config.train.lora_path = "dataset"

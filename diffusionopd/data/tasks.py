@@ -39,8 +39,13 @@ class Task:
     so each prompt of each is drawn equally often. Evaluations log the mean over all test prompts, and that of each
     folder's as `eval/<task>/<folder>/<reward>`."""
     lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
-    """The teacher: a local folder, which may be that of a run (its latest checkpoint), a .safetensors file, or a hub id
-    with subfolder ("organisation/name/sub"). Without effect when the training is from rewards."""
+    """The teacher: a local folder, which may be that of a run (its latest checkpoint), a LoRA file, or a place on the
+    hub ("owner/name[/folder or file][@revision]"); docs/loras.md has the formats. Without effect when the training is
+    from rewards."""
+    scale: float = key(
+        "scale", 1.0, form=("a finite number other than 0", lambda v: is_number(v) and v != 0), resume=TEACHERS
+    )
+    """Multiplies the teacher's LoRA, as the strength slider of other tools does; below 0 it teaches the opposite."""
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""

@@ -21,7 +21,8 @@ from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import backbone as models
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import LoraWeights
+from diffusionopd.models.lora_files import AdapterError, LoraWeights
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import build_scorer
@@ -144,6 +145,10 @@ def _run(
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
     scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
+    given = {model.name: model.lora for model in job.models if model.lora is not None}
+    loras, wrong, _ = find_all(given, job.base, models.read_model(job.base, job.revision))
+    if wrong:
+        raise AdapterError("\n".join(wrong.values()))
     # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
     place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
@@ -157,8 +162,8 @@ def _run(
     backbone.negative = cache.get([NEGATIVE], device)
     adapters = Adapters(backbone.transformer, backbone.inert_modules())
     for index, model in enumerate(job.models):
-        if model.lora is not None:
-            adapters.add_teacher(f"model_{index}", model.lora)
+        if model.name in loras:
+            adapters.add_teacher(f"model_{index}", loras[model.name])
     backbone.shard()
     results: dict[str, dict[str, dict[str, Summary]]] = {}
     for index, model in enumerate(job.models):

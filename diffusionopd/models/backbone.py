@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,10 @@ FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+
+
+RowSplit = Callable[[Tensor], dict[str, Tensor]]
+"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
 
 
 class BackboneError(ValueError):
@@ -152,9 +156,19 @@ class Backbone(ABC):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
 
-    def inert_modules(self) -> set[str]:
+    @classmethod
+    def inert_of(cls, transformer: nn.Module) -> set[str]:
         """Modules without influence on the output, whose LoRA stays zero however long it is trained."""
         return set()
+
+    @classmethod
+    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+        return {}
+
+    def inert_modules(self) -> set[str]:
+        """:meth:`inert_of` the own transformer."""
+        return self.inert_of(self.transformer)
 
     # --- what all have in common -------------------------------------------------------------------------------------
 
@@ -288,6 +302,17 @@ class ModelInfo:
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights, on the meta device. Raises BackboneError."""
+        with _loading(self.model), torch.device("meta"):
+            return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
+
+
+def family_of(transformer: nn.Module) -> type[Backbone] | None:
+    """The family that a transformer belongs to, by its class."""
+    families = map(pkgutil.resolve_name, FAMILIES.values())
+    return next((family for family in families if type(transformer).__name__ in family.MODELS["transformer"]), None)
 
 
 @dataclass(frozen=True)
@@ -504,8 +529,7 @@ def load_text_encoder(
     device, info, index = torch.device(device), found.info, found.info.configs["index"]
     encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
     with _loading(model):
-        with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = found.parts["transformer"].kind.from_config(info.configs["transformer"])
+        transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])

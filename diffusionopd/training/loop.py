@@ -256,6 +256,7 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "round": completed,
         "num_processes": run.plan.shape.num_processes,
         "written_for": run.resume.written_for,
+        "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),
         "digests": dict(run.digests),

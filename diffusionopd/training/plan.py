@@ -41,6 +41,7 @@ from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_sha
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
 from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 from diffusionopd.training.checkpoint import CheckpointError, locate
@@ -345,11 +346,11 @@ class Plan(RoundPlan):
         if self.algorithm.has_rewards:
             parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
             return f"{self.algorithm.name} on the mean of {parts}"
-        target = ""
+        target, scale = "", "" if task.scale == 1.0 else f" times {task.scale:g}"
         if task.strength != 1.0:
             start = with_origin(task.reference) if task.reference_adapter else "the base"
             target = f", target {task.strength:g} times the way to it from {start}"
-        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}{target}"
+        return f"teacher {with_origin(task.lora_path)}{scale}, guidance {_guidance(task.guidance_scale)}{target}"
 
 
 _VISITS = {
@@ -390,6 +391,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         scored=_scored(values, algorithm),
     )
     model = _check_local_model(values, problems)
+    lora_notes = _check_loras(values, algorithm, model, problems) if sources else []
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
@@ -419,7 +421,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
-    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    notes = [*sampler.notes(), *algorithm.notes(settings, changed), *lora_notes]
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
         what = "distillation" if algorithm.one_step else algorithm.name
         notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
@@ -461,6 +463,29 @@ def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelIn
     except ValueError as error:
         problems.add("resolution", f"is {base.resolution}: {error}", "")
     return model
+
+
+_TEACHERS_LORAS = ("lora_path", "reference")
+
+
+def _check_loras(
+    values: Mapping[str, Any], algorithm: type[Algorithm], model: ModelInfo | None, problems: Problems
+) -> list[str]:
+    """What LoRAs that are here hold, and whether they fit a base model that is here; returns notes."""
+    sources: dict[str, Any] = {"train.lora_path": values.get("train.lora_path")}
+    if problems.good("train.teachers") and algorithm.has_teachers:
+        entries = [(i, entry) for i, entry in enumerate(values["train.teachers"]) if isinstance(entry, Mapping)]
+        named = [(f"train.teachers[{i}].{name}", entry.get(name)) for i, entry in entries for name in _TEACHERS_LORAS]
+        sources |= dict(named)
+    here = {key: s for key, s in sources.items() if problems.good(key) and not unset(s) and Path(s).exists()}
+    try:
+        _, wrong, notes = find_all(here, values.get("pretrained.model") or "", model)
+    except BackboneError as error:
+        problems.add("pretrained.model", f"cannot be used: {error}", "")
+        return []
+    for place, what in wrong.items():
+        problems.add(place, f"cannot be used: {what}", "")
+    return notes
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:

@@ -76,6 +76,7 @@ class Resume:
     digests: Mapping[str, str] = field(default_factory=dict)  # of prompts and weights, when it was saved
     diversity: Mapping[str, float] = field(default_factory=dict)  # in its first monitored round
     allow_change: bool = False
+    start_rescaled: bool = True  # False: saved by a version that trained a start (train.lora_path) at its own scale
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
     def check_digests(self, digests: Mapping[str, str]) -> None:
@@ -133,6 +134,7 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     unevaluated = scalars.get("unevaluated")
     diversity = scalars.get("diversity", {})
     start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
+    start.start_rescaled = scalars.get("start_rescaled", False) is True
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
@@ -319,7 +321,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
     tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]  # the others are check()'s
     for i, task in enumerate(tasks):
-        fields = {"guidance_scale": values["sample.teacher_guidance_scale"]}
+        fields = {"guidance_scale": values["sample.teacher_guidance_scale"], "scale": FIELDS["scale"].default}
         fields |= {name: value for name, value in task.items() if value is not None}
         flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
     if tasks:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
-from diffusionopd.config_schema import is_number
+from diffusionopd.config_schema import is_number, unset
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
@@ -33,10 +33,13 @@ from diffusionopd.models.backbone import (
     find_device,
     load_backbone,
     load_text_encoder,
+    read_model,
     text_key,
 )
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import AdapterError, LoraWeights
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
@@ -166,6 +169,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device), closing)
+    loras = load_loras(plan, resume.start_rescaled)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
     texts = [NEGATIVE]
@@ -173,9 +177,9 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
         texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
     text = _fill_text_cache(plan, texts, accelerator, dtype)
-    backbone, adapters = load_models(plan, device, dtype)
+    backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
-    merged = start_from_teachers(plan, adapters, accelerator.print) if resume.folder is None else None
+    merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
     digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
@@ -239,8 +243,34 @@ def find_sharding(plan: Plan) -> Sharding | None:
     return sharding if plan.shape.num_processes > 1 else None
 
 
-def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, Adapters]:
-    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all."""
+def load_loras(plan: Plan, rescale: bool = True) -> dict[str, LoraWeights]:
+    """The LoRAs of a run by adapter, those of the hub too; AdapterError that names each that cannot be used.
+
+    The start of the student has the scale of a fresh one, ``lora_alpha / lora_rank``, unless ``rescale`` is False.
+    """
+    base, lora = plan.read(BaseSettings), plan.read(LoraSettings)
+    teachers = plan.tasks if plan.algorithm.has_teachers else ()
+    sources = {task.adapter: task.lora_path for task in teachers}
+    sources |= {task.reference_adapter: task.reference for task in teachers if task.reference_adapter}
+    if not unset(lora.lora_path):
+        sources[STUDENT] = lora.lora_path
+    model = plan.model or (read_model(**base.source) if sources else None)
+    found, wrong, _ = find_all(sources, base.model, model)
+    if wrong:
+        raise AdapterError("\n".join(wrong.values()))
+    found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in teachers}
+    if STUDENT in found and rescale:
+        found[STUDENT] = found[STUDENT].rescaled(lora.lora_alpha, lora.lora_rank)
+    return found
+
+
+def load_models(
+    plan: Plan, device: torch.device, dtype: torch.dtype, loras: Mapping[str, LoraWeights]
+) -> tuple[Backbone, Adapters]:
+    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all.
+
+    ``loras``: the teachers by adapter, and what the student starts from, if anything.
+    """
     base, memory, lora = plan.read(BaseSettings), plan.read(MemorySettings), plan.read(LoraSettings)
     backbone = load_backbone(
         **base.source,
@@ -252,8 +282,8 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
     if memory.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer, backbone.inert_modules())
-    if lora.lora_path:
-        adapters.add_from(STUDENT, lora.lora_path, trainable=True)
+    if STUDENT in loras:
+        adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
     else:
         adapters.add_student(
             STUDENT,
@@ -263,9 +293,9 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
             seed=plan.values["seed"],
         )
     for task in plan.tasks if plan.algorithm.has_teachers else ():
-        adapters.add_teacher(task.adapter, task.lora_path)
-        if task.strength != 1.0 and task.reference_adapter:
-            adapters.add_teacher(task.reference_adapter, task.reference)
+        adapters.add_teacher(task.adapter, loras[task.adapter])
+        if task.reference_adapter:
+            adapters.add_teacher(task.reference_adapter, loras[task.reference_adapter])
     if memory.attention_backend:
         choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
     if memory.compile:
