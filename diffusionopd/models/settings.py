@@ -62,11 +62,11 @@ class LoraSettings:
     use_lora: bool = key("use_lora", True, choices=(True,))
     """Must be True: the student is a LoRA on the frozen base."""
     lora_path: str = key("train.lora_path", None)
-    """LoRA to start the student from (forms as for teachers); None is a fresh one."""
+    """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Rank of a fresh one."""
     lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
-    """Its output is scaled by `lora_alpha / lora_rank`."""
+    """The student's output is scaled by `lora_alpha / lora_rank`, also when it starts from a LoRA of another scale."""
     lora_target_modules: tuple | None = key(
         "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)
     )
