@@ -87,7 +87,7 @@ def test_each_member_keeps_its_options_and_trains(model, pipeline_folder, tiny_c
 def test_the_configurations_ask_for_teachers_and_target_every_attention_projection_of_their_base(monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = [(f"train.teachers[{i}].dataset", "assets/tiny/dataset/scene") for i in range(3)]
-    overrides += [("train.teachers[2].prompt_fn", "general_ocr")]
+    overrides += [("train.teachers[2].prompt_fn", "general_ocr"), ("monitor_freq", "0"), ("eval_freq", "0")]
     teachers = [(f"train.teachers[{i}].lora_path", "assets/tiny/teachers/scene/lora") for i in range(3)]
     for name, targets in (("sd3_medium_mopd", 191), ("sd35_large_mopd", 303)):
         config = load_config(f"{OPD}:{name}", overrides)

@@ -45,7 +45,7 @@ def test_mopd_has_the_published_plan():
     assert (shape.images_per_task, shape.images_per_round, shape.groups_per_task) == (24, 72, 24)
     assert (sampler.num_steps, sampler.trained_steps) == (10, 9)
     assert (sampler.kernel, sampler.noise_level, sampler.multistep, sampler.guidance) == ("ode", 0.0, False, 4.5)
-    assert (plan.run.run_dir, plan.num_prompts, plan.notes) == (Path("logs/mopd"), (96, 96, 96), ())
+    assert (plan.run.run_dir, plan.num_prompts, plan.notes) == (Path.cwd() / "logs/mopd", (96, 96, 96), ())
     text = plan.describe()
     for part in ("stable-diffusion-3.5-medium (hub)", "logs/mopd", "GenEvalTeacher/lora (hub)", "1296", "1080"):
         assert part in text
@@ -79,7 +79,7 @@ def test_single_teacher_and_tiny_configurations(monkeypatch):
         plan = plan_of(f"{OPD}:sopd_{name}")
         assert [task.name for task in plan.tasks] == [name]
         assert (plan.shape.images_per_round, plan.shape.batches_per_task) == (72, 3)
-        assert plan.run.run_dir == Path("logs", f"sopd_{name}")
+        assert plan.run.run_dir == Path.cwd() / "logs" / f"sopd_{name}"
     monkeypatch.chdir(ROOT)  # the shipped model, teachers and prompts
     for name in ("mopd", "sopd_compose", "sopd_ocr", "sopd_scene"):
         plan = plan_of(f"{TINY}:{name}", 2)

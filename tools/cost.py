@@ -63,6 +63,7 @@ def report(plan: Plan, args: argparse.Namespace) -> None:
         *((name, f"{f'{n} NFE, ' if n else ''}{tera(f)}, {f / flops:.0%}") for name, (n, f) in kinds.items()),
         ("together", f"{nfe} NFE, {tera(flops)}, {tera(flops / shape.images_per_round)} per image"),
         ("time", f"{seconds:.3g} s per round, {3600 / seconds:.0f} rounds per hour, at {at}"),
+        ("all rounds", f"{shape.num_rounds} in {shape.num_rounds * seconds / 3600:.3g} hours"),
     )
     names = dict.fromkeys(name for rows in held.values() for name in rows)
     print_table(
