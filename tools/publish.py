@@ -47,9 +47,9 @@ def _publish(flags: argparse.Namespace) -> None:
         check_name(name)
     if flags.folder:
         _refuse_taken(flags.folder, flags.overwrite)
-    elif not flags.dry_run:
-        check_token()
     student = find_student(flags.run, flags.base_model)
+    if not flags.folder and not flags.dry_run:
+        check_token()
     evaluations = flags.evaluation or student.run / EVALUATION
     if flags.evaluation and not flags.evaluation.is_dir():
         raise PublishError(f"there is no folder {flags.evaluation}: name one with evaluations of scripts/evaluate.py")

@@ -43,7 +43,7 @@ def upload(repo: str, files: Mapping[str, bytes], *, private: bool = False, over
         return _upload(HfApi(), repo, files, private, overwrite)
     except OSError as error:  # all errors of the hub, of its client, and of the connection
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PublishError(f"{repo} was not published: {first}; check the connection, or {_TOKEN}") from error
+        raise PublishError(f"{repo} was not published: {first} If it is the token: {_TOKEN}") from error
 
 
 def _upload(api: HfApi, repo: str, files: Mapping[str, bytes], private: bool, overwrite: bool) -> str:
