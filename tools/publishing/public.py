@@ -8,7 +8,7 @@ from typing import Any
 from diffusionopd.config_schema import find_secrets, redacted
 
 # An absolute path inside a text, as in "mmdet:/home/me/config.py"; in "https://host/a" a second slash follows.
-_LOCAL = re.compile(r"(?:(?<=^)|(?<=[\s:=,;'\"(\[]))(?:file:/)?(?:~[\w-]*)?(?:/(?!/)[^\s:,;'\")\]]+)+")
+_LOCAL = re.compile(r"(?:(?<=^)|(?<=[\s:=,;'\"(\[]))(?:file://)?(?:~[\w-]*)?(?:/(?!/)[^\s:,;'\")\]]+)+")
 _ELSEWHERE = ".../"
 """Stands for the folders of a path; a configuration with it is refused as a placeholder."""
 
