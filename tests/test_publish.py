@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from diffusers import StableDiffusion3Pipeline
@@ -12,12 +13,14 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.evaluation.job import lora_hash
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from tools.publish import main
-from tools.publishing import PublishError, public
+from tools.publishing import PublishError, find_student, public
+from tools.publishing.card import render_card
 
 from .hub import TOKEN, hub
 from .loopback import left
@@ -99,6 +102,18 @@ def test_metadata_of_the_card(run, tmp_path):
         assert fact in card.text, fact
     assert "## Scores" not in card.text
     assert json.loads((out / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+def test_cards_of_all_algorithms_say_what_was_learnt_from(run):
+    student = find_student(str(run))
+    single = {"train.teachers": [], "dataset": "some/prompts", "prompt_fn": "general_ocr", "reward_fn": {"ocr": 0.5}}
+    for name, algorithm in ALGORITHMS.items():
+        for tasks, row in (({}, "second"), ({} if algorithm.has_teachers else single, "prompts")):
+            values = {**student.values, **tasks, "train.algorithm": name}
+            card = ModelCard(render_card(replace(student, values=values), "me/name"))
+            assert f"`{name}`" in card.text and row in card.text
+            assert ("lora`" in card.text) == algorithm.has_teachers == ("distillation" in card.data.tags)
+            assert ("ocr 0.5" in card.text) == bool(tasks)
 
 
 def test_scores_are_those_of_this_base_these_teachers_and_this_student(run, shared, tmp_path, pipeline_folder, capsys):
@@ -194,7 +209,8 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch):
     with hub(monkeypatch) as server:
         monkeypatch.setenv("HF_TOKEN", "hf_" + "wrong" * 8)
         assert "wrong" not in refused("hf auth login", run, "me/name") and server.repositories == {}
-    refused("me/name", run, "me/name")  # nobody listens there any more
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    refused("me/name", run, "me/name")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ from diffusionopd.algorithms import ALGORITHMS, Algorithm
 from diffusionopd.algorithms.base import SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
 from diffusionopd.config_schema import comparable, keys_of, read, unset
+from diffusionopd.data.tasks import single_task
 from diffusionopd.evaluation.testsets import first
 from diffusionopd.models.lora_files import DIFFUSERS_WEIGHTS
 from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
@@ -65,7 +66,7 @@ def render_card(
         recipe=list(_recipe(student)),
         has_metrics=(student.run / METRICS).is_file(),
         has_teachers=algorithm.has_teachers,
-        tasks=[_task(task, values, algorithm.has_teachers) for task in values["train.teachers"]],
+        tasks=[_task(task, values, algorithm.has_teachers) for task in values["train.teachers"] or single_task(values)],
         scores=scores,
         rated=any("unifiedreward" in table.titles for table in scores),
         warnings=warnings,
@@ -93,7 +94,7 @@ def _repository(base_model: str) -> str:
 
 def _base(student: Student) -> str:
     if student.base_model is None:
-        return f"{_code(student.values['pretrained.model'])}, a base model that is not on the hub"
+        return f"{_code(student.values['pretrained.model'])} (a local base model)"
     return f"[{student.base_model}](https://huggingface.co/{_repository(student.base_model)})"
 
 
@@ -157,7 +158,7 @@ def _task(task: Mapping[str, Any], values: Mapping[str, Any], has_teachers: bool
 def _name_of(algorithm: type[Algorithm]) -> str:
     """In words, from the text of its settings."""
     name = str(algorithm.groups[0].__doc__).rstrip(".")
-    return name[0].lower() + name[1:] if name[1].islower() else name
+    return name[0].lower() + name[1:] if name.split()[0][1:].islower() else name  # not DiffusionNFT
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from diffusionopd.config_schema import redacted
 from tools.publishing.content import PublishError
 
 _OF_THE_HUB = {".gitattributes"}  # in a repository that is new
@@ -41,9 +42,11 @@ def upload(repo: str, files: Mapping[str, bytes], *, private: bool = False, over
     check_token()
     try:
         return _upload(HfApi(), repo, files, private, overwrite)
-    except OSError as error:  # all errors of the hub, of its client, and of the connection
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PublishError(f"{repo} was not published: {first} If it is the token: {_TOKEN}") from error
+    except PublishError:
+        raise
+    except (HTTPError, OSError, ValueError) as error:  # of the connection, of the hub, of a header that it refuses
+        text = " ".join(redacted(error).split()) or type(error).__name__
+        raise PublishError(f"{repo} was not published: {text} If it is the token: {_TOKEN}") from error
 
 
 def _upload(api: HfApi, repo: str, files: Mapping[str, bytes], private: bool, overwrite: bool) -> str:
