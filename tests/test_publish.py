@@ -69,6 +69,11 @@ def test_both_formats_load_elsewhere_at_full_strength(run, tmp_path, pipeline_fo
     for found in (velocity(stock, text), peft_velocity(pipeline_folder, out / "lora", text)):
         assert (found - expected).norm() <= 1e-5 * (expected - bare).norm()
 
+    student, layers = find_student(str(run)), adapters.transformer.modules()
+    adapters.add_from("rs", rs := replace(student.lora, rslora=True))
+    scales = {layer.scaling["rs"] for layer in layers if "rs" in getattr(layer, "scaling", {})}
+    assert replace(student, lora=rs).strengths == pytest.approx(list(scales))
+
     # ComfyUI's rule: B A, without a look at the header, times the strength that its user is told to set.
     tensors, told = load_file(out / "pytorch_lora_weights.safetensors"), (out / "README.md").read_text()
     strength = float(re.search(r"strength (\d+(?:\.\d+)?)", told)[1])
@@ -93,7 +98,9 @@ def test_files_are_of_the_checkpoints_round_and_hold_no_local_path(run, tmp_path
     assert ModelCard((out / "README.md").read_text()).data.base_model is None
 
 
-def test_metadata_of_the_card(run, tmp_path):
+def test_metadata_of_the_card(run, tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder called as the owner is
     given = ("--base_model", "some/base", "--license", "other")
     publish(run, "me/name", "--folder", out := tmp_path / "out", *given)
     card = ModelCard((out / "README.md").read_text())

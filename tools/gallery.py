@@ -37,7 +37,7 @@ from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.rewards.images import to_uint8
 from diffusionopd.training.plan import WatchSettings
 from diffusionopd.training.resume import read_saved_config
-from tools.publishing import public
+from tools.publishing import public, run_of
 from tools.report import Drawn, render_gallery
 from tools.report.collect import machine_facts
 
@@ -48,9 +48,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="run folder, or <run>/checkpoints/checkpoint-<n>")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line, or .jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the noise, a row each (default 1)")
-    scales = (
-        "what multiplies alpha of the student's LoRA, a column each (default 1); 0 is the base, which is there always"
-    )
+    scales = "what multiplies the alpha of the student's LoRA, a column each (default 1); 0 is the base, always there"
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help=scales)
     parser.add_argument("--teachers", action="store_true", help="the run's teachers too, at their own guidance")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page (default <run>/gallery)")
@@ -73,14 +71,13 @@ def make_job(flags: argparse.Namespace) -> Job:
     prompts = read_prompts(flags.prompts, "geneval" if flags.prompts.suffix == ".jsonl" else "general_ocr")
     steps = first(flags.num_inference_steps, watch.eval_num_steps)
     guidance = first(flags.guidance_scale, watch.eval_guidance_scale)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     teachers = _teachers(values, flags.guidance_scale) if flags.teachers else []
     job = Job(
         **{name: value for name, value in base.source.items() if name != "model"},
         base=base.model,
         models=[Model("base"), *teachers, *_students(load_lora(folder), flags.scales)],
         benchmarks=[Benchmark("prompts", prompts, (), steps, guidance)],
-        output=flags.output or run / "gallery",
+        output=flags.output or run_of(folder) / "gallery",
         resolution=first(flags.resolution, base.resolution),
         seed=min(flags.seeds),
         batch_size=first(flags.batch_size, watch.test_batch_size),
@@ -151,7 +148,7 @@ def free_page(folder: Path) -> Path:
 def _name_of(run: str) -> str:
     """A checkpoint without the folders that it lies in: `run, checkpoint-300`."""
     folder = find_checkpoint(run).resolve()
-    return f"{folder.parts[-3]}, {folder.name}" if folder.parent.name == "checkpoints" else folder.name
+    return ", ".join(dict.fromkeys([run_of(folder).name, folder.name]))
 
 
 def _facts(flags: argparse.Namespace, job: Job, seeds: Sequence[int]) -> list[tuple[str, str]]:
@@ -173,15 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
         job = make_job(flags)
         ensure_writable(job.output, "output folder", "Choose another with --output, or free space.")
         ensure_writable(job.cache_dir, "text cache", "Free space there.")
-        page = free_page(job.output)
-        print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, to {page}")
+        print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, into {job.output}")
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
         dtype = torch.float32 if device.type == "cpu" or job.dtype is None else job.dtype
-        notes = (
-            ["A student at another strength than 1 has the alpha of its LoRA multiplied."]
-            if flags.scales != [1]
-            else []
-        )
+        notes = ["A number after a student multiplies the alpha of its LoRA."] if flags.scales != [1] else []
         html = render_gallery(
             f"{_name_of(flags.run)} on {flags.prompts.name}",
             rows_of(job, seeds),
@@ -191,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(redacted(f"error: {error}"))
-    print(f"written to {write_atomically(page, html)}")
+    print(f"written to {write_atomically(free_page(job.output), html)}")
 
 
 if __name__ == "__main__":

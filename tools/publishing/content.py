@@ -54,13 +54,19 @@ class Student:
 
     @property
     def run(self) -> Path:
-        """The run folder, where the checkpoint still is in one; else the checkpoint itself."""
-        return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder
+        """Where its metrics, samples and evaluations are."""
+        return run_of(self.folder)
 
     @property
     def strengths(self) -> list[float]:
         """By what tools that read no configuration, such as ComfyUI, must multiply it: one number, or a module's."""
-        return sorted({alpha / len(self.lora.a[name]) for name, alpha in self.lora.alpha.items()})
+        power = 0.5 if self.lora.rslora else 1.0
+        return sorted({alpha / len(self.lora.a[name]) ** power for name, alpha in self.lora.alpha.items()})
+
+
+def run_of(folder: Path) -> Path:
+    """The run folder of a checkpoint that still is in one; else the checkpoint itself."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def find_student(path: str, base_model: str | None = None) -> Student:
@@ -78,10 +84,11 @@ def find_student(path: str, base_model: str | None = None) -> Student:
         raise PublishError(f"{folder} has no {', '.join(missing)}: name a run folder, or one of its checkpoints")
     checkpoint.verify(folder)
     values, state = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
-    model = base_model or str(values["pretrained.model"] or "")
-    on_hub = _ON_HUB.fullmatch(model) and not Path(model.split("/")[0]).exists()
+    model = str(values["pretrained.model"] or "")
+    if base_model is None and _ON_HUB.fullmatch(model) and not Path(model.split("/")[0]).exists():
+        base_model = model
     config = read_run_config(folder / CONFIG)
-    return Student(folder, config, values, int(state["round"]), load_lora(folder), model if on_hub else None)
+    return Student(folder, config, values, int(state["round"]), load_lora(folder), base_model)
 
 
 def publication(student: Student, card: str) -> dict[str, bytes]:
