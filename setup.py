@@ -65,6 +65,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["diffusionopd", "diffusionopd.*"]),
     package_data={"diffusionopd": ["py.typed"]},
+    entry_points={"console_scripts": ["diffusionopd = diffusionopd.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -67,7 +67,7 @@ def random_lora(transformer: nn.Module, seed: int, gap: float = 0.1) -> LoraWeig
     }
     a = {n: torch.randn(RANK, m.in_features, generator=own) / RANK for n, m in layers.items()}
     b = {n: torch.randn(m.out_features, RANK, generator=own) * gap / RANK**0.5 for n, m in layers.items()}
-    return LoraWeights("random", a, b, dict.fromkeys(layers, 2.0 * RANK), list(TARGETS))
+    return LoraWeights("random", a, b, dict.fromkeys(layers, 2.0 * RANK))
 
 
 def assemble(

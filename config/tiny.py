@@ -120,4 +120,5 @@ def _distillation(run_name: str, teachers: list[dict]) -> ConfigDict:
     config.train.ema = True
     config.train.ema_decay = 0.9
     config.train.ema_interval = 1
+    config.train.ema_repeats = 1
     return config

@@ -1,4 +1,4 @@
-"""Atomic writes, digests and early checks of folders: the one place for what the project does to files."""
+"""Where paths lead, atomic writes, digests, early checks: the one place for what the project does to files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,49 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).resolve().parent.parent
+PROJECT = _ROOT if (_ROOT / "scripts" / "train_opd.py").is_file() else None
+"""The checkout that this package is in, with scripts, configurations and the tiny world; None for a copy elsewhere."""
+
 
 class FolderError(ValueError):
     """Raised where a folder or file that is to be written cannot be; names it, the reason and the remedy."""
+
+
+def user_path(text: str) -> str:
+    """``text`` with a leading ``~`` or ``~name`` replaced by that home, as a shell does where it sees one.
+
+    FolderError for a user without a home, rather than a folder named ``~name``.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise FolderError(f"{text}: there is no such home folder; write the path in full, or ./{text} for that name")
+    return path
+
+
+def path_flag(text: str) -> Path:
+    """`user_path` as the type of a command-line flag."""
+    return Path(user_path(text))
+
+
+def located(text: str) -> str:
+    """Where something to read is: in the current folder, else, such as ``assets/tiny/model``, in the project's.
+
+    What is in neither stays as it is (it may be on the hub). FolderError as of `user_path`.
+    """
+    path = user_path(text)
+    if path[:1] in ("", ".", os.sep) or PROJECT is None or os.path.exists(path):
+        return path
+    own = os.path.join(PROJECT, path)
+    return own if os.path.exists(own) else path
+
+
+def looked_in(path: str | Path) -> str:
+    """`` in FOLDER`` for messages about a path that is not there: where `located` looked; empty if it is absolute."""
+    if os.path.isabs(path):
+        return ""
+    folders = dict.fromkeys([os.getcwd(), str(PROJECT)] if PROJECT and not str(path).startswith(".") else [os.getcwd()])
+    return f" in {' or '.join(folders)}"
 
 
 def write_atomically(path: str | Path, content: bytes | str, *, fsync: bool = False) -> Path:

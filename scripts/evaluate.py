@@ -5,7 +5,7 @@
     python scripts/evaluate.py --base --teacher ocr --checkpoint_path logs/mopd --dataset ocr --output_dir logs/all
 
 Several models are evaluated one after the other, each into a folder of its name in --output_dir: base, teacher-<name>,
-student (--checkpoint_path), or that of the LoRA's folder. Start it with `accelerate launch`
+student (--checkpoint_path), or that of the LoRA's folder or file. Start it with `accelerate launch`
 (scripts/single_node/eval.sh) to share the images among processes. A run's own settings (base model, resolution, steps,
 guidance) are found beside its checkpoint; flags go before them.
 """
@@ -23,15 +23,19 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import redacted
-from diffusionopd.evaluation.job import TIMEOUT, Job, Model, find_checkpoint, run
+from diffusionopd.evaluation.job import TIMEOUT, Job, Model, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
+from diffusionopd.files import located, user_path
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
-from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.lora_files import WEIGHTS, load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 from diffusionopd.training import load_config
+from diffusionopd.training.checkpoint import find_lora, locate
+from diffusionopd.training.command import plain_warnings
+from diffusionopd.training.plan import with_paths
 from diffusionopd.training.resume import read_run_config
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
@@ -42,13 +46,15 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_argument_group("models", "at least one")
     which.add_argument("--checkpoint_path", help="run folder, checkpoint-<n>, its lora/, or <run>/checkpoints/latest")
-    which.add_argument("--lora_hf_path", action="append", help="LoRA on the hub: organisation/name[/sub/folder]")
-    which.add_argument("--lora", action="append", help="LoRA as a PEFT folder or a diffusers .safetensors file")
+    which.add_argument(
+        "--lora_hf_path", action="append", help="LoRA on the hub: owner/name[/folder or file][@revision]"
+    )
+    which.add_argument("--lora", action="append", help="LoRA as a folder or a file, of any format in docs/loras.md")
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
     files = "gets the files; a folder each for several models and datasets"
-    parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", type=Path, help=files)
+    parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
     parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
     parser.add_argument("--model", help=f"base model: hub id, folder or .safetensors (default {DEFAULT_MODEL})")
@@ -79,6 +85,16 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+def place(flags: argparse.Namespace) -> None:
+    """Make the paths among the flags lead from here (``~``, the project's own). FolderError or CheckpointError."""
+    for name in ("model", "checkpoint_path", "config"):
+        if given := vars(flags)[name]:
+            setattr(flags, name, located(given))
+    flags.lora = [str(locate(located(source))) for source in flags.lora or []]
+    flags.cache_dir = flags.cache_dir and user_path(flags.cache_dir)
+    flags.output = Path(user_path(flags.output)).absolute()
+
+
 def find_config(flags: argparse.Namespace) -> dict[str, Any]:
     """The configuration named by flag, else the one saved with the checkpoint, else an empty one, as nested dicts.
 
@@ -87,11 +103,11 @@ def find_config(flags: argparse.Namespace) -> dict[str, Any]:
     """
     source = flags.config
     if not source and flags.checkpoint_path:
-        saved = find_checkpoint(flags.checkpoint_path) / "config.json"
+        saved = find_lora(flags.checkpoint_path) / "config.json"
         source = str(saved) if saved.is_file() else None
     if not source:
         return {}
-    return read_run_config(Path(source)) if source.endswith(".json") else load_config(source).to_dict()
+    return with_paths(read_run_config(Path(source)) if source.endswith(".json") else load_config(source))
 
 
 def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -125,18 +141,20 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model
             raise EvaluationError(f"no teacher '{name}' with a lora_path in the configuration; its teachers: {known}")
         common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
-        found.append(Model(f"teacher-{name}", load_lora(teacher["lora_path"]), scale))
+        strength = first(teacher.get("scale"), 1.0)
+        found.append(Model(f"teacher-{name}", load_lora(locate(teacher["lora_path"])).scaled(strength), scale))
     if flags.checkpoint_path:
-        found.append(Model("student", load_lora(str(find_checkpoint(flags.checkpoint_path)))))
-    for source in [*(flags.lora or []), *(flags.lora_hf_path or [])]:
+        found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
+    for source in [*flags.lora, *(flags.lora_hf_path or [])]:
         path = Path(source).absolute()
-        name = path.parent.name if path.suffix == ".safetensors" else path.name
+        name = path.parent.name if path.name in WEIGHTS else path.name.removesuffix(".safetensors")
         found.append(Model(name, load_lora(source)))
     return found
 
 
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
+    place(flags)
     config = find_config(flags)
     pretrained, models = config.get("pretrained", {}), find_models(flags, config)
     own_base = pretrained if flags.model in (None, pretrained.get("model")) else {}
@@ -164,8 +182,10 @@ def make_job(flags: argparse.Namespace) -> Job:
 
 def main() -> None:
     """Flags to job to tables; a mistake of the user's ends in one line, not in a traceback."""
+    flags = parse_flags()
     try:
-        job = make_job(parse_flags())
+        with plain_warnings():
+            job = make_job(flags)
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
             state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=TIMEOUT))
             with ending_together():

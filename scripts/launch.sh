@@ -3,6 +3,8 @@
 #
 #   launch.sh SCRIPT [arguments of the script]
 #
+# SCRIPT is a path in this repository; relative paths among the arguments are the caller's own.
+#
 # NUM_PROCESSES  processes (default 8, or the GPUs present if fewer; 1 on a CPU, where 2 or more talk through gloo)
 # PYTHON         interpreter (default python)
 # ENGINE         how several processes hold the base model: complete in each (default), or sharded over them by fsdp2 or
@@ -20,15 +22,19 @@
 # SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 lets a training finish its round, save and end with status 75: there is more to
 # do. A second one ends it at once.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() {
     echo "$1" >&2
     exit 2
 }
 
+whole() { # VARIABLE VALUE
+    [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1=$2 is no whole number of at least 1: set $1 to one, such as $1=2."
+}
+
 PYTHON=${PYTHON:-python}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # transformers warns at every start that it works without torchvision, which is meant here.
 export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
@@ -38,17 +44,21 @@ options=(--main_process_port 0) # any free port, so that two runs on one machine
 if [ "${MULTI_NODE:-false}" = true ]; then
     machines=${NNODES:?is the number of machines} wanted=${GPUS_PER_NODE:-} variable=GPUS_PER_NODE
     port=${MASTER_PORT:-29500}
-    [[ "$machines ${NODE_RANK:?is the number of this machine, from 0} $port" =~ ^[0-9]+\ [0-9]+\ [0-9]+$ ]] ||
-        fail "NNODES=$machines, NODE_RANK=$NODE_RANK and MASTER_PORT=$port are not all whole numbers."
+    whole NNODES "$machines"
+    [[ "${NODE_RANK:?is the number of this machine, from 0} $port" =~ ^(0|[1-9][0-9]*)\ [1-9][0-9]*$ ]] ||
+        fail "NODE_RANK=$NODE_RANK and MASTER_PORT=$port are not both whole numbers."
     [ "$NODE_RANK" -lt "$machines" ] ||
         fail "NODE_RANK=$NODE_RANK, but $machines machines are numbered from 0 to $((machines - 1))."
     options=(--num_machines "$machines" --machine_rank "$NODE_RANK" --main_process_port "$port")
     options+=(--main_process_ip "${MASTER_ADDR:?is the address of machine 0}")
 fi
 
+if [ -n "$wanted" ]; then whole "$variable" "$wanted"; fi
+
+# -P: no file of the caller's folder is taken for a module.
 gpus=0
 if [ "${ACCELERATE_USE_CPU:-false}" != true ]; then
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$("$PYTHON" -P -c 'import torch; print(torch.cuda.device_count())')
 fi
 if [ "$gpus" -eq 0 ]; then
     here=${wanted:-1} config=cpu
@@ -73,5 +83,5 @@ case ${ENGINE:-} in
     *) fail "ENGINE=$ENGINE: it is fsdp2 or deepspeed_zero3; left empty, every process holds the complete model." ;;
 esac
 
-exec "$PYTHON" -m diffusionopd.launch --quiet --config_file "scripts/accelerate/$config.yaml" \
-    --num_processes "$processes" "${options[@]}" "$@"
+exec "$PYTHON" -P -m diffusionopd.launch --quiet --config_file "$root/scripts/accelerate/$config.yaml" \
+    --num_processes "$processes" "${options[@]}" "$root/$1" "${@:2}"

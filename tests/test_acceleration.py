@@ -31,7 +31,7 @@ def build(pipeline_folder, make_lora, kind=Adapters):
     weights = load_lora(make_lora(1))
     names = [f"transformer_blocks.0.{name}" for name in FEW]
     few = {part: {name: getattr(weights, part)[name] for name in names} for part in ("a", "b", "alpha")}
-    adapters.add_teacher("teacher", dataclasses.replace(weights, **few, target_modules=None))
+    adapters.add_teacher("teacher", dataclasses.replace(weights, **few, config=None))
     perturb(adapters, std=0.05)
     return backbone, adapters
 

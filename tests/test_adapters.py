@@ -1,12 +1,12 @@
 """LoRA loading accounts for every tensor, switching is exact, and saved students load in stock PEFT and diffusers."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from diffusionopd.models.backbone import load_backbone
@@ -86,6 +86,17 @@ def test_student_initialisation_is_a_function_of_the_seed(pipeline_folder):
     assert not torch.equal(first_a(3), first_a(4))
 
 
+def test_norms_are_those_of_the_matrices(adapters):
+    """Of what an adapter adds, as PEFT itself makes it, and of what it adds to."""
+    layers = [(m, n) for m in adapters.transformer.modules() if isinstance(m, LoraLayer) for n in m.lora_A]
+    for name in ("student", "teacher_a", "teacher_b"):
+        own = [layer for layer, adapter in layers if adapter == name]
+        added = sum(layer.get_delta_weight(name).double().square().sum().item() for layer in own) ** 0.5
+        assert adapters.added_norm(name) == pytest.approx(added, rel=1e-5) and (added > 0) == (name != "student")
+        base = sum(layer.get_base_layer().weight.double().square().sum().item() for layer in own) ** 0.5
+        assert adapters.base_norm(name) == pytest.approx(base, rel=1e-5)
+
+
 def test_using_restores_the_previous_adapter(adapters):
     adapters.use("teacher_a")
     with adapters.using(None):
@@ -93,35 +104,6 @@ def test_using_restores_the_previous_adapter(adapters):
     assert adapters.active == "teacher_a"
     with pytest.raises(AdapterError, match="no adapter 'nobody'"):
         adapters.use("nobody")
-
-
-def test_saved_student_loads_in_stock_peft_and_diffusers(pipeline_folder, backbone, adapters, text, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapters.parameters("student"):
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
-    adapters.use("student")
-    expected = velocity(backbone, text)
-    adapters.save_peft("student", tmp_path / "lora", base_model="base/model")
-    adapters.save_diffusers("student", tmp_path / "diffusers")
-    assert (
-        json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base/model"
-    )
-    torch.testing.assert_close(peft_velocity(pipeline_folder, tmp_path / "lora", text), expected, rtol=1e-5, atol=1e-6)
-
-    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
-    stock = load_backbone(str(pipeline_folder))
-    pipeline.load_lora_weights(tmp_path / "diffusers", adapter_name="s")
-    assert pipeline.transformer.peft_config["s"].lora_alpha == 16
-    stock.transformer = pipeline.transformer
-    torch.testing.assert_close(velocity(stock, text), expected, rtol=1e-5, atol=1e-6)
-
-    again = load_backbone(str(pipeline_folder))
-    reloaded = Adapters(again.transformer)
-    for name, source in (("peft", tmp_path / "lora"), ("diffusers", tmp_path / "diffusers")):
-        reloaded.add_teacher(name, source)
-        reloaded.use(name)
-        torch.testing.assert_close(velocity(again, text), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters, tmp_path):
@@ -239,8 +221,8 @@ def test_hub_id_with_a_subfolder_downloads_that_folder_alone(make_lora, tmp_path
 
     monkeypatch.setattr("diffusionopd.models.lora_files.snapshot_download", snapshot_download)
     assert load_lora("quanhaol/DiffusionOPD/OCRTeacher/lora").a
-    assert asked == [("quanhaol/DiffusionOPD", ["OCRTeacher/lora/*"])]
-    with pytest.raises(AdapterError, match="quanhaol/DiffusionOPD has no folder 'Nobody/lora'"):
+    assert asked == [("quanhaol/DiffusionOPD", ["OCRTeacher/lora", "OCRTeacher/lora/*"])]
+    with pytest.raises(AdapterError, match="quanhaol/DiffusionOPD has no .* 'Nobody/lora'"):
         load_lora("quanhaol/DiffusionOPD/Nobody/lora")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -84,6 +85,16 @@ def test_a_samples_prompt_and_noise_are_a_function_of_its_counters():
         assert torch.equal(latent, noise(shape, [(Stream.LATENT, *key)])[0])
         assert torch.equal(step, noise(shape, [(Stream.STEP, *key, 1)])[0])
         assert torch.equal(forward, noise(shape, [(Stream.FORWARD, *key, 1)])[0])
+
+
+def test_rows_have_their_tasks_share_of_the_loss():
+    for given, expected in (((0.1, 0.1, 0.1), [1.0] * 3), ((3.0, 1.0, 2.0), [1.5, 0.5, 1.0])):
+        tasks = [Task(name, weight=weight) for name, weight in zip("abc", given, strict=True)]
+        sampler = PromptSampler(PROMPTS, 42, 0, 4)
+        known = {"prompts": dict.fromkeys("abc", PROMPTS), "samplers": dict.fromkeys("abc", sampler)}
+        batches = dataclasses.replace(make(), tasks=tasks, shape=RoundShape(3, 1, 3, 4, 2, 2, 2, 1), **known)
+        found = {row.task: row.weight for batch in batches.round(0) for row in batch.rows}
+        assert list(found.values()) == expected, "exactly 1 where all are equal"
 
 
 def test_streams_seeds_and_rounds_never_share_noise():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusionopd.training.checkpoint import CheckpointError, find_latest, load_state, save, save_state, verify
+from diffusionopd.training.checkpoint import CheckpointError, find_latest, load_state, locate, save, save_state, verify
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,42 @@ def test_scalars_come_back_exactly_and_what_cannot_is_named(tmp_path):
 
 
 # --- saving, finding, pruning ----------------------------------------------------------------------------------------
+
+
+def test_a_run_stands_for_its_latest_checkpoint(tmp_path):
+    """The one that `latest` names, else the newest valid one, which is said; other paths stay as they are written."""
+    run = tmp_path / "run"
+    root = run / "checkpoints"
+    for n in (1, 2, 3):
+        save_round(root, n, n)
+    shutil.rmtree(root / "checkpoint-3")
+    forms = (run, root, root / "latest", run / "latest")
+    for content, expected in (
+        *((content, "checkpoint-2") for content in ("checkpoint-3\n", "", "../..", "\ud800", None)),
+        ("checkpoint-1\n", "checkpoint-1"),
+    ):
+        (root / "latest").unlink(missing_ok=True)
+        if content is not None:
+            (root / "latest").write_bytes(content.encode(errors="surrogatepass"))
+        for path in forms:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert locate(path) == root / expected, (path, content)
+            told = [str(warning.message) for warning in said]
+            assert len(told) == (expected == "checkpoint-2") and all(f"taking {expected}" in text for text in told)
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (root / name / "manifest.json").unlink()
+    (root / "latest").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-2"), pytest.raises(CheckpointError, match=str(root)):
+        locate(run)
+    for path in (
+        root / "checkpoint-1",
+        root / "checkpoint-9",
+        tmp_path / "none" / "latest",
+        "./own/name",
+        "owner/latest",
+    ):
+        assert str(locate(path)) == str(Path(path))
 
 
 def test_the_newest_is_the_one_saved_last(tmp_path):

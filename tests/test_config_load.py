@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from pathlib import Path
+import warnings
 from textwrap import dedent
 
 import pytest
@@ -138,19 +139,20 @@ WITH_IMPORTLIB = """import importlib.util
 def upstream(tmp_path, monkeypatch):
     """A checkout with upstream-style configuration files, prompts and LoRAs; returns the path of its opd.py."""
     monkeypatch.chdir(tmp_path)
+    geneval = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}\n'
     files = {
         "config/base.py": dedent(UPSTREAM_BASE),
         "config/opd.py": dedent(UPSTREAM_OPD.replace("LOAD", WITH_IMP)),
-        "dataset/ocr/train.txt": "a sign\n",
-        "dataset/ocr/test.txt": "a sign\n",
-        "dataset/geneval/train_metadata.jsonl": '{"prompt": "a dog"}\n',
-        "dataset/geneval/test_metadata.jsonl": '{"prompt": "a dog"}\n',
-        "loras/ocr/adapter_model.safetensors": "",
-        "loras/geneval/adapter_model.safetensors": "",
+        "dataset/ocr/train.txt": 'a sign "HI"\n',
+        "dataset/ocr/test.txt": 'a sign "HI"\n',
+        "dataset/geneval/train_metadata.jsonl": geneval,
+        "dataset/geneval/test_metadata.jsonl": geneval,
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    for name in ("ocr", "geneval"):
+        shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", tmp_path / "loras" / name)
     return tmp_path / "config" / "opd.py"
 
 
@@ -163,7 +165,7 @@ def test_an_upstream_file_works_unchanged(upstream, load):
     plan = check(config, 8)
     assert [task.guidance_scale for task in plan.tasks] == [4.5, 1.0]
     assert (plan.shape.images_per_round, plan.sampler.trained_steps) == (48, 9)
-    assert plan.run.run_dir == Path("logs/opd/mine")
+    assert plan.run.run_dir == upstream.parent.parent / "logs/opd/mine"
     (note,) = plan.notes
     ignored = ("prompt_fn", "reward_fn", "sample.global_std", "sample.sde_window_range", "train.timestep_shift")
     assert note.endswith(", ".join(ignored))
@@ -266,6 +268,14 @@ def test_overrides_that_have_no_place_are_reported_together():
     assert "train.learning_rate" in caught.value.problems[0]
 
 
+def test_a_key_of_another_form_is_named_with_the_form():
+    for key in ("train.teachers.0.guidance_scale", "train..x", "train.teachers[x].name", "a b", "reward_options."):
+        with pytest.raises(ConfigError) as caught:
+            load_config(f"{OPD}:mopd", [(key, "1")])
+        (problem,) = caught.value.problems
+        assert key in problem and "train.teachers[0].guidance_scale" in problem and "Error" not in problem
+
+
 def test_arguments_are_split():
     arguments = ["--config", "a.py:x", "--dry_run", "--config.seed=3", "--config.train.ema", "--config.run_name", "n"]
     source, overrides, rest = split_arguments([*arguments, "--other=1", "file", "--config=b.py:y"])
@@ -286,6 +296,10 @@ def test_the_command_line_of_the_scripts(capsys, monkeypatch):
     for arguments, fact in ((["--dryrun"], "--dryrun"), ([], "--config")):
         with pytest.raises(ConfigError, match=fact):
             parse(arguments, "usage")
+    with plain_errors():
+        for file, own in ((str(ROOT / "diffusionopd" / "files.py"), True), ("/other/library.py", False)):
+            shown = warnings.formatwarning("said", UserWarning, file, 1, "")
+            assert "said" in shown and (file not in shown and shown.count("\n") == 1) == own
     error = ValueError("wrong")
     error.add_note("in round 2")
     for rank, raised, status, said in (

@@ -19,7 +19,7 @@ import torch
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
-from diffusionopd.evaluation.job import Job, Model, find_checkpoint
+from diffusionopd.evaluation.job import Job, Model
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_records
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_images
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
@@ -27,6 +27,7 @@ from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, to_uint8
+from diffusionopd.training.checkpoint import CheckpointError, find_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]
@@ -228,11 +229,13 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
         assert (own.num_steps, own.guidance_scale) == wanted
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
+    several = find_benchmark("ocr", of(task | {"dataset": None, "datasets": ["mine", "dataset/drawbench"]}))
+    assert [prompt.text for prompt in several.prompts] == ['"one"', '"two"', '"three"'] * 2
     chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):
         find_benchmark("mine")
-    with pytest.raises(BenchmarkError, match="neither a folder nor one of geneval"):
+    with pytest.raises(BenchmarkError, match="nonesuch.*geneval, ocr"):
         find_benchmark("nonesuch")
     with pytest.raises(RewardError, match="Did you mean"):
         find_benchmark("mine", {}, ["jpeg_compressability"])
@@ -256,13 +259,13 @@ def test_checkpoints_are_found_however_they_are_named(tmp_path):
     (checkpoint.parent / "latest").write_text("checkpoint-30\n")
     for path in ("run", "run/checkpoints", "run/checkpoints/latest", "run/latest", "run/checkpoints/checkpoint-30",
                  "run/checkpoints/checkpoint-30/lora"):  # fmt: skip
-        assert find_checkpoint(str(tmp_path / path)).samefile(checkpoint), path
+        assert find_lora(str(tmp_path / path)).samefile(checkpoint), path
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "adapter_config.json").write_text("{}")
-    assert find_checkpoint(str(alone)) == alone
-    with pytest.raises(EvaluationError, match="no checkpoint at"):
-        find_checkpoint(str(tmp_path / "run" / "checkpoints" / "checkpoint-31"))
+    assert find_lora(str(alone)) == alone
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        find_lora(str(tmp_path / "run" / "checkpoints" / "checkpoint-31"))
 
 
 def test_values_that_no_image_can_be_made_with():
@@ -392,7 +395,7 @@ def tiny_run(model, teachers) -> dict:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--base", "--dataset", "nonesuch"], "neither a folder nor one of"),
+        (["--base", "--dataset", "nonesuch"], "neither a folder in"),
         (["--base", "--dataset", "DATASET"], "choose with --rewards"),
         (["--base", "--dataset", "DATASET", "--rewards", "jpg"], "unknown reward 'jpg'"),
         (["--checkpoint_path", "logs/none", "--dataset", "DATASET"], "no checkpoint at logs/none"),
@@ -401,9 +404,15 @@ def tiny_run(model, teachers) -> dict:
         (["--teacher", "x", "--config", "config/tiny.py:mopd", "--dataset", "DATASET"], "compose, ocr, scene"),
         (["--base", "--config", "config/tiny.py:nonesuch", "--dataset", "DATASET"], "has no 'nonesuch'"),
         (["--base", "--config", "README.json", "--dataset", "DATASET"], "is not the config.json of a run"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--guidance_scale", "-1"], "at least 0"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr"], "REWARD.OPTION=VALUE"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr.x=1"], "its options:"),
+        (["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--guidance_scale", "-1"], "at least 0"),
+        (
+            ["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--reward_options", "aesthetic"],
+            "REWARD.OPTION=VALUE",
+        ),
+        (
+            ["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--reward_options", "aesthetic.x=1"],
+            "its options:",
+        ),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):

@@ -192,10 +192,11 @@ def warned(config, *expected: tuple[int, tuple[str, ...]]) -> None:
 def test_a_reward_that_hangs_in_monitoring_and_evaluation_is_left_out(tiny_config, tmp_path, broken_score):
     broken_score(lambda call: True)
     config = tiny_config(monitor_freq=1, eval_freq=3, eval_num_prompts=2, reward_timeout=0.2)
-    tasks = [(1, (f"'{task}'", what)) for task in ("first", "second") for what in ("monitoring", "evaluation")]
-    warned(config, *tasks, (4, ("'jpeg_compressibility'", "0.2 seconds")))
+    counts = {"monitoring": 1, "evaluation": 2}  # said until it works again, and each time
+    tasks = [(count, (f"'{task}'", what)) for task in ("first", "second") for what, count in counts.items()]
+    warned(config, *tasks, (6, ("'jpeg_compressibility'", "0.2 seconds")))
     rows = metrics(tmp_path / "logs" / "run")
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert not any(key.startswith(("monitor/", "eval/")) for row in rows for key in row)
     assert_latest_loads(tmp_path / "logs" / "run", "checkpoint-3")
 

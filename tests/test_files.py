@@ -9,7 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from diffusionopd.files import sha256, write_atomically, write_json
+from diffusionopd import files
+from diffusionopd.files import FolderError, located, looked_in, sha256, user_path, write_atomically, write_json
+
+
+def test_paths_lead_where_people_mean_them(tmp_path, monkeypatch):
+    """``~`` is a home; a relative path is one from here, or of the project when it is only there."""
+    project, here = tmp_path / "project", tmp_path / "here"
+    for folder in (project / "assets", project / "both", here / "both", tmp_path / "beside"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(files, "PROJECT", project)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(here)
+    for text, found in (
+        *(("~/a", "/home/me/a"), ("~", "/home/me"), ("./~/a", "./~/a"), ("a/~", "a/~")),
+        *(("assets", str(project / "assets")), ("both", "both"), ("owner/name", "owner/name"), ("", ""), ("/a", "/a")),
+        *(("./assets", "./assets"), ("../beside", "../beside"), ("../project/../beside/x", "../project/../beside/x")),
+    ):
+        assert located(text) == found
+    assert user_path("assets") == "assets" and user_path("~/a") == "/home/me/a", (
+        "what is written is never the project's"
+    )
+    for text in ("~nobody-of-that-name/a", "~nobody-of-that-name"):
+        with pytest.raises(FolderError, match=text):
+            located(text)
+    assert str(here) in looked_in("x") and str(project) in looked_in("x") and looked_in("/x") == ""
+    assert str(project) not in looked_in("./x")
+    monkeypatch.setattr(files, "PROJECT", None)
+    assert located("assets") == "assets" and looked_in("x") == f" in {here}"
 
 
 def test_content_arrives_and_missing_folders_are_made(tmp_path):

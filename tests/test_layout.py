@@ -21,7 +21,7 @@ LAYERS = {
     "declarations": {"files", "config_schema"},
     "parts": {"models", "data", "rewards", "distributed", "failures", "launch", "locks", "signals", "stages"},
     "methods": {"algorithms", "evaluation"},
-    "runs": {"training"},
+    "runs": {"training", "__main__"},
 }
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS.values()) for module in modules}
 

@@ -69,17 +69,17 @@ def test_other_merges_are_those_of_peft_on_the_full_matrices(loras, method):
 def test_a_student_takes_the_merge_and_keeps_what_is_fresh(backbone, loras, text):
     adapters = Adapters(backbone.transformer)
     adapters.add_student("student", rank=16, alpha=24, target_modules=[*TARGETS, "attn.to_q", "attn.to_v", "ff.net.2"])
-    fresh = {name: value.clone() for name, value in adapters.state_dict("student").items()}
+    layers = dict(adapters._layers("student"))
+    fresh = {module: layer.lora_A["student"].weight.clone() for module, layer in layers.items()}
     merged = merge(loras[:2], 16)
     for scale in (0.3, 0.6):  # again at another
         adapters.start_from("student", merged.weights, scale)
-    found = adapters.state_dict("student")
     for module, a in merged.weights.a.items():
-        own_a, own_b = found[f"{module}.lora_A.weight"], found[f"{module}.lora_B.weight"]
+        own_a, own_b = (getattr(layers[module], part)["student"].weight for part in ("lora_A", "lora_B"))
         torch.testing.assert_close(
             24 / 16 * own_b.double() @ own_a.double(), 0.6 * effect(merged.weights, module), rtol=1e-4, atol=1e-6
         )
-        assert torch.equal(own_a[len(a) :], fresh[f"{module}.lora_A.weight"][len(a) :])
+        assert torch.equal(own_a[len(a) :], fresh[module][len(a) :])
         assert not own_b[:, len(a) :].any()
     adapters.add_student("narrow", rank=16, alpha=24, target_modules=["attn.to_q"])
     with pytest.raises(AdapterError, match=r"attn\.to_out|ff\.net"):

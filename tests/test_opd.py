@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
 from diffusionopd.algorithms import opd
 from diffusionopd.algorithms.base import Losses
@@ -305,20 +306,62 @@ def test_loss_scale_changes_neither_norm_nor_clipping_only_epsilon():
     assert steps[1e4] == pytest.approx([0.1, 0.1], rel=1e-2)
 
 
-def test_ema_follows_the_formula():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    ema = Ema([weight], decay=0.9, interval=8)
-    expected = 0.0
-    for done in range(1, 100):
-        weight.data.fill_(float(done))
-        ema.update(done)
-        if done % 8 == 0:
-            decay = min((1 + done) / (10 + done), 0.9)
-            expected = decay * expected + (1 - decay) * done
-        assert ema.shadow[0].item() == pytest.approx(expected, rel=1e-5)
-    with ema.in_use():
-        assert weight.item() == pytest.approx(expected, rel=1e-5)
-    assert weight.item() == 99
+def published_averages(weights, batches_per_step, interval, decay):
+    """The published loop: the average after each optimizer step, of the student's weight after each, from the first.
+
+    It is called after every batch, with the optimizer steps done by then.
+    """
+    average, step, averages = weights[0], 0, [weights[0]]
+    while step < len(weights) - 1:
+        for batch in range(batches_per_step):
+            step += batch == batches_per_step - 1
+            if (step + 1) % interval == 0:
+                average += (1 - min((1 + step) / (10 + step), decay)) * (weights[step] - average)
+        averages.append(average)
+    return averages
+
+
+def test_the_average_is_that_of_the_published_loop():
+    """Of config/opd.py:mopd, of guard_ocr and of nft_geneval. What acts after a step and in the batches of the next is
+    done at once here, so the averages of the steps in between are ahead."""
+    for batches_per_step, interval in ((3, 8), (8, 8), (1, 1)):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        ema = Ema([weight], 0.9, interval, repeats=batches_per_step)
+        weights = [0.0, *torch.rand(99, generator=torch.Generator().manual_seed(0)).cumsum(0).tolist()]
+        for step, expected in enumerate(published_averages(weights, batches_per_step, interval, 0.9)):
+            weight.data.fill_(weights[step])
+            if step:
+                ema.update(step)
+            if batches_per_step == 1 or (step + 1) % interval:
+                assert ema.shadow[0].item() == pytest.approx(expected, rel=1e-5), (interval, step)
+        with ema.in_use():
+            assert weight.item() == ema.shadow[0].item()
+        assert weight.item() == pytest.approx(weights[99])
+
+
+def test_every_schedule_is_the_stock_one():
+    """Against torch's AdamW with diffusers' scheduler, stepped after each optimizer step; cut in the middle too."""
+    for name, warmup in (("constant", 0), ("constant_with_warmup", 3), ("linear", 2), ("cosine", 0), ("cosine", 4)):
+        mine, other = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+        settings = {"lr_scheduler": name, "lr_warmup_steps": warmup, "adam_weight_decay": 0.0, "loss_scale": 1.0}
+        settings = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9, **settings)
+        optimizer = StudentOptimizer([mine], settings, num_steps=8)
+        stock = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0, fused=True)
+        schedule = get_scheduler(name, stock, num_warmup_steps=warmup, num_training_steps=8)
+        assert optimizer.lr == schedule.get_last_lr()[0]
+        for step in range(8):
+            if step == 5:
+                cut, saved = StudentOptimizer([mine], settings, num_steps=8), optimizer.state_tensors()
+                cut.load_state({k: v.clone() for k, v in saved.items()}, optimizer.state_scalars())
+                cut.steps, optimizer = optimizer.steps, cut
+            optimizer.backward((mine * (step + 1)).square().sum())
+            optimizer.step()
+            (other * (step + 1)).square().sum().backward()
+            assert optimizer.lr == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+            stock.step()
+            schedule.step()
+            stock.zero_grad()
+            torch.testing.assert_close(mine, other)
 
 
 def test_an_overflow_under_dynamic_scaling_skips_the_step_and_halves_the_scale():

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from diffusionopd.data.prompts import Prompt, PromptError, load_prompts
+from diffusionopd.data.prompts import Prompt, PromptError, load_folders, load_prompts
 from diffusionopd.data.sampler import PromptSampler
 
 
@@ -125,6 +125,17 @@ def test_malformed_line_is_named_with_file_and_line(tmp_path):
         write(tmp_path, "train_metadata.jsonl", '{"prompt": "good"}\n\n' + line + "\n")
         with pytest.raises(PromptError, match=r"train_metadata\.jsonl, line 3: "):
             load_prompts(tmp_path, "geneval", "train")
+
+
+def test_several_folders_are_one_after_another_with_the_first_prompts_of_each(tmp_path):
+    for name, lines in (("a", "1\n2\n3\n"), ("b", "4\n"), ("c", "5\n6\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.txt").write_text(lines)
+    found, places = load_folders([tmp_path / name for name in "bac"], "general_ocr", "test", 2)
+    assert [prompt.text for prompt in found] == ["4", "1", "2", "5", "6"]
+    assert places == {"b": range(1), "a": range(1, 3), "c": range(3, 5)}
+    only = "general_ocr", "test"
+    assert load_folders([tmp_path / "a"], *only)[0] == load_prompts(tmp_path / "a", *only)
 
 
 def test_unknown_format_is_refused_with_the_known_ones(tmp_path):

@@ -112,6 +112,9 @@ def test_what_is_missing_is_named_and_repeated_rounds_count_once(folders, tmp_pa
             read_metrics(tmp_path)
     file.write_text('{"round": 2, "loss": 1}\n{"round": 1}\n{"round": 2, "loss": 3}\n')
     assert read_metrics(tmp_path) == [{"round": 1}, {"round": 2, "loss": 3}]
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "eval/ocr/ocr": 1}\n')  # of the start, and no round yet
+    with pytest.raises(ReportError):
+        read_metrics(tmp_path)
 
 
 def test_plots_are_the_same_for_the_same_numbers():

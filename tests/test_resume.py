@@ -17,7 +17,7 @@ from diffusionopd.config_schema import FREE, REFUSE, REWARDS, ROUND, TEACHERS, f
 from diffusionopd.data.tasks import FIELDS
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training import check, checkpoint, load_config, resume, train
-from diffusionopd.training.plan import SCHEMA, is_used
+from diffusionopd.training.plan import SCHEMA, ema_repeats, is_used
 from diffusionopd.training.resume import (
     ResumeError,
     RunError,
@@ -238,6 +238,8 @@ def test_the_same_keys_are_adapted_and_other_ones_are_not(saved_run):
     assert (start.given, start.written_for) == (config, 4), "the next resume starts from what was given"
     assert check(start.config, 2).shape.images_per_round == check(config, 4).shape.images_per_round
     assert find_start(config, 4).config is config
+    config.train.ema_repeats = 0
+    assert ema_repeats(flatten(config)) == ema_repeats(flatten(find_start(config, 2).config)) == 2
     config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 4
     assert find_start(config, 2).written_for == 2, "adapted by hand"
     with pytest.raises(ResumeError) as caught:

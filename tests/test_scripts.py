@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+
+from diffusionopd import __main__
 
 from .conftest import ROOT
 
@@ -14,7 +18,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 
 # Answers the launcher's question for GPUs, and otherwise says how it was called, and where.
 FAKE_PYTHON = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo "$FAKE_GPUS"; exit; fi
+if [ "$2" = -c ]; then echo "$FAKE_GPUS"; exit; fi
 echo "folder: $PWD"
 echo "cpu: ${ACCELERATE_USE_CPU:-} threads: ${OMP_NUM_THREADS:-} path: ${PYTHONPATH%%:*}"
 printf '%s\\n' "$@"
@@ -49,7 +53,7 @@ def test_scripts_parse():
         assert done.stderr == "", script
 
 
-def test_processes_follow_what_is_there_and_what_is_asked_for(launch):
+def test_processes_follow_what_is_there_and_what_is_asked_for(launch, tmp_path):
     """Also an engine's own configuration, of which accelerate takes one or --multi_gpu; `cpu: true` where it is set."""
     for gpus, variables, processes, config in (
         (16, {}, 8, "multi_gpu"),
@@ -63,9 +67,13 @@ def test_processes_follow_what_is_there_and_what_is_asked_for(launch):
     ):
         done, lines = launch("mopd.sh", gpus=gpus, **variables)
         assert done.returncode == 0, done.stderr
-        assert lines[0] == f"folder: {ROOT}" and lines[2:4] == ["-m", "diffusionopd.launch"]
+        assert lines[0] == f"folder: {tmp_path}", "relative paths are the caller's"
+        assert lines[2:5] == ["-P", "-m", "diffusionopd.launch"]
         assert after(lines, "main_process_port") == ["0"] or processes == 1
-        assert after(lines, "num_processes", "config_file") == [str(processes), f"scripts/accelerate/{config}.yaml"]
+        assert after(lines, "num_processes", "config_file") == [
+            str(processes),
+            f"{ROOT}/scripts/accelerate/{config}.yaml",
+        ]
         assert ("--multi_gpu" in lines) == (processes > 1 and "ENGINE" not in variables)
         threads = variables.get("OMP_NUM_THREADS", "1")
         expected = (
@@ -95,6 +103,15 @@ def test_mistakes_are_named(launch, tmp_path):
     ):
         done, _ = launch("../multi_node/mopd.sh", gpus=2, **correct | wrong)
         assert (done.returncode == 0) == (not wrong) and all(fact in done.stderr for fact in facts), done.stderr
+    for value in ("4(x2)", "0", "-1", "two", "08", "1.5", "1e1", "1 2", "9" * 20):
+        for script, variable, more in (
+            *((script, "NUM_PROCESSES", {"CONFIG": "a"}) for script in ("mopd.sh", "teacher.sh", "eval.sh")),
+            *((f"../multi_node/{script}", "GPUS_PER_NODE", correct) for script in ("mopd.sh", "eval.sh")),
+            ("../multi_node/mopd.sh", "NNODES", correct),
+        ):
+            done, lines = launch(script, **more | {variable: value})
+            assert (done.returncode, lines) == (2, []) and f"{variable}={value} " in done.stderr, done.stderr
+            assert done.stderr.count("\n") == 1
     (tmp_path / "broken").write_text("#!/usr/bin/env bash\necho no torch >&2; exit 3\n")
     (tmp_path / "broken").chmod(0o755)
     assert launch("mopd.sh", PYTHON=str(tmp_path / "broken"))[0].returncode == 3
@@ -102,15 +119,15 @@ def test_mistakes_are_named(launch, tmp_path):
 
 def test_configuration_and_arguments_pass_through(launch):
     extra = ["--config.train.learning_rate=1e-4", "--config.run_name=two words", "--dry_run"]
-    opd, teacher = ["scripts/train_opd.py", "--config"], ["scripts/train_teacher.py", "--config"]
-    named = ["scripts/evaluate.py", "--checkpoint_path"]
+    opd, teacher = ([f"{ROOT}/scripts/train_{what}.py", "--config"] for what in ("opd", "teacher"))
+    named = [f"{ROOT}/scripts/evaluate.py", "--checkpoint_path"]
     for script, variables, arguments, expected in (
         ("mopd.sh", {}, [], [*opd, "config/opd.py:mopd"]),
         ("mopd.sh", {"CONFIG": "config/tiny.py:mopd"}, extra, [*opd, "config/tiny.py:mopd"]),
         ("sopd.sh", {}, ["--dry_run"], [*opd, "config/opd.py:sopd_pickscore"]),
         ("sopd.sh", {"CONFIG": "config/opd.py:sopd_ocr"}, [], [*opd, "config/opd.py:sopd_ocr"]),
         ("teacher.sh", {"CONFIG": "config/teacher.py:a"}, ["--dry_run"], [*teacher, "config/teacher.py:a"]),
-        ("eval.sh", {}, ["--lora_hf_path", "owner/name"], ["scripts/evaluate.py"]),
+        ("eval.sh", {}, ["--lora_hf_path", "owner/name"], [f"{ROOT}/scripts/evaluate.py"]),
         ("eval.sh", {"CHECKPOINT": "a b", "DATASET": "ocr"}, ["--save_images"], [*named, "a b", "--dataset", "ocr"]),
     ):
         lines = launch(script, *arguments, **variables)[1]
@@ -123,11 +140,30 @@ def test_several_machines(launch):
     _, lines = launch("../multi_node/sopd.sh", "--dry_run", gpus=4, **variables, NUM_PROCESSES="3")
     options = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
     assert after(lines, *options) == ["8", "2", "1", "10.0.0.1", "29501"]
-    assert lines[-4:] == ["scripts/train_opd.py", "--config", "config/opd.py:sopd_pickscore", "--dry_run"]
+    assert lines[-4:] == [f"{ROOT}/scripts/train_opd.py", "--config", "config/opd.py:sopd_pickscore", "--dry_run"]
     _, lines = launch("mopd.sh", gpus=4, **variables)  # what a cluster sets means nothing to one machine
     assert after(lines, "num_processes") == ["4"] and "--num_machines" not in lines
     _, lines = launch("../multi_node/eval.sh", gpus=2, **variables, DATASET="ocr", GPUS_PER_NODE="1")
-    assert after(lines, "num_processes") == ["2"] and lines[-3:] == ["scripts/evaluate.py", "--dataset", "ocr"]
+    assert after(lines, "num_processes") == ["2"] and lines[-3:] == [f"{ROOT}/scripts/evaluate.py", "--dataset", "ocr"]
+
+
+def test_the_command_becomes_the_scripts(monkeypatch, capsys):
+    called: list[tuple] = []
+    monkeypatch.setattr(os, "execve", lambda program, command, environment: called.append((command, environment)))
+    __main__.main(["--help"])
+    usage = capsys.readouterr().out
+    for name, (script, what) in __main__.COMMANDS.items():
+        __main__.main([name, "--flag", "two words"])
+        command, environment = called.pop()
+        assert command == [sys.executable, str(ROOT / script), "--flag", "two words"] and (ROOT / script).is_file()
+        assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+        assert re.search(rf"^  {name} +{what}$", usage, re.M)
+    for arguments, project, fact in ((["trian"], ROOT, "'trian'"), (["train"], None, "pip install -e")):
+        monkeypatch.setattr(__main__, "PROJECT", project)
+        with pytest.raises(SystemExit, match=fact):
+            __main__.main(arguments)
+    module, function = re.search(r"diffusionopd = ([\w.]+):(\w+)", (ROOT / "setup.py").read_text()).groups()
+    assert (module, function) == (__main__.__name__, __main__.main.__name__) and not called
 
 
 def test_accelerate_reads_the_files():

@@ -51,7 +51,14 @@ SOURCES = [
 # Keywords that are allowed one value only, wherever they occur.
 ONLY = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True, "weights_only": True}
 # from_pretrained of these reads no weights, or (PEFT's) takes the safetensors file that is there.
-WITHOUT_WEIGHTS = ("part_class(index, 'scheduler')", "kind", "LoraConfig", "AutoConfig", "PeftModel")
+WITHOUT_WEIGHTS = (
+    "part_class(index, 'scheduler')",
+    "self.kind.config_class",
+    "kind",
+    "LoraConfig",
+    "AutoConfig",
+    "PeftModel",
+)
 
 
 def broken_rules(source: str) -> list[str]:

@@ -208,19 +208,19 @@ def test_the_round_is_finished_and_saved_once(finished_runs, tiny_config, monkey
 
 
 def test_an_evaluation_stops_between_batches_and_is_made_up_for(tiny_config, monkeypatch):
-    """Two prompts of two tasks, one a batch: a signal in the second of four batches, after each of two rounds."""
+    """Two prompts of two tasks, one a batch: a signal in the second of four batches, at the start, after each round."""
     options = {"eval_freq": 1, "eval_num_prompts": 2, "sample__test_batch_size": 1, "monitor_freq": 1, "num_epochs": 2}
     options |= {"train__ema": True, "train__ema_interval": 1, "resume_from": "auto"}
     complete = train(tiny_config(run_name="complete", **options))
     config, run = tiny_config(run_name="cut", **options), complete.parent.parent
-    assert {"eval/second/jpeg_compressibility", "monitor/second/jpeg_compressibility"} <= rows(run)[1].keys()
-    for completed, made_up_for in ((1, 0), (2, 4)):
+    assert {"eval/second/jpeg_compressibility", "monitor/second/jpeg_compressibility"} <= rows(run)[2].keys()
+    for completed, made_up_for in ((0, 0), (1, 4), (2, 4)):
         with monkeypatch.context() as patch:
             batches = signal_at(patch, ImageGenerator, "__call__", made_up_for + 2)
             last = stopped(config)
         assert len(batches) == made_up_for + 2, "no further batch is begun"
         assert last.name == f"checkpoint-{completed}" and unevaluated(last)["round"] == completed
-        assert rows(run)[: completed - 1] == (rows(last.parent.parent) if completed > 1 else [])
+        assert rows(run)[:completed] == (rows(last.parent.parent) if completed else [])
     resumed = train(config)
     assert unevaluated(resumed) is None
     assert_same_end(complete, resumed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd.models.lora_files import AdapterError
+from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training import checkpoint, setup, train
 from diffusionopd.training.resume import RunError
@@ -23,15 +23,20 @@ def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
     run = tmp_path / "logs" / "run"
     assert last == run / "checkpoints" / "checkpoint-3"
     assert (run / "checkpoints" / "latest").read_text().strip() == "checkpoint-3"
-    rows = metrics(run)
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    start, *rows = metrics(run)
+    assert [row["round"] for row in (start, *rows)] == [0, 1, 2, 3]
+    evaluated = {f"eval/{task}/jpeg_compressibility" for task in ("first", "second")}
+    assert start.keys() == {"round", *evaluated}
     for row in rows:
         assert {"loss", "loss/first", "loss/second", "grad_norm", "lr", "seconds", "evaluations"} <= row.keys()
         assert row["loss"] == pytest.approx((row["loss/first"] + row["loss/second"]) / 2)
         assert 0 < row["loss"] < 1e3
-        assert row["grad_norm"] > 0
-    assert all("monitor/first/jpeg_compressibility" in rows[i] for i in (0, 1, 2)), "first, every second, last"
-    assert ["eval/second/jpeg_compressibility" in row for row in rows] == [False, False, True]
+        assert row["grad_norm"] > 0 and row["lora_norm"] > 0
+    first = {key: value for key, value in rows[0].items() if "diversity/" in key}
+    assert checkpoint.load_scalars(last / "state")["diversity"] == first, "with which a resumed run compares"
+    for watched in ("monitor/first/jpeg_compressibility", "diversity/first"):
+        assert all(watched in row for row in rows), "first, every second, last"
+    assert [evaluated <= row.keys() for row in rows] == [False, False, True]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["round-000001.png", "round-000003.png"]
     assert json.loads((run / "config.json").read_text())["train"]["lora_rank"] == 4
     for name in ("checkpoint-2", "checkpoint-3"):
@@ -43,7 +48,8 @@ def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
 def test_the_saved_lora_is_the_average_and_the_state_is_the_student(finished_runs):
     last = finished_runs("opd") / "checkpoints" / "checkpoint-3"
     tensors = state(last)
-    saved = load_file(last / "lora" / "adapter_model.safetensors").values()
+    loaded = load_file(last / "lora" / "adapter_model.safetensors")
+    saved = [t / 2 if "lora_B" in k else t for k, t in loaded.items()]  # alpha 8, rank 4: saved at scale 1
     ema = [t for k, t in tensors.items() if k.startswith("ema.")]
     sums = [sorted(t.double().sum().item() for t in tensors) for tensors in (saved, ema)]
     assert sums[0] == pytest.approx(sums[1])
@@ -68,18 +74,53 @@ def test_base_and_teachers_are_bitwise_unchanged(tiny_config, monkeypatch):
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, tmp_path, noise_level):
-    options = {"sample__noise_level": noise_level, "train__ema": True, "train__ema_interval": 2}
-    complete = train(tiny_config(num_epochs=3, run_name="complete", **options))
-    train(tiny_config(num_epochs=1, run_name="parts", **options))
+    options = {"sample__noise_level": noise_level, "train__ema": True, "train__ema_interval": 2, "save_freq": 1}
+    options |= {"train__lr_scheduler": "cosine", "train__lr_warmup_steps": 1, "eval_freq": 2, "eval_num_prompts": 1}
+    complete = train(tiny_config(run_name="complete", **options))
+    parts = shutil.copytree(complete.parent.parent, tmp_path / "logs" / "parts")
+    for later in (2, 3):
+        shutil.rmtree(parts / "checkpoints" / f"checkpoint-{later}")
     # What a crash may leave: metrics of rounds after the checkpoint, and a line cut short.
-    file = tmp_path / "logs" / "parts" / "metrics.jsonl"
+    file = parts / "metrics.jsonl"
     file.write_text(file.read_text() + '{"round": 2, "loss": 9}\n{"round": 3, "lo')
-    resumed = train(tiny_config(num_epochs=3, run_name="parts", resume_from="auto", **options))
+    resumed = train(tiny_config(run_name="parts", resume_from="auto", **options))
     assert_bitwise(state(complete), state(resumed))
     assert_bitwise(*(load_file(folder / "lora/adapter_model.safetensors") for folder in (complete, resumed)))
-    keys = ("round", "loss", "loss/first", "loss/second", "grad_norm")
-    rows = [[{k: row[k] for k in keys} for row in metrics(tmp_path / "logs" / name)] for name in ("complete", "parts")]
-    assert rows[0] == rows[1]
+    rows = [metrics(tmp_path / "logs" / name) for name in ("complete", "parts")]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds", None)
+    assert rows[0] == rows[1] and [row["round"] for row in rows[0]] == [0, 1, 2, 3]
+    assert [row["lr"] for row in rows[0][1:]] == pytest.approx([0.0, 1e-3, 5e-4])
+
+
+def test_evaluations_by_folder_and_by_variant(tiny_config, tmp_path):
+    """A student that hardly moves: what is evaluated after the last round is what was before the first.
+
+    JPEG sizes of a picture of no guidance and two steps, whichever evaluation it comes from, and means over folders.
+    """
+    config = tiny_config(num_epochs=1, eval_freq=1, train__learning_rate=1e-12, sample__eval_guidance_scale=3.0)
+    task, one, two = config.train.teachers[0], tmp_path / "one", tmp_path / "two"
+    shutil.copytree(task["dataset"], one)
+    shutil.copytree(task["dataset"], two)
+    (two / "test.txt").write_text("a yellow star\n")
+    config.train.teachers[0] = {**task, "dataset": None, "datasets": [str(one), str(two)], "eval_num_steps": 3}
+    config.eval_variants = {"plain": {"guidance_scale": 1.0, "num_steps": 2}, "long": {"num_steps": 4}}
+    train(config)
+    start, end = metrics(tmp_path / "logs" / "run")
+    names = [f"{task}{variant}" for task in ("first", "second") for variant in ("", "@plain", "@long")]
+    names += [f"first{variant}/{folder}" for variant in ("", "@plain", "@long") for folder in ("one", "two")]
+    evaluated = {f"eval/{name}/jpeg_compressibility" for name in names}
+    assert evaluated == {key for key in start if key != "round"} == {key for key in end if key.startswith("eval/")}
+    for key in evaluated:
+        assert start[key] == pytest.approx(end[key], abs=0.02)
+    for variant in ("", "@plain", "@long"):
+        whole, *parts = (start[f"eval/first{variant}{part}/jpeg_compressibility"] for part in ("", "/one", "/two"))
+        assert whole == pytest.approx((3 * parts[0] + 1 * parts[1]) / 4)
+    plain = tiny_config(run_name="plain", num_epochs=1, eval_freq=1, sample__eval_guidance_scale=1.0)
+    train(plain)
+    same = "eval/second{}/jpeg_compressibility"
+    assert metrics(tmp_path / "logs" / "plain")[0][same.format("")] == start[same.format("@plain")]
+    assert len({start[same.format(variant)] for variant in ("", "@plain", "@long")}) == 3
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
@@ -131,12 +172,32 @@ def test_smaller_backward_batches_train_the_same_student(tiny_config):
 
 
 def test_a_student_can_start_from_a_lora(tiny_config, make_lora):
-    lora = make_lora(31, rank=4, alpha=8)
-    last = train(tiny_config(num_epochs=1, train__lora_path=str(lora), train__learning_rate=1e-9))
-    start, end = (load_file(folder / "adapter_model.safetensors") for folder in (lora, last / "lora"))
-    assert start.keys() == end.keys()
-    for name in start:
-        torch.testing.assert_close(start[name], end[name], rtol=0, atol=1e-6)
+    """It gets the scale of a fresh one; a run of before that was so keeps its own, when it is resumed."""
+    lora = make_lora(31, rank=4, alpha=2)
+    options = {"train__lora_path": str(lora), "train__learning_rate": 1e-9, "train__ema": False}
+    last = train(tiny_config(num_epochs=1, **options))
+    start = load_file(lora / "adapter_model.safetensors")
+
+    def check(folder, scale):
+        end, trained = load_file(folder / "lora" / "adapter_model.safetensors"), student(folder).values()
+        assert start.keys() == end.keys()
+        for name, tensor in start.items():
+            same, own = (tensor * 0.5, tensor * 0.5 / scale) if "lora_B" in name else (tensor, tensor)
+            torch.testing.assert_close(end[name], same, rtol=0, atol=1e-6)
+            assert any(t.shape == own.shape and torch.allclose(t, own, rtol=0, atol=1e-6) for t in trained)
+
+    check(last, scale=2.0)
+    tensors, scalars = checkpoint.load_state(last / "state")
+    assert scalars.pop("start_rescaled") is True
+    tensors = {k: v * (4 if k.startswith("student.") and int(k[8:]) % 2 else 1) for k, v in tensors.items()}
+
+    def write(folder):
+        shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        checkpoint.save_state(folder / "state", tensors, scalars)
+
+    checkpoint.save(last.parent, last.name, write)
+    for rounds in (2, 3):
+        check(train(tiny_config(num_epochs=rounds, resume_from="auto", **options)), scale=0.5)
 
 
 def test_every_setting_runs(tiny_config, tmp_path):
@@ -188,9 +249,10 @@ def test_a_broken_teacher_stops_before_training(tiny_config, tmp_path):
     config.train.teachers[1]["lora_path"] = str(folder)
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(config)
     assert str(folder) in str(caught.value)
+    assert "train.teachers[1].lora_path" in str(caught.value)
     assert not (tmp_path / "logs" / "run" / "checkpoints").exists()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.files import write_atomically
+from diffusionopd.files import path_flag, write_atomically
 from tools.report import compare, csv_table, published_models, read_models, render_comparison, text_comparison
 
 
@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Flags to files; a mistake of the user's ends in one line, not in a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a model's evaluations; NAME for the table")
-    parser.add_argument("--output", type=Path, default=Path("logs/comparison"), help="folder (default logs/comparison)")
+    parser.add_argument(
+        "--output", type=path_flag, default=Path("logs/comparison"), help="folder (default logs/comparison)"
+    )
     parser.add_argument("--published", action="store_true", help="add the rows of the paper's Table 1")
     shown = "prompts to show of each data set, the first ones"
     parser.add_argument("--pictures", type=int, default=12, metavar="PROMPTS", help=shown)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = text_comparison(comparison)
     for name, content in (("html", page), ("csv", csv_table(comparison)), ("txt", text + "\n")):
         write_atomically(flags.output / f"comparison.{name}", content)
-    print(f"\n{text}\n\nwritten to {flags.output}: comparison.html, comparison.csv, comparison.txt")
+    print(f"\n{text}\n\nwritten to {flags.output.absolute()}: comparison.html, comparison.csv, comparison.txt")
 
 
 if __name__ == "__main__":

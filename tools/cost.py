@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.config_schema import redacted, split_arguments
-from diffusionopd.files import write_json
+from diffusionopd.files import path_flag, write_json
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
@@ -32,7 +32,7 @@ def main() -> None:
         parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
         parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
         parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
-        parser.add_argument("--json", help="write the figures to this file")
+        parser.add_argument("--json", type=path_flag, help="write the figures to this file")
         args = parser.parse_args(rest)
         if source is None:
             sys.exit("error: name a configuration (--config config/opd.py:mopd)")

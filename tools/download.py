@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
+from diffusionopd.files import path_flag
 from tools.downloads import CATALOGUE, DownloadError, choose, describe, download
 
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="say what would be loaded, and load nothing")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     where = "folder that dataset/ and reward_ckpts/ belong in (default: this repository)"
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help=where)
+    parser.add_argument("--root", type=path_flag, default=Path(__file__).resolve().parent.parent, help=where)
     flags = parser.parse_args(arguments)
     try:
         items = choose(flags.kind, flags.names)

@@ -10,7 +10,6 @@ of text, or of JSON with a "prompt" in a .jsonl file. Writes gallery.html, or ga
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.algorithms import ALGORITHMS
-from diffusionopd.config_schema import is_number, read, redacted
+from diffusionopd.config_schema import flatten, is_number, read, redacted
 from diffusionopd.data.prompts import read_prompts
-from diffusionopd.evaluation.job import Job, Model, adapter_of, find_checkpoint, load_models
+from diffusionopd.evaluation.job import Job, Model, adapter_of, load_models
 from diffusionopd.evaluation.results import EvaluationError
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark, first
-from diffusionopd.files import ensure_writable, write_atomically
+from diffusionopd.files import ensure_writable, located, path_flag, write_atomically
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
 from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.rewards.images import to_uint8
-from diffusionopd.training.plan import WatchSettings
-from diffusionopd.training.resume import read_saved_config
+from diffusionopd.training.checkpoint import find_lora, locate
+from diffusionopd.training.command import plain_warnings
+from diffusionopd.training.plan import SCHEMA, WatchSettings, with_paths
+from diffusionopd.training.resume import read_run_config
 from tools.publishing import public, run_of
 from tools.report import Drawn, render_gallery
 from tools.report.collect import machine_facts
@@ -46,12 +47,12 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags left out are None, to be told from flags given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="run folder, or <run>/checkpoints/checkpoint-<n>")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line, or .jsonl")
+    parser.add_argument("--prompts", type=path_flag, required=True, metavar="FILE", help="a prompt a line, or .jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the noise, a row each (default 1)")
     scales = "what multiplies the alpha of the student's LoRA, a column each (default 1); 0 is the base, always there"
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help=scales)
     parser.add_argument("--teachers", action="store_true", help="the run's teachers too, at their own guidance")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page (default <run>/gallery)")
+    parser.add_argument("--output", type=path_flag, metavar="DIR", help="folder of the page (default <run>/gallery)")
     parser.add_argument("--guidance_scale", type=float, help="of all models; 1 is without")
     parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE")
     parser.add_argument("--resolution", type=int, help="pixels a side")
@@ -61,12 +62,12 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
-    folder = find_checkpoint(flags.run)
+    folder = find_lora(located(flags.run))
     if not (folder / "config.json").is_file():
         raise EvaluationError(
             f"{folder} has no config.json that names its base: give a run folder or a checkpoint of one"
         )
-    values = read_saved_config(folder)
+    values = SCHEMA.defaults() | flatten(with_paths(read_run_config(folder / "config.json")))
     base, memory, watch = read(BaseSettings, values), read(MemorySettings, values), read(WatchSettings, values)
     prompts = read_prompts(flags.prompts, "geneval" if flags.prompts.suffix == ".jsonl" else "general_ocr")
     steps = first(flags.num_inference_steps, watch.eval_num_steps)
@@ -98,8 +99,7 @@ def _students(lora: LoraWeights, scales: Sequence[float]) -> Iterator[Model]:
         if not is_number(scale):
             raise EvaluationError(f"--scales must be finite numbers, not {scale}")
         if scale != 0:
-            alpha = {module: scale * alpha for module, alpha in lora.alpha.items()}
-            yield Model("student" if scale == 1 else f"student at {scale:g}", replace(lora, alpha=alpha))
+            yield Model("student" if scale == 1 else f"student at {scale:g}", lora.scaled(scale))
 
 
 def _teachers(values: Mapping[str, Any], guidance: float | None) -> Iterator[Model]:
@@ -107,7 +107,8 @@ def _teachers(values: Mapping[str, Any], guidance: float | None) -> Iterator[Mod
         raise EvaluationError(f"a run of {values['train.algorithm']} has no teachers: leave out --teachers")
     for task in values["train.teachers"]:
         own = first(guidance, task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
-        yield Model(f"teacher {task['name']}", load_lora(task["lora_path"]), own)
+        lora = load_lora(locate(task["lora_path"])).scaled(first(task.get("scale"), 1.0))
+        yield Model(f"teacher {task['name']}", lora, own)
 
 
 def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtype) -> Iterator[Drawn]:
@@ -147,7 +148,7 @@ def free_page(folder: Path) -> Path:
 
 def _name_of(run: str) -> str:
     """A checkpoint without the folders that it lies in: `run, checkpoint-300`."""
-    folder = find_checkpoint(run).resolve()
+    folder = find_lora(located(run)).resolve()
     return ", ".join(dict.fromkeys([run_of(folder).name, folder.name]))
 
 
@@ -167,10 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(arguments)
     seeds = list(dict.fromkeys(flags.seeds))
     try:
-        job = make_job(flags)
+        with plain_warnings():
+            job = make_job(flags)
         ensure_writable(job.output, "output folder", "Choose another with --output, or free space.")
         ensure_writable(job.cache_dir, "text cache", "Free space there.")
-        print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, into {job.output}")
+        print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, into {job.output.absolute()}")
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
         dtype = torch.float32 if device.type == "cpu" or job.dtype is None else job.dtype
         notes = ["A number after a student multiplies the alpha of its LoRA."] if flags.scales != [1] else []
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(redacted(f"error: {error}"))
-    print(f"written to {write_atomically(free_page(job.output), html)}")
+    print(f"written to {write_atomically(free_page(job.output), html).absolute()}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.config_schema import split_arguments
+from diffusionopd.files import path_flag
 from diffusionopd.training import load_config
 from diffusionopd.training.profiling import profile
 from tools.report.plots import shares
@@ -27,7 +28,7 @@ def main() -> str | None:
         source, overrides, rest = split_arguments(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--rounds", type=int, default=3)
-        parser.add_argument("--output", type=Path)
+        parser.add_argument("--output", type=path_flag)
         flags = parser.parse_args(rest)
         if source is None or flags.rounds < 1:
             return "error: --config FILE:NAME is missing, or --rounds is below 1; --help has examples"
@@ -39,7 +40,7 @@ def main() -> str | None:
     if found is not None:
         (folder / "stages.svg").write_text(shares(found["stage_seconds"], "seconds of a round"), encoding="utf-8")
         print(f"\n{(folder / 'summary.txt').read_text()}")
-        print(f"written to {folder}: summary.txt, summary.json, stages.svg, trace.json.gz")
+        print(f"written to {folder.absolute()}: summary.txt, summary.json, stages.svg, trace.json.gz")
     return None
 
 

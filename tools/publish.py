@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.config_schema import redacted
-from diffusionopd.files import write_atomically, writing
+from diffusionopd.files import path_flag, write_atomically, writing
 from tools.publishing import PublishError, check_name, check_token, find_student, publication, upload
 from tools.publishing.card import render_card
 from tools.publishing.scores import read_scores
@@ -28,13 +28,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, or <run>/checkpoints/checkpoint-<n>")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub, made if it is not there")
     parser.add_argument("--dry_run", action="store_true", help="list what would be published, and write nothing")
-    parser.add_argument("--folder", type=Path, metavar="OUT", help="write into this folder instead of uploading")
+    parser.add_argument("--folder", type=path_flag, metavar="OUT", help="write into this folder instead of uploading")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names that are there")
     parser.add_argument("--license", help="for the card, as the hub names it: mit, apache-2.0, other, ...")
     parser.add_argument("--base_model", metavar="OWNER/NAME", help="the base on the hub, where the run names a folder")
     where = "folder of the evaluations whose scores go into the card (default <run>/evaluation)"
-    parser.add_argument("--evaluation", type=Path, help=where)
+    parser.add_argument("--evaluation", type=path_flag, help=where)
     flags = parser.parse_args(arguments)
     try:
         _publish(flags)
@@ -65,7 +65,7 @@ def _publish(flags: argparse.Namespace) -> None:
         for name, content in files.items():
             with writing(flags.folder / name, "file", "Choose another --folder, or free space."):
                 write_atomically(flags.folder / name, content)
-        print(f"written to {flags.folder}")
+        print(f"written to {flags.folder.absolute()}")
     else:
         print(f"published: {upload(flags.repo, files, private=flags.private, overwrite=flags.overwrite)}")
 

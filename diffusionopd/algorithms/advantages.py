@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.base import ReferenceSettings
-from diffusionopd.config_schema import Problems, key
+from diffusionopd.config_schema import READ, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.unfit import way_out
@@ -84,7 +84,7 @@ def clip_advantages(values: Tensor, clip: float) -> Tensor:
 class RewardSettings(ReferenceSettings):
     """Training from rewards."""
 
-    dataset: str = key("dataset", "")
+    dataset: str = key("dataset", "", path=READ)
     """Without `train.teachers`: folder of the prompts of the one task."""
     prompt_fn: str = key("prompt_fn", "")
     """Without `train.teachers`: format of the prompts, as of a task."""

@@ -91,6 +91,12 @@ class SamplerSettings:
         if problems.good("sample.solver", "sample.noise_level", "sample.deterministic") and self.kernel == "ode":
             remedy = "Use solver flow, dance, cps or ddim with noise_level above 0 and deterministic False."
             problems.add(name, f"is {value!r}, which needs a sampler with noise", remedy)
+        fraction = "train.timestep_fraction"
+        last = problems.good(fraction, "sample.num_steps") and self.trained_steps == self.num_steps
+        if last and self.kernel in ("cps", "ddim"):
+            what = f"is {self.timestep_fraction:g}: the last step is trained too, to which {self.solver} adds no noise"
+            remedy = f"{name} {value!r} needs noise in every trained step: set it below 1, such as 0.99."
+            problems.add(fraction, what, remedy)
 
     def notes(self) -> list[str]:
         """What was set and does nothing."""
@@ -136,6 +142,11 @@ class RoundPlan:
     shape: RoundShape
     tasks: tuple[Task, ...]
     model: ModelInfo | None  # where the base model is a folder here
+
+    def steps_after(self, completed: int) -> int:
+        """Optimizer steps of so many rounds."""
+        in_round = self.shape.backward_batches // self.shape.batches_per_step * self.sampler.num_inner_epochs
+        return completed * in_round // self.shape.rounds_per_step
 
     def nfe(self, guidance: float) -> int:
         """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
@@ -239,6 +250,7 @@ class Algorithm:
     has_teachers: ClassVar[bool] = False
     has_rewards: ClassVar[bool] = False
     one_step: ClassVar[bool] = False  # whether a round may not have several optimizer steps
+    ema_each_batch: ClassVar[bool] = True  # whether the published code calls its average after each batch, or each step
 
     def __init__(self, models: Models, settings: Any, sampler: SamplerSettings, sigmas: Tensor, shape: RoundShape):
         """``sigmas`` ``[num_steps + 1]``: the noise levels of the training trajectories."""

@@ -42,6 +42,7 @@ class Nft(Algorithm):
     name = "nft"
     groups = (NftSettings,)
     has_rewards = True
+    ema_each_batch = False
     settings: NftSettings
 
     def __init__(self, models: Models, *others: Any) -> None:

@@ -1,18 +1,19 @@
-"""The optimizer step of a round, or of several: scaled backward, one all-reduce, clipping, AdamW, EMA."""
+"""The optimizer step of a round, or of several: scaled backward, one all-reduce, clipping, the rate, AdamW, EMA."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffusionopd.config_schema import FREE, key
+from diffusionopd.config_schema import FREE, Problems, key
 from diffusionopd.distributed import average_gradients
 from diffusionopd.stages import stage
 
@@ -21,12 +22,21 @@ class NonFiniteError(ValueError):
     """A velocity, loss or gradient is NaN or infinite; the student has not been touched by it."""
 
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW."""
 
     learning_rate: float = key("train.learning_rate", 3e-4, "(0, inf)", resume=FREE)
     """Of AdamW."""
+    lr_scheduler: str = key("train.lr_scheduler", "constant", choices=SCHEDULES, resume=FREE)
+    """What the learning rate does over the optimizer steps of `num_epochs` rounds (`diffusers.optimization`): stays
+    ("constant"), stays after the warm-up ("constant_with_warmup"), or falls to 0 after it ("linear", "cosine"). `lr`
+    in metrics.jsonl is that of a round's last step."""
+    lr_warmup_steps: int = key("train.lr_warmup_steps", 0, "[0, inf)", resume=FREE)
+    """Optimizer steps over which the rate rises in proportion, from 0 at the first; not with "constant"."""
     adam_beta1: float = key("train.adam_beta1", 0.9, "[0, 1)")
     """Of AdamW."""
     adam_beta2: float = key("train.adam_beta2", 0.999, "[0, 1)")
@@ -46,22 +56,42 @@ class OptimizerSettings:
     (measured in docs/method.md); the logged loss and gradient norm, and `max_grad_norm`, are in units of the loss as
     it is."""
 
+    def check(self, problems: Problems) -> None:
+        """A warm-up needs a schedule that has one."""
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            remedy = 'Set train.lr_scheduler to "constant_with_warmup", or this to 0.'
+            problems.add("train.lr_warmup_steps", f'is {self.lr_warmup_steps}, which "constant" does not have', remedy)
+
+    def rates(self, num_steps: int) -> Callable[[int], float]:
+        """The learning rate of each of a run's ``num_steps`` optimizer steps, counted from 0."""
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        warmup = self.lr_warmup_steps
+        schedule = get_scheduler(self.lr_scheduler, stand_in, num_warmup_steps=warmup, num_training_steps=num_steps)
+        (factor,) = schedule.lr_lambdas
+        return lambda step: self.learning_rate * factor(step)
+
 
 @dataclass(frozen=True)
 class EmaSettings:
     """The average of the student."""
 
     ema: bool = key("train.ema", False, resume=FREE)
-    """Average the student's weights over rounds; evaluation and the saved LoRA use the average."""
+    """Average the student's weights over optimizer steps; evaluation and the saved LoRA use the average."""
     ema_decay: float = key("train.ema_decay", 0.9, "[0, 1)", resume=FREE)
-    """The average keeps min((1 + n) / (10 + n), ema_decay) of itself, every `ema_interval` rounds (rounds that share an
-    optimizer step count as one)."""
+    """After optimizer step n the average keeps min((1 + n) / (10 + n), ema_decay) of itself, if n + 1 is a multiple of
+    `ema_interval`."""
     ema_interval: int = key("train.ema_interval", 8, "[1, inf)", resume=FREE)
     """See `train.ema_decay`."""
+    ema_repeats: int = key("train.ema_repeats", 0, "[0, inf)", resume=FREE)
+    """How often that is done in a row, with the same weights. 0 does what the published code does, once for each of a
+    process's batches in an optimizer step (`num_batches_per_epoch`, if a round has one step), and for nft once: the
+    average is then about 25 rounds old in config/opd.py:mopd, with 1 it would be 75 (docs/method.md)."""
 
 
 class StudentOptimizer:
     """AdamW with a constant loss scale, dynamic scaling for fp16 and gradient clipping over the student's tensors.
+
+    ``steps``, the optimizer steps done, is set by whoever resumes: the learning rate and the average follow from it.
 
     ``loss_scale`` multiplies every loss before backward. A mean over latent dimensions, steps and samples leaves
     gradients so small that AdamW's epsilon would swallow them (``docs/method.md`` has the figures); apart from epsilon
@@ -70,9 +100,18 @@ class StudentOptimizer:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], settings: OptimizerSettings, dynamic_scale: bool = False
+        self,
+        parameters: Sequence[nn.Parameter],
+        settings: OptimizerSettings,
+        dynamic_scale: bool = False,
+        *,
+        num_steps: int = 1,
+        ema: Ema | None = None,
     ) -> None:
+        """``num_steps``: optimizer steps of the whole run, for the schedule; ``ema`` is updated after each."""
         self.parameters = list(parameters)
+        self.steps, self.ema = 0, ema
+        self._rate = settings.rates(num_steps)
         self.max_grad_norm, self.loss_scale = settings.max_grad_norm, settings.loss_scale
         options: dict[str, Any] = {
             "lr": settings.learning_rate,
@@ -89,8 +128,8 @@ class StudentOptimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self._adamw.param_groups[0]["lr"]
+        """The learning rate of the last step; of the next before any, and while gradients wait for it."""
+        return self._rate(self.steps if self._kept else max(self.steps - 1, 0))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
@@ -116,13 +155,19 @@ class StudentOptimizer:
 
         After rounds that were kept it is the step of their mean, this one included. Raises NonFiniteError, before the
         student changes, for a NaN or infinite gradient. With fp16's dynamic scale an overflow is ordinary: the step is
-        skipped, the scale halves, and None is returned; it raises once the scale is below 1, where the gradient itself
-        must be broken.
+        skipped, though counted, the scale halves, and None is returned; it raises once the scale is below 1, where the
+        gradient itself must be broken.
         """
         with stage("optimizer step"):
-            return self._step()
+            norm = self._step()
+            self.steps += 1
+            if self.ema is not None:
+                self.ema.update(self.steps)
+        return norm
 
     def _step(self) -> float | None:
+        for group in self._adamw.param_groups:
+            group["lr"] = self._rate(self.steps)
         average_gradients(self.parameters)
         self._scaler.unscale_(self._adamw)
         gradients = self._gradients()
@@ -173,7 +218,7 @@ class StudentOptimizer:
         return self.loss_scale * self._scaler.get_scale()
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Restore what the two methods above returned; the learning rate stays the configured one."""
+        """Restore what the two methods above returned."""
         state: dict[int, dict[str, Tensor]] = {}
         for place, value in tensors.items():
             _, index, name = place.split(".", 2)
@@ -194,21 +239,30 @@ _GRADIENT = "gradient"  # among AdamW's own names
 
 
 class Ema:
-    """Exponential moving average of the student, updated every ``interval`` rounds (diffusers' EMAModel does the work).
+    """Exponential moving average of the student, as the published code keeps it (diffusers' EMAModel does the work).
 
-    Decay after n rounds: ``min((1 + n) / (10 + n), decay)``. Several rounds that make one optimizer step count as one.
+    There the average is called after every batch, with the number n of optimizer steps done, and acts when n + 1 is a
+    multiple of ``interval``: ``repeats`` times with the same weights, if a step has so many batches. Here these
+    follow at once, there the others come with the batches of the next step.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, interval: int, fused: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        decay: float,
+        interval: int,
+        repeats: int = 1,
+        fused: bool = False,
+    ) -> None:
         """``fused`` updates all tensors in a few kernels: the same to rounding."""
         self.parameters = list(parameters)
-        self.interval = interval
+        self.interval, self.repeats = interval, repeats
         self._model = EMAModel(self.parameters, decay=decay, foreach=fused)
 
-    def update(self, completed_rounds: int) -> None:
-        """Called after each round; acts on every ``interval``-th."""
-        if completed_rounds % self.interval == 0:
-            self._model.optimization_step = completed_rounds  # the decay's n counts rounds, not updates
+    def update(self, steps: int) -> None:
+        """Called after each optimizer step, with the number of those done."""
+        for _ in range(self.repeats if (steps + 1) % self.interval == 0 else 0):
+            self._model.optimization_step = steps  # the decay's n counts optimizer steps, not updates
             self._model.step(self.parameters)
 
     @contextmanager

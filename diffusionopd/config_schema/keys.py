@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from diffusionopd.config_schema.problems import Problems, nearest
+from diffusionopd.files import located, user_path
 
 T = TypeVar("T")
 SECTIONS = ("pretrained", "sample", "train")
+_JSON = "numbers, strings, True, False, None, and lists and dicts of them"
 
 # What a resumed run does about a changed value.
 REFUSE = "refused"  # it would be another experiment
@@ -33,6 +37,10 @@ FREE = "free"
 ROUND = "as a round"  # free as long as a round of all processes stays the same
 TEACHERS = "refused with teachers"
 REWARDS = "refused when trained on"
+
+# What a path is for; each is a function that says where it leads.
+READ: Callable[[str], str] = located
+WRITE: Callable[[str], str] = user_path
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Key:
     resume: str = REFUSE
     used: bool = True  # False: accepted because existing files set it
     optional: bool = False  # None is a value of its own: the base model's default
+    path: Callable[[str], str] | None = None  # READ or WRITE, of a path or a list of them
     group: type | None = None
 
     def problem(self, value: Any) -> tuple[str, str] | None:
@@ -64,7 +73,21 @@ class Key:
             wrong = f"{self.form[0]}."
         elif self.interval and not _inside(value, self.interval):
             wrong = f"{expected} in {self.interval}."
+        elif self.path and value:
+            try:
+                self.placed(value)
+            except ValueError as error:
+                return f"is {value!r}", f"{error}."
+        else:
+            for place, what in unwritable(value, self.name):
+                return f"has {what} at {place}", f"It is saved as JSON: give {_JSON}."
         return (f"is {value!r}", f"It must be {wrong}") if wrong else None
+
+    def placed(self, value: Any) -> Any:
+        """A path, or each of a list, as it leads from here; anything else as it is. Raises ValueError."""
+        if isinstance(value, list | tuple):
+            return [self.placed(each) for each in value]
+        return self.path(value) if self.path and isinstance(value, str) else value
 
 
 def key(name: str, default: Any, interval: str = "", **options: Any) -> Any:
@@ -117,6 +140,31 @@ class Schema:
                 problems.add(name, *problem)
 
 
+def placed(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """``values`` with the paths among them as they lead from here; what `Key.problem` refuses is left as it is."""
+    result = dict(values)
+    for name, declared in keys.items():
+        if declared.path and name in values:
+            with suppress(ValueError):
+                result[name] = declared.placed(values[name])
+    return result
+
+
+def unwritable(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Places in a value, itself at ``place``, of what JSON does not hold as it is, and what is there."""
+    if isinstance(value, Mapping):
+        yield from ((place, f"the name {name!r}") for name in value if not isinstance(name, str))
+        for name, inner in value.items():
+            yield from unwritable(inner, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from unwritable(inner, f"{place}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield place, repr(value)
+    elif value is not None and not isinstance(value, str | int | float):
+        yield place, f"a {type(value).__name__}"
+
+
 def to_plain(value: Any) -> Any:
     """``value`` with every ConfigDict in it, also inside lists, turned into a dict."""
     if isinstance(value, ConfigDict):
@@ -150,8 +198,12 @@ def is_device(value: str | None) -> bool:
 
 
 def comparable(value: Any) -> Any:
-    """``value`` as it comes back from JSON; None is unset."""
-    return "" if value is None else json.loads(json.dumps(value, default=str))
+    """``value`` as it comes back from JSON, with a word for what cannot; None is unset."""
+    return "" if value is None else json.loads(json.dumps(value, default=_word, skipkeys=True))
+
+
+def _word(value: Any) -> str:
+    return f"a {type(value).__name__}"
 
 
 def unset(value: str | None) -> bool:

@@ -7,6 +7,7 @@ A file is a Python file with ``get_config(name)`` or with a function called NAME
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,9 @@ from ml_collections.config_flags import config_path
 
 from diffusionopd.config_schema.keys import SECTIONS, Schema, flatten, to_plain, unset
 from diffusionopd.config_schema.problems import ConfigError, nearest
+from diffusionopd.files import located, looked_in
+
+_PLACE = re.compile(r"([^\W\d]\w*(\[-?\d+\])*)(\.[^\W\d]\w*(\[-?\d+\])*)*")
 
 
 def load_config(schema: Schema, source: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
@@ -31,7 +35,7 @@ def load_config(schema: Schema, source: str, overrides: Sequence[tuple[str, str 
     raises is passed on.
     """
     file, _, name = source.partition(":")
-    config = _with_defaults(schema, _call(Path(file), name))
+    config = _with_defaults(schema, _call(Path(located(file)), name))
     if unset(config.get("run_name")) and unset(config.get("save_dir")):
         config.run_name = name or Path(file).stem
     problems = [problem for key, text in overrides if (problem := _override(config, key, text))]
@@ -68,7 +72,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
 def _call(file: Path, name: str) -> Any:
     """The configuration called ``name`` in ``file``."""
     if not file.is_file():
-        raise ConfigError([f"--config: there is no file {file}. Use for example config/opd.py:mopd"])
+        where = looked_in(file)
+        raise ConfigError([f"--config: there is no file {file}{where}. Use for example config/opd.py:mopd"])
     with _legacy_imp():
         module = _load_source("diffusionopd_config", str(file))
         names = [key for key, value in vars(module).items() if _is_configuration(module, key, value)]
@@ -133,6 +138,9 @@ def _with_defaults(schema: Schema, given: ConfigDict | Mapping[str, Any]) -> Con
 
 def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
     """Set ``key`` (``a.b``, ``a.b[0].c``) to what ``text`` says; the problem if there is no such place."""
+    if not _PLACE.fullmatch(key):
+        form = "a key is made of names with dots between, [0], [1], ... behind that of a list"
+        return f"--config.{key} cannot be set: {form}, such as train.teachers[0].guidance_scale."
     try:
         if key.startswith("reward_options."):  # whose rewards and options are free: it starts empty
             reward = key.split(".")[1]
@@ -143,7 +151,11 @@ def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
             current = config_path.get_value(key, config)
         config_path.set_value(key, config, _parse(text, current), accept_new_attributes=True)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        reason = error.args[0] if error.args else type(error).__name__
+        reasons: dict[type, str] = {
+            KeyError: "there is nothing of that name",
+            IndexError: "there is no list with that entry",
+        }
+        reason = reasons.get(type(error), "what is named before has no parts of that kind")
         return f"--config.{key} cannot be set: {reason}.{nearest(key, flatten(config))}"
     return None
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from diffusionopd.config_schema.keys import unset
 from diffusionopd.config_schema.problems import Problems
+from diffusionopd.files import located, looked_in
 
 _PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w. +()-]+)*")
 
 
 def with_origin(source: str) -> str:
@@ -38,22 +39,19 @@ def check_model(key: str, model: str, problems: Problems, *, or_file: bool = Fal
         if not (Path(model) / "model_index.json").is_file():
             problems.add(key, f"is {model}, which has no model_index.json", remedy)
     elif not _is_hub_id(model) or model.count("/") != 1:
-        problems.add(key, f"is {model}, which does not exist here", remedy)
+        problems.add(key, f"is {model}, which does not exist{looked_in(model)}", remedy)
 
 
 def check_adapter(key: str, source: str, problems: Problems) -> None:
-    """A LoRA is a folder or file that is there, or a hub id."""
-    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name/sub/folder)."
+    """A LoRA is a folder or file that is there, or a hub id; what is in it is not looked at."""
+    remedy = "Give a LoRA folder, a .safetensors file or a hub id (organisation/name[/folder or file][@revision])."
     if what := gap(source):
         problems.add(key, what, remedy)
         return
-    path = Path(source)
-    if path.is_dir() and not any((*path.glob("*.safetensors"), *path.glob("lora/*.safetensors"))):
-        problems.add(key, f"is {source}, a folder without a .safetensors file", remedy)
-    elif path.is_file() and path.suffix != ".safetensors":
-        problems.add(key, f"is {source}, which is not a .safetensors file", remedy)
-    elif not path.exists() and (path.suffix == ".safetensors" or not _is_hub_id(source)):
-        problems.add(key, f"is {source}, which does not exist here", remedy)
+    place = source.partition("@")[0]
+    is_file = place.endswith(".safetensors")
+    if not Path(source).exists() and not (_is_hub_id(place) and place.count("/") > is_file):
+        problems.add(key, f"is {source}, which does not exist{looked_in(source)}", remedy)
 
 
 def check_writable(key: str, folder: Path, problems: Problems) -> None:
@@ -65,6 +63,6 @@ def check_writable(key: str, folder: Path, problems: Problems) -> None:
 
 
 def _is_hub_id(source: str) -> bool:
-    """Whether ``source`` can only be meant for the hub: ``owner/name[/sub/folder]``, with no such folder here."""
+    """Whether ``source`` can only be meant for the hub: ``owner/name[/folder or file]``, with no such folder here."""
     first = source.split("/")[0]
-    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(first).exists()
+    return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(located(first)).exists()

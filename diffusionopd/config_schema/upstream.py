@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusionopd.config_schema.keys import FREE, key
+from diffusionopd.config_schema.keys import FREE, WRITE, key
 
 _UNUSED: dict[str, Any] = {"used": False, "resume": FREE}
 
@@ -18,7 +18,7 @@ class UpstreamSettings:
     """Tasks carry their own prompts."""
     proxy_reward_fn: dict = key("proxy_reward_fn", {}, **_UNUSED)
     """Tasks carry their own rewards."""
-    save_eval_dir: str = key("save_eval_dir", "", **_UNUSED)
+    save_eval_dir: str = key("save_eval_dir", "", path=WRITE, **_UNUSED)
     """Evaluations are written to the run folder."""
     debug: bool = key("debug", False, **_UNUSED)
     """Of the upstream script."""

@@ -18,7 +18,7 @@ from diffusionopd.data.noise import Stream, generator, noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.data.tasks import Task
+from diffusionopd.data.tasks import Task, loss_weights
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
 
@@ -105,6 +105,7 @@ class Batches:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if self.settings.prefetch else None
         self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._weights = loss_weights(self.tasks)
 
     def round(self, index: int) -> list[Batch]:
         """The batches of round ``index`` (from 0), on the training device. BatchError when they cannot be made."""
@@ -133,7 +134,7 @@ class Batches:
         return made
 
     def _batch(self, index: int, task: int, samples: Sequence[int], wants_images: bool) -> Batch:
-        own, key = self.tasks[task], (self.settings.seed, index, task)
+        own, weight, key = self.tasks[task], self._weights[task], (self.settings.seed, index, task)
         groups = [sample // self.shape.images_per_prompt for sample in samples]
         sampler, known = self.samplers[own.name], self.prompts[own.name]
         prompts = [known[sampler.index(index, group)] for group in groups]
@@ -147,10 +148,8 @@ class Batches:
             return drawn([(stream, *key, i, step) for i in samples]).to(self.device, non_blocking=True)
 
         text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
-        rows = [
-            Row(own.name, i, p, own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
-            for i, p in zip(samples, prompts, strict=True)
-        ]
+        target = (own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
+        rows = [Row(own.name, i, p, *target, weight) for i, p in zip(samples, prompts, strict=True)]
         return Batch(
             rows=tuple(rows),
             noise=drawn([(Stream.LATENT, *key, i) for i in (groups if self.settings.same_latent else samples)]),

@@ -42,6 +42,22 @@ def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt
     return read_prompts(Path(dataset) / FORMATS[prompt_fn][0].format(split=split), prompt_fn)
 
 
+def load_folders(
+    folders: Iterable[str | Path], prompt_fn: str, split: str, most: int | None = None
+) -> tuple[list[Prompt], dict[str, range]]:
+    """The prompts of several data sets one after another, the first `most` of each, and the places of each one's.
+
+    Places are by the names of the folders. Raises as `load_prompts`.
+    """
+    prompts: list[Prompt] = []
+    places = {}
+    for folder in folders:
+        own = load_prompts(folder, prompt_fn, split)[:most]
+        places[Path(folder).name] = range(len(prompts), len(prompts) + len(own))
+        prompts += own
+    return prompts, places
+
+
 def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
     """Prompts of one file in the format of `prompt_fn`. Raises as `load_prompts`."""
     try:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import FREE, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
+from diffusionopd.config_schema import FREE, READ, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
 from diffusionopd.config_schema.paths import check_adapter, gap
 from diffusionopd.data.prompts import FORMATS, PromptError, listed, load_prompts
 from diffusionopd.data.unfit import unfit_lines
+from diffusionopd.files import looked_in
 
 
-def _is_name(value: Any) -> bool:
+def _are_texts(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def is_name(value: Any) -> bool:
+    """Whether it can be part of a metric's or a file's name."""
     return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None
 
 
@@ -23,13 +30,22 @@ def _is_name(value: Any) -> bool:
 class Task:
     """An entry of ``train.teachers``: one task, with its teacher or the rewards it is trained on."""
 
-    name: str = key("name", "", form=('made of letters, digits, "-", "_"', _is_name))
+    name: str = key("name", "", form=('made of letters, digits, "-", "_"', is_name))
     """Of the task, in logs and files."""
-    dataset: str = key("dataset", "")
+    dataset: str = key("dataset", "", path=READ)
     """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
-    lora_path: str = key("lora_path", "", resume=TEACHERS)
-    """The teacher: a local folder, a .safetensors file, or a hub id with subfolder ("organisation/name/sub"). Without
-    effect when the training is from rewards."""
+    datasets: tuple = key("datasets", [], path=READ, form=("a list of folders", _are_texts))
+    """In the place of `dataset`: several such folders of different names. The task's prompts are those of all together,
+    so each prompt of each is drawn equally often. Evaluations log the mean over all test prompts, and that of each
+    folder's as `eval/<task>/<folder>/<reward>`."""
+    lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
+    """The teacher: a local folder, which may be that of a run (its latest checkpoint), a LoRA file, or a place on the
+    hub ("owner/name[/folder or file][@revision]"); docs/loras.md has the formats. Without effect when the training is
+    from rewards."""
+    scale: float = key(
+        "scale", 1.0, form=("a finite number other than 0", lambda v: is_number(v) and v != 0), resume=TEACHERS
+    )
+    """Multiplies the teacher's LoRA, as the strength slider of other tools does; below 0 it teaches the opposite."""
     proxy_reward: dict[str, float] = key("proxy_reward", {}, resume=REWARDS)
     """{reward: weight} to monitor (`monitor_freq`) and evaluate (`eval_freq`) with; {} for none. Training from rewards
     maximises their weighted mean."""
@@ -40,9 +56,13 @@ class Task:
     strength: float = key("strength", 1.0, "[0, inf)", resume=TEACHERS)
     """How far the target is from the reference, in units of the way to the teacher: 1 is the teacher itself, less is
     softened, more is beyond it. Anything but 1 costs one more forward without gradient per trained state."""
-    reference: str = key("reference", "", resume=TEACHERS)
+    reference: str = key("reference", "", path=READ, resume=TEACHERS)
     """What `strength` counts from, under this teacher's guidance: empty for the base without adapters, or a LoRA, given
     as `lora_path` is."""
+    weight: float = key("weight", 1.0, "(0, inf)")
+    """Of this task's loss, relative to the mean of all tasks' weights; logged losses are without it. AdamW hardly sees
+    a factor that a whole optimizer step has in common, so it acts where tasks share steps (not with
+    `train.task_order` "alternate" or "cascade", unless rounds share a step)."""
     eval_guidance_scale: float = key("eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Guidance of the student in evaluations on this task; optional (`sample.eval_guidance_scale`)."""
     eval_num_steps: int = key("eval_num_steps", 40, "[1, inf)", resume=FREE)
@@ -61,6 +81,17 @@ class Task:
     @property
     def _module_name(self) -> str:
         return "".join(c if c.isalnum() else "_" for c in self.name)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where its prompts are."""
+        return tuple(self.datasets) or (self.dataset,)
+
+
+def loss_weights(tasks: Sequence[Task]) -> list[float]:
+    """The tasks' weights, relative to their mean: exactly 1 where all are equal."""
+    weights = [Fraction(task.weight) for task in tasks]
+    return [float(weight * len(weights) / sum(weights)) for weight in weights]
 
 
 FIELDS = keys_of(Task)
@@ -174,20 +205,44 @@ def _check_dataset(
     place: str, fields: Mapping[str, Any], with_test: bool, scored: Mapping[str, int | None], problems: Problems
 ) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
-    if not problems.good(key := f"{place}.dataset", f"{place}.prompt_fn"):
+    one, several = f"{place}.dataset", f"{place}.datasets"
+    if not problems.good(one, several, f"{place}.prompt_fn"):
         return 0
-    if what := gap(fields["dataset"]):
+    rewards = fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
+    checked = {"prompt_fn": fields["prompt_fn"], "with_test": with_test, "scored": scored, "rewards": rewards}
+    if not fields["datasets"]:
+        return _check_folder(one, fields["dataset"], problems, **checked)
+    if fields["dataset"]:
+        problems.add(several, f"is set, and so is dataset, {fields['dataset']!r}", "Set one of them to None.")
+    for name, count in Counter(Path(folder).name for folder in fields["datasets"]).items():
+        if count > 1:
+            problems.add(several, f"has {count} folders called {name!r}", "Evaluations name them so: rename one.")
+    return sum(_check_folder(several, folder, problems, **checked) for folder in fields["datasets"])
+
+
+def _check_folder(
+    key: str,
+    folder: str,
+    problems: Problems,
+    *,
+    prompt_fn: str,
+    with_test: bool,
+    scored: Mapping[str, int | None],
+    rewards: Mapping[str, float],
+) -> int:
+    """Check the prompt files of a folder and return the number of training prompts."""
+    if what := gap(folder):
         problems.add(key, what, "Name the folder with the prompt files.")
         return 0
-    counts, rewards = {"train": 0}, fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
+    counts = {"train": 0}
     for split in ("train", "test") if with_test else ("train",):
-        file = Path(fields["dataset"], FORMATS[fields["prompt_fn"]][0].format(split=split))
+        file = Path(folder, FORMATS[prompt_fn][0].format(split=split))
         if not file.is_file():
-            what = f"lacks {file}, which prompt_fn {fields['prompt_fn']!r} reads"
+            what = f"lacks {file}{looked_in(file)}, which prompt_fn {prompt_fn!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
             continue
         try:
-            prompts = load_prompts(fields["dataset"], fields["prompt_fn"], split)
+            prompts = load_prompts(folder, prompt_fn, split)
         except PromptError as error:
             problems.add(key, f"has prompts that cannot be used: {error}", "")
             continue

@@ -11,7 +11,7 @@ _SHOWN = 3
 def unfit_lines(prompts: Sequence[Prompt], rewards: Iterable[str]) -> list[str]:
     """One line for each prompt that some of the rewards could not score: where it stands, its text, what it lacks."""
     found = check_prompts(rewards, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
-    return [f"{_place(prompts[index])} {what}" for index, what in found.items()]
+    return [f"{_place(prompts[index])} {_short(what, 240)}" for index, what in found.items()]
 
 
 def way_out(error: Exception, prompts: Sequence[Prompt], go_on: str, repaired: str) -> str:
@@ -33,5 +33,9 @@ def met_at(error: Exception, prompts: Iterable[Prompt]) -> str:
 
 
 def _place(prompt: Prompt) -> str:
-    text = prompt.text if len(prompt.text) <= 80 else f"{prompt.text[:77]}..."
-    return f"{prompt.source}: {text!r}" if prompt.source else repr(text)
+    text = repr(_short(prompt.text, 80))
+    return f"{prompt.source}: {text}" if prompt.source else text
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -139,12 +139,14 @@ def evaluate_task(
     rank: int = 0,
     world: int = 1,
     in_step: bool = False,
+    parts: Mapping[str, range] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The mean of each score over the prompts, one image each, without files: for evaluation during training.
 
     Args:
         rank, world, in_step: as for `evaluate`.
+        parts: by name, places of prompts whose means are returned too, as `<name>/<score>`.
         stopped: asked before each batch, equally often on every process, where it must have the same answer.
 
     Returns:
@@ -167,8 +169,12 @@ def evaluate_task(
             failures = [f"rank {rank}: {error}"]
     if failures := gather_over_processes(failures):
         raise RewardError("; ".join(failures))
-    summaries = summarise(gather_over_processes(records), _combined(scorers))
-    return {name: summary.mean for name, summary in summaries.items()}
+    records, means = gather_over_processes(records), dict[str, float]()
+    named = {f"{name}/": places for name, places in (parts or {}).items()}
+    for part, places in {"": range(len(prompts)), **named}.items():
+        summaries = summarise([record for record in records if record.sample_id in places], _combined(scorers))
+        means |= {f"{part}{name}": summary.mean for name, summary in summaries.items()}
+    return means
 
 
 def _most_batches(samples: int, world: int, batch_size: int) -> int:

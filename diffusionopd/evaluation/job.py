@@ -22,7 +22,8 @@ from diffusionopd.models import backbone as models
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import LoraWeights
+from diffusionopd.models.lora_files import AdapterError, LoraWeights
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import build_scorer
@@ -176,6 +177,10 @@ def load_models(
     job: Job, dtype: torch.dtype, device: torch.device, rank: int = 0, world: int = 1
 ) -> tuple[Backbone, TextCache, Adapters]:
     """The base with the LoRAs of the job's models on it, and the embeddings of its prompts. Errors as of `run`."""
+    given = {model.name: model.lora for model in job.models if model.lora is not None}
+    loras, wrong, _ = find_all(given, job.base, models.read_model(**job.source))
+    if wrong:
+        raise AdapterError("\n".join(wrong.values()))
     # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
     place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
@@ -189,8 +194,8 @@ def load_models(
     backbone.negative = cache.get([NEGATIVE], device)
     adapters = Adapters(backbone.transformer, backbone.inert_modules())
     for index, model in enumerate(job.models):
-        if model.lora is not None:
-            adapters.add_teacher(f"model_{index}", model.lora)
+        if model.name in loras:
+            adapters.add_teacher(f"model_{index}", loras[model.name])
     backbone.shard()
     return backbone, cache, adapters
 
@@ -233,30 +238,3 @@ def lora_hash(lora: LoraWeights) -> str:
         for tensor in (lora.a[name], lora.b[name]):
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def find_checkpoint(path: str) -> Path:
-    """The folder of a saved LoRA: a run folder, `<run>/checkpoints/latest` or `checkpoint-<n>`, or its `lora/`.
-
-    Returns:
-        `checkpoint-<n>`, or the folder of a LoRA that stands alone.
-
-    Raises:
-        EvaluationError: nothing of the kind is there.
-    """
-    given = Path(path)
-    if given.name == "latest":
-        given = given.parent
-    for pointer in (given / "checkpoints" / "latest", given / "latest"):
-        if pointer.is_file():
-            given = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            break
-    if given.name == "lora" and (given.parent / "config.json").is_file():
-        given = given.parent
-    weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
-    if not any((given / name).is_file() for name in weights):
-        raise EvaluationError(
-            f"no checkpoint at {path}: expected a run folder, <run>/checkpoints/checkpoint-<n>, its lora/ folder, "
-            "or <run>/checkpoints/latest"
-        )
-    return given

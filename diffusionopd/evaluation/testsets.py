@@ -1,13 +1,13 @@
 """What can be evaluated on: test prompts by name or folder, and the rewards that each is scored with."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.data.prompts import Prompt, PromptError, listed, load_prompts
+from diffusionopd.data.prompts import Prompt, PromptError, listed, load_folders
 from diffusionopd.data.unfit import unfit_lines
+from diffusionopd.files import located, looked_in
 from diffusionopd.rewards import check_name
 
 _QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
@@ -69,14 +69,18 @@ def find_benchmark(
     config = config or {}
     tasks, sample = config.get("train", {}).get("teachers", []), config.get("sample", {})
     task: Mapping[str, Any] = next((task for task in tasks if task["name"] == dataset), {})
-    if task and (missing := [name for name in ("dataset", "prompt_fn") if not task.get(name)]):
+    has = {"dataset": task.get("dataset") or task.get("datasets"), "prompt_fn": task.get("prompt_fn")}
+    if task and (missing := [name for name, value in has.items() if not value]):
         raise BenchmarkError(f"task '{dataset}' of the configuration has no {' and no '.join(missing)}")
-    if not task and dataset not in BENCHMARKS and not os.path.isdir(dataset):
+    named = task.get("datasets") or [task.get("dataset") or BENCHMARKS.get(dataset, (dataset, ()))[0]]
+    folders = [Path(located(each)) for each in named]
+    folder = folders[0]
+    if not task and dataset not in BENCHMARKS and not folder.is_dir():
         known = dict.fromkeys([*(task["name"] for task in tasks), *BENCHMARKS])
-        raise BenchmarkError(f"dataset '{dataset}' is neither a folder nor one of {', '.join(known)}")
-    folder = Path(task.get("dataset") or BENCHMARKS.get(dataset, (dataset, ()))[0])
+        where = looked_in(folder)
+        raise BenchmarkError(f"dataset '{dataset}' is neither a folder{where} nor one of {', '.join(known)}")
     # A folder that a named benchmark has its prompts in is scored as that is.
-    of_folder = (names for where, names in BENCHMARKS.values() if Path(where).resolve() == folder.resolve())
+    of_folder = (names for where, names in BENCHMARKS.values() if Path(located(where)).resolve() == folder.resolve())
     chosen = tuple(rewards) or next(of_folder, ()) or tuple(task.get("proxy_reward") or ())
     if not chosen:
         raise BenchmarkError(f"nothing is known to score dataset '{dataset}' with: choose with --rewards")
@@ -86,7 +90,7 @@ def find_benchmark(
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
     prompt_fn = task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr")
-    prompts = load_prompts(folder, prompt_fn, "test")[:limit]
+    prompts = load_folders(folders, prompt_fn, "test")[0][:limit]
     if unfit := unfit_lines(prompts, chosen):
         raise PromptError(
             f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,10 @@ FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+
+
+RowSplit = Callable[[Tensor], dict[str, Tensor]]
+"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
 
 
 class BackboneError(ValueError):
@@ -152,9 +156,19 @@ class Backbone(ABC):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
 
-    def inert_modules(self) -> set[str]:
+    @classmethod
+    def inert_of(cls, transformer: nn.Module) -> set[str]:
         """Modules without influence on the output, whose LoRA stays zero however long it is trained."""
         return set()
+
+    @classmethod
+    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+        return {}
+
+    def inert_modules(self) -> set[str]:
+        """:meth:`inert_of` the own transformer."""
+        return self.inert_of(self.transformer)
 
     # --- what all have in common -------------------------------------------------------------------------------------
 
@@ -289,6 +303,17 @@ class ModelInfo:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
 
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights, on the meta device. Raises BackboneError."""
+        with _loading(self.model), torch.device("meta"):
+            return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
+
+
+def family_of(transformer: nn.Module) -> type[Backbone] | None:
+    """The family that a transformer belongs to, by its class."""
+    families = map(pkgutil.resolve_name, FAMILIES.values())
+    return next((family for family in families if type(transformer).__name__ in family.MODELS["transformer"]), None)
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -316,15 +341,17 @@ def _refusal(model: str, problems: Sequence[str]) -> BackboneError:
 
 
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """Turn what the libraries raise inside into BackboneError with the remedy."""
+def _loading(model: str, source: str | None = None) -> Iterator[None]:
+    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into BackboneError with the
+    remedy."""
     try:
         yield
     except BackboneError:
         raise
     except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
         here = "The folder must be a complete diffusers pipeline folder; download or build it again."
-        raise _refusal(model, [f"{error}. {here if Path(model).exists() else hub_remedy()}"]) from error
+        remedy = here if Path(source or model).exists() else hub_remedy()
+        raise _refusal(model, [f"{str(error).rstrip('.')}. {remedy}"]) from error
 
 
 def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:
@@ -333,8 +360,9 @@ def is_here(model: str, revision: str | None = None, config: str | None = None) 
         checkpoint = find_checkpoint(model, revision, download=False) if is_checkpoint(model) else None
         if is_checkpoint(model) and checkpoint is None:
             return False
-        root = find_folder((config or default_config(checkpoint)) if checkpoint else model, revision)
-        return root is not None and (root / "model_index.json").is_file()
+        source = config if checkpoint else model
+        root = find_folder(source, None if checkpoint else revision) if source else Path()
+        return root is not None and (not source or (root / "model_index.json").is_file())
 
 
 def read_model(
@@ -373,16 +401,27 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
             source = config or default_config(checkpoint)
     elif config:
         raise _refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
-    with _loading(source):
-        root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch else None)
-        assert root is not None
+    with _loading(model, source):
+        inferred = checkpoint is not None and not config
+        root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch and not inferred else None)
+        if root is None:
+            what = f"diffusers takes it for one of {source}, whose configurations are not here"
+            remedy = "Set pretrained.config to the pipeline (folder or hub id) that it is made for"
+            raise _refusal(model, [f"{what}. {remedy}"])
         index = diffusers.DiffusionPipeline.load_config(root)
         name = index.get("_class_name")
         if name not in FAMILIES:
             raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
         family, local = pkgutil.resolve_name(FAMILIES[name]), Path(source).is_dir()
         unusable = _index_problems(index, family, root, complete=local or bool(fetch))
-        parts = _parts(index, family, root, checkpoint, unusable)
+        parts = _parts(index, family, root, {*unusable, *_absent_encoders(index, family)})
+        if checkpoint is not None:
+            for name, part in parts.items():
+                try:
+                    parts[name] = from_checkpoint(part, checkpoint, *family.IN_CHECKPOINT.get(name, ("", ())))
+                except ValueError as error:
+                    unusable[name] = str(error)
+        parts = {name: part for name, part in parts.items() if name not in unusable}
         scheduler, problems = _scheduler(index, root) if "scheduler" not in unusable else (None, [])
         problems += unusable.values()
         needed = [part for name, part in parts.items() if fetch == "all" or fetch == "models" and name in family.MODELS]
@@ -434,21 +473,12 @@ def _index_problems(index: Mapping[str, Any], family: type[Backbone], root: Path
     return problems
 
 
-def _parts(
-    index: Mapping[str, Any], family: type[Backbone], root: Path, checkpoint: Path | None, unusable: Collection[str]
-) -> dict[str, Part]:
-    """Transformer, VAE and text encoders, each where its weights are, but for those that are ``unusable``."""
-    without = {*unusable, *_absent_encoders(index, family)}
+def _parts(index: Mapping[str, Any], family: type[Backbone], root: Path, without: Collection[str]) -> dict[str, Part]:
+    """Transformer, VAE and text encoders in the folders of a pipeline."""
     kinds = {name: part_class(index, name) for name in family.MODELS if name not in without}
     encoders = [name for name in family.TEXT if name.startswith("text_encoder") and name not in without]
     kinds |= {name: getattr(transformers, index[name][1]) for name in encoders}
-    parts = {name: Part(name, kind, root / name) for name, kind in kinds.items()}
-    if checkpoint is not None:
-        for name, part in parts.items():
-            parts[name] = from_checkpoint(part, checkpoint, *family.IN_CHECKPOINT.get(name, ("", ())))
-        if "transformer" in parts and parts["transformer"].checkpoint is None:
-            raise ValueError(f"{checkpoint} has no transformer of {index['_class_name']}")
-    return parts
+    return {name: Part(name, kind, root / name) for name, kind in kinds.items()}
 
 
 def _absent_encoders(index: Mapping[str, Any], family: type[Backbone]) -> tuple[str, ...]:
@@ -499,8 +529,7 @@ def load_text_encoder(
     device, info, index = torch.device(device), found.info, found.info.configs["index"]
     encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
     with _loading(model):
-        with torch.device("meta"):  # some pipelines read the transformer's configuration
-            transformer = found.parts["transformer"].kind.from_config(info.configs["transformer"])
+        transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
@@ -510,8 +539,10 @@ def load_text_encoder(
             pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
         else:
             pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
-        for name in encoders:
-            check_loaded(name, getattr(pipeline, name))
+        for name, part in encoders.items():
+            if part.checkpoint is not None:
+                getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor
+                check_loaded(name, getattr(pipeline, name))
     for name in encoders:
         getattr(pipeline, name).to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length

@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from diffusionopd.models.lora_files import (
     load_lora,
     refuse,
 )
+from diffusionopd.models.lora_fit import fit
 
 
 class Adapters:
@@ -41,10 +42,11 @@ class Adapters:
     (PEFT's own ``set_adapter`` walks the modules and their ``requires_grad``, milliseconds for 190 layers).
     """
 
-    def __init__(self, transformer: nn.Module, inert: Collection[str] = ()) -> None:
-        """``inert``: modules without influence on the output, whose LoRA stays zero however long it is trained."""
+    def __init__(self, transformer: nn.Module, inert: Collection[str] | None = None) -> None:
+        """``inert``: modules without influence on the output, whose LoRA stays zero however long it is trained; None
+        for those of the transformer's family."""
         self.transformer = transformer.requires_grad_(False)
-        self.inert = frozenset(inert)
+        self.inert = inert
         self._active: list[str] = []
         self.configs: dict[str, LoraConfig] = {}
 
@@ -58,11 +60,9 @@ class Adapters:
     def add_from(self, name: str, source: str | Path | LoraWeights, *, trainable: bool = False) -> None:
         """Add the LoRA at ``source`` (see :func:`load_lora`), frozen unless ``trainable``.
 
-        Raises AdapterError when it does not fit the transformer: modules that the base does not have, modules its own
-        config names but that have no tensors, or shapes of another base.
+        Raises AdapterError when it does not :func:`~diffusionopd.models.lora_fit.fit` the transformer.
         """
-        weights = source if isinstance(source, LoraWeights) else load_lora(source)
-        self._check_fit(weights)
+        weights = fit(source if isinstance(source, LoraWeights) else load_lora(source), self.transformer, self.inert)
         self._inject(name, _config_of(weights), trainable)
         for module, layer in self._layers(name):
             with torch.no_grad():
@@ -119,52 +119,58 @@ class Adapters:
         """The adapter's tensors in module order: A and B of each layer."""
         return [p for _, layer in self._layers(name) for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
 
-    def state_dict(self, name: str) -> dict[str, Tensor]:
-        """``<module>.lora_A.weight`` and ``<module>.lora_B.weight`` of the adapter, detached."""
-        pairs = [(m, part, layer) for m, layer in self._layers(name) for part in ("lora_A", "lora_B")]
-        return {f"{m}.{part}.weight": getattr(layer, part)[name].weight.detach() for m, part, layer in pairs}
+    @torch.no_grad()
+    def base_norm(self, name: str) -> float:
+        """Frobenius norm of the base's matrices that an adapter adds to, all together."""
+        weights = [layer.get_base_layer().weight for _, layer in self._layers(name)]
+        return sum(torch.linalg.vector_norm(w, dtype=torch.float32).item() ** 2 for w in weights) ** 0.5
+
+    @torch.no_grad()
+    def added_norm(self, name: str) -> float:
+        """Frobenius norm of what an adapter adds to them, ``alpha / r B A``, without making these matrices."""
+        squares = []
+        for _, layer in self._layers(name):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            squares.append(layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+        return torch.stack(squares).sum().clamp(min=0).sqrt().item()
 
     def save_peft(self, name: str, folder: Path, base_model: str | None = None) -> None:
-        """Write a folder in PEFT's own form, for ``PeftModel.from_pretrained``."""
-        self._described(name, base_model).save_pretrained(str(folder))
+        """Write a folder in PEFT's own form, for ``PeftModel.from_pretrained``; its scale is 1, as below."""
+        ranks = self.configs[name].rank_pattern
+        self._described(name, base_model, rank_pattern=ranks, alpha_pattern=dict(ranks)).save_pretrained(str(folder))
         save_file(self._stored(name, PEFT_PREFIX), folder / PEFT_WEIGHTS, {"format": "pt"})
 
     def save_diffusers(self, name: str, folder: Path, base_model: str | None = None) -> None:
-        """Write ``pytorch_lora_weights.safetensors`` for a stock pipeline's ``load_lora_weights``.
+        """Write ``pytorch_lora_weights.safetensors`` for a stock pipeline's ``load_lora_weights``, and for ComfyUI.
 
-        The PEFT config goes into the header: without it diffusers reloads alpha = rank, here half the strength.
+        Most tools read no header and diffusers' SD3 loader refuses ``.alpha`` tensors, so alpha must be what all of
+        them take for granted: the rank, and one for all modules. What scale there is goes into ``lora_B``; smaller
+        ranks are filled with zeros.
         """
         folder.mkdir(parents=True, exist_ok=True)
         options = self._described(name, base_model).to_dict().items()
         config = {f"{DIFFUSERS_PREFIX}{key}": sorted(v) if isinstance(v, set) else v for key, v in options}
         header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-        save_file(self._stored(name, DIFFUSERS_PREFIX), folder / DIFFUSERS_WEIGHTS, header)
+        tensors = self._stored(name, DIFFUSERS_PREFIX)
+        for key, tensor in tensors.items():
+            missing = self.configs[name].r - tensor.shape[0 if ".lora_A." in key else 1]
+            tensors[key] = nn.functional.pad(tensor, (0, 0, 0, missing) if ".lora_A." in key else (0, missing))
+        save_file(tensors, folder / DIFFUSERS_WEIGHTS, header)
 
     def _stored(self, name: str, prefix: str) -> dict[str, Tensor]:
-        return {f"{prefix}{key}": tensor.cpu().contiguous() for key, tensor in self.state_dict(name).items()}
+        """The tensors at scale 1: ``lora_B`` times the module's own, in float64, rounded to float32."""
+        stored = {}
+        for module, layer in self._layers(name):
+            a, b = (part[name].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+            stored[f"{prefix}{module}.lora_A.weight"] = a.contiguous()
+            stored[f"{prefix}{module}.lora_B.weight"] = (b.double() * layer.scaling[name]).float().contiguous()
+        return stored
 
-    def _described(self, name: str, base_model: str | None) -> LoraConfig:
-        return replace(self.configs[name], base_model_name_or_path=base_model, inference_mode=True)
-
-    def _check_fit(self, weights: LoraWeights) -> None:
-        linear = {  # by their original names, also inside injected layers
-            name.removesuffix(".base_layer"): tuple(module.weight.shape)
-            for name, module in self.transformer.named_modules()
-            if isinstance(module, nn.Linear) and ".lora_" not in name
-        }
-        shapes = {name: (weights.b[name].shape[0], a.shape[1]) for name, a in weights.a.items()}
-        targets = LoraConfig(target_modules=weights.target_modules or [])
-        untrained = "lora_B is all zero (never trained, or lost when it was saved)"
-        missing = "modules that its config names have no tensors, and would silently stay untrained (save it again)"
-        problems = {
-            "the base model has no such modules": shapes.keys() - linear.keys(),
-            missing: {n for n in linear if check_target_module_exists(targets, n)} - shapes.keys(),
-            "shapes of another base model": [
-                f"{n} (LoRA {shape}, base {linear[n]})" for n, shape in shapes.items() if linear.get(n, shape) != shape
-            ],
-            untrained: {n for n, b in weights.b.items() if not b.any()} - self.inert,
-        }
-        refuse(weights.source, problems)
+    def _described(self, name: str, base_model: str | None, **changes: Any) -> LoraConfig:
+        """The configuration of the adapter at scale 1."""
+        rank = self.configs[name].r
+        plain = {"lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, **changes}
+        return replace(self.configs[name], base_model_name_or_path=base_model, inference_mode=True, **plain)
 
     def _layers(self, name: str) -> Iterator[tuple[str, LoraLayer]]:
         for module, layer in self.transformer.named_modules():

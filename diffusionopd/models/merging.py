@@ -60,7 +60,7 @@ def merge(
                 b[module], a[module], lost[module] = _cut(u, s, vh, rank)
     source = f"the {method} of {', '.join(lora.source for lora in loras)}"
     alpha = {module: float(factor.shape[0]) for module, factor in a.items()}
-    return Merged(LoraWeights(source, a, b, alpha, None), lost)
+    return Merged(LoraWeights(source, a, b, alpha), lost)
 
 
 def _scaling(lora: LoraWeights, module: str) -> float:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ class Part:
         elif shapes:
             what = f"tensors of {self.name} do not have the shapes of its config.json: {_some(shapes)}"
         elif beside:
-            what = f"{self.name} has tensors beside its weights that would be left out (scaled fp8?): {_some(beside)}"
+            what = f"{self.name} has tensors beside its weights (scales?) that would be left out: {_some(beside)}"
         else:
             return ""
         return f"{what}. Download or save it again in the form of {self.kind.__name__}.save_pretrained"
@@ -239,7 +239,7 @@ class Part:
             method = config.get("quant_method", "quantised")
             return (
                 f"{self.name} is quantised ({method}), and what reads it is not here: {' '.join(str(error).split())}. "
-                f"Install it (pip install -U {method}), or save the model with its weights in full (dequantize())"
+                "Install that package, or save the model with its weights in full (dequantize())"
             )
         except Exception:  # noqa: S110 (a GPU that is not here may be where the run is; loading tells)
             pass
@@ -317,9 +317,14 @@ def text_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str]) -> None:
 
 
 def from_checkpoint(part: Part, checkpoint: Path, prefix: str, made: Collection[str]) -> Part:
-    """The part as the single file has it, else as its folder has it. ValueError as of :meth:`Part.tensors`."""
-    inside = Part(part.name, part.kind, part.folder, checkpoint, prefix, made)
-    return inside if (part.of_diffusers or prefix) and inside.tensors(None) else part
+    """The part as the single file has it, else as its folder has it. ValueError as of :meth:`Part.tensors`, and for a
+    file without a transformer."""
+    inside = replace(part, checkpoint=checkpoint, prefix=prefix, made=made)
+    if (part.of_diffusers or prefix) and inside.tensors(None):
+        return inside
+    if part.name == "transformer":
+        raise ValueError(f"{checkpoint} has no {part.kind.__name__}")
+    return part
 
 
 def weight_problems(parts: Collection[Part], variant: str | None, listing: Collection[str] | None = ()) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusionopd.config_schema import FREE, is_device, key
+from diffusionopd.config_schema import FREE, READ, WRITE, is_device, key
 
 FRESH, FROM_TEACHERS = "fresh", "teachers"
 _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device)
@@ -15,14 +15,14 @@ _DEVICE = ('"cpu", "cuda", "cuda:<n>" or empty (the training device)', is_device
 class BaseSettings:
     """The base model."""
 
-    model: str = key("pretrained.model", "")
+    model: str = key("pretrained.model", "", path=READ)
     """A diffusers pipeline: hub id ("organisation/name") or local folder with model_index.json; or a single file, local
     or on the hub ("organisation/name/file.safetensors"). docs/bases.md has what can be given."""
     revision: str = key("pretrained.revision", "")
     """Branch, tag or commit on the hub; empty is the default branch. Unused for a local folder."""
     variant: str = key("pretrained.variant", None)
     """Variant of the weight files, such as "fp16"; None is the plain ones."""
-    config: str = key("pretrained.config", None)
+    config: str = key("pretrained.config", None, path=READ)
     """For a single file: folder or hub id of the pipeline that it is made for, which gives the configurations, the
     tokenizers, and the weights that the file does not hold. None: the hub id that diffusers infers from the file."""
     resolution: int = key("resolution", 768, "[16, inf)")
@@ -61,7 +61,7 @@ class MemorySettings:
     compile: bool = key("compile", False, resume=FREE)
     """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
     """
-    cache_dir: str = key("cache_dir", ".cache/text", resume=FREE)
+    cache_dir: str = key("cache_dir", ".cache/text", path=WRITE, resume=FREE)
     """Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length)."""
 
 
@@ -75,8 +75,8 @@ class LoraSettings:
 
     use_lora: bool = key("use_lora", True, choices=(True,))
     """Must be True: the student is a LoRA on the frozen base."""
-    lora_path: str = key("train.lora_path", None)
-    """LoRA to start the student from (forms as for teachers); None is a fresh one."""
+    lora_path: str = key("train.lora_path", None, path=READ)
+    """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))
     """Where a student without `train.lora_path` starts: "fresh", as the base, or at its "teachers": the sum of their
     LoRAs (task arithmetic), cut to its rank; what the cut loses is printed."""
@@ -85,7 +85,7 @@ class LoraSettings:
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Its rank, unless it comes from `train.lora_path`."""
     lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
-    """Its output is scaled by `lora_alpha / lora_rank`."""
+    """The student's output is scaled by `lora_alpha / lora_rank`, also when it starts from a LoRA of another scale."""
     lora_target_modules: tuple | None = key(
         "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)
     )

@@ -43,16 +43,19 @@ def describe_cut(cut: Mapping[str, str], most: int = 3) -> str:
     """One line about all that is cut: the first few by their beginnings, with what they lose."""
     shown = [f"{text if len(text) <= 60 else text[:57] + '...'!r} loses {lost}" for text, lost in [*cut.items()][:most]]
     more = f"; and {len(cut) - most} more" if len(cut) > most else ""
-    return f"{len(cut)} prompts are longer than the text encoders read: {'; '.join(shown)}{more}"
+    count = "1 prompt is" if len(cut) == 1 else f"{len(cut)} prompts are"
+    return f"{count} longer than the text encoders read: {'; '.join(shown)}{more}"
 
 
 @contextmanager
 def quiet_pipeline(pipeline: Any) -> Iterator[None]:
     """Without the pipeline's own warnings of what it cuts: it decodes the padding of the whole batch."""
-    logger = logging.getLogger(type(pipeline).__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in (type(pipeline).__module__, "transformers.tokenization_utils_base")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
+from diffusionopd.files import user_path
 from diffusionopd.rewards.base import (
     NOT_APPLICABLE,
     PromptChecker,
@@ -81,8 +82,9 @@ def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | No
     """
     factory = _factory(name, options or {})
     own = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    given = {o: user_path(v) if isinstance(v, str) and v.startswith("~") else v for o, v in (options or {}).items()}
     with _packages(name):
-        return factory(**{**own, **(options or {})})
+        return factory(**own | given)
 
 
 def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from diffusionopd.files import located
 from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, RewardUnavailableError, Scores
 from diffusionopd.rewards.images import Images, each_uint8
 
@@ -76,7 +77,7 @@ def load_question(path: str) -> str:
     Raises:
         RewardError: a file without `{prompt}`.
     """
-    fetch = "python -m tools.download rewards unifiedreward"
+    fetch, path = "python -m tools.download rewards unifiedreward", located(path)
     if not Path(path).is_file():
         warnings.warn(
             f"reward 'unifiedreward': without {path} it asks in words of its own, and its scores cannot be compared "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from diffusionopd.files import located, looked_in
 from diffusionopd.rewards.base import RewardError
 
 StateDict = Mapping[str, Tensor]
@@ -37,8 +38,11 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
         RewardError: the file is missing (with the command that fetches it), or `build` fails on what it holds.
     """
     fetch = f"python -m tools.download rewards {reward}"
+    path = located(path)
     if not Path(path).is_file():
-        raise RewardError(f"reward '{reward}' needs {path}. To fetch it: {fetch}")
+        raise RewardError(
+            f"reward '{reward}' needs {path}, which does not exist{looked_in(path)}. To fetch it: {fetch}"
+        )
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch and the key maps raise whatever they meet in a file of another kind

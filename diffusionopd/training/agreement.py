@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusionopd
+from diffusionopd.config_schema import comparable
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.distributed import by_rank, gather_over_processes
 from diffusionopd.files import sha256
@@ -42,7 +43,7 @@ def setup_facts(config: Mapping[str, Any]) -> Facts:
     for file in sorted(Path(diffusionopd.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
     code = versions() | {"diffusionopd": source.hexdigest()[:12]}
-    return _flat(config) | {f"version of {name}": version for name, version in code.items()}
+    return _flat(comparable(config)) | {f"version of {name}": version for name, version in code.items()}
 
 
 def data_facts(resume: Resume, train: Mapping[str, Iterable[Prompt]], test: Mapping[str, Iterable[Prompt]]) -> Facts:

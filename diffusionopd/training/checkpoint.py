@@ -26,7 +26,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionopd.files import force_to_disk, sha256, write_atomically, write_json
+from diffusionopd.files import force_to_disk, looked_in, sha256, write_atomically, write_json
 
 FORMAT = 1  # of the manifest and what it lists
 MANIFEST = "manifest.json"
@@ -107,6 +107,46 @@ def find_latest(root: str | Path) -> Path | None:
         except (CheckpointError, OSError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and skipped: {error}", stacklevel=2)
     return None
+
+
+def locate(path: str | Path) -> Path:
+    """The folder that ``path`` stands for: of a run, its ``checkpoints/`` or their ``latest``, one checkpoint.
+
+    It is the one that ``latest`` names; the newest valid one, with a warning, where that is not there. CheckpointError
+    for a run without any. Every other path is returned as it is, whatever is there.
+    """
+    path = Path(path)
+    run = path.parent if path.name == LATEST and not path.is_dir() else path
+    root = next((root for root in (run / "checkpoints", run) if (root / LATEST).is_file() or folders(root)), None)
+    if root is None:
+        return path
+    pointer = root / LATEST
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    if _NAME.fullmatch(name) and (root / name).is_dir():
+        return root / name
+    found = find_latest(root)
+    if found is None:
+        raise CheckpointError(f"{root} has no valid checkpoint")
+    what = f"names {name!r}, which is no checkpoint there" if name else "is missing or empty"
+    warnings.warn(f"{pointer} {what}: taking {found.name}, the newest valid checkpoint", stacklevel=1)
+    return found
+
+
+def find_lora(path: str | Path) -> Path:
+    """The checkpoint, or the folder of a LoRA alone, at a path as of `locate` or at a checkpoint's `lora/`.
+
+    CheckpointError: nothing of the kind is there.
+    """
+    folder = locate(path)
+    if folder.name == "lora" and (folder.parent / "config.json").is_file():
+        folder = folder.parent
+    weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
+    if not any((folder / name).is_file() for name in weights):
+        raise CheckpointError(
+            f"no checkpoint at {folder}{looked_in(folder)}: expected a run folder, "
+            "<run>/checkpoints/checkpoint-<n>, its lora/ folder, or <run>/checkpoints/latest"
+        )
+    return folder
 
 
 def folders(root: str | Path) -> list[Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from diffusionopd.config_schema import ConfigError, redacted, split_arguments
@@ -37,6 +39,22 @@ def parse(arguments: Sequence[str], usage: str, default: str | None = None) -> d
 
 
 @contextmanager
+def plain_warnings() -> Iterator[None]:
+    """The project's own warnings are one line each inside the block, without the place in the code."""
+    before, package = warnings.formatwarning, str(Path(__file__).parent.parent)
+
+    def formatted(message: Any, category: Any, filename: str, *place: Any, **options: Any) -> str:
+        own = filename.startswith(package)
+        return f"note: {message}\n" if own else before(message, category, filename, *place, **options)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@contextmanager
 def plain_errors() -> Iterator[None]:
     """A mistake of the user's ends the program with one message of the first process and no traceback.
 
@@ -44,7 +62,8 @@ def plain_errors() -> Iterator[None]:
     that a signal ended early.
     """
     try:
-        yield
+        with plain_warnings():
+            yield
     except Stopped:
         raise SystemExit(STOPPED) from None
     except ValueError as error:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
         plan, shape, algorithm, resume = run.plan, run.plan.shape, run.algorithm, run.resume
         resuming = f", {resume.describe()}" if resume.folder else ""
         run.accelerator.print(f"writing to {plan.run.run_dir}{resuming}{merged_note(run.adapters)}")
-        completed, saved, saved_after = resume.completed, resume.folder, 0
-        row = resume.unevaluated  # the metrics of a round; first those of one whose evaluation was interrupted
+        completed, saved, saved_after = resume.completed, resume.folder, -1
+        # The metrics of a round; at first of one whose evaluation was interrupted, or of the start, as round 0.
+        row = resume.unevaluated
+        if plan.watch.eval_freq and resume.folder is None:
+            row = {"round": 0}
         with _bar(run, completed) as bar, Stop(announce=run.is_main) as stop:
             while row is not None or completed < shape.num_rounds:
                 if row is None:
@@ -72,16 +76,19 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
 
                 # --- evaluate
                 if _is_due(plan.watch.eval_freq, completed):
-                    stop.doing = f"a batch of the evaluation after round {completed}"
+                    when = f"after round {completed}" if completed else "before round 1"
+                    stop.doing = f"a batch of the evaluation {when}"
                     scores = _evaluate(run, stop)
                     if scores is None:  # the resumed run evaluates, and then writes the row
                         saved = _save(run, completed, row | run.monitor.collect())
                         break
                     row |= scores
                 run.held, row = row, None
+                if not completed:
+                    _flush(run)
 
                 # --- save, stop
-                if _is_due(plan.run.save_freq, completed) or completed == shape.num_rounds:
+                if (completed and _is_due(plan.run.save_freq, completed)) or completed == shape.num_rounds:
                     saved, saved_after = _save(run, completed), completed
                 if stop.agreed():
                     if saved_after != completed:
@@ -102,8 +109,6 @@ def train_round(run: Run, number: int) -> Result:
         result = run.algorithm.round(batches, step=updates is not None)
     if updates is not None:
         run.algorithm.finish(updates)
-        if run.ema is not None:
-            run.ema.update(updates)
     return result
 
 
@@ -135,6 +140,7 @@ def _row(run: Run, number: int, result: Result, nfe: int, seconds: float) -> dic
         **{f"loss/{task}": loss for task, loss in result.losses.means().items()},
         "grad_norm": result.grad_norm,
         "lr": run.optimizer.lr,
+        "lora_norm": run.adapters.added_norm(STUDENT) / run.base_norm,
         "seconds": seconds,
         **result.metrics,
         "evaluations": float(nfe),
@@ -145,10 +151,15 @@ def _flush(run: Run) -> None:
     """Write the last round's metrics, which waited for its monitored scores."""
     row, run.held = run.held, None
     scores = run.monitor.collect()
-    if row is not None:
+    if row is None:
+        return
+    if run.is_main:
+        run.lock.check()
+    row |= scores
+    run.metrics.write(row)
+    for sign in run.signs.of(row):
         if run.is_main:
-            run.lock.check()
-        run.metrics.write(row | scores)
+            warnings.warn(f"round {row['round']}: {sign}; look at the samples, lower the learning rate", stacklevel=2)
 
 
 def _monitor(run: Run, number: int, result: Result) -> None:
@@ -174,13 +185,14 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
     """Mean proxy rewards on the test prompts, with the weights that a checkpoint would hold; None when stopped."""
     scores: dict[str, float] = {}
     tasks = {task.name: task for task in run.plan.tasks}
+    variants = {"": {}, **{f"@{name}": own for name, own in run.plan.watch.eval_variants.items()}}
     with run.averaged(), run.adapters.using(STUDENT):
-        for name, scorers in run.scorers.items():
+        for (name, scorers), (variant, own) in product(run.scorers.items(), variants.items()):
             generate = ImageGenerator(
                 run.backbone,
                 run.text,
-                num_steps=tasks[name].eval_num_steps,
-                guidance_scale=tasks[name].eval_guidance_scale,
+                num_steps=own.get("num_steps", tasks[name].eval_num_steps),
+                guidance_scale=own.get("guidance_scale", tasks[name].eval_guidance_scale),
                 resolution=run.plan.read(BaseSettings).resolution,
                 seed=run.plan.values["seed"],
             )
@@ -194,6 +206,7 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
                         rank=run.accelerator.process_index,
                         world=run.plan.shape.num_processes,
                         in_step=run.backbone.sharding is not None,
+                        parts=run.test_parts[name],
                         stopped=stop.agreed,
                     )
             except RewardError as error:
@@ -202,7 +215,7 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
                 continue
             if means is None:
                 return None
-            scores |= {f"eval/{name}/{reward}": mean for reward, mean in means.items()}
+            scores |= {f"eval/{name}{variant}/{reward}": mean for reward, mean in means.items()}
     return scores
 
 
@@ -243,10 +256,12 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "round": completed,
         "num_processes": run.plan.shape.num_processes,
         "written_for": run.resume.written_for,
+        "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),
         "digests": dict(run.digests),
         "unevaluated": unevaluated,
+        "diversity": run.signs.first,
     }
     checkpoint.save_state(folder / "state", tensors, scalars)
     write_json(folder / "config.json", run.resume.given.to_dict())

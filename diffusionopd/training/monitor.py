@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from diffusionopd.data.prompts import Prompt
-from diffusionopd.distributed import sum_over_processes
+from diffusionopd.distributed import gather_over_processes, sum_over_processes
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardWorker, build_composite
 from diffusionopd.rewards.images import to_uint8
+from diffusionopd.training.collapse import diversities, thumbnails
 from diffusionopd.training.grids import sample_grid
 
 
@@ -30,6 +31,15 @@ class MonitoredBatch:
     task: str
     latents: Tensor
     prompts: Sequence[Prompt]
+
+
+@dataclass
+class _Watched:
+    """What a monitored round led to."""
+
+    scores: list[tuple[str, Future[Any]]] = field(default_factory=list)  # of each batch, with its task
+    seen: list[tuple[str, str, np.ndarray]] = field(default_factory=list)  # of each image: task, prompt, thumbnail
+    grid: Future[Any] | None = None
 
 
 class Monitor:
@@ -53,7 +63,7 @@ class Monitor:
         ``options``: reward -> keyword arguments of its scorer. ``timeout``: seconds that a batch's scores may take.
         """
         self._decode, self._folder = decode, folder
-        self._names = [(task, name) for task, weights in rewards.items() for name in weights]
+        self._keys = [f"monitor/{task}/{name}" for task, weights in rewards.items() for name in weights]
         self._workers: dict[str, RewardWorker] = {}
         for task, weights in rewards.items():
             try:
@@ -63,8 +73,7 @@ class Monitor:
             except RewardError as error:
                 warnings.warn(f"task {task!r} is trained without monitoring its rewards: {error}", stacklevel=2)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
-        # For each monitored round a future of what it led to: futures of a task's scores, and of the grid (named "").
-        self._rounds: list[Future[list[tuple[str, Future[Any]]]]] = []
+        self._rounds: list[Future[_Watched]] = []
         self._failing: set[str] = set()  # what has been warned about since it last worked
         self._closing = threading.Event()
 
@@ -75,17 +84,32 @@ class Monitor:
         self._rounds.append(self._thread.submit(self._decode_and_score, batches, computed, score, grid, title))
 
     def collect(self) -> dict[str, float]:
-        """Wait for what was submitted; the mean over processes of each ``monitor/<task>/<reward>``. Collective."""
-        totals = torch.zeros(len(self._names), 2, dtype=torch.float64)
+        """Wait for what was submitted; by the name of the metric, of the images of all processes. Collective.
+
+        The means ``monitor/<task>/<reward>``, and the :func:`diversities` ``diversity/<task>`` and
+        ``prompt_diversity/<task>``.
+        """
+        totals, seen = torch.zeros(len(self._keys), 2, dtype=torch.float64), []
         rounds, self._rounds = self._rounds, []
-        for task, future in [entry for each in rounds for entry in self._result("decoding images", each, [])]:
-            scores = self._result(f"monitoring of task {task!r}" if task else "writing the sample grid", future, {})
-            for row, (own, name) in enumerate(self._names):
-                if own == task and name in scores:
-                    values = scores[name][scores[name] != NOT_APPLICABLE]
-                    totals[row] += torch.tensor([values.sum(), len(values)])
-        rows = zip(self._names, sum_over_processes(totals).tolist(), strict=True)
-        return {f"monitor/{task}/{name}": total / count for (task, name), (total, count) in rows if count}
+        if not rounds:
+            return {}
+        for each in rounds:
+            watched = self._result("decoding images", each, _Watched())
+            for task, future in watched.scores:
+                for name, scores in self._result(f"monitoring of task {task!r}", future, {}).items():
+                    if (key := f"monitor/{task}/{name}") in self._keys:
+                        values = scores[scores != NOT_APPLICABLE]
+                        totals[self._keys.index(key)] += torch.tensor([values.sum(), len(values)])
+            seen += watched.seen
+            if watched.grid:
+                self._result("writing the sample grid", watched.grid, None)
+        rows = zip(self._keys, sum_over_processes(totals).tolist(), strict=True)
+        found = {key: total / count for key, (total, count) in rows if count}
+        seen = gather_over_processes(seen)
+        for task in dict.fromkeys(task for task, *_ in seen):
+            texts, small = zip(*[(text, image) for own, text, image in seen if own == task], strict=True)
+            found |= {f"{name}/{task}": value for name, value in diversities(small, texts).items()}
+        return found
 
     def close(self) -> None:
         """Drop what has not been scored and end the threads; an image in work is not waited for."""
@@ -96,22 +120,24 @@ class Monitor:
 
     def _decode_and_score(
         self, batches: Sequence[MonitoredBatch], computed: torch.cuda.Event | None, score: bool, grid: str, title: str
-    ) -> list[tuple[str, Future[Any]]]:
+    ) -> _Watched:
         images: list[np.ndarray] = []
-        futures: list[tuple[str, Future[Any]]] = []
+        watched = _Watched()
         for batch in batches:
             if self._closing.is_set():
-                return futures
+                return watched
             with _beside(computed, batch.latents.device):
                 images.append(to_uint8(self._decode(batch.latents)))
+            small = zip(batch.prompts, thumbnails(images[-1]), strict=True)
+            watched.seen += [(batch.task, prompt.text, image) for prompt, image in small]
             if score and (worker := self._workers.get(batch.task)):
                 texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
-                futures.append((batch.task, worker.submit(images[-1], texts, metadata)))
+                watched.scores.append((batch.task, worker.submit(images[-1], texts, metadata)))
         if grid:
             captions = [f"{batch.task}: {prompt.text}" for batch in batches for prompt in batch.prompts]
-            drawn = self._thread.submit(sample_grid, np.concatenate(images), captions, self._folder / grid, title=title)
-            futures.append(("", drawn))
-        return futures
+            all_images = np.concatenate(images)
+            watched.grid = self._thread.submit(sample_grid, all_images, captions, self._folder / grid, title=title)
+        return watched
 
     def _result(self, what: str, future: Future[Any], otherwise: Any) -> Any:
         """The future's result; what went wrong is said here, in the training thread, once until it works again."""

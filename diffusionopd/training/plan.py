@@ -16,26 +16,35 @@ from diffusionopd.algorithms.base import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
 from diffusionopd.config_schema import (
     FREE,
+    READ,
+    SECTIONS,
+    WRITE,
     ConfigError,
     Problems,
     Schema,
     check_no_secrets,
     comparable,
     flatten,
+    is_number,
     key,
     keys_of,
+    placed,
     read,
     to_plain,
     unset,
+    unwritable,
 )
 from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
-from diffusionopd.data.tasks import Task, TaskSettings, check_tasks
+from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
+from diffusionopd.files import looked_in
 from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
+from diffusionopd.training.checkpoint import CheckpointError, locate
 
 T = TypeVar("T")
 TRACKERS = ("tensorboard", "wandb")
@@ -47,9 +56,9 @@ class RunSettings:
 
     run_name: str = key("run_name", "", resume=FREE)
     """Name of the run: its folder under `logdir`, and its name in the tracker. Empty: the configuration's name."""
-    logdir: str = key("logdir", "logs", resume=FREE)
+    logdir: str = key("logdir", "logs", path=WRITE, resume=FREE)
     """Folder that holds the folders of runs."""
-    save_dir: str = key("save_dir", "", resume=FREE)
+    save_dir: str = key("save_dir", "", path=WRITE, resume=FREE)
     """The run folder itself. Empty: `<logdir>/<run_name>`."""
     num_epochs: int = key("num_epochs", 100000, "[1, inf)", resume=FREE)
     """Rounds to train, in total: a resumed run counts those already done."""
@@ -57,9 +66,9 @@ class RunSettings:
     """Rounds between checkpoints; 0 saves at the end only. A checkpoint is always saved at the end."""
     num_checkpoint_limit: int = key("num_checkpoint_limit", 5, "[0, inf)", resume=FREE)
     """How many checkpoints to keep, the newest; 0 keeps all."""
-    resume_from: str = key("resume_from", None, resume=FREE)
-    """Where to start from: None or "" afresh, the path of a checkpoint folder, or "auto": the newest checkpoint of the
-    run folder, afresh if there is none."""
+    resume_from: str = key("resume_from", None, path=READ, resume=FREE)
+    """Where to start from: None or "" afresh, the path of a checkpoint folder or of a run (its latest checkpoint), or
+    "auto": the newest checkpoint of the run folder, afresh if there is none."""
     log_with: str = key("log_with", "none", resume=FREE)
     """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
@@ -70,14 +79,14 @@ class RunSettings:
 
     @property
     def run_dir(self) -> Path:
-        """``save_dir`` where it is set, else ``<logdir>/<run_name>``."""
-        return Path(self.logdir or "", self.run_name or "") if unset(self.save_dir) else Path(self.save_dir)
+        """``save_dir`` where it is set, else ``<logdir>/<run_name>``; absolute."""
+        parts = (self.logdir or "", self.run_name or "") if unset(self.save_dir) else (self.save_dir,)
+        return Path(*parts).absolute()
 
     @property
     def trackers(self) -> list[str]:
         """The names in ``log_with``."""
-        names = [name.strip() for name in (self.log_with or "").split(",")]
-        return [name for name in names if name and name != "none"]
+        return tracker_names(self.log_with)
 
     def check(self, problems: Problems) -> None:
         """The folder can be written, what is resumed from is there, trackers are installed."""
@@ -86,16 +95,40 @@ class RunSettings:
         else:
             check_writable("logdir" if unset(self.save_dir) else "save_dir", self.run_dir, problems)
         if not unset(self.resume_from) and self.resume_from != "auto":
-            folder = Path(self.resume_from)
-            if not (folder / "state").is_dir():
-                what = "has no state/ to resume from" if folder.is_dir() else "does not exist"
-                remedy = 'Name a checkpoint-<n> folder, or use "auto".'
-                problems.add("resume_from", f"is {folder}, which {what}", remedy)
+            remedy = 'Name a checkpoint-<n> folder, or use "auto".'
+            try:
+                folder = locate(self.resume_from)
+            except CheckpointError as error:
+                problems.add("resume_from", f"is {self.resume_from}: {error}", remedy)
+            else:
+                if not (folder / "state").is_dir():
+                    there = "has no state/ to resume from"
+                    what = there if folder.is_dir() else f"does not exist{looked_in(folder)}"
+                    problems.add("resume_from", f"is {folder}, which {what}", remedy)
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
             problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
         elif missing := [name for name in self.trackers if find_spec(name) is None]:
             problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
+
+
+def tracker_names(log_with: str | None) -> list[str]:
+    """The names in the key ``log_with``; "none", in any case, is none."""
+    return [name for part in str(log_with or "").split(",") if not unset(name := part.strip())]
+
+
+_VARIANTS = '{name: {"guidance_scale": at least 1, "num_steps": at least 1}}, a name of letters, digits, "-", "_"'
+
+
+def _are_variants(value: Mapping[Any, Any]) -> bool:
+    fields = {
+        "guidance_scale": lambda x: is_number(x) and x >= 1,
+        "num_steps": lambda x: type(x) is int and x >= 1,
+    }
+    return all(
+        is_name(name) and isinstance(own, Mapping) and own and all(f in fields and fields[f](x) for f, x in own.items())
+        for name, own in value.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -108,13 +141,17 @@ class WatchSettings:
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
     """Rounds between grids of sample images in `<run folder>/samples`; 0 is never."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
-    """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never."""
+    """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never. The first is
+    before round 1, of what the student starts as."""
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
-    """Test prompts per task (all processes together) in such an evaluation; 0 is all."""
+    """Test prompts per task (all processes together), and folder of it, in such an evaluation; 0 is all."""
     eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE)
     """Sampler steps in evaluation (always a first-order ODE)."""
     eval_guidance_scale: float = key("sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
     """Classifier-free guidance in evaluation; 1.0 is without."""
+    eval_variants: dict = key("eval_variants", {}, form=(_VARIANTS, _are_variants), resume=FREE)
+    """Evaluations to make beside each: {name: {"guidance_scale": ..., "num_steps": ...}}, of which one may be left out
+    to be the task's. Such as {"unguided": {"guidance_scale": 1.0}}, logged as `eval/<task>@unguided/<reward>`."""
     test_batch_size: int = key("sample.test_batch_size", 1, "[1, inf)", resume=FREE)
     """Images per process in a batch of the evaluation."""
     reward_options: dict = key(
@@ -169,10 +206,41 @@ def load_config(source: str, overrides: Sequence[tuple[str, str | None]] = ()) -
     return config_schema.load_config(SCHEMA, source, overrides)
 
 
+def with_paths(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, as nested dicts, with its paths, also its tasks', as they lead from here.
+
+    ``~`` is a home folder. A relative path is one from the current folder; what is not there to read is looked for in
+    the project's.
+    """
+    found = placed(to_plain(config), SCHEMA.keys)
+    for name in SECTIONS:
+        if isinstance(section := found.get(name), Mapping):
+            own = {key.removeprefix(f"{name}."): declared for key, declared in SCHEMA.keys.items()}
+            found[name] = placed(section, own)
+    tasks = found["train"].get("teachers") if isinstance(found.get("train"), Mapping) else None
+    if isinstance(tasks, list | tuple):
+        found["train"]["teachers"] = [placed(task, FIELDS) if isinstance(task, Mapping) else task for task in tasks]
+    return found
+
+
+def unsaved(values: Mapping[str, Any]) -> list[str]:
+    """Keys without effect on this run that hold what cannot be saved: they are left at their defaults."""
+    unused = (name for name in SCHEMA.keys if not is_used(name, values.get("train.algorithm", "")))
+    return [name for name in unused if any(unwritable(values.get(name), name))]
+
+
 def is_used(name: str, algorithm: str) -> bool:
     """Whether an algorithm reads a key."""
     cls = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     return name in _COMMON_KEYS or (cls is not None and name in Schema(*cls.groups).keys)
+
+
+def ema_repeats(values: Mapping[str, Any]) -> int:
+    """`train.ema_repeats` of a checked flat configuration, with the published number for 0."""
+    batches = read(BatchSettings, values)
+    in_step = batches.gradient_accumulation_steps * batches.batch_size // batches.train_batch_size
+    published = in_step if ALGORITHMS[values["train.algorithm"]].ema_each_batch else 1
+    return values["train.ema_repeats"] or max(1, published)
 
 
 @dataclass(frozen=True)
@@ -221,15 +289,21 @@ class Plan(RoundPlan):
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
+            ("learning rate", self._rate()),
+            ("average", self._average()),
             ("student NFE", f"{nfe.student} per round, with gradient"),
             ("teacher NFE", nfe.teacher and f"{nfe.teacher} per round"),
             ("sampling NFE", nfe.sampling and f"{nfe.sampling} per round{average}"),
             ("base NFE", nfe.base and f"{nfe.base} per round, for train.beta and the references of targets"),
+            ("evaluations", self._evaluations()),
         ]
-        for task, prompts in zip(self.tasks, self.num_prompts, strict=True):
+        for task, prompts, weight in zip(self.tasks, self.num_prompts, loss_weights(self.tasks), strict=True):
             rounds = prompts / shape.groups_per_task * (shape.num_tasks / shape.tasks_per_round)
-            rows += [(f"task {task.name}", f"{prompts} prompts, as many as {rounds:g} rounds draw")]
-            rows += [("", self._source(task))]
+            folders = f" in {len(task.folders)} folders" if len(task.folders) > 1 else ""
+            rows += [(f"task {task.name}", f"{prompts} prompts{folders}, as many as {rounds:g} rounds draw")]
+            rows += [("", self._source(task) + (f", its loss times {weight:g}" if weight != 1.0 else ""))]
+        if not unset(start := self.values["train.lora_path"]):
+            rows += [("student", f"starts from {with_origin(start)}")]
         rows = [(name, value) for name, value in rows if value]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {n}" for n in self.notes])
@@ -251,15 +325,32 @@ class Plan(RoundPlan):
         noise = "" if sampler.kernel == "ode" else f" with noise level {sampler.noise_level:g}"
         return f"{text}, kernel {sampler.kernel}{noise}"
 
+    def _rate(self) -> str:
+        optimization, steps = self.read(OptimizerSettings), self.steps_after(self.shape.num_rounds)
+        text, warmup = f"{optimization.learning_rate:g}, {optimization.lr_scheduler}", optimization.lr_warmup_steps
+        text += f" over {steps} optimizer steps" if optimization.lr_scheduler != "constant" else ""
+        return text + (f", the first {warmup} rising" if warmup else "")
+
+    def _average(self) -> str:
+        average = self.read(EmaSettings)
+        times = f", {repeats} times" if (repeats := ema_repeats(self.values)) > 1 else ""
+        every = f"every {average.ema_interval} optimizer steps" if average.ema_interval > 1 else "every optimizer step"
+        return f"keeps up to {average.ema_decay:g} of itself{times} {every}" if average.ema else ""
+
+    def _evaluations(self) -> str:
+        names = ", ".join(self.watch.eval_variants)
+        also = f", each also as {names}" if names else ""
+        return f"at the start and every {self.watch.eval_freq} rounds{also}" if self.watch.eval_freq else ""
+
     def _source(self, task: Task) -> str:
         if self.algorithm.has_rewards:
             parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
             return f"{self.algorithm.name} on the mean of {parts}"
-        target = ""
+        target, scale = "", "" if task.scale == 1.0 else f" times {task.scale:g}"
         if task.strength != 1.0:
             start = with_origin(task.reference) if task.reference_adapter else "the base"
             target = f", target {task.strength:g} times the way to it from {start}"
-        return f"teacher {with_origin(task.lora_path)}, guidance {_guidance(task.guidance_scale)}{target}"
+        return f"teacher {with_origin(task.lora_path)}{scale}, guidance {_guidance(task.guidance_scale)}{target}"
 
 
 _VISITS = {
@@ -273,21 +364,22 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     """Check everything that can be checked without loading weights, and derive the counts of a round.
 
     ``num_processes`` is the number of processes of the whole run. Without ``sources`` the prompt files, teachers,
-    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Relative paths are
-    looked up from the current directory. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Paths are looked up as
+    of :func:`with_paths`. Nothing is downloaded or written. Raises ConfigError with every problem found.
     """
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
 
     # Keys by themselves
-    values = flatten(config)
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
-    problems = Problems(() if sources else (".dataset", ".lora_path"))
+    values = flatten(with_paths(config))
+    problems = Problems(() if sources else (".dataset", ".datasets", ".lora_path"))
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     algorithm = ALGORITHMS[values["train.algorithm"]] if problems.good("train.algorithm") else Algorithm
 
     # What they point to
     if sources:
+        _find_runs(values, problems)
         _check_sources(values, problems)
     tasks, num_prompts = check_tasks(
         values,
@@ -299,6 +391,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         scored=_scored(values, algorithm),
     )
     model = _check_local_model(values, problems)
+    lora_notes = _check_loras(values, algorithm, model, problems) if sources else []
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
@@ -313,6 +406,8 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         passes = sampler.num_inner_epochs if sampler else 1
         _check_drawn_tasks(values, len(tasks), problems)
         batches.check(tasks_per_round(values), num_processes, algorithm.one_step, passes, problems)
+    if optimization := _read_good(OptimizerSettings, values, problems):
+        optimization.check(problems)
     settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
     if settings:
         algorithm.check(settings, sampler, values, problems)
@@ -326,10 +421,13 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
-    notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    notes = [*sampler.notes(), *algorithm.notes(settings, changed), *lora_notes]
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
         what = "distillation" if algorithm.one_step else algorithm.name
         notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
+    if dropped := unsaved(values):
+        places = (f"{what} at {place}" for name in dropped for place, what in unwritable(values[name], name))
+        notes.append(f"left out of what is saved, being no values of JSON: {', '.join(places)}")
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
     return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
@@ -365,6 +463,29 @@ def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelIn
     except ValueError as error:
         problems.add("resolution", f"is {base.resolution}: {error}", "")
     return model
+
+
+_TEACHERS_LORAS = ("lora_path", "reference")
+
+
+def _check_loras(
+    values: Mapping[str, Any], algorithm: type[Algorithm], model: ModelInfo | None, problems: Problems
+) -> list[str]:
+    """What LoRAs that are here hold, and whether they fit a base model that is here; returns notes."""
+    sources: dict[str, Any] = {"train.lora_path": values.get("train.lora_path")}
+    if problems.good("train.teachers") and algorithm.has_teachers:
+        entries = [(i, entry) for i, entry in enumerate(values["train.teachers"]) if isinstance(entry, Mapping)]
+        named = [(f"train.teachers[{i}].{name}", entry.get(name)) for i, entry in entries for name in _TEACHERS_LORAS]
+        sources |= dict(named)
+    here = {key: s for key, s in sources.items() if problems.good(key) and not unset(s) and Path(s).exists()}
+    try:
+        _, wrong, notes = find_all(here, values.get("pretrained.model") or "", model)
+    except BackboneError as error:
+        problems.add("pretrained.model", f"cannot be used: {error}", "")
+        return []
+    for place, what in wrong.items():
+        problems.add(place, f"cannot be used: {what}", "")
+    return notes
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
@@ -406,6 +527,20 @@ def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
     if algorithm and not algorithm.has_teachers:
         what = f"is {FROM_TEACHERS!r}, but {algorithm.name} has no teachers"
         problems.add(name, what, f"Set it to {FRESH!r}, or name a LoRA in train.lora_path.")
+
+
+def _find_runs(values: dict[str, Any], problems: Problems) -> None:
+    """Put the checkpoint of it in the place of a run folder that a LoRA is to come from."""
+    tasks = values["train.teachers"] if problems.good("train.teachers") else []
+    named = [(f"train.teachers[{i}].", task) for i, task in enumerate(tasks) if isinstance(task, dict)]
+    for place, holder in [("", values), *named]:
+        name = "lora_path" if place else "train.lora_path"
+        if isinstance(path := holder.get(name), str) and not unset(path):
+            try:
+                if (found := locate(path)) != Path(path):
+                    holder[name] = str(found)
+            except CheckpointError as error:
+                problems.add(place + name, f"is {path}: {error}", "Name a LoRA, or a run with a valid checkpoint.")
 
 
 def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:

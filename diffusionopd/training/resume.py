@@ -39,7 +39,7 @@ from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import checkpoint
-from diffusionopd.training.plan import SCHEMA, RunSettings, is_used
+from diffusionopd.training.plan import SCHEMA, RunSettings, ema_repeats, is_used, unsaved, with_paths
 
 # In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
 _BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)
@@ -74,7 +74,9 @@ class Resume:
     completed: int = 0  # rounds done when it was saved
     unevaluated: dict[str, Any] | None = None  # metrics of the last round, when a signal interrupted its evaluation
     digests: Mapping[str, str] = field(default_factory=dict)  # of prompts and weights, when it was saved
+    diversity: Mapping[str, float] = field(default_factory=dict)  # in its first monitored round
     allow_change: bool = False
+    start_rescaled: bool = True  # False: saved by a version that trained a start (train.lora_path) at its own scale
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
     def check_digests(self, digests: Mapping[str, str]) -> None:
@@ -106,13 +108,18 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     and ``allow_change`` is False; HeldError where another process writes into the run folder, unless this run has it
     ``held``. A configuration that is wrong in itself is a fresh start, for ``check`` to report.
     """
-    fresh = Resume(config, config, num_processes)
     values, problems = flatten(config), Problems()
+    given = config
+    if dropped := unsaved(values):
+        given = config.copy_and_resolve_references()
+        given.update_from_flattened_dict({name: SCHEMA.defaults()[name] for name in dropped})
+        values |= {name: SCHEMA.defaults()[name] for name in dropped}
+    fresh = Resume(config, given, num_processes)
     SCHEMA.check(values, lambda name: is_used(name, values.get("train.algorithm", "")), problems)
     # Secrets are refused by check(); differences from the checkpoint would quote them.
     if problems.found or any(find_secrets(values)):
         return fresh
-    run = read(RunSettings, values)
+    run = read(RunSettings, flatten(with_paths(given)))
     if not held:
         refuse_if_held(run.run_dir)
     folder = find_checkpoint(run.resume_from, run.run_dir)
@@ -125,7 +132,9 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")
-    start = Resume(config, config, num_processes, folder, completed, unevaluated, digests, allow_change)
+    diversity = scalars.get("diversity", {})
+    start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
+    start.start_rescaled = scalars.get("start_rescaled", False) is True
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
@@ -159,7 +168,7 @@ def find_checkpoint(resume_from: str | None, run_dir: Path) -> Path | None:
                 "nothing to resume. Put one back from a copy, or move them away to start this run afresh."
             )
         return latest
-    folder = None if unset(resume_from) else Path(str(resume_from))
+    folder = None if unset(resume_from) else checkpoint.locate(str(resume_from))
     if folder is not None:
         if not folder.is_dir():
             return None  # check() names it
@@ -239,6 +248,8 @@ def _adapt(start: Resume, values: Mapping[str, Any], before: int, now: int) -> N
         changes = adapted_batches(values, before, now)
     except ValueError as error:
         raise ResumeError(f"{start.folder} cannot be resumed with {now} processes: {error}") from None
+    if values["train.ema"] and (repeats := ema_repeats(values)) != ema_repeats({**values, **changes}):
+        changes["train.ema_repeats"] = repeats
     start.config, start.written_for = start.given.copy_and_resolve_references(), before
     start.config.update_from_flattened_dict(changes)
     listed = ", ".join(f"{name} {values[name]} -> {new}" for name, new in changes.items() if new != values[name])
@@ -310,7 +321,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
     tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]  # the others are check()'s
     for i, task in enumerate(tasks):
-        fields = {"guidance_scale": values["sample.teacher_guidance_scale"]}
+        fields = {"guidance_scale": values["sample.teacher_guidance_scale"], "scale": FIELDS["scale"].default}
         fields |= {name: value for name, value in task.items() if value is not None}
         flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
     if tasks:

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
-from diffusionopd.config_schema import is_number
+from diffusionopd.config_schema import is_number, unset
 from diffusionopd.data.batches import Batches, NoiseSettings
-from diffusionopd.data.prompts import Prompt, load_prompts
+from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
@@ -33,10 +33,13 @@ from diffusionopd.models.backbone import (
     find_device,
     load_backbone,
     load_text_encoder,
+    read_model,
     text_key,
 )
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import AdapterError, LoraWeights
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
@@ -45,9 +48,10 @@ from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.collapse import Signs
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan, check
+from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -70,9 +74,12 @@ class Run:
     adapters: Adapters
     text: TextCache
     test: Mapping[str, Sequence[Prompt]]  # prompts by task; empty when nothing is evaluated
+    test_parts: Mapping[str, Mapping[str, range]]  # by task and folder; empty for a task with one
     scorers: Mapping[str, Mapping[str, RewardWorker]]  # by task; of evaluations
     metrics: MetricsWriter
     monitor: Monitor
+    signs: Signs
+    base_norm: float  # of the matrices that the student adds to
     digests: Mapping[str, str]  # of prompts and weights
     held: dict[str, Any] | None = None  # the last round's metrics, until its monitored scores are there
 
@@ -128,10 +135,9 @@ def make_accelerator(config: ConfigDict) -> Accelerator:
     if not is_number(seconds) or seconds <= 0:
         seconds = TIMEOUT  # until check() refuses the configured one
     set_timeout(seconds)
-    trackers = [name for name in str(log_with or "").split(",") if name and name != "none"]
     return Accelerator(
         mixed_precision="no",
-        log_with=trackers or None,
+        log_with=tracker_names(log_with) or None,
         project_config=ProjectConfiguration(logging_dir="trackers"),  # moved into the run folder by started()
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
     )
@@ -153,7 +159,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     ensure_writable(memory.cache_dir, "text cache", "Choose another with --config.cache_dir, or free space.")
 
     # Prompts, and what is trained on them
-    train, test = _load_prompts(plan)
+    train, test, test_parts = _load_prompts(plan)
     noise = plan.read(NoiseSettings)
     samplers = {
         task.name: PromptSampler(train[task.name], noise.seed, index, plan.shape.groups_per_task)
@@ -163,6 +169,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device), closing)
+    loras = load_loras(plan, resume.start_rescaled)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
     texts = [NEGATIVE]
@@ -170,15 +177,17 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
         texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
     text = _fill_text_cache(plan, texts, accelerator, dtype)
-    backbone, adapters = load_models(plan, device, dtype)
+    backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
-    merged = start_from_teachers(plan, adapters, accelerator.print) if resume.folder is None else None
+    merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
     digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
+    base_norm = adapters.base_norm(STUDENT)
     backbone.shard()
 
     algorithm, optimizer, ema = _build_algorithm(plan, backbone, adapters, rewards, dtype)
+    optimizer.steps = plan.steps_after(resume.completed)
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
     metrics = _open_metrics(plan, resume, accelerator, closing)
@@ -205,8 +214,9 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
             ema.load([p.detach() for p in optimizer.parameters])
     return Run(
         plan=plan, resume=resume, accelerator=accelerator, lock=lock, algorithm=algorithm, batches=batches,
-        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, scorers=scorers,
-        metrics=metrics, monitor=monitor, digests=digests,
+        optimizer=optimizer, ema=ema, backbone=backbone, adapters=adapters, text=text, test=test, test_parts=test_parts,
+        scorers=scorers, metrics=metrics, monitor=monitor, signs=Signs(resume.diversity), base_norm=base_norm,
+        digests=digests,
     )  # fmt: skip
 
 
@@ -233,8 +243,34 @@ def find_sharding(plan: Plan) -> Sharding | None:
     return sharding if plan.shape.num_processes > 1 else None
 
 
-def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, Adapters]:
-    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all."""
+def load_loras(plan: Plan, rescale: bool = True) -> dict[str, LoraWeights]:
+    """The LoRAs of a run by adapter, those of the hub too; AdapterError that names each that cannot be used.
+
+    The start of the student has the scale of a fresh one, ``lora_alpha / lora_rank``, unless ``rescale`` is False.
+    """
+    base, lora = plan.read(BaseSettings), plan.read(LoraSettings)
+    teachers = plan.tasks if plan.algorithm.has_teachers else ()
+    sources = {task.adapter: task.lora_path for task in teachers}
+    sources |= {task.reference_adapter: task.reference for task in teachers if task.reference_adapter}
+    if not unset(lora.lora_path):
+        sources[STUDENT] = lora.lora_path
+    model = plan.model or (read_model(**base.source) if sources else None)
+    found, wrong, _ = find_all(sources, base.model, model)
+    if wrong:
+        raise AdapterError("\n".join(wrong.values()))
+    found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in teachers}
+    if STUDENT in found and rescale:
+        found[STUDENT] = found[STUDENT].rescaled(lora.lora_alpha, lora.lora_rank)
+    return found
+
+
+def load_models(
+    plan: Plan, device: torch.device, dtype: torch.dtype, loras: Mapping[str, LoraWeights]
+) -> tuple[Backbone, Adapters]:
+    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all.
+
+    ``loras``: the teachers by adapter, and what the student starts from, if anything.
+    """
     base, memory, lora = plan.read(BaseSettings), plan.read(MemorySettings), plan.read(LoraSettings)
     backbone = load_backbone(
         **base.source,
@@ -246,8 +282,8 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
     if memory.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer, backbone.inert_modules())
-    if lora.lora_path:
-        adapters.add_from(STUDENT, lora.lora_path, trainable=True)
+    if STUDENT in loras:
+        adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
     else:
         adapters.add_student(
             STUDENT,
@@ -257,9 +293,9 @@ def load_models(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[B
             seed=plan.values["seed"],
         )
     for task in plan.tasks if plan.algorithm.has_teachers else ():
-        adapters.add_teacher(task.adapter, task.lora_path)
-        if task.strength != 1.0 and task.reference_adapter:
-            adapters.add_teacher(task.reference_adapter, task.reference)
+        adapters.add_teacher(task.adapter, loras[task.adapter])
+        if task.reference_adapter:
+            adapters.add_teacher(task.reference_adapter, loras[task.reference_adapter])
     if memory.attention_backend:
         choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
     if memory.compile:
@@ -303,13 +339,17 @@ def _merges(plan: Plan) -> bool:
     return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
 
 
-def _load_prompts(plan: Plan) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]]]:
-    """Prompts by task, of training and of evaluations; none of the latter where nothing is evaluated."""
-    train = {task.name: load_prompts(task.dataset, task.prompt_fn, "train") for task in plan.tasks}
-    evaluated = plan.tasks if plan.watch.eval_freq else ()
-    test = {task.name: load_prompts(task.dataset, task.prompt_fn, "test") for task in evaluated}
-    most = plan.watch.eval_num_prompts or None
-    return train, {name: prompts[:most] for name, prompts in test.items()}
+def _load_prompts(
+    plan: Plan,
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]], dict[str, dict[str, range]]]:
+    """Prompts by task, of training and of evaluations, and which of the latter are whose folder's; if any."""
+    train = {task.name: load_folders(task.folders, task.prompt_fn, "train")[0] for task in plan.tasks}
+    test, parts = {}, {}
+    for task in plan.tasks if plan.watch.eval_freq else ():
+        most = plan.watch.eval_num_prompts or None
+        test[task.name], places = load_folders(task.folders, task.prompt_fn, "test", most)
+        parts[task.name] = places if len(places) > 1 else {}
+    return train, test, parts
 
 
 def _build_algorithm(
@@ -317,10 +357,17 @@ def _build_algorithm(
 ) -> tuple[Algorithm, StudentOptimizer, Ema | None]:
     """The algorithm, what it optimizes with, and the student's moving average if there is one."""
     optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
-    optimizer = StudentOptimizer(adapters.parameters(STUDENT), optimization, dynamic_scale=dtype == torch.float16)
-    ema = None
+    parameters, ema = adapters.parameters(STUDENT), None
     if average.ema:
-        ema = Ema(optimizer.parameters, average.ema_decay, average.ema_interval, optimization.fused_optimizer)
+        repeats = ema_repeats(plan.values)
+        ema = Ema(parameters, average.ema_decay, average.ema_interval, repeats, optimization.fused_optimizer)
+    optimizer = StudentOptimizer(
+        parameters,
+        optimization,
+        dynamic_scale=dtype == torch.float16,
+        num_steps=plan.steps_after(plan.shape.num_rounds),
+        ema=ema,
+    )
     algorithm = plan.algorithm(
         Models(Policies(backbone, adapters), optimizer, rewards),
         plan.settings,
@@ -336,8 +383,10 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     run_dir, is_main = plan.run.run_dir, accelerator.is_main_process
     with writing(run_dir, "run folder", _RUN_FOLDER):
         metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
-        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later.
-        metrics.truncate_after(resume.completed - (resume.unevaluated is not None))
+        # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later; so is
+        # that of the start, which is round 0.
+        to_evaluate = resume.folder is None or resume.unevaluated is not None
+        metrics.truncate_after(resume.completed - to_evaluate)
         if is_main:
             write_json(run_dir / "config.json", resume.given.to_dict())
     closing.callback(accelerator.end_training)
@@ -351,11 +400,11 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
 def _build_monitor(plan: Plan, backbone: Backbone, device: str, closing: ExitStack) -> Monitor:
     """Scores images of training and draws them; rewards that are trained on are measured anyway."""
     watch = plan.watch
-    watched = plan.tasks if watch.monitor_freq and not plan.algorithm.has_rewards else ()
+    scored = watch.monitor_freq > 0 and not plan.algorithm.has_rewards
     monitor = Monitor(
         # One at a time: the images are decoded beside the next round, and share its memory.
         partial(backbone.decode, chunk=1),
-        {task.name: task.proxy_reward for task in watched},
+        {task.name: task.proxy_reward if scored else {} for task in plan.tasks},
         plan.run.run_dir / "samples",
         device,
         watch.reward_options,

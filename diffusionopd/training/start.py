@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from diffusionopd.algorithms.base import Algorithm
 from diffusionopd.data.batches import Batch
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.merging import Merged, merge
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
@@ -18,12 +18,17 @@ SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """What the sum is tried at, unless the configuration says."""
 
 
-def start_from_teachers(plan: Plan, adapters: Adapters, say: Callable[[str], None]) -> Merged | None:
-    """Put the student at the sum of its teachers, if it is to start there. AdapterError for modules that it lacks."""
+def start_from_teachers(
+    plan: Plan, adapters: Adapters, loras: Mapping[str, LoraWeights], say: Callable[[str], None]
+) -> Merged | None:
+    """Put the student at the sum of its teachers, if it is to start there. AdapterError for modules that it lacks.
+
+    ``loras``: by adapter, the teachers' among them.
+    """
     lora = plan.read(LoraSettings)
     if lora.student_init != FROM_TEACHERS:
         return None
-    merged = merge([load_lora(task.lora_path) for task in plan.tasks], lora.lora_rank)
+    merged = merge([loras[task.adapter] for task in plan.tasks], lora.lora_rank)
     say(f"the student starts at the sum of its teachers: {merged.describe()}")
     adapters.start_from(STUDENT, merged.weights, lora.student_init_scale or 1.0)
     return merged

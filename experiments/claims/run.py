@@ -163,7 +163,8 @@ class Runner:
         rows, curve, evaluations, backwards = [], [], 0.0, 0
         if run.trained:
             text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
+            # Without round 0, the evaluation of the start: the curves begin with the base's.
+            rows = [row for line in text.splitlines() if (row := json.loads(line))["round"]]
             backwards = check(settings(run.experiment), num_processes=1).nfe_per_round.student * len(rows)
         else:  # a curve of one point, on the test prompts that trainings are monitored on: the first, with their noise
             count = SHORT["eval_num_prompts"] if self.short else settings("opd").eval_num_prompts

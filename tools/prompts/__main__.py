@@ -7,9 +7,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from diffusionopd.data.prompts import PromptError, read_prompts, write_lines
+from diffusionopd.files import path_flag
 from tools.prompts import geneval, ocr
 
 
@@ -21,10 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, what in (("geneval", "GenEval's grammar"), ("ocr", "scenes with text in double quotes")):
         own = kinds.add_parser(kind, help=what)
-        own.add_argument("--output", type=Path, required=True, help="file to write")
+        own.add_argument("--output", type=path_flag, required=True, help="file to write")
         own.add_argument("--count", type=int, required=True, help="prompts")
         own.add_argument("--seed", type=int, default=42)
-        own.add_argument("--exclude", type=Path, help="file of the same format whose prompts must not occur")
+        own.add_argument("--exclude", type=path_flag, help="file of the same format whose prompts must not occur")
         own.add_argument("--force", action="store_true", help="replace the file")
     repeat = "hold Flow-GRPO's shares of the tags by repeating prompts of small tags"
     kinds.choices["geneval"].add_argument("--repeat", action="store_true", help=repeat)

@@ -146,13 +146,16 @@ def _settings(algorithm: type[Algorithm], values: Mapping[str, Any]) -> Iterator
 
 def _task(task: Mapping[str, Any], values: Mapping[str, Any], has_teachers: bool) -> list[str]:
     """A row of the table of tasks."""
-    name, prompts = str(task["name"]), _code(task.get("dataset"))
+    weight, scale = first(task.get("weight"), 1.0), first(task.get("scale"), 1.0)
+    name = f"{task['name']} (weight {weight:g})" if weight != 1 else str(task["name"])
+    prompts = ", ".join(map(_code, task.get("datasets") or [task.get("dataset")]))
     if not has_teachers:
         return [name, ", ".join(f"{reward} {weight:g}" for reward, weight in task["proxy_reward"].items()), prompts]
     guidance = first(task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
     strength, reference = first(task.get("strength"), 1.0), task.get("reference")
     beyond = f" from {_code(reference)}" if not unset(reference) else ""
-    return [name, _code(task.get("lora_path")), f"{guidance:g}", f"{strength:g}{beyond}", prompts]
+    teacher = _code(task.get("lora_path")) + (f" times {scale:g}" if scale != 1 else "")
+    return [name, teacher, f"{guidance:g}", f"{strength:g}{beyond}", prompts]
 
 
 def _name_of(algorithm: type[Algorithm]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from diffusionopd.evaluation.job import find_checkpoint
+from diffusionopd.files import located
 from diffusionopd.models.lora_files import (
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
@@ -76,16 +76,16 @@ def find_student(path: str, base_model: str | None = None) -> Student:
         base_model: hub id of the base, in place of what the configuration names.
 
     Raises:
-        PublishError, EvaluationError, CheckpointError, ResumeError, AdapterError: nothing there, or damaged.
+        PublishError, CheckpointError, ResumeError, AdapterError: nothing there, or damaged.
     """
-    folder = find_checkpoint(path).resolve()
+    folder = checkpoint.find_lora(located(path)).resolve()
     needed = (CONFIG, "state", f"{PEFT}/{PEFT_CONFIG}", f"diffusers/{DIFFUSERS_WEIGHTS}")
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise PublishError(f"{folder} has no {', '.join(missing)}: name a run folder, or one of its checkpoints")
     checkpoint.verify(folder)
     values, state = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
     model = str(values["pretrained.model"] or "")
-    if base_model is None and _ON_HUB.fullmatch(model) and not Path(model.split("/")[0]).exists():
+    if base_model is None and _ON_HUB.fullmatch(model) and not Path(located(model.split("/")[0])).exists():
         base_model = model
     config = read_run_config(folder / CONFIG)
     return Student(folder, config, values, int(state["round"]), load_lora(folder), base_model)

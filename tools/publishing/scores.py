@@ -7,7 +7,10 @@ from typing import NamedTuple
 from diffusionopd.config_schema import unset
 from diffusionopd.evaluation.job import lora_hash
 from diffusionopd.evaluation.results import AVERAGES
+from diffusionopd.evaluation.testsets import first
+from diffusionopd.files import located
 from diffusionopd.models.lora_files import load_lora
+from diffusionopd.training.checkpoint import locate
 from tools.publishing.content import Student
 from tools.report import Evaluation, Model
 from tools.report.comparison import Column, unequal_settings
@@ -58,9 +61,10 @@ def read_scores(student: Student, folder: Path) -> tuple[list[Scores], list[str]
 def _teachers(student: Student) -> Iterator[tuple[str, tuple[str, str]]]:
     """Name -> source, and the hash of its tensors where it is on this machine."""
     for task in student.values["train.teachers"]:
-        source = str(task.get("lora_path") or "")
+        source, path = str(task.get("lora_path") or ""), locate(located(str(task.get("lora_path") or "")))
         if not unset(source):
-            yield TEACHER + task["name"], (source, lora_hash(load_lora(source)) if Path(source).exists() else "")
+            digest = lora_hash(load_lora(path).scaled(first(task.get("scale"), 1.0))) if path.exists() else ""
+            yield TEACHER + task["name"], (source, digest)
 
 
 def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluation: Evaluation) -> tuple[str, str]:
@@ -68,7 +72,8 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
     settings = evaluation.settings
     if not settings:
         return "", "no evaluation_settings.json says of what it is"
-    if settings.get("model") != student.values["pretrained.model"]:
+    base = str(student.values["pretrained.model"])
+    if settings.get("model") not in (base, located(base)):
         return "", f"it is of another base, {settings.get('model')}"
     if settings.get("lora") is None:
         return BASE, ""
@@ -82,7 +87,7 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
 
 def _is_of_hub(source: str, lora: str) -> bool:
     """Whether a folder of the hub's cache holds what a hub id names."""
-    owner, name, *inner = source.split("/")
+    owner, name, *inner = source.partition("@")[0].split("/")
     return f"models--{owner}--{name}" in Path(lora).parts and lora.endswith("/".join(inner))
 
 

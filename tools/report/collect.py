@@ -81,6 +81,8 @@ class ReportError(ValueError):
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rounds of a run's `metrics.jsonl` in order, each once (a resumed run may repeat some; the last counts).
 
+    Round 0, where there is one, is the evaluation of the start.
+
     Raises:
         ReportError: there is no such file, or not one complete round in it.
     """
@@ -89,7 +91,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):  # a line cut short by a kill
             row = json.loads(line)
             rounds[row["round"]] = row
-    if not rounds:
+    if not any(rounds):
         raise ReportError(f"{path} holds no finished round: has the run been trained?")
     return [rounds[number] for number in sorted(rounds)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusionopd.config_schema import is_number
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, Record, Summary, read_averages, read_records
+from diffusionopd.files import path_flag
 from tools.report import published
 
 EVALUATION = "evaluation"  # where a run folder keeps its evaluations
@@ -84,7 +85,7 @@ def read_models(runs: Sequence[str]) -> list[Model]:
             name, path = folder.parent.name if folder.name == EVALUATION else folder.name, run
         if name in models:
             raise ComparisonError(f"two models are called '{name}'; tell them apart as NAME={path}")
-        models[name] = Model(name, _evaluations(Path(path)))
+        models[name] = Model(name, _evaluations(path_flag(path)))
     return list(models.values())
 
 
