@@ -21,6 +21,7 @@ from diffusionopd.models.lora_files import load_lora
 from tools.publish import main
 from tools.publishing import PublishError, find_student, public
 from tools.publishing.card import render_card
+from tools.publishing.scores import read_scores
 
 from .hub import TOKEN, hub
 from .loopback import left
@@ -150,6 +151,21 @@ def test_scores_are_those_of_this_base_these_teachers_and_this_student(run, shar
     assert "2 distinct prompts" in card and "7 steps" in card and "0.111" not in card and "third" not in card
     for name in ("teacher-first/second", "student/third", "base/other", "upstream"):
         assert f"evaluation/{name}" in said
+
+
+def test_teachers_of_the_hub_are_known_by_their_place_in_its_cache(run, tmp_path):
+    student, places = find_student(str(run)), {"root": "own/er", "a": "own/er/a@v1", "b": "own/er/a/b/"}
+    tasks = [{"name": name, "lora_path": place} for name, place in places.items()]
+    student = replace(student, values={**student.values, "train.teachers": tasks})
+    for number, inside in enumerate(("", "/a", "/a/b", "/c")):
+        lora = f"/cache/models--own--er/snapshots/0{inside}"
+        own = {"model": student.values["pretrained.model"], "dataset": "x", "lora": lora, "lora_hash": "unknown"}
+        write(tmp_path / "evaluation" / str(number), {"ocr": [number / 4, number / 4]}, **own)
+    (scores,), _, left_out = read_scores(student, tmp_path / "evaluation")
+    assert [(name, value) for name, _, (value,) in scores.rows] == [
+        ("teacher root", "0.000 ± 0.000"), ("teacher a", "0.250 ± 0.000"), ("teacher b", "0.500 ± 0.000"),
+    ]  # fmt: skip
+    assert len(left_out) == 1
 
 
 def test_dry_run_lists_what_would_be_and_writes_nothing(run, tmp_path, capsys):

@@ -163,26 +163,25 @@ def _facts(flags: argparse.Namespace, job: Job, seeds: Sequence[int]) -> list[tu
     ]
 
 
+def _draw_page(flags: argparse.Namespace, job: Job) -> str:
+    seeds = list(dict.fromkeys(flags.seeds))
+    ensure_writable(job.output, "output folder", "Choose another with --output, or free space.")
+    ensure_writable(job.cache_dir, "text cache", "Free space there.")
+    print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, into {job.output.absolute()}")
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    dtype = torch.float32 if device.type == "cpu" or job.dtype is None else job.dtype
+    title, rows = f"{_name_of(flags.run)} on {flags.prompts.name}", rows_of(job, seeds)
+    notes = ["A number after a student multiplies the alpha of its LoRA."] if flags.scales != [1] else []
+    return render_gallery(title, rows, draw(job, seeds, device, dtype), _facts(flags, job, seeds), notes)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Flags to a page; a mistake of the user's ends in one line, not in a traceback."""
     flags = parse_flags(arguments)
-    seeds = list(dict.fromkeys(flags.seeds))
     try:
         with plain_warnings():
             job = make_job(flags)
-        ensure_writable(job.output, "output folder", "Choose another with --output, or free space.")
-        ensure_writable(job.cache_dir, "text cache", "Free space there.")
-        print(f"{len(job.models)} models, {len(rows_of(job, seeds))} images each, into {job.output.absolute()}")
-        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-        dtype = torch.float32 if device.type == "cpu" or job.dtype is None else job.dtype
-        notes = ["A number after a student multiplies the alpha of its LoRA."] if flags.scales != [1] else []
-        html = render_gallery(
-            f"{_name_of(flags.run)} on {flags.prompts.name}",
-            rows_of(job, seeds),
-            draw(job, seeds, device, dtype),
-            _facts(flags, job, seeds),
-            notes,
-        )
+            html = _draw_page(flags, job)
     except (ValueError, OSError) as error:
         sys.exit(redacted(f"error: {error}"))
     print(f"written to {write_atomically(free_page(job.output), html).absolute()}")

@@ -87,8 +87,9 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
 
 def _is_of_hub(source: str, lora: str) -> bool:
     """Whether a folder of the hub's cache holds what a hub id names."""
-    owner, name, *inner = source.partition("@")[0].split("/")
-    return f"models--{owner}--{name}" in Path(lora).parts and lora.endswith("/".join(inner))
+    owner, name, *inside = source.partition("@")[0].rstrip("/").split("/")
+    _, repository, path = lora.partition(f"/models--{owner}--{name}/snapshots/")
+    return bool(repository) and path.split("/")[1:] == inside  # after the commit
 
 
 def _table(data_set: str, models: Sequence[Model]) -> Scores:
