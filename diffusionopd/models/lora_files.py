@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusionopd.models.pipeline_files import hub_remedy
+
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
 PEFT_CONFIG = "adapter_config.json"
@@ -135,8 +137,7 @@ def _locate(source: str) -> Path:
         root = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns, **options))
     except Exception as error:
         raise AdapterError(
-            f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. "
-            "Check the spelling and the connection, or download it and give the folder."
+            f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. {hub_remedy()}"
         ) from error
     if not (root / inside).exists():
         raise AdapterError(f"the hub repository {owner}/{name} has no folder or file {inside!r}")
