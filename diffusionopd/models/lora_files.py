@@ -137,7 +137,8 @@ def _locate(source: str) -> Path:
         root = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns, **options))
     except Exception as error:
         raise AdapterError(
-            f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. {hub_remedy()}"
+            f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. "
+            f"{hub_remedy()}"
         ) from error
     if not (root / inside).exists():
         raise AdapterError(f"the hub repository {owner}/{name} has no folder or file {inside!r}")
