@@ -71,9 +71,8 @@ def test_prompts_that_are_cut_are_said_once(tmp_path, pipeline_folder, capfd):
     """How much, by the tokenizers themselves; and diffusers' own words, which have the padding, are not heard."""
     texts = ["a red circle", NEGATIVE, *(f"{n} " + "red circle " * 20 for n in range(5))]
     with pytest.warns(UserWarning) as said:
-        cache(tmp_path, length=9).fill(
-            texts, partial(load_text_encoder, str(pipeline_folder), max_sequence_length=9), 2
-        )
+        load = partial(load_text_encoder, str(pipeline_folder), max_sequence_length=9)
+        cache(tmp_path, length=9).fill(texts, load, 2)
     (message,) = {str(warning.message) for warning in said}
     assert message.startswith("5 ") and "2 more" in message and "'0 red" in message and "'a red" not in message
     for name, limit in (("tokenizer", 14), ("tokenizer_3", 9)):
