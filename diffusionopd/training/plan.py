@@ -359,8 +359,11 @@ class Plan(RoundPlan):
         return f"{model.model}, {parameters / 1e9:.3g} B parameters, {size / 1e9:.3g} GB{waits}"
 
     def _source(self, task: Task) -> str:
-        learnt = [self._rewards(task)] if self.algorithm.has_rewards else []
-        return ", and ".join(learnt + ([self._teacher(task)] if self.teachers else []))
+        if not self.algorithm.has_rewards:
+            return self._teacher(task)
+        weight = self.values["train.distill_weight"]
+        also = f", and {weight:g} times the distillation from {self._teacher(task)}" if self.teachers else ""
+        return self._rewards(task) + also
 
     def _rewards(self, task: Task) -> str:
         parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
