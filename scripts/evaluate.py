@@ -22,7 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from diffusionopd.config_schema import redacted
+from diffusionopd.config_schema import redacted, unset
 from diffusionopd.evaluation.job import TIMEOUT, Job, Model, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
@@ -30,6 +30,7 @@ from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
 from diffusionopd.models.lora_files import WEIGHTS, load_lora
+from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 from diffusionopd.training import load_config
@@ -129,20 +130,26 @@ def read_options(given: list[str], configured: dict[str, Any]) -> dict[str, dict
     return options
 
 
-def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model]:
-    """The models that flags name. Raises `EvaluationError` or `AdapterError` if one is missing."""
+def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[str, Any]) -> list[Model]:
+    """The models that flags name; ``source``: where the base is.
+
+    Raises `EvaluationError`, `AdapterError` or `BackboneError` if one is missing.
+    """
     found = [Model("base")] if flags.base else []
     teachers = {teacher["name"]: teacher for teacher in config.get("train", {}).get("teachers", [])}
     sample = config.get("sample", {})
     for name in flags.teacher or []:
         teacher = teachers.get(name, {})
-        if not teacher.get("lora_path"):
+        path, model = (None if unset(teacher.get(name)) else teacher[name] for name in ("lora_path", "model"))
+        if not (path or model):
             known = ", ".join(teachers) or "none; name a configuration with --config"
-            raise EvaluationError(f"no teacher '{name}' with a lora_path in the configuration; its teachers: {known}")
+            what = f"no teacher '{name}' with a lora_path or model in the configuration"
+            raise EvaluationError(f"{what}; its teachers: {known}")
         common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
-        strength = first(teacher.get("scale"), 1.0)
-        found.append(Model(f"teacher-{name}", load_lora(locate(teacher["lora_path"])).scaled(strength), scale))
+        lora = load_lora(locate(path)).scaled(first(teacher.get("scale"), 1.0)) if path else None
+        own = read_teacher_model(model, read_model(**source)) if model else None
+        found.append(Model(f"teacher-{name}", lora, scale, own))
     if flags.checkpoint_path:
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
     for source in [*flags.lora, *(flags.lora_hf_path or [])]:
@@ -156,7 +163,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     place(flags)
     config = find_config(flags)
-    pretrained, models = config.get("pretrained", {}), find_models(flags, config)
+    pretrained = config.get("pretrained", {})
     own_base = pretrained if flags.model in (None, pretrained.get("model")) else {}
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
     benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
@@ -164,12 +171,16 @@ def make_job(flags: argparse.Namespace) -> Job:
     check_options(options)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
-    named |= {
-        "base": flags.model or pretrained.get("model") or DEFAULT_MODEL,
+    source = {
         "revision": flags.revision or pretrained.get("revision") or None,
         "variant": flags.variant or own_base.get("variant") or None,
         "config": flags.model_config or own_base.get("config") or None,
-        "models": models,
+    }
+    base = flags.model or pretrained.get("model") or DEFAULT_MODEL
+    named |= {
+        **source,
+        "base": base,
+        "models": find_models(flags, config, {"model": base, **source}),
         "benchmarks": benchmarks,
         "dtype": DTYPES.get(flags.mixed_precision),
         "reward_options": options,

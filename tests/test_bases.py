@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -185,12 +186,24 @@ def test_noise_levels_are_those_of_the_pipelines_scheduler(kind, options, copied
         torch.testing.assert_close(
             load_backbone(str(copied)).sigmas(steps, 64), stock.sigmas.double(), rtol=1e-6, atol=0
         )
+        if kind.startswith("FlowMatch"):
+            even = np.linspace(1, 1 / steps, steps)
+            stock.set_timesteps(sigmas=even, **(mu if options.get("use_dynamic_shifting") else {}))
+            found = load_backbone(str(copied)).sigmas(steps, 64, "linspace")
+            torch.testing.assert_close(found, stock.sigmas.double(), rtol=1e-6, atol=0)
 
 
 def test_other_solvers_of_flow_matching_give_the_levels_of_euler_steps():
     expected = flow_levels(FlowMatchEulerDiscreteScheduler(shift=3.0), 5)
     for kind in ("FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"):
         assert torch.equal(flow_levels(getattr(diffusers, kind)(shift=3.0), 5), expected)
+
+
+def test_even_levels_have_the_shift_of_any_scheduler():
+    for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.UniPCMultistepScheduler(**FLOW)):
+        shift = scheduler.config.get("flow_shift", scheduler.config.get("shift"))
+        expected = [shift * s / (1 + (shift - 1) * s) for s in (1, 0.75, 0.5, 0.25, 0)]
+        assert flow_levels(scheduler, 4, schedule="linspace").tolist() == pytest.approx(expected, rel=1e-6)
 
 
 # --- variants --------------------------------------------------------------------------------------------------------

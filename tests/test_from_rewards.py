@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,28 @@ def advantages_by_hand(rewards):
     return out
 
 
+PULL = {"distill_weight": 0.7, "target": "velocity", "self_normalize": True}
+
+
+def pulled(batch):
+    """The batch with a target beyond its teacher."""
+    return replace(batch, rows=tuple(replace(row, strength=1.5) for row in batch.rows))
+
+
+def distillation_by_hand(v, x, sigma, velocity):
+    """Losses `[B]` towards 1.5 times the way from the base to teacher a, in float64."""
+    v_base, v_teacher = (velocity(name, x, sigma).double() for name in (None, "teacher_a"))
+    difference = v.double() - (v_base + 1.5 * (v_teacher - v_base))
+    return 0.5 * difference.square().flatten(1).mean(1) / difference.detach().abs().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, PULL], ids=["rewards", "both"])
 @pytest.mark.parametrize("kind", ["grpo", "grpo_guard"])
-def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, text, monkeypatch):
+def test_a_policy_gradient_round_equals_the_slow_loop(kind, options, backbone, adapters, text, monkeypatch):
     """On policy the ratio is exactly 1, and the gradient is that of -A log p, sample by sample, step by step."""
     perturb(adapters)
-    learner = make_learner(kind, backbone, adapters, text, beta=0.3)
-    (batch,) = batches_of(backbone, text)
+    learner = make_learner(kind, backbone, adapters, text, beta=0.3, **options)
+    (batch,) = map(pulled, batches_of(backbone, text))
     result, found = kept_gradients(learner, [batch], monkeypatch)
     assert result.metrics["ratio"] == 1.0 and result.metrics["clip_fraction"] == 0.0
 
@@ -75,13 +92,16 @@ def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, 
         x = x_next
     rewards = (-x[:, 0].mean(dim=(1, 2)).double()).tolist()
     assert result.metrics["reward/a"] == pytest.approx(np.mean(rewards))
-    advantages, total = advantages_by_hand(rewards), 0.0
+    advantages, total, pulls = advantages_by_hand(rewards), 0.0, []
     for step in range(TRAINED):
         tr, (x, x_next) = learner.transitions[step], states[step]
+        v = velocity(STUDENT, x, tr.sigma)
         normal, base = (
-            torch.distributions.Normal(tr.a * x + tr.b * velocity(adapter, x, tr.sigma), tr.std)
-            for adapter in (STUDENT, None)
+            torch.distributions.Normal(tr.a * x + tr.b * u, tr.std) for u in (v, velocity(None, x, tr.sigma))
         )
+        if options:
+            pulls.append(distillation_by_hand(v, x, tr.sigma, velocity).mean())
+            total = total + 0.7 * pulls[-1] / TRAINED
         log_prob = normal.log_prob(x_next)
         kl = torch.distributions.kl_divergence(normal, base)
         for i in range(SIZE):
@@ -89,13 +109,17 @@ def test_a_policy_gradient_round_equals_the_slow_loop(kind, backbone, adapters, 
             total = total + (-advantages[i] * scale * log_prob[i].mean() + 0.3 * kl[i].mean()) / (SIZE * TRAINED)
     learner.optimizer.backward(total)
     assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
+    if options:
+        assert result.metrics["distill/a"] == pytest.approx(torch.stack(pulls).mean().item(), rel=1e-5)
 
 
-def test_an_nft_round_equals_the_slow_loop(backbone, adapters, text, monkeypatch):
+@pytest.mark.parametrize("options", [{}, PULL], ids=["rewards", "both"])
+def test_an_nft_round_equals_the_slow_loop(options, backbone, adapters, text, monkeypatch):
+    """The distillation has states of its own, those of the student's trajectory."""
     perturb(adapters)
-    learner = make_learner("nft", backbone, adapters, text, beta=0.1)
+    learner = make_learner("nft", backbone, adapters, text, beta=0.1, **options)
     perturb(adapters, seed=12)  # the student has moved on from the old policy
-    (batch,) = batches_of(backbone, text)
+    (batch,) = map(pulled, batches_of(backbone, text))
     result, found = kept_gradients(learner, [batch], monkeypatch)
 
     def velocity(adapter, x, sigma):
@@ -121,6 +145,11 @@ def test_an_nft_round_equals_the_slow_loop(backbone, adapters, text, monkeypatch
             plus, minus = 0.5 * v[i] + 0.5 * old[i], 1.5 * old[i] - 0.5 * v[i]
             loss = 5 * (r * error(plus) + (1 - r) * error(minus)) / 0.5 + 0.1 * (v[i] - base[i]).square().mean()
             total = total + loss / (SIZE * TRAINED)
+    x = batch.noise
+    for tr in learner.transitions[:TRAINED] if options else ():
+        v = velocity(STUDENT, x, tr.sigma)
+        total = total + 0.7 * distillation_by_hand(v, x, tr.sigma, velocity).mean() / TRAINED
+        x = (x + tr.b * v).detach()
     learner.optimizer.backward(total)
     assert result.losses.mean == pytest.approx(total.item(), rel=1e-4)
     assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
@@ -241,6 +270,28 @@ def test_the_counts_of_the_plan_are_what_runs(tiny_config, tmp_path):
         train(config)
         announced = nfe.student + nfe.teacher + nfe.sampling + nfe.base
         assert metrics(tmp_path / "logs" / algorithm)[0]["evaluations"] == announced, algorithm
+    for algorithm in ("nft", "grpo"):
+        name, options = f"{algorithm}-pulled", {"train__algorithm": algorithm, "train__distill_weight": 0.5}
+        config = tiny_config(run_name=name, num_epochs=1, train__num_inner_epochs=2, **options)
+        config.train.teachers[1]["strength"] = 1.5
+        nfe = check(config, 1).nfe_per_round
+        train(config)
+        (row,) = metrics(tmp_path / "logs" / name)
+        assert row["evaluations"] == nfe.student + nfe.teacher + nfe.sampling + nfe.base, name
+        assert row["distill/first"] > 0 and row["distill/second"] > 0
+
+
+def test_a_distillation_beside_rewards_needs_teachers(tiny_config):
+    config = tiny_config(train__algorithm="nft", train__distill_weight=0.5)
+    config.train.teachers[0]["lora_path"] = ""
+    with pytest.raises(ConfigError) as caught:
+        check(config, 1)
+    (problem,) = caught.value.problems
+    assert problem.startswith("train.teachers[0].lora_path ")
+    config.train.distill_weight = 0.0
+    config.train.target = "velocity"
+    plan = check(config, 1)
+    assert not plan.teachers and any("train.target" in note for note in plan.notes)
 
 
 def test_a_failing_reward_stops_the_training(finished, monkeypatch):

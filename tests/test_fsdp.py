@@ -90,14 +90,18 @@ def test_sharded_training_is_that_of_one_process_and_resumes_either_way(tiny_con
 @pytest.mark.slow
 def test_other_precisions_and_algorithms_on_a_sharded_base(tiny_config, tmp_path):
     """A half precision base, float32 LoRAs and recomputed blocks, against two processes with all of it each; NFT
-    adds its old policy to a base that is sharded already."""
+    adds its old policy to a base that is sharded already, and has a teacher that is another transformer."""
     logs = tmp_path / "logs"
     half = {"num_epochs": 1, "mixed_precision": "bf16", "activation_checkpointing": True}
     for where in (FSDP, {}):
         train_sharded(where, tiny_config(run_name=f"half{len(where)}", **half))
     assert_bitwise(last(logs, f"half{len(FSDP)}"), last(logs, "half0"))
-    train_sharded(FSDP, tiny_config(run_name="nft", **NFT))
-    train(tiny_config(run_name="nft one", **NFT, **LARGE))
+    configs = tiny_config(run_name="nft", **NFT), tiny_config(run_name="nft one", **NFT, **LARGE)
+    for config in configs:
+        config.train.distill_weight = 1.0
+        config.train.teachers[1] |= {"model": config.pretrained.model, "lora_path": ""}
+    train_sharded(FSDP, configs[0])
+    train(configs[1])
     assert any(name.startswith("old.") for name in last(logs, "nft"))
     assert_same(last(logs, "nft one"), last(logs, "nft"))
 
@@ -136,10 +140,18 @@ def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch, tiny_config)
         for name in changed.keys() - variables.keys():
             monkeypatch.delenv(name)
     monkeypatch.setattr(setup, "check_compiler", lambda device: None)
-    for variables, key in ((FSDP, "train__merge_teachers"), (ZERO3, "compile")):
+    own = {**tiny_config().train.teachers[0], "model": tiny_config().pretrained.model, "lora_path": ""}
+    for variables, fact, changes in (
+        (FSDP, "train.merge_teachers", {"train__merge_teachers": True}),
+        (ZERO3, "compile", {"compile": True}),
+        (FSDP, "teacher_device", {"teacher_device": "cpu", "train__teachers": [own]}),
+        (ZERO3, "model of its own", {"train__teachers": [own]}),
+    ):
         ask(**variables)
-        with pytest.raises(EngineError, match=key.replace("__", ".")):
-            setup.check_devices(check(tiny_config(**{key: True}), 1), torch.device("cpu"))
+        with pytest.raises(EngineError, match=fact), monkeypatch.context() as without:
+            for name in {*FSDP, *ZERO3} - variables.keys():
+                without.delenv(name, raising=False)
+            setup.check_devices(check(tiny_config(**changes), 1), torch.device("cpu"))
     monkeypatch.setattr(engine, "is_deepspeed_available", lambda: False)
     with pytest.raises(EngineError, match="pip install deepspeed"):  # before accelerate, which would name no remedy
         train(tiny_config())

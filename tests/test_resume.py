@@ -15,7 +15,7 @@ import torch
 
 from diffusionopd.config_schema import FREE, REFUSE, REWARDS, ROUND, TEACHERS, flatten
 from diffusionopd.data.tasks import FIELDS
-from diffusionopd.models.policies import STUDENT
+from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.training import check, checkpoint, load_config, resume, train
 from diffusionopd.training.plan import SCHEMA, ema_repeats, is_used
 from diffusionopd.training.resume import (
@@ -94,11 +94,13 @@ def test_a_changed_key_is_refused_or_reported(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["opd", "nft"])
 def test_a_changed_field_of_a_task_is_refused_or_reported(algorithm):
-    for name, key in FIELDS.items():
+    for (name, key), weight in itertools.product(FIELDS.items(), (0.0, 0.5)):
         before, now = values_of(algorithm), values_of(algorithm)
+        before["train.distill_weight"] = now["train.distill_weight"] = weight
         now["train.teachers"][1][name] = value = {"ocr": 1.0} if name == "proxy_reward" else other(key.default)
         refused, free = changes_since(before, 1, now, 1)
-        (change,) = refused if is_refused(key.resume, algorithm) else free
+        both = weight and algorithm == "nft" and key.resume == TEACHERS
+        (change,) = refused if is_refused(key.resume, algorithm) or both else free
         assert change.startswith(f"train.teachers[1].{name}: ") and change.endswith(f" -> {value!r}")
 
 
@@ -360,14 +362,15 @@ def test_the_base_models_digest_sees_its_weights_and_not_its_adapters(backbone, 
     for i, task in enumerate(config.train.teachers):
         task["name"] = "ab"[i]
     tasks = check(config, 1).tasks
-    before = weight_digests(tasks, backbone, adapters)
+    policies = Policies(backbone, adapters)
+    before = weight_digests(tasks, policies)
     assert list(before) == ["the base model (torch.float32)", "the teacher of a", "the teacher of b"]
     with torch.no_grad():
         adapters.parameters(STUDENT)[0].add_(1)
-        assert weight_digests(tasks, backbone, adapters) == before
+        assert weight_digests(tasks, policies) == before
         adapters.parameters("teacher_a")[3].view(-1)[5] += 1e-6
         backbone.transformer.transformer_blocks[2].ff.net[0].proj.bias[0] += 1e-6
-    now = weight_digests(tasks, backbone, adapters)
+    now = weight_digests(tasks, policies)
     assert [name for name in before if now[name] != before[name]] == list(before)[:2]
 
 

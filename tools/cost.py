@@ -21,7 +21,7 @@ from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
 from tools.costs.models import read_pipeline
-from tools.costs.round import MACHINE, memory, outside_training, step_cost, work
+from tools.costs.round import MACHINE, memory, outside_training, own_models, step_cost, work
 
 
 def main() -> None:
@@ -45,11 +45,12 @@ def report(plan: Plan, args: argparse.Namespace) -> None:
     """Print what ``plan`` costs and write it to ``args.json``."""
     shape, pipeline = plan.shape, read_pipeline(**plan.read(BaseSettings).source)
     cost = step_cost(plan, pipeline, shape.backward_size)
-    kinds = work(plan, cost)
+    own = own_models(plan, pipeline)
+    kinds = work(plan, cost, own)
     nfe, flops = (sum(column) for column in zip(*kinds.values(), strict=True))
     seconds = flops / (shape.num_processes * args.peak_tflops * 1e12 * args.utilisation)
     ways = {"replicated": 1} | ({"sharded": min(shape.num_processes, MACHINE)} if shape.num_processes > 1 else {})
-    held = {way: memory(plan, cost, shards) for way, shards in ways.items()}
+    held = {way: memory(plan, cost, shards, own) for way, shards in ways.items()}
     outside = outside_training(plan, pipeline)
     print_table(
         ("transformer", f"{cost.parameters / 1e9:.3f} B parameters, {cost.buffers / 1e9:.3f} B of buffers"),

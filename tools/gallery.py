@@ -23,9 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.algorithms import ALGORITHMS
-from diffusionopd.config_schema import flatten, is_number, read, redacted
+from diffusionopd.config_schema import flatten, is_number, read, redacted, unset
 from diffusionopd.data.prompts import read_prompts
-from diffusionopd.evaluation.job import Job, Model, adapter_of, load_models
+from diffusionopd.evaluation.job import Job, Model, load_models
 from diffusionopd.evaluation.results import EvaluationError
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark, first
@@ -33,6 +33,7 @@ from diffusionopd.files import ensure_writable, located, path_flag, write_atomic
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
 from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.settings import BaseSettings, MemorySettings
+from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards.images import to_uint8
 from diffusionopd.training.checkpoint import find_lora, locate
 from diffusionopd.training.command import plain_warnings
@@ -72,7 +73,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     prompts = read_prompts(flags.prompts, "geneval" if flags.prompts.suffix == ".jsonl" else "general_ocr")
     steps = first(flags.num_inference_steps, watch.eval_num_steps)
     guidance = first(flags.guidance_scale, watch.eval_guidance_scale)
-    teachers = _teachers(values, flags.guidance_scale) if flags.teachers else []
+    teachers = _teachers(values, base, flags.guidance_scale) if flags.teachers else []
     job = Job(
         **{name: value for name, value in base.source.items() if name != "model"},
         base=base.model,
@@ -102,13 +103,15 @@ def _students(lora: LoraWeights, scales: Sequence[float]) -> Iterator[Model]:
             yield Model("student" if scale == 1 else f"student at {scale:g}", lora.scaled(scale))
 
 
-def _teachers(values: Mapping[str, Any], guidance: float | None) -> Iterator[Model]:
+def _teachers(values: Mapping[str, Any], base: BaseSettings, guidance: float | None) -> Iterator[Model]:
     if not ALGORITHMS[values["train.algorithm"]].has_teachers:
         raise EvaluationError(f"a run of {values['train.algorithm']} has no teachers: leave out --teachers")
     for task in values["train.teachers"]:
         own = first(guidance, task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
-        lora = load_lora(locate(task["lora_path"])).scaled(first(task.get("scale"), 1.0))
-        yield Model(f"teacher {task['name']}", lora, own)
+        path, model = (None if unset(task.get(name)) else task[name] for name in ("lora_path", "model"))
+        lora = load_lora(locate(path)).scaled(first(task.get("scale"), 1.0)) if path else None
+        beside = read_teacher_model(model, read_model(**base.source)) if model else None
+        yield Model(f"teacher {task['name']}", lora, own, beside)
 
 
 def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtype) -> Iterator[Drawn]:
@@ -118,10 +121,10 @@ def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtyp
     """
     (benchmark,) = job.benchmarks
     numbered = list(enumerate(benchmark.prompts))
-    backbone, cache, adapters = load_models(job, dtype, device)
+    cache, policies = load_models(job, dtype, device)
     with tqdm(total=len(job.models) * len(rows_of(job, seeds)), desc="drawing", unit="image") as bar:
-        for index, model in enumerate(job.models):
-            adapters.use(adapter_of(job, index))
+        for model in job.models:
+            backbone = policies.use(model.name).backbone
             guidance = model.guidance_on(benchmark)
             images: dict[tuple[int, int], np.ndarray] = {}  # by the numbers of prompt and seed
             for place, seed in enumerate(seeds):

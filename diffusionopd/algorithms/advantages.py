@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.base import ReferenceSettings
+from diffusionopd.algorithms.base import Losses, ReferenceSettings
+from diffusionopd.algorithms.pull import ComparisonSettings, Pull
 from diffusionopd.config_schema import READ, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
@@ -81,7 +82,7 @@ def clip_advantages(values: Tensor, clip: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RewardSettings(ReferenceSettings):
+class RewardSettings(ComparisonSettings, ReferenceSettings):
     """Training from rewards."""
 
     dataset: str = key("dataset", "", path=READ)
@@ -97,6 +98,19 @@ class RewardSettings(ReferenceSettings):
     """See `per_prompt_stat_tracking`."""
     adv_clip_max: float = key("train.adv_clip_max", 5.0, "(0, inf)")
     """Advantages are clipped to [-adv_clip_max, adv_clip_max]."""
+    distill_weight: float = key("train.distill_weight", 0.0, "[0, inf)")
+    """Above 0 the tasks have teachers too, and so many times the distillation loss to their targets is added to the
+    loss (as of `train.target` and `train.self_normalize`): grpo at the trained states of its trajectories, nft at those
+    of a rollout of the student beside them, which costs as much again. `metrics.jsonl` has it as `distill/<task>`."""
+
+    def pull(self, table: Losses) -> Pull | None:
+        """The distillation beside the rewards, if any; ``table``: empty, for all batches of a round."""
+        return Pull(self.distill_weight, self, table) if self.distill_weight > 0 else None
+
+    def notes(self, changed: Sequence[str]) -> list[str]:
+        """What was set for a distillation that there is not."""
+        names = [name for name in changed if name in ("train.target", "train.self_normalize", "train.merge_teachers")]
+        return [f"{name} is ignored: train.distill_weight is 0" for name in names] * (self.distill_weight == 0)
 
     def check(self, values: Mapping[str, Any], problems: Problems) -> None:
         """Advantages compare the images of one prompt."""

@@ -6,7 +6,7 @@ called by it and call nothing back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
-from diffusionopd.config_schema import FREE, Problems, key
+from diffusionopd.config_schema import FREE, Problems, is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
+from diffusionopd.losses import extrapolated
 from diffusionopd.models.backbone import ModelInfo
 from diffusionopd.models.policies import STUDENT, Policies, Request
+from diffusionopd.models.schedules import FAMILY, SCHEDULES
 from diffusionopd.rewards import RewardWorker
-from diffusionopd.rollout import Velocity, Visit, walk
+from diffusionopd.rollout import Branches, Target, Velocity, Visit, rollout, walk
 from diffusionopd.transitions import Transition, schedule
 
 NOISY_KERNELS = {"flow": "flow_sde", "dance": "dance_sde", "cps": "cps", "ddim": "ddim"}
@@ -35,6 +37,10 @@ class SamplerSettings:
 
     num_steps: int = key("sample.num_steps", 40, "[1, inf)")
     """Sampler steps of a trajectory in training."""
+    schedule: str = key("sample.schedule", FAMILY, choices=SCHEDULES)
+    """Noise levels of the training trajectories: "family", those of the base's own pipeline, or "linspace", num_steps
+    levels evenly spread from 1 to 1 / num_steps and then shifted as the pipeline does (what diffusers makes of
+    `sigmas=`): the last step is longer. Evaluation keeps the family's."""
     guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)")
     """Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without."""
     cfg: bool = key("train.cfg", True)
@@ -152,6 +158,12 @@ class RoundPlan:
         """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
         return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
 
+    def target_nfe(self, visits: int) -> tuple[int, int]:
+        """Forward passes of teachers, and of what targets start from, for so many supervised states of each task."""
+        share = visits * self.shape.tasks_per_round / len(self.tasks)
+        counts = [(self.nfe(task.guidance_scale), task.strength != 1.0) for task in self.tasks]
+        return round(share * sum(n for n, _ in counts)), round(share * sum(n for n, moved in counts if moved))
+
 
 @dataclass(frozen=True)
 class Nfe:
@@ -183,11 +195,14 @@ class Losses:
         self.sums = torch.zeros(len(self.tasks), num_steps, device=device)
         self.counts = torch.zeros(len(self.tasks), num_steps)
 
-    def add(self, batch: Batch, step: int, loss: Tensor) -> Tensor:
-        """Note the losses ``[B]`` of a batch's rows at a step; their share of the weighted mean, to go backward."""
+    def add(self, batch: Batch, step: int, loss: Tensor, beside: bool = False) -> Tensor:
+        """Note the losses ``[B]`` of a batch's rows at a step; their share of the weighted mean, to go backward.
+
+        ``beside``: they are a further term of losses that were added before.
+        """
         for task, rows in batch.slices.items():
             self.sums[self.tasks.index(task), step] += loss.detach()[rows].sum()
-            self.counts[self.tasks.index(task), step] += rows.stop - rows.start
+            self.counts[self.tasks.index(task), step] += 0 if beside else rows.stop - rows.start
         weights = [row.weight for row in batch.rows]
         if set(weights) != {1.0}:
             loss = loss * torch.tensor(weights).to(loss)
@@ -271,6 +286,12 @@ class Algorithm:
         return []
 
     @classmethod
+    def uses_teachers(cls, values: Mapping[str, Any]) -> bool:
+        """Whether a flat configuration, which may be wrong, needs the tasks' teachers."""
+        weight: Any = values.get("train.distill_weight")
+        return cls.has_teachers or cls.has_rewards and is_number(weight) and weight > 0
+
+    @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
         """Forward passes per round, and the memory that goes with them."""
         raise NotImplementedError
@@ -302,11 +323,10 @@ class Algorithm:
 
     def student(self, batch: Batch) -> Velocity:
         """The student's velocity for a batch, with gradient where the caller has it enabled."""
+        branches = self.branches(batch)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            v, _ = self.policies.student(x, sigma, batch.text, self.sampler.guidance)
-            self.velocities.note(STUDENT, batch, sigma, v)
-            return v
+            return branches(x, sigma).guided
 
         return velocity
 
@@ -319,6 +339,33 @@ class Algorithm:
             return v
 
         return velocity
+
+    def branches(self, batch: Batch) -> Callable[[Tensor, float], Branches]:
+        """The student's velocities for a batch."""
+
+        def velocities(x: Tensor, sigma: float) -> Branches:
+            v = Branches(*self.policies.student(x, sigma, batch.text, self.sampler.guidance))
+            self.velocities.note(STUDENT, batch, sigma, v.guided)
+            return v
+
+        return velocities
+
+    def target(self, batch: Batch) -> Callable[[Tensor, float], Target]:
+        """The targets of a batch: its teacher's velocities, or those at their ``strength`` from the reference's."""
+        ((policy, reference, guidance, strength),) = {
+            (r.teacher, r.reference, r.guidance, r.strength) for r in batch.rows
+        }
+        asked = [policy] if strength == 1.0 else [policy, reference]
+
+        def velocities(x: Tensor, sigma: float) -> Target:
+            answers = self.policies.frozen([Request(name, x, sigma, batch.text, guidance) for name in asked])
+            for name, (v, _) in zip(asked, answers, strict=True):
+                self.velocities.note(name, batch, sigma, v)
+            teacher, start = answers[0], answers[-1]
+            branches = (extrapolated(v_ref, v, strength) for v_ref, v in zip(start, teacher, strict=True))
+            return Target(Branches(*branches), teacher[0])
+
+        return velocities
 
     def teacher(self, batch: Batch) -> Velocity:
         """The velocity of the batch's teacher, under its own guidance."""
@@ -333,6 +380,19 @@ class Algorithm:
         """A policy's walk from noise to final latents, without gradient."""
         return walk(
             batch.noise, self.transitions, policy, draw_noise=batch.step_noise, multistep=self.sampler.multistep
+        )
+
+    def rollout(self, batch: Batch, finish: bool = False) -> Iterator[Visit]:
+        """The student's walk with its targets at the trained steps: :func:`diffusionopd.rollout.rollout`."""
+        return rollout(
+            batch.noise,
+            self.transitions,
+            self.branches(batch),
+            self.target(batch),
+            trained=batch.steps,
+            draw_noise=batch.step_noise,
+            multistep=self.sampler.multistep,
+            finish=finish,
         )
 
     # --- updates ----------------------------------------------------------------------------------------------------
@@ -377,7 +437,7 @@ class Algorithm:
 _UNCHANGED = "The student has not been changed by it."
 _BASE, _TEACHER = "base model", "teacher"
 _REMEDIES = {
-    _TEACHER: "Check that task's LoRA (lora_path in train.teachers), or choose mixed_precision bf16 or no.",
+    _TEACHER: "Check that task's teacher (lora_path or model in train.teachers), or choose mixed_precision bf16 or no.",
     _BASE: "Check the base model (pretrained.model), or choose mixed_precision bf16 or no.",
     STUDENT: "Resume from the last checkpoint with a lower learning rate, or choose mixed_precision bf16 or no.",
 }

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import Algorithm, ClipSettings, Nfe, Result, RoundPlan, SamplerSettings
+from diffusionopd.algorithms.base import (
+    Algorithm,
+    ClipSettings,
+    Nfe,
+    Result,
+    RoundPlan,
+    SamplerSettings,
+    TeacherSettings,
+)
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import mean_over_processes
@@ -46,7 +54,7 @@ class Grpo(Algorithm):
     """Every sampled step is an action, made likelier or less likely by its image's advantage (PPO clipping)."""
 
     name = "grpo"
-    groups: ClassVar[tuple[type, ...]] = (GrpoSettings,)
+    groups: ClassVar[tuple[type, ...]] = (GrpoSettings, TeacherSettings)
     has_rewards = True
     objective: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(grpo_loss)
     settings: GrpoSettings | GuardSettings
@@ -54,7 +62,7 @@ class Grpo(Algorithm):
     def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
         """See :meth:`Algorithm.round`: sample all batches, then train on them, in one optimizer step or several."""
         s, scoring, visits = self.settings, Scoring(self.rewards, self.policies.backbone.decode), []
-        images = []
+        images, pull = [], s.pull(self.losses(batches))
         for batch in batches:
             visits.append(walked := list(self.trajectory(batch, self.student(batch))))
             scoring.submit(batch, walked[-1].x_next)  # runs in a thread while the next batch is sampled
@@ -70,17 +78,21 @@ class Grpo(Algorithm):
                     for visit in (walked[n] for n in batch.steps):
                         tr, x, v_old = visit.transition, visit.x, visit.v.guided
                         v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
+                        target = self.target(batch)(x, tr.sigma) if pull else None
                         v_student = self.student(batch)(x, tr.sigma)
                         loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantage.to(x), *s.clip)
                         ratios += _counted(ratio, *s.clip)
                         if v_base is not None:
                             loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
+                        if pull and target is not None:
+                            loss = loss + pull.loss(batch, visit.step, tr, v_student, target, note=epoch == 0)
                         self.optimizer.backward(losses.add(batch, visit.step, loss))
                 norm = self.update(losses, step)
                 if epoch == 0:
                     result.note(losses, norm)
         count, clipped, total = mean_over_processes(ratios).tolist()
         result.metrics |= {"clip_fraction": clipped / count, "ratio": total / count}
+        result.metrics |= pull.metrics() if pull else {}
         return result
 
     @classmethod
@@ -96,6 +108,11 @@ class Grpo(Algorithm):
         sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
+    def notes(cls, settings: GrpoSettings | GuardSettings, changed: Sequence[str]) -> list[str]:
+        """What was set for teachers that there are not."""
+        return settings.notes(changed)
+
+    @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
         """The student samples, then is trained at every trained step."""
         shape, sampler = plan.shape, plan.sampler
@@ -103,14 +120,17 @@ class Grpo(Algorithm):
         student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
         sampling = shape.images_per_round * sampler.num_steps * own
         base = student if plan.settings.beta > 0 else 0
-        return Nfe(student=student, sampling=sampling, base=base, kept_latents=2 + 3 * sampler.trained_steps)
+        visits = shape.images_per_task * sampler.trained_steps * sampler.num_inner_epochs
+        teacher, references = plan.target_nfe(visits if plan.settings.distill_weight > 0 else 0)
+        kept = 2 + 3 * sampler.trained_steps
+        return Nfe(student=student, teacher=teacher, sampling=sampling, base=base + references, kept_latents=kept)
 
 
 class GrpoGuard(Grpo):
     """GRPO-Guard: the ratio normalised, the gradient reweighted across steps."""
 
     name = "grpo_guard"
-    groups = (GuardSettings,)
+    groups = (GuardSettings, TeacherSettings)
     objective = staticmethod(grpo_guard_loss)
 
 

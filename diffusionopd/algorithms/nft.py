@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import STUDENT, Algorithm, Models, Nfe, Result, RoundPlan, SamplerSettings
+from diffusionopd.algorithms.base import (
+    STUDENT,
+    Algorithm,
+    Losses,
+    Models,
+    Nfe,
+    Result,
+    RoundPlan,
+    SamplerSettings,
+    TeacherSettings,
+)
+from diffusionopd.algorithms.pull import Pull
 from diffusionopd.config_schema import Problems, is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import nft_loss, old_policy_decay, optimality, reference_penalty
@@ -40,7 +51,7 @@ class Nft(Algorithm):
     """
 
     name = "nft"
-    groups = (NftSettings,)
+    groups = (NftSettings, TeacherSettings)
     has_rewards = True
     ema_each_batch = False
     settings: NftSettings
@@ -60,7 +71,7 @@ class Nft(Algorithm):
         self.check_samples()
         advantages, metrics = scoring.advantages(s, self.shape)
         images = [(batch, x0) for batch, x0 in zip(batches, samples, strict=True) if batch.wants_images]
-        result = Result(images, metrics)
+        result, pull = Result(images, metrics), s.pull(self.losses(batches))
         for epoch in range(self.sampler.num_inner_epochs):
             for part in self.parts(batches):
                 losses = self.losses([batches[i] for i in part])
@@ -76,10 +87,20 @@ class Nft(Algorithm):
                         if v_base is not None:
                             loss = loss + s.beta * reference_penalty(v_student, v_base)
                         self.optimizer.backward(losses.add(batch, n, loss))
+                    if pull:
+                        self._distil(batch, losses, pull, note=epoch == 0)
                 norm = self.update(losses, step)
                 if epoch == 0:
                     result.note(losses, norm)
+        result.metrics |= pull.metrics() if pull else {}
         return result
+
+    def _distil(self, batch: Batch, losses: Losses, pull: Pull, note: bool) -> None:
+        """The distillation's part of an optimizer step: at states of the student's own, since ``x_t`` are none."""
+        for visit in self.rollout(batch):
+            if visit.target is not None:
+                loss = pull.loss(batch, visit.step, visit.transition, visit.v.guided, visit.target, note)
+                self.optimizer.backward(losses.add(batch, visit.step, loss, beside=True))
 
     @torch.no_grad()
     def finish(self, updates: int) -> None:
@@ -108,6 +129,11 @@ class Nft(Algorithm):
         settings.check(values, problems)
 
     @classmethod
+    def notes(cls, settings: NftSettings, changed: Sequence[str]) -> list[str]:
+        """What was set for teachers that there are not."""
+        return settings.notes(changed)
+
+    @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
         """The old policy samples, and is asked again wherever the student is trained."""
         shape, sampler = plan.shape, plan.sampler
@@ -115,4 +141,13 @@ class Nft(Algorithm):
         student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
         sampling = shape.images_per_round * sampler.num_steps * own + student
         base = student if plan.settings.beta > 0 else 0
-        return Nfe(student=student, sampling=sampling, base=base, extra_adapters=1)
+        distils = plan.settings.distill_weight > 0
+        visits = shape.images_per_task * sampler.trained_steps * sampler.num_inner_epochs
+        teacher, references = plan.target_nfe(visits if distils else 0)
+        return Nfe(
+            student=student * (2 if distils else 1),
+            teacher=teacher,
+            sampling=sampling,
+            base=base + references,
+            extra_adapters=1,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,11 @@ from diffusionopd.algorithms.base import (
     SamplerSettings,
     TeacherSettings,
 )
+from diffusionopd.algorithms.pull import ComparisonSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch, choose_steps, step_chances
-from diffusionopd.losses import TARGETS, distillation_loss, extrapolated, policy_gradient_loss
-from diffusionopd.models.policies import STUDENT, Request
-from diffusionopd.rollout import Branches, Target, Visit, rollout
+from diffusionopd.losses import distillation_loss, policy_gradient_loss
+from diffusionopd.rollout import Branches, Target, Visit
 from diffusionopd.transitions import per_sample_mean, velocity_difference
 
 KL, POLICY_GRADIENT = "kl", "policy_gradient"
@@ -42,17 +42,13 @@ def _is_weighting(value: str) -> bool:
 
 
 @dataclass(frozen=True)
-class OpdSettings(ClipSettings, ReferenceSettings):
+class OpdSettings(ComparisonSettings, ClipSettings, ReferenceSettings):
     """On-policy distillation."""
 
     loss: str = key("train.loss", KL, choices=(KL, POLICY_GRADIENT))
     """What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
     means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next state
     shows it (needs noise)."""
-    target: str = key("train.target", "mean", choices=TARGETS)
-    """In which quantity "kl" compares: "mean" of the step (the paper's), "velocity", or "x0"."""
-    self_normalize: bool = key("train.self_normalize", False)
-    """Divide each sample's error by its own mean magnitude (detached)."""
     conditional_weight: float = key("train.conditional_weight", 0.0, "[0, inf)")
     """Weight of the same loss between the conditional velocities, before guidance, beside that between the guided ones:
     under guidance the latter alone leaves open how the two branches share the change. No further forward; student and
@@ -137,16 +133,7 @@ class Opd(Algorithm):
     ) -> Iterator[tuple[Batch, Visit, Branches]]:
         """The trained states of the student's trajectories, with its velocity there; what is looked at is noted."""
         for batch in batches:
-            for visit in rollout(
-                batch.noise,
-                self.transitions,
-                self.branches(batch),
-                self.target(batch),
-                trained=batch.steps,
-                draw_noise=batch.step_noise,
-                multistep=self.sampler.multistep,
-                finish=batch.wants_images,
-            ):
+            for visit in self.rollout(batch, finish=batch.wants_images):
                 if visit.target is not None:
                     yield batch, visit, visit.v
                     if self.sampler.num_inner_epochs > 1:
@@ -158,33 +145,6 @@ class Opd(Algorithm):
         """The same states, with the velocity of the student as it is now."""
         for batch, visit in kept:
             yield batch, visit, self.branches(batch)(visit.x, visit.transition.sigma)
-
-    def branches(self, batch: Batch) -> Callable[[Tensor, float], Branches]:
-        """The student's velocities for a batch."""
-
-        def velocities(x: Tensor, sigma: float) -> Branches:
-            v = Branches(*self.policies.student(x, sigma, batch.text, self.sampler.guidance))
-            self.velocities.note(STUDENT, batch, sigma, v.guided)
-            return v
-
-        return velocities
-
-    def target(self, batch: Batch) -> Callable[[Tensor, float], Target]:
-        """The targets of a batch: its teacher's velocities, or those at their ``strength`` from the reference's."""
-        ((policy, reference, guidance, strength),) = {
-            (r.teacher, r.reference, r.guidance, r.strength) for r in batch.rows
-        }
-        asked = [policy] if strength == 1.0 else [policy, reference]
-
-        def velocities(x: Tensor, sigma: float) -> Target:
-            answers = self.policies.frozen([Request(name, x, sigma, batch.text, guidance) for name in asked])
-            for name, (v, _) in zip(asked, answers, strict=True):
-                self.velocities.note(name, batch, sigma, v)
-            teacher, start = answers[0], answers[-1]
-            branches = (extrapolated(v_ref, v, strength) for v_ref, v in zip(start, teacher, strict=True))
-            return Target(Branches(*branches), teacher[0])
-
-        return velocities
 
     @classmethod
     def check(
@@ -229,18 +189,16 @@ class Opd(Algorithm):
         visits = shape.images_per_task * (drawn or sampler.trained_steps)
         own = plan.nfe(sampler.guidance)
         student = visits * shape.tasks_per_round * own * sampler.num_inner_epochs
-        teachers = sum(plan.nfe(task.guidance_scale) for task in plan.tasks) * shape.tasks_per_round / len(plan.tasks)
+        teachers, references = plan.target_nfe(visits)
         unsupervised = drawn * (sampler.trained_steps + 1) / (drawn + 1) - drawn
         if plan.settings.chances(sampler.trained_steps):  # no such formula
             draws = [cls.steps(plan, (0, i, 0)) for i in range(200)]
             unsupervised = sum(steps[-1] + 1 - drawn for steps in draws) / len(draws)
-        extrapolated_tasks = [task for task in plan.tasks if task.strength != 1.0]
-        references = sum(plan.nfe(task.guidance_scale) for task in extrapolated_tasks) * shape.tasks_per_round
         return Nfe(
             student=student,
-            teacher=round(visits * teachers),
+            teacher=teachers,
             sampling=round(shape.images_per_round * own * unsupervised),
-            base=(student if plan.settings.beta > 0 else 0) + round(visits * references / len(plan.tasks)),
+            base=(student if plan.settings.beta > 0 else 0) + references,
             kept_latents=1 + (4 * (drawn or sampler.trained_steps) if sampler.num_inner_epochs > 1 else 0),
         )
 

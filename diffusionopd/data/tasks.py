@@ -41,7 +41,13 @@ class Task:
     lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
     """The teacher: a local folder, which may be that of a run (its latest checkpoint), a LoRA file, or a place on the
     hub ("owner/name[/folder or file][@revision]"); docs/loras.md has the formats. Without effect when the training is
-    from rewards."""
+    from rewards alone (`train.distill_weight`)."""
+    model: str = key("model", "", path=READ, resume=TEACHERS)
+    """A teacher that is no LoRA of the student's base: a transformer of the same family fine-tuned in full, or a larger
+    one, as diffusers pipeline folder, transformer folder, single .safetensors file or hub id. It sees the base's
+    latents and text embeddings, which must be its own too (checked; its VAE and text encoders are not loaded).
+    `lora_path` may then be empty, or is a LoRA on this model. Tasks with the same `model` share it; `teacher_device`
+    says where it is. `strength` still counts from the student's base."""
     scale: float = key(
         "scale", 1.0, form=("a finite number other than 0", lambda v: is_number(v) and v != 0), resume=TEACHERS
     )
@@ -72,6 +78,11 @@ class Task:
     def adapter(self) -> str:
         """The teacher's adapter: a task may be called anything, a module attribute may not."""
         return "teacher_" + self._module_name
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the teacher is a LoRA, on the base or on its own model; else it is that model itself."""
+        return not (self.model and unset(self.lora_path))
 
     @property
     def reference_adapter(self) -> str | None:
@@ -112,6 +123,7 @@ def check_tasks(
     problems: Problems,
     *,
     from_rewards: bool,
+    with_teachers: bool,
     reward_names: Collection[str],
     defaults: Mapping[str, Any],
     with_test: bool,
@@ -138,12 +150,14 @@ def check_tasks(
         given = {name: value for name, value in entry.items() if value is not None}
         fields = {name: declared.default for name, declared in FIELDS.items()} | dict(defaults) | given
         _check_fields(place, fields, problems, reward_names)
-        if from_rewards:
-            fields["lora_path"] = ""
-            if fields["proxy_reward"] == {}:
-                problems.add(f"{place}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
+        if from_rewards and fields["proxy_reward"] == {}:
+            problems.add(f"{place}.proxy_reward", "is empty", "Name the rewards to train on, {reward: weight}.")
+        if not problems.good(f"{place}.model") or unset(fields["model"]):
+            fields["model"] = ""
+        if not with_teachers:
+            fields["lora_path"] = fields["model"] = ""
         elif problems.good(f"{place}.lora_path"):
-            check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
+            _check_teacher(place, fields, problems)
             _check_target(place, fields, problems)
         prompts.append(_check_dataset(place, fields, with_test, scored, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
@@ -181,6 +195,16 @@ def _check_fields(
         if reward_names is not None and name not in reward_names:
             remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
             problems.add(rewards, f"names the unknown reward {name!r}", remedy)
+
+
+def _check_teacher(place: str, fields: Mapping[str, Any], problems: Problems) -> None:
+    """A teacher is a LoRA, or a model; what is at these places is not looked at."""
+    if fields["model"] and unset(fields["lora_path"]):
+        if problems.good(f"{place}.scale") and fields["scale"] != 1.0:
+            what = f"is {fields['scale']:g}, but the teacher is a model without a LoRA, which has nothing to multiply"
+            problems.add(f"{place}.scale", what, "Leave it at 1; strength moves the target.")
+        return
+    check_adapter(f"{place}.lora_path", fields["lora_path"], problems)
 
 
 def _check_target(place: str, fields: Mapping[str, Any], problems: Problems) -> None:

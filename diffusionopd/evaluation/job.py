@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import ensure_writable
 from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import backbone as models
-from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
+from diffusionopd.models.teacher_models import HostWeights, TeacherModel
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import build_scorer
 
@@ -37,11 +38,15 @@ _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
 
 @dataclass(frozen=True)
 class Model:
-    """One model: the base with a LoRA, or bare without; a guidance of its own goes before that of the benchmarks."""
+    """One model: the base with a LoRA, or bare without; a guidance of its own goes before that of the benchmarks.
+
+    ``own``: a transformer of other weights, in the place of the base's.
+    """
 
     name: str
     lora: LoraWeights | None = None
     guidance_scale: float | None = None
+    own: TeacherModel | None = None
 
     def guidance_on(self, benchmark: Benchmark) -> float:
         """Classifier-free guidance of its images."""
@@ -146,13 +151,13 @@ def _run(
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
     scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
-    backbone, cache, adapters = load_models(job, dtype, device, rank, world)
+    cache, policies = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
-    for index, model in enumerate(job.models):
-        adapters.use(adapter_of(job, index))
+    for model in job.models:
+        home = policies.use(model.name)
         for benchmark in job.benchmarks:
             generate = ImageGenerator(
-                backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
+                home.backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
             )
             results.setdefault(model.name, {})[benchmark.name] = evaluate(
                 generate,
@@ -168,19 +173,16 @@ def _run(
                 lock=next(locks),
                 rank=rank,
                 world=world,
-                in_step=backbone.sharding is not None,
+                in_step=home.backbone.sharding is not None,
             )
     return results
 
 
 def load_models(
     job: Job, dtype: torch.dtype, device: torch.device, rank: int = 0, world: int = 1
-) -> tuple[Backbone, TextCache, Adapters]:
-    """The base with the LoRAs of the job's models on it, and the embeddings of its prompts. Errors as of `run`."""
-    given = {model.name: model.lora for model in job.models if model.lora is not None}
-    loras, wrong, _ = find_all(given, job.base, models.read_model(**job.source))
-    if wrong:
-        raise AdapterError("\n".join(wrong.values()))
+) -> tuple[TextCache, Policies]:
+    """The embeddings of a job's prompts, and its models as policies by name. Errors as of `run`."""
+    loras = _find_loras(job)
     # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
     place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
@@ -192,17 +194,50 @@ def load_models(
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
     backbone.negative = cache.get([NEGATIVE], device)
+    policies = _load_policies(job, backbone, loras)
+    policies.shard()
+    return cache, policies
+
+
+def _find_loras(job: Job) -> dict[str, LoraWeights]:
+    """The LoRAs by model, fitted to what each is on. AdapterError that names each that cannot be used."""
+    found: dict[str, LoraWeights] = {}
+    problems: list[str] = []
+    base = models.read_model(**job.source)
+    for source in dict.fromkeys((model.own or base).model for model in job.models):
+        on = [model for model in job.models if (model.own or base).model == source]
+        given = {model.name: model.lora for model in on if model.lora is not None}
+        fitted, wrong, _ = find_all(given, source, on[0].own or base)
+        found |= fitted
+        problems += wrong.values()
+    if problems:
+        raise AdapterError("\n".join(problems))
+    return found
+
+
+def _load_policies(job: Job, backbone: models.Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
+    """Every model as a policy; transformers of other weights than the base's wait on the host until they are asked."""
     adapters = Adapters(backbone.transformer, backbone.inert_modules())
-    for index, model in enumerate(job.models):
+    beside: dict[str, tuple[models.Backbone, Adapters]] = {}
+    homes: dict[str, Home] = {}
+    waits = backbone.sharding is None
+    for model in job.models:
+        place = (backbone, adapters)
+        if model.own is not None:
+            if model.own.model not in beside:
+                other = model.own.load(backbone, waits=waits)
+                beside[model.own.model] = other, Adapters(other.transformer, other.inert_modules())
+            place = beside[model.own.model]
+        adapter = None
         if model.name in loras:
-            adapters.add_teacher(f"model_{index}", loras[model.name])
-    backbone.shard()
-    return backbone, cache, adapters
-
-
-def adapter_of(job: Job, index: int) -> str | None:
-    """The adapter of a job's model, as `load_models` calls it; None for the bare base."""
-    return None if job.models[index].lora is None else f"model_{index}"
+            adapter = f"model_{len(homes)}"
+            place[1].add_teacher(adapter, loras[model.name])
+        homes[model.name] = Home(*place, adapter)
+    hosts = {source: HostWeights(other.transformer, other.device) for source, (other, _) in beside.items() if waits}
+    for model in job.models:
+        if model.own is not None and waits:
+            homes[model.name] = replace(homes[model.name], host=hosts[model.own.model])
+    return Policies(backbone, adapters, homes)
 
 
 def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
@@ -218,6 +253,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         **{name: value for name, value in job.source.items() if name in ("variant", "config") and value},
         "lora": model.lora.source if model.lora else None,
         "lora_hash": lora_hash(model.lora) if model.lora else None,
+        **({"own_model": model.own.model, "own_model_hash": model.own.digest()} if model.own else {}),
         "num_inference_steps": benchmark.num_steps,
         "guidance_scale": model.guidance_on(benchmark),
         "resolution": job.resolution,

@@ -11,7 +11,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,10 +36,11 @@ from diffusionopd.models.pipeline_files import (
     from_checkpoint,
     hub_remedy,
     is_checkpoint,
+    part_digest,
     text_digest,
     weight_problems,
 )
-from diffusionopd.models.schedules import flow_levels
+from diffusionopd.models.schedules import FAMILY, flow_levels
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
 from diffusionopd.stages import stage
@@ -108,6 +109,9 @@ class Backbone(ABC):
     """Components of the pipeline that text encoding never needs."""
     MAY_LACK: ClassVar[tuple[str, ...]] = ()
     """Text encoders that a pipeline may come without, all of these together."""
+    SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Part of the pipeline -> what its configuration must have in common with that of another model of the family, for
+    both to see the same latents, times and text embeddings."""
 
     @classmethod
     def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -132,8 +136,9 @@ class Backbone(ABC):
         """Shapes of one prompt's conditions at their longest; ``configs`` has those of the text encoders too."""
 
     @abstractmethod
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """The pipeline's own ``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU."""
+    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
+        """``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU: the pipeline's own, or "linspace" with
+        its shift."""
 
     @abstractmethod
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
@@ -183,15 +188,16 @@ class Backbone(ABC):
         device: torch.device | str = "cpu",
         vae_device: torch.device | str | None = None,
         sharding: Sharding | None = None,
+        waits: bool = False,
     ) -> None:
         """``index`` is the pipeline's model_index.json. With ``sharding`` the transformer stays where it is until
-        :meth:`shard`."""
+        :meth:`shard`; one that ``waits`` is moved by whoever asks for its velocities."""
         self.dtype = dtype
         self.device = torch.device(device)
         self.vae_device = self.device if vae_device is None else torch.device(vae_device)
         self.transformer = transformer.requires_grad_(False).eval()
         fuse_norms(self.transformer)
-        if sharding is None:
+        if sharding is None and not waits:
             self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
@@ -270,6 +276,22 @@ class Backbone(ABC):
             images = [self._decode(part) for part in latents.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
+    def beside(self, transformer: Any, *, waits: bool = False) -> Backbone:
+        """Another transformer of the family with this one's VAE, times, device and negative prompt."""
+        made = type(self)(
+            transformer,
+            self.vae,
+            self.scheduler,
+            index=self.configs["index"],
+            dtype=self.dtype,
+            device=self.device,
+            vae_device=self.vae_device,
+            sharding=self.sharding,
+            waits=waits,
+        )
+        made.negative = self.negative
+        return made
+
     def blocks(self) -> Iterator[nn.Module]:
         """The transformer's blocks, in order."""
         for name in self.BLOCKS:
@@ -298,6 +320,7 @@ class ModelInfo:
     revision: str | None
     family: type[Backbone]
     configs: Mapping[str, Mapping[str, Any]]
+    root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
 
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
@@ -431,7 +454,8 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
             problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
         if problems:
             raise _refusal(model, problems)
-        info = ModelInfo(model, revision, family, {"index": index, **{n: part.config() for n, part in parts.items()}})
+        configs = {"index": index, **{n: part.config() for n, part in parts.items()}}
+        info = ModelInfo(model, revision, family, configs, root=root)
         if problem := family.unsupported(info.configs):
             raise ValueError(problem)
     return _Found(info, root, checkpoint, parts, scheduler)
@@ -582,12 +606,7 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
             digest.update(f"{source}@{index.parent.name}".encode())
             return digest.hexdigest()[:16]
     for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)}:{size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(2**20))
-            handle.seek(max(0, size - 2**20))
-            digest.update(handle.read())
+        part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]
 
 

@@ -170,7 +170,7 @@ class Part:
         found = read_header(self.checkpoint)
         if not self.of_diffusers:
             return {n.removeprefix(self.prefix): t for n, t in found.items() if n.startswith(self.prefix)}
-        expected = self._empty().state_dict()
+        expected = self.empty().state_dict()
         if found.keys() == expected.keys():
             return found
         name = single_file_model._get_single_file_loadable_mapping_class(self.kind)
@@ -184,7 +184,7 @@ class Part:
             raise ValueError(f"{self.checkpoint} is no complete checkpoint of {self.kind.__name__}: {what}") from error
         return converted if converted.keys() & expected.keys() else {}
 
-    def _empty(self) -> Any:
+    def empty(self) -> Any:
         """The model of its configuration, on the meta device."""
         with torch.device("meta"):
             return self.kind.from_config(self.config())
@@ -192,7 +192,7 @@ class Part:
     def misfits(self, tensors: dict[str, Tensor]) -> str:
         """What is wrong with its tensors, empty for nothing: what would be random, lost or of another shape."""
         if self.of_diffusers:
-            model = self._empty()
+            model = self.empty()
             model._fix_state_dict_keys_on_load(tensors)  # attention layers under the names of earlier releases
             expected = model.state_dict()
             missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -314,6 +314,16 @@ def text_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str]) -> None:
             digest.update(f"{name}{shape}{part.get_dtype()}".encode())
             row = part[:1] if shape else file.get_tensor(name)
             digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def part_digest(digest: Any, name: str, file: Path) -> None:
+    """Add name, size, and the first and last MiB of a file to a hash."""
+    size = file.stat().st_size
+    digest.update(f"{name}:{size}".encode())
+    with file.open("rb") as handle:
+        digest.update(handle.read(2**20))
+        handle.seek(max(0, size - 2**20))
+        digest.update(handle.read())
 
 
 def from_checkpoint(part: Part, checkpoint: Path, prefix: str, made: Collection[str]) -> Part:

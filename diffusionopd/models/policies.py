@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.teacher_models import HostWeights
 from diffusionopd.stages import stage
 
 STUDENT = "student"
@@ -25,19 +26,47 @@ class Request:
     cut, joined and reordered between the call and its forwards without changing an answer beyond rounding.
     """
 
-    policy: str | None  # an adapter's name; None: the bare base
+    policy: str | None  # an adapter's or another transformer's name; None: the bare base
     x: Tensor  # latents [b, C, h, w]
     sigma: float | Tensor  # of all rows, or [b]
     conditions: Conditions  # of b rows
     guidance: float | Tensor = 1.0  # of all rows, or [b] on the host
 
 
-class Policies:
-    """The policies of one backbone. Requests may name no other transformer yet."""
+@dataclass(frozen=True)
+class Home:
+    """The transformer that a policy is on."""
 
-    def __init__(self, backbone: Backbone, adapters: Adapters) -> None:
+    backbone: Backbone
+    adapters: Adapters
+    adapter: str | None  # None: the transformer as it is
+    host: HostWeights | None = None  # where its weights wait while it is not asked
+
+
+class Policies:
+    """The student and the policies of its base, and of other transformers with the same latents and texts."""
+
+    def __init__(self, backbone: Backbone, adapters: Adapters, others: Mapping[str, Home] | None = None) -> None:
+        """``others``: by name, the policies of other transformers than the student's base."""
         self.backbone = backbone
         self.adapters = adapters
+        self.others = others or {}
+        self._come: HostWeights | None = None  # of the weights on the device, those that would else wait
+
+    @property
+    def evaluations(self) -> int:
+        """NFE so far of all transformers, counted in single samples."""
+        return sum(backbone.evaluations for backbone in {self.backbone, *(o.backbone for o in self.others.values())})
+
+    def shard(self) -> None:
+        """Shard every transformer that is to be: :meth:`Backbone.shard`."""
+        for backbone in dict.fromkeys([self.backbone, *(other.backbone for other in self.others.values())]):
+            backbone.shard()
+
+    def home(self, policy: str | None) -> Home:
+        """Where a policy is; what is not of another transformer is on the student's base."""
+        own = self.others.get(policy) if policy is not None else None
+        return own or Home(self.backbone, self.adapters, policy)
 
     def student(
         self, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor = 1.0
@@ -53,7 +82,9 @@ class Policies:
         in step. Afterwards the student's adapter is in use: checkpointed blocks run again in its backward pass.
         """
         answers: dict[int, tuple[Tensor, Tensor]] = {}
-        for policy in dict.fromkeys(request.policy for request in requests):  # as few switches as possible
+        policies = list(dict.fromkeys(request.policy for request in requests))  # as few switches as possible
+        order = list(dict.fromkeys(self.home(policy).backbone for policy in policies))  # and moves of weights
+        for policy in sorted(policies, key=lambda policy: order.index(self.home(policy).backbone)):
             for i, r in enumerate(requests):
                 if r.policy == policy:
                     answers[i] = self._ask(policy, r.x, r.sigma, r.conditions, r.guidance)
@@ -65,5 +96,19 @@ class Policies:
         self, policy: str | None, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         with stage(f"forward, {policy or 'base'}"):
-            self.adapters.use(policy)
-            return self.backbone.velocity(x, sigma, conditions, guidance)
+            return self.use(policy).backbone.velocity(x, sigma, conditions, guidance)
+
+    def use(self, policy: str | None) -> Home:
+        """Make the next velocity of a policy's transformer that policy's."""
+        home = self.home(policy)
+        if home.host is not None and home.host is not self._come:
+            self._bring(home.host)
+        home.adapters.use(home.adapter)
+        return home
+
+    def _bring(self, weights: HostWeights) -> None:
+        """Have weights that wait on the device, in the place of others."""
+        if self._come is not None:
+            self._come.go()
+        weights.come()
+        self._come = weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Defaults, RowSplit
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.schedules import flow_levels
+from diffusionopd.models.schedules import FAMILY, flow_levels
 
 
 class StableDiffusion3(Backbone):
@@ -38,6 +38,15 @@ class StableDiffusion3(Backbone):
     DEFAULTS = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")
     OPTIONAL = ("image_encoder", "feature_extractor")
     MAY_LACK = ("text_encoder_3", "tokenizer_3")
+    SHARED = {
+        "transformer": ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
+        "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
+        "scheduler": ("num_train_timesteps",),
+        **{
+            f"text_encoder{n}": ("hidden_size", "num_hidden_layers", "projection_dim", "vocab_size") for n in ("", "_2")
+        },
+        "text_encoder_3": ("d_model", "num_layers", "vocab_size"),
+    }
 
     @classmethod
     def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
@@ -61,7 +70,7 @@ class StableDiffusion3(Backbone):
         shape = (tokens + max_sequence_length, config["joint_attention_dim"])
         return {"tokens": shape, "pooled": (config["pooled_projection_dim"],)}
 
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """See :meth:`Backbone.sigmas`; the scheduler's own spacing, from 1."""
         c, mu = self.scheduler.config, None
         if c.get("use_dynamic_shifting"):  # linear in the number of image tokens; the pipeline's own defaults
@@ -70,7 +79,7 @@ class StableDiffusion3(Backbone):
             low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.16)
             tokens = h * w // self.transformer.config.patch_size**2
             mu = low + (high - low) / (most - fewest) * (tokens - fewest)
-        return flow_levels(self.scheduler, num_steps, mu)
+        return flow_levels(self.scheduler, num_steps, mu, schedule)
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         (velocity,) = self.transformer(

@@ -53,6 +53,10 @@ class MemorySettings:
     device. Every process loads its own."""
     vae_device: str = key("vae_device", "", form=_DEVICE, resume=FREE)
     """Where the VAE stays, as for `text_encoder_device`."""
+    teacher_device: str = key("teacher_device", "", choices=("", "cpu"), resume=FREE)
+    """Where the weights of teachers that have a `model` of their own stay: empty is the training device. "cpu": they
+    wait in the host's memory, and one of them at a time is on the device, moved there when another is asked than was
+    last (once per task and round; docs/scaling.md)."""
     attention_backend: str = key(
         "attention_backend", "", choices=("", "flash", "efficient", "cudnn", "math"), resume=FREE
     )

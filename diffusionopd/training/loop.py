@@ -63,13 +63,13 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                     # --- batches, and a round on them
                     start, number = time.perf_counter(), completed + 1
                     stop.doing = f"round {number}"
-                    nfe = run.backbone.evaluations
+                    nfe = algorithm.policies.evaluations
                     result = train_round(run, number)
                     completed = number
 
                     # --- log; monitored scores arrive while the next round trains
                     _flush(run)
-                    nfe = (run.backbone.evaluations - nfe) * shape.num_processes
+                    nfe = (algorithm.policies.evaluations - nfe) * shape.num_processes
                     row = _row(run, number, result, nfe, time.perf_counter() - start)
                     _monitor(run, number, result)
                     _show(bar, row, "reward/" if algorithm.has_rewards else "loss/")

@@ -34,15 +34,17 @@ from diffusionopd.config_schema import (
     unset,
     unwritable,
 )
-from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, with_origin
+from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, gap, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
-from diffusionopd.models.backbone import BackboneError, ModelInfo, is_here, read_model
+from diffusionopd.models.backbone import DTYPES, BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.schedules import FAMILY
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 from diffusionopd.training.checkpoint import CheckpointError, locate
 
@@ -253,6 +255,12 @@ class Plan(RoundPlan):
     watch: WatchSettings
     num_prompts: tuple[int, ...]  # training prompts of each task
     notes: tuple[str, ...]  # settings that are accepted but change nothing
+    teacher_models: Mapping[str, TeacherModel]  # by the tasks' `model`, those that are here
+
+    @property
+    def teachers(self) -> tuple[Task, ...]:
+        """The tasks whose teachers are used: all or none."""
+        return self.tasks if self.algorithm.uses_teachers(self.values) else ()
 
     def read(self, group: type[T]) -> T:
         """The settings of a group."""
@@ -302,6 +310,7 @@ class Plan(RoundPlan):
             folders = f" in {len(task.folders)} folders" if len(task.folders) > 1 else ""
             rows += [(f"task {task.name}", f"{prompts} prompts{folders}, as many as {rounds:g} rounds draw")]
             rows += [("", self._source(task) + (f", its loss times {weight:g}" if weight != 1.0 else ""))]
+        rows += [("teacher model", self._teacher_model(model)) for model in self.teacher_models.values()]
         if not unset(start := self.values["train.lora_path"]):
             rows += [("student", f"starts from {with_origin(start)}")]
         rows = [(name, value) for name, value in rows if value]
@@ -320,6 +329,7 @@ class Plan(RoundPlan):
         sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
         text = f"{sampler.trained_steps} of {sampler.num_steps} trained"
         text += f", {drawn} of them supervised in each rollout" if drawn < sampler.trained_steps else ""
+        text += "" if sampler.schedule == FAMILY else f", noise levels {sampler.schedule}"
         if sampler.multistep:
             return f"{text}, rollouts by a second-order ODE solver, compared by Euler steps"
         noise = "" if sampler.kernel == "ode" else f" with noise level {sampler.noise_level:g}"
@@ -342,15 +352,31 @@ class Plan(RoundPlan):
         also = f", each also as {names}" if names else ""
         return f"at the start and every {self.watch.eval_freq} rounds{also}" if self.watch.eval_freq else ""
 
+    def _teacher_model(self, model: TeacherModel) -> str:
+        parameters, others = model.size()
+        size = (parameters + others) * DTYPES[self.values["mixed_precision"]].itemsize
+        waits = ", on the host while it is not asked" if self.values["teacher_device"] else ""
+        return f"{model.model}, {parameters / 1e9:.3g} B parameters, {size / 1e9:.3g} GB{waits}"
+
     def _source(self, task: Task) -> str:
-        if self.algorithm.has_rewards:
-            parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
-            return f"{self.algorithm.name} on the mean of {parts}"
+        if not self.algorithm.has_rewards:
+            return self._teacher(task)
+        weight = self.values["train.distill_weight"]
+        also = f", and {weight:g} times the distillation from {self._teacher(task)}" if self.teachers else ""
+        return self._rewards(task) + also
+
+    def _rewards(self, task: Task) -> str:
+        parts = ", ".join(f"{weight:g} {name}" for name, weight in task.proxy_reward.items())
+        return f"{self.algorithm.name} on the mean of {parts}"
+
+    def _teacher(self, task: Task) -> str:
         target, scale = "", "" if task.scale == 1.0 else f" times {task.scale:g}"
         if task.strength != 1.0:
             start = with_origin(task.reference) if task.reference_adapter else "the base"
             target = f", target {task.strength:g} times the way to it from {start}"
-        return f"teacher {with_origin(task.lora_path)}{scale}, guidance {_guidance(task.guidance_scale)}{target}"
+        parts = [with_origin(task.lora_path)] if task.has_lora else []
+        parts += [with_origin(task.model)] if task.model else []
+        return f"teacher {' on '.join(parts)}{scale}, guidance {_guidance(task.guidance_scale)}{target}"
 
 
 _VISITS = {
@@ -385,13 +411,15 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         values,
         problems,
         from_rewards=algorithm.has_rewards,
+        with_teachers=algorithm.uses_teachers(values),
         reward_names=REGISTRY,
         defaults={field: values[name] for field, name in _TASK_DEFAULTS.items() if problems.good(name)},
         with_test=values.get("eval_freq") != 0,
         scored=_scored(values, algorithm),
     )
     model = _check_local_model(values, problems)
-    lora_notes = _check_loras(values, algorithm, model, problems) if sources else []
+    own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
+    lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
@@ -430,7 +458,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         notes.append(f"left out of what is saved, being no values of JSON: {', '.join(places)}")
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
-    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes))
+    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, tuple(notes), own)
 
 
 def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:
@@ -465,26 +493,68 @@ def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelIn
     return model
 
 
-_TEACHERS_LORAS = ("lora_path", "reference")
+def _teachers(values: Mapping[str, Any], algorithm: type[Algorithm], problems: Problems) -> list[tuple[str, Any]]:
+    """Where each teacher that is used stands in the configuration, and its task."""
+    if not (problems.good("train.teachers") and algorithm.uses_teachers(values)):
+        return []
+    entries = enumerate(values["train.teachers"])
+    return [(f"train.teachers[{i}]", entry) for i, entry in entries if isinstance(entry, Mapping)]
+
+
+def _own_model(place: str, task: Mapping[str, Any], problems: Problems) -> str:
+    """The model of a teacher that has its own; else empty."""
+    source = task.get("model")
+    return source if isinstance(source, str) and not unset(source) and problems.good(f"{place}.model") else ""
+
+
+def _check_teacher_models(
+    values: Mapping[str, Any], algorithm: type[Algorithm], base: ModelInfo | None, problems: Problems
+) -> dict[str, TeacherModel]:
+    """What the files of teachers' own models say, of those that are here, beside a base that is here too."""
+    found: dict[str, TeacherModel] = {}
+    for place, task in _teachers(values, algorithm, problems):
+        source = _own_model(place, task, problems)
+        if not source or source in found:
+            continue
+        if what := gap(source):
+            problems.add(f"{place}.model", what, "Name a model, or leave it out.")
+        elif base is not None:
+            try:
+                model = read_teacher_model(source, base, download=False)
+                if model is not None:
+                    model.family.shape_of(values["resolution"], model.configs)
+                    found[source] = model
+            except BackboneError as error:
+                problems.add(f"{place}.model", f"is {source}: {'; '.join(error.problems)}", "")
+            except ValueError as error:
+                problems.add(f"{place}.model", f"is {source}: {error}", "")
+    return found
 
 
 def _check_loras(
-    values: Mapping[str, Any], algorithm: type[Algorithm], model: ModelInfo | None, problems: Problems
+    values: Mapping[str, Any],
+    algorithm: type[Algorithm],
+    base: ModelInfo | None,
+    own: Mapping[str, TeacherModel],
+    problems: Problems,
 ) -> list[str]:
-    """What LoRAs that are here hold, and whether they fit a base model that is here; returns notes."""
-    sources: dict[str, Any] = {"train.lora_path": values.get("train.lora_path")}
-    if problems.good("train.teachers") and algorithm.has_teachers:
-        entries = [(i, entry) for i, entry in enumerate(values["train.teachers"]) if isinstance(entry, Mapping)]
-        named = [(f"train.teachers[{i}].{name}", entry.get(name)) for i, entry in entries for name in _TEACHERS_LORAS]
-        sources |= dict(named)
-    here = {key: s for key, s in sources.items() if problems.good(key) and not unset(s) and Path(s).exists()}
-    try:
-        _, wrong, notes = find_all(here, values.get("pretrained.model") or "", model)
-    except BackboneError as error:
-        problems.add("pretrained.model", f"cannot be used: {error}", "")
-        return []
-    for place, what in wrong.items():
-        problems.add(place, f"cannot be used: {what}", "")
+    """What LoRAs that are here hold, and whether they fit the models that they are for, if here; returns notes."""
+    sources: dict[str, dict[str, Any]] = {"": {"train.lora_path": values.get("train.lora_path")}}
+    for place, task in _teachers(values, algorithm, problems):
+        sources.setdefault(_own_model(place, task, problems), {})[f"{place}.lora_path"] = task.get("lora_path")
+        sources[""][f"{place}.reference"] = task.get("reference")
+    notes = []
+    for source, named in sources.items():
+        here = {key: s for key, s in named.items() if problems.good(key) and not unset(s) and Path(s).exists()}
+        try:
+            model = own.get(source) if source else base
+            _, wrong, said = find_all(here, source or values.get("pretrained.model") or "", model)
+        except BackboneError as error:
+            problems.add("pretrained.model", f"cannot be used: {error}", "")
+            return []
+        for place, what in wrong.items():
+            problems.add(place, f"cannot be used: {what}", "Leave it empty for the model itself." if source else "")
+        notes += said
     return notes
 
 
@@ -524,9 +594,17 @@ def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
     if not unset(values["train.lora_path"]):
         what = f"is {FROM_TEACHERS!r}, and train.lora_path names a start too"
         problems.add(name, what, f"Leave one of them out: set it to {FRESH!r}, or train.lora_path to None.")
+    remedy = f"Set it to {FRESH!r}, or name a LoRA in train.lora_path."
     if algorithm and not algorithm.has_teachers:
-        what = f"is {FROM_TEACHERS!r}, but {algorithm.name} has no teachers"
-        problems.add(name, what, f"Set it to {FRESH!r}, or name a LoRA in train.lora_path.")
+        problems.add(name, f"is {FROM_TEACHERS!r}, but {algorithm.name} learns from rewards", remedy)
+    elif algorithm:
+        teachers = _teachers(values, algorithm, problems)
+        others = [place for place, task in teachers if _own_model(place, task, problems)]
+        if others:
+            what = (
+                f"is {FROM_TEACHERS!r}, but with a model of its own ({', '.join(others)}) no LoRA of the base is there"
+            )
+            problems.add(name, what, remedy)
 
 
 def _find_runs(values: dict[str, Any], problems: Problems) -> None:

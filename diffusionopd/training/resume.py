@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import (
@@ -36,8 +36,7 @@ from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import CASCADE, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
 from diffusionopd.locks import refuse_if_held
-from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.lora import Adapters
+from diffusionopd.models.policies import Policies
 from diffusionopd.training import checkpoint
 from diffusionopd.training.plan import SCHEMA, RunSettings, ema_repeats, is_used, unsaved, with_paths
 
@@ -334,7 +333,9 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a change of an expanded key changes what the student is trained on, or towards."""
     algorithms = [values["train.algorithm"] for values in (before, now)]
-    from_rewards = any(ALGORITHMS[each].has_rewards for each in algorithms if each in ALGORITHMS)
+    known = [(ALGORITHMS.get(values["train.algorithm"]), values) for values in (before, now)]
+    from_rewards = any(cls and cls.has_rewards for cls, _ in known)
+    with_teachers = any(cls and cls.uses_teachers(values) for cls, values in known)
     if name == "num_epochs":  # by which a cascade's tasks share the rounds
         return CASCADE in (before["train.task_order"], now["train.task_order"])
     if name.startswith("reward_options."):
@@ -344,7 +345,7 @@ def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any])
         return False
     declared = SCHEMA.keys.get(name) or FIELDS.get(name.rpartition("].")[2])
     rule = declared.resume if declared else FREE
-    return rule == REFUSE or rule == (REWARDS if from_rewards else TEACHERS)
+    return rule == REFUSE or rule == REWARDS and from_rewards or rule == TEACHERS and with_teachers
 
 
 def _trained_on(expanded: Mapping[str, Any]) -> set[str]:
@@ -363,21 +364,29 @@ def prompt_digests(prompts: Mapping[str, Iterable[Prompt]]) -> dict[str, str]:
     }
 
 
-def weight_digests(tasks: Sequence[Task], backbone: Backbone, adapters: Adapters) -> dict[str, str]:
-    """A digest of the tensors of each task's teacher and of a sample of the base model's; the same on every device.
+def weight_digests(tasks: Sequence[Task], policies: Policies) -> dict[str, str]:
+    """A digest of the tensors of each task's teacher and of a sample of those of the models; the same on every device.
 
-    The base's is by type: a run that goes on in another ``mixed_precision`` holds other numbers.
+    The models' are by type: a run that goes on in another ``mixed_precision`` holds other numbers.
     """
-    base = [*backbone.transformer.named_parameters(), *backbone.vae.named_parameters()]
-    own = (_bytes(_sampled(parameter)) for name, parameter in base if ".lora_" not in name)
-    digests = {f"the base model ({backbone.dtype})": _sha256(own)}
-    frozen = {f"the teacher of {task.name}": task.adapter for task in tasks}
+    kind, base = policies.backbone.dtype, policies.backbone
+    digests = {f"the base model ({kind})": _sampled_digest(base.transformer, base.vae)}
+    models = {task.model: policies.home(task.adapter).backbone.transformer for task in tasks if task.model}
+    sampled = {source: _sampled_digest(transformer) for source, transformer in models.items()}
+    digests |= {f"the model of {task.name} ({kind})": sampled[task.model] for task in tasks if task.model}
+    frozen = {f"the teacher of {task.name}": task.adapter for task in tasks if task.has_lora}
     frozen |= {f"the reference of {task.name}": task.reference_adapter for task in tasks if task.reference_adapter}
     for what, adapter in frozen.items():
+        adapters = policies.home(adapter).adapters
         options = vars(adapters.configs[adapter]).items()
         scale = json.dumps({name: v for name, v in options if "alpha" in name or "rslora" in name}, sort_keys=True)
         digests[what] = _sha256([scale.encode(), *map(_bytes, adapters.parameters(adapter))])
     return digests
+
+
+def _sampled_digest(*modules: nn.Module) -> str:
+    named = (parameter for module in modules for parameter in module.named_parameters())
+    return _sha256(_bytes(_sampled(parameter)) for name, parameter in named if ".lora_" not in name)
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:

@@ -41,9 +41,10 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.models.policies import STUDENT, Policies
+from diffusionopd.models.policies import STUDENT, Home, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
+from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
@@ -169,7 +170,8 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     digests = prompt_digests(train)
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device), closing)
-    loras = load_loras(plan, resume.start_rescaled)
+    models = find_teacher_models(plan)
+    loras = load_loras(plan, models, resume.start_rescaled)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
     texts = [NEGATIVE]
@@ -180,13 +182,14 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
-    digests |= (weights := weight_digests(plan.tasks if plan.algorithm.has_teachers else (), backbone, adapters))
+    policies = Policies(backbone, adapters, load_teacher_models(plan, backbone, models, loras))
+    digests |= (weights := weight_digests(plan.teachers, policies))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
     base_norm = adapters.base_norm(STUDENT)
-    backbone.shard()
+    policies.shard()
 
-    algorithm, optimizer, ema = _build_algorithm(plan, backbone, adapters, rewards, dtype)
+    algorithm, optimizer, ema = _build_algorithm(plan, policies, rewards, dtype)
     optimizer.steps = plan.steps_after(resume.completed)
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
@@ -233,6 +236,11 @@ def check_devices(plan: Plan, device: torch.device) -> None:
     if memory.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise EngineError("compile does not go with DeepSpeed: set it to False, or start with ENGINE=fsdp2")
     find_sharding(plan)
+    if any(task.model for task in plan.teachers) and requested_sharding() is not None:
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise EngineError("a teacher with a model of its own does not go with DeepSpeed: start with ENGINE=fsdp2")
+        if memory.teacher_device:
+            raise EngineError("teacher_device 'cpu' does not go with a sharded base: leave it empty, or use no engine")
 
 
 def find_sharding(plan: Plan) -> Sharding | None:
@@ -243,22 +251,44 @@ def find_sharding(plan: Plan) -> Sharding | None:
     return sharding if plan.shape.num_processes > 1 else None
 
 
-def load_loras(plan: Plan, rescale: bool = True) -> dict[str, LoraWeights]:
+def find_teacher_models(plan: Plan) -> dict[str, TeacherModel]:
+    """The models of teachers that have their own, by the tasks' ``model``, those of the hub too. BackboneError."""
+    wanted = dict.fromkeys(task.model for task in plan.teachers if task.model)
+    found = dict(plan.teacher_models)
+    for source in (source for source in wanted if source not in found):
+        base = read_model(**plan.read(BaseSettings).source)
+        model = read_teacher_model(source, base)
+        assert model is not None  # it was downloaded
+        model.family.shape_of(plan.read(BaseSettings).resolution, model.configs)
+        found[source] = model
+    return found
+
+
+def load_loras(plan: Plan, models: Mapping[str, TeacherModel], rescale: bool = True) -> dict[str, LoraWeights]:
     """The LoRAs of a run by adapter, those of the hub too; AdapterError that names each that cannot be used.
 
-    The start of the student has the scale of a fresh one, ``lora_alpha / lora_rank``, unless ``rescale`` is False.
+    ``models``: those of teachers that have their own. The start of the student has the scale of a fresh one,
+    ``lora_alpha / lora_rank``, unless ``rescale`` is False.
     """
     base, lora = plan.read(BaseSettings), plan.read(LoraSettings)
-    teachers = plan.tasks if plan.algorithm.has_teachers else ()
-    sources = {task.adapter: task.lora_path for task in teachers}
-    sources |= {task.reference_adapter: task.reference for task in teachers if task.reference_adapter}
+    sources: dict[str, dict[str, str]] = {"": {}}
+    for task in plan.teachers:
+        if task.has_lora:
+            sources.setdefault(task.model, {})[task.adapter] = task.lora_path
+        if task.reference_adapter:
+            sources[""][task.reference_adapter] = task.reference
     if not unset(lora.lora_path):
-        sources[STUDENT] = lora.lora_path
-    model = plan.model or (read_model(**base.source) if sources else None)
-    found, wrong, _ = find_all(sources, base.model, model)
-    if wrong:
-        raise AdapterError("\n".join(wrong.values()))
-    found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in teachers}
+        sources[""][STUDENT] = lora.lora_path
+    found: dict[str, LoraWeights] = {}
+    problems: list[str] = []
+    for source, named in sources.items():
+        model = models[source] if source else plan.model or (read_model(**base.source) if named else None)
+        own, wrong, _ = find_all(named, source or base.model, model)
+        found |= own
+        problems += wrong.values()
+    if problems:
+        raise AdapterError("\n".join(problems))
+    found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in plan.teachers if task.has_lora}
     if STUDENT in found and rescale:
         found[STUDENT] = found[STUDENT].rescaled(lora.lora_alpha, lora.lora_rank)
     return found
@@ -267,7 +297,7 @@ def load_loras(plan: Plan, rescale: bool = True) -> dict[str, LoraWeights]:
 def load_models(
     plan: Plan, device: torch.device, dtype: torch.dtype, loras: Mapping[str, LoraWeights]
 ) -> tuple[Backbone, Adapters]:
-    """The base model with the student and, in a distillation, the teachers on it; to be sharded yet, if at all.
+    """The base model with the student and the teachers that are LoRAs on it; to be sharded yet, if at all.
 
     ``loras``: the teachers by adapter, and what the student starts from, if anything.
     """
@@ -292,15 +322,44 @@ def load_models(
             target_modules=lora.lora_target_modules or backbone.LORA_TARGETS,
             seed=plan.values["seed"],
         )
-    for task in plan.tasks if plan.algorithm.has_teachers else ():
-        adapters.add_teacher(task.adapter, loras[task.adapter])
+    for task in plan.teachers:
+        if not task.model:
+            adapters.add_teacher(task.adapter, loras[task.adapter])
         if task.reference_adapter:
             adapters.add_teacher(task.reference_adapter, loras[task.reference_adapter])
+    _accelerate(backbone, memory)
+    return backbone, adapters
+
+
+def _accelerate(backbone: Backbone, memory: MemorySettings) -> None:
     if memory.attention_backend:
-        choose_attention(backbone.transformer, memory.attention_backend, dtype=dtype, device=device)
+        kernel = memory.attention_backend
+        choose_attention(backbone.transformer, kernel, dtype=backbone.dtype, device=backbone.device)
     if memory.compile:
         compile_blocks(backbone.blocks())
-    return backbone, adapters
+
+
+def load_teacher_models(
+    plan: Plan, base: Backbone, models: Mapping[str, TeacherModel], loras: Mapping[str, LoraWeights]
+) -> dict[str, Home]:
+    """The teachers that have models of their own, by adapter; each model is loaded once. To be sharded yet, if at all.
+
+    ``base`` has its negative prompt. ``loras``: by adapter, those on these models among them.
+    """
+    memory, homes = plan.read(MemorySettings), {}
+    waits = memory.teacher_device == "cpu"
+    for source, model in models.items():
+        backbone = model.load(base, waits=waits)
+        adapters = Adapters(backbone.transformer, backbone.inert_modules())
+        tasks = [task for task in plan.teachers if task.model == source]
+        for task in tasks:
+            if task.has_lora:
+                adapters.add_teacher(task.adapter, loras[task.adapter])
+        _accelerate(backbone, memory)
+        host = HostWeights(backbone.transformer, backbone.device) if waits else None
+        for task in tasks:
+            homes[task.adapter] = Home(backbone, adapters, task.adapter if task.has_lora else None, host)
+    return homes
 
 
 def merged_note(adapters: Adapters) -> str:
@@ -336,7 +395,7 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
 
 
 def _merges(plan: Plan) -> bool:
-    return plan.algorithm.has_teachers and plan.values["train.merge_teachers"]
+    return bool(plan.teachers) and plan.values["train.merge_teachers"]
 
 
 def _load_prompts(
@@ -353,11 +412,11 @@ def _load_prompts(
 
 
 def _build_algorithm(
-    plan: Plan, backbone: Backbone, adapters: Adapters, rewards: Mapping[str, RewardWorker], dtype: torch.dtype
+    plan: Plan, policies: Policies, rewards: Mapping[str, RewardWorker], dtype: torch.dtype
 ) -> tuple[Algorithm, StudentOptimizer, Ema | None]:
     """The algorithm, what it optimizes with, and the student's moving average if there is one."""
     optimization, average = plan.read(OptimizerSettings), plan.read(EmaSettings)
-    parameters, ema = adapters.parameters(STUDENT), None
+    parameters, ema = policies.adapters.parameters(STUDENT), None
     if average.ema:
         repeats = ema_repeats(plan.values)
         ema = Ema(parameters, average.ema_decay, average.ema_interval, repeats, optimization.fused_optimizer)
@@ -369,10 +428,10 @@ def _build_algorithm(
         ema=ema,
     )
     algorithm = plan.algorithm(
-        Models(Policies(backbone, adapters), optimizer, rewards),
+        Models(policies, optimizer, rewards),
         plan.settings,
         plan.sampler,
-        backbone.sigmas(plan.sampler.num_steps, plan.read(BaseSettings).resolution),
+        policies.backbone.sigmas(plan.sampler.num_steps, plan.read(BaseSettings).resolution, plan.sampler.schedule),
         plan.shape,
     )
     return algorithm, optimizer, ema

@@ -141,6 +141,30 @@ class Cost:
     activations: int
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """Of a frozen transformer: as of :class:`Cost`."""
+
+    parameters: int
+    buffers: int
+    forward: int
+
+
+def measure_frozen(pipeline: Pipeline, resolution: int, max_sequence_length: int, half: bool = True) -> Frozen:
+    """Count a forward pass over one latent; arguments as of :func:`measure`."""
+    dtype = torch.bfloat16 if half else torch.float32
+    backbone = pipeline.backbone(dtype)
+    sizes = {"parameters": backbone.transformer.parameters(), "buffers": backbone.transformer.buffers()}
+    counted = {name: _size(tensors) for name, tensors in sizes.items()}
+    with as_on_a_gpu(), torch.no_grad():
+        backbone.transformer.to_empty(device="cpu")
+        backbone.device = torch.device("cpu")
+        conditions = pipeline.conditions(1, max_sequence_length, dtype)
+        with Tally() as tally:
+            backbone.velocity(torch.zeros(1, *backbone.latent_shape(resolution), dtype=dtype), 0.5, conditions)
+    return Frozen(**counted, forward=tally.flops)
+
+
 def measure(
     pipeline: Pipeline,
     resolution: int,

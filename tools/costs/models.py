@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from diffusionopd.models.backbone import FAMILIES, Backbone, ModelInfo, part_class, read_model
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.teacher_models import read_teacher_model
 
 _PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 PUBLISHED: dict[str, dict[str, Any]] = _PUBLISHED["transformers"]
@@ -59,4 +60,15 @@ def read_pipeline(model: str, **source: Any) -> Pipeline:
     info = read_model(model, **source)
     names = [name for name in info.configs if name in info.family.TEXT]
     encoders = {name: AutoConfig.for_model(**info.configs[name]) for name in names}
-    return Pipeline(model, None, info.family, info.configs, encoders)
+    return Pipeline(model, None, info.family, info.configs, encoders, root=info.root)
+
+
+def with_model(pipeline: Pipeline, source: str) -> Pipeline:
+    """A pipeline with the transformer of a teacher that has a model of its own. Raises BackboneError."""
+    if source in PUBLISHED and not Path(source).is_dir():
+        config: Any = PUBLISHED[source]
+    else:
+        model = read_teacher_model(source, pipeline)
+        assert model is not None  # it may be downloaded
+        config = model.configs["transformer"]
+    return replace(pipeline, configs={**pipeline.configs, "transformer": config})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from diffusionopd.training.plan import Plan
-from tools.costs.count import Cost, count_decode, measure
-from tools.costs.models import Pipeline
+from tools.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
+from tools.costs.models import Pipeline, with_model
 
 MACHINE = 8
 """Processes of a machine, over which a base is sharded."""
@@ -25,22 +27,38 @@ def step_cost(plan: Plan, pipeline: Pipeline, images: int) -> Cost:
     )
 
 
-def work(plan: Plan, cost: Cost) -> dict[str, tuple[int, int]]:
+def own_models(plan: Plan, pipeline: Pipeline) -> dict[str, Frozen]:
+    """The models of teachers that have their own, by the tasks' `model`. Raises BackboneError."""
+    values, half = plan.values, plan.values["mixed_precision"] != "no"
+    return {
+        source: measure_frozen(with_model(pipeline, source), values["resolution"], values["max_sequence_length"], half)
+        for source in dict.fromkeys(task.model for task in plan.teachers if task.model)
+    }
+
+
+def _teacher_forward(plan: Plan, cost: Cost, own: Mapping[str, Frozen]) -> float:
+    """FLOPs of a teacher's forward pass, in the mean over those of a round."""
+    # A merged teacher is a base; another's LoRA is taken to be as large as the student's.
+    lora = cost.forward if plan.values["train.merge_teachers"] else cost.forward + cost.lora_forward
+    flops = [own[task.model].forward if task.model else lora for task in plan.tasks]
+    passes = [plan.nfe(task.guidance_scale) for task in plan.tasks]
+    return sum(n * f for n, f in zip(passes, flops, strict=True)) / sum(passes)
+
+
+def work(plan: Plan, cost: Cost, own: Mapping[str, Frozen] | None = None) -> dict[str, tuple[int, int]]:
     """Kind of forward pass -> NFE and FLOPs of a round over all processes; a backward pass is no NFE."""
     nfe, forward = plan.nfe_per_round, cost.forward + cost.lora_forward
-    # A merged teacher is a base; another's LoRA is taken to be as large as the student's.
-    teacher = cost.forward if plan.values["train.merge_teachers"] else forward
     kinds = {
         "student, forward": (nfe.student, nfe.student * forward),
         "student, backward": (0, nfe.student * cost.backward),
-        "teachers": (nfe.teacher, nfe.teacher * teacher),
+        "teachers": (nfe.teacher, round(nfe.teacher * _teacher_forward(plan, cost, own or {}))),
         "sampling": (nfe.sampling, nfe.sampling * forward),
         "base, for train.beta": (nfe.base, nfe.base * cost.forward),
     }
     return {name: kind for name, kind in kinds.items() if kind[1]}
 
 
-def memory(plan: Plan, cost: Cost, shards: int) -> dict[str, int]:
+def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None = None) -> dict[str, int]:
     """Bytes of one GPU in a training step by what they are, with the base sharded over ``shards`` processes.
 
     Their sum is the peak. CUDA's context, kernels' workspaces and the allocator's losses come on top.
@@ -48,15 +66,18 @@ def memory(plan: Plan, cost: Cost, shards: int) -> dict[str, int]:
     values, item, nfe = plan.values, _item(plan), plan.nfe_per_round
     images = plan.shape.images_per_round // plan.shape.num_processes
     states = 4 + 4 + (2 if values["train.use_8bit_adam"] else 8) + (4 if values["train.ema"] else 0)
-    teachers = len(plan.tasks) if plan.algorithm.has_teachers else 0
-    merged = item * cost.adapted_parameters if values["train.merge_teachers"] else 0
+    loras = sum(task.has_lora for task in plan.teachers)
+    merged = sum(not task.model for task in plan.teachers) if values["train.merge_teachers"] else 0
+    models = [model.parameters * item // shards + model.buffers * item for model in (own or {}).values()]
     rows = {
         "base transformer": cost.parameters * item // shards + cost.buffers * item,
         # The block that computes and the next one, which is fetched meanwhile.
         "blocks gathered from other GPUs": 2 * cost.largest_block * item if shards > 1 else 0,
         "VAE, float32": 0 if values["vae_device"] else 4 * cost.vae_parameters,
         "student: LoRA, gradient, optimizer, EMA": states * cost.lora_parameters,
-        "teachers": teachers * (4 * cost.lora_parameters + merged),
+        "teachers": loras * 4 * cost.lora_parameters + merged * item * cost.adapted_parameters,
+        # Of those that wait on the host, one at a time is here.
+        "teachers' own models": max(models, default=0) if values["teacher_device"] else sum(models),
         "other frozen adapters": nfe.extra_adapters * 4 * cost.lora_parameters,
         "prompt embeddings": images * cost.embedding * item,
         "latents kept for training": nfe.kept_latents * images * cost.latent * 4,

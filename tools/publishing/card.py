@@ -154,7 +154,8 @@ def _task(task: Mapping[str, Any], values: Mapping[str, Any], has_teachers: bool
     guidance = first(task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
     strength, reference = first(task.get("strength"), 1.0), task.get("reference")
     beyond = f" from {_code(reference)}" if not unset(reference) else ""
-    teacher = _code(task.get("lora_path")) + (f" times {scale:g}" if scale != 1 else "")
+    sources = [_code(task[name]) for name in ("model", "lora_path") if not unset(task.get(name))]
+    teacher = " with ".join(sources) + (f" times {scale:g}" if scale != 1 else "")
     return [name, teacher, f"{guidance:g}", f"{strength:g}{beyond}", prompts]
 
 

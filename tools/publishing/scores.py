@@ -61,6 +61,8 @@ def read_scores(student: Student, folder: Path) -> tuple[list[Scores], list[str]
 def _teachers(student: Student) -> Iterator[tuple[str, tuple[str, str]]]:
     """Name -> source, and the hash of its tensors where it is on this machine."""
     for task in student.values["train.teachers"]:
+        if not unset(task.get("model")):  # of weights of its own, whose evaluations are not matched
+            continue
         source, path = str(task.get("lora_path") or ""), locate(located(str(task.get("lora_path") or "")))
         if not unset(source):
             digest = lora_hash(load_lora(path).scaled(first(task.get("scale"), 1.0))) if path.exists() else ""
@@ -75,6 +77,8 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
     base = str(student.values["pretrained.model"])
     if settings.get("model") not in (base, located(base)):
         return "", f"it is of another base, {settings.get('model')}"
+    if settings.get("own_model"):
+        return "", f"it is of a model of its own, {settings['own_model']}"
     if settings.get("lora") is None:
         return BASE, ""
     if settings.get("lora_hash") == lora_hash(student.lora):
