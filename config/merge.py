@@ -1,9 +1,9 @@
 """Many LoRAs in one: `diffusionopd merge my_loras.csv`. No rewards, no test prompts, one GPU; docs/merging.md.
 
 The student starts from the sum of the LoRAs and learns, on its own pictures, what each of them draws for its prompts.
-Guidance is not folded in: the result is used as each of them is, under guidance and with negative prompts. It is trained
-as it is used, because one student has one unconditional branch, which differs from that of each LoRA; what counts is
-the guided velocity, and that is what is compared.
+Guidance is not folded in: the result is used as each of them is, under guidance and with negative prompts. It is
+trained as it is used, because one student has one unconditional branch, which differs from that of each LoRA; what
+counts is the guided velocity, and that is what is compared.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +46,7 @@ def tiny() -> ConfigDict:
     """LoRAs of the embedded tiny world, such as the ten styles of ``python -m diffusionopd.tiny.styles``.
 
     Command:   diffusionopd merge logs/tiny-styles/loras.csv --config config/merge.py:tiny
-    Hardware:  1 CPU core; 32 images per round, 8 of each of 4 LoRAs
+    Hardware:  1 CPU core; 16 images per round, 4 of each of 4 LoRAs
     Cost:      TODO
     Expected:  TODO
     """
@@ -64,8 +64,8 @@ def tiny() -> ConfigDict:
     config.sample.guidance_scale = 1.0
     config.sample.teacher_guidance_scale = 1.0
     config.sample.eval_guidance_scale = 1.0
-    config.sample.train_batch_size = 8
-    config.train.batch_size = 8
+    config.sample.train_batch_size = 4
+    config.train.batch_size = 4
     config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
     config.train.steps_per_rollout = 4
     config.train.cfg = False

@@ -3,8 +3,8 @@
     python -m tools.merged logs/merge [--prompts 4] [--ties] [--output FILE]
 
 On each LoRA's own prompts, all models draw from the same noise. The share of a LoRA's effect that a model has is
-1 - |v - v_lora|^2 / |v_base - v_lora|^2 of the guided velocities, over the states that the LoRA's own sampling visits: 1
-is the LoRA itself, 0 no better than the base model, below 0 worse.
+1 - |v - v_lora|^2 / |v_base - v_lora|^2 of the guided velocities, over the states that the LoRA's own sampling visits:
+1 is the LoRA itself, 0 no better than the base model, below 0 worse.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from diffusionopd.data.tasks import Task
 from diffusionopd.files import path_flag, write_atomically, write_json
 from diffusionopd.models.backbone import DTYPES
 from diffusionopd.models.conditions import NEGATIVE
-from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.merging import merge
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.models.settings import BaseSettings, MemorySettings
@@ -66,52 +67,61 @@ class Measured:
 
 @torch.no_grad()
 def measure(run: Path, prompts: int = 4, ties: bool = False) -> tuple[Plan, list[Measured]]:
-    """Every LoRA of a run on its first ``prompts`` distinct prompts. Raises ValueError for what is no finished merge."""
+    """Every LoRA of a run on its first ``prompts`` distinct prompts. ValueError where there is no checkpoint of one."""
     checkpoint, state = locate(str(run)), PartialState()
     plan = check(ConfigDict(read_run_config(checkpoint / "config.json"), type_safe=False), 1)
     if not plan.algorithm.has_teachers:
         raise ConfigError([f"{run} has no teachers: this page is about LoRAs in one student"])
     device, dtype = state.device, DTYPES[plan.read(MemorySettings).mixed_precision]
     loras = load_loras(plan)
-    own = [loras[task.adapter] for task in plan.tasks]
-    everything = merge(own, sum(max(a.shape[0] for a in lora.a.values()) for lora in own)).weights
-    models = {SUM: everything, MEAN: everything.scaled(1 / len(own))}
-    if ties:
-        models[TIES] = merge(own, max(a.shape[0] for a in everything.a.values()), "ties").weights
     texts = {task.name: _first_prompts(task, prompts) for task in plan.tasks}
     cache = fill_text_cache(plan, [NEGATIVE, *(text for own in texts.values() for text in own)], state, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras | {STUDENT: load_lora(checkpoint)})
     backbone.negative = cache.get([NEGATIVE], device, dtype)
-    adapter_of: dict[str, str | None] = {BASE: None, STUDENT: STUDENT}
-    for index, (name, weights) in enumerate(models.items()):
-        adapter_of[name] = f"merge_{index}"
+    policy_of: dict[str, str | None] = {BASE: None, STUDENT: STUDENT}
+    for index, (name, weights) in enumerate(_merges([loras[task.adapter] for task in plan.tasks], ties).items()):
+        policy_of[name] = f"merge_{index}"
         adapters.add_from(f"merge_{index}", weights)
     policies, resolution = Policies(backbone, adapters), plan.read(BaseSettings).resolution
     sigmas = backbone.sigmas(plan.watch.eval_num_steps, resolution).tolist()
     found = []
     for index, task in enumerate(plan.tasks):
-        keys = [(Stream.EVALUATION, plan.values["seed"], index, i) for i in range(len(texts[task.name]))]
+        own = texts[task.name]
+        keys = [(Stream.EVALUATION, plan.values["seed"], index, i) for i in range(len(own))]
         start = noise(backbone.latent_shape(resolution), keys).to(device)
-        conditions = cache.get(texts[task.name], device, dtype)
-        asked = adapter_of | {LORA: task.adapter}
+        asked = policy_of | {LORA: task.adapter}
         guidance = dict.fromkeys(asked, task.guidance_scale) | {STUDENT: plan.sampler.guidance}
-
-        def velocities(x: Mapping[str, Tensor], sigma: float, asked=asked, guidance=guidance, text=conditions) -> dict:
-            requests = [Request(asked[name], each, sigma, text, guidance[name]) for name, each in x.items()]
-            return {name: v for name, (v, _) in zip(x, policies.frozen(requests), strict=True)}
-
-        x = dict.fromkeys(asked, start)
-        squares = dict.fromkeys(adapter_of, 0.0)
-        for sigma, after in pairwise(sigmas):
-            step = transition("ode", sigma, after)
-            there = velocities(dict.fromkeys(asked, x[LORA]), sigma)
-            for name in squares:
-                squares[name] += (there[name] - there[LORA]).double().square().mean().item() / (len(sigmas) - 1)
-            others = velocities({name: each for name, each in x.items() if name != LORA}, sigma)
-            x = {name: step.mean(each, (others | {LORA: there[LORA]})[name]) for name, each in x.items()}
-        images = {name: to_uint8(backbone.decode(each)) for name, each in x.items()}
-        found.append(Measured(task.name, texts[task.name], images, {name: s**0.5 for name, s in squares.items()}))
+        text = cache.get(own, device, dtype)
+        requests = {n: partial(Request, p, conditions=text, guidance=guidance[n]) for n, p in asked.items()}
+        latents, distance = _draw(policies, requests, start, sigmas)
+        found.append(Measured(task.name, own, {n: to_uint8(backbone.decode(x)) for n, x in latents.items()}, distance))
     return plan, found
+
+
+def _merges(loras: Sequence[LoraWeights], ties: bool) -> dict[str, LoraWeights]:
+    """What people do without training, each at the rank that loses nothing of the sum."""
+    rank = sum(max(a.shape[0] for a in lora.a.values()) for lora in loras)
+    everything = merge(loras, rank).weights
+    merges = {SUM: everything, MEAN: everything.scaled(1 / len(loras))}
+    return merges | ({TIES: merge(loras, rank, "ties").weights} if ties else {})
+
+
+def _draw(
+    policies: Policies, requests: Mapping[str, Callable[..., Request]], start: Tensor, sigmas: Sequence[float]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Each model's latents by the first-order ODE; and its distance from the LoRA at the states of the LoRA's."""
+    x = dict.fromkeys(requests, start)
+    squares = dict.fromkeys(requests, 0.0)
+    for sigma, after in pairwise(sigmas):
+        at_lora = policies.frozen([make(x=x[LORA], sigma=sigma) for make in requests.values()])
+        there = {name: v for name, (v, _) in zip(requests, at_lora, strict=True)}
+        others = [name for name in requests if name != LORA]
+        at_own = policies.frozen([requests[name](x=x[name], sigma=sigma) for name in others])
+        own = there | {name: v for name, (v, _) in zip(others, at_own, strict=True)}
+        for name, v in there.items():
+            squares[name] += (v - there[LORA]).double().square().mean().item() / (len(sigmas) - 1)
+        x = {name: transition("ode", sigma, after).mean(state, own[name]) for name, state in x.items()}
+    return x, {name: square**0.5 for name, square in squares.items()}
 
 
 def _first_prompts(task: Task, count: int) -> list[str]:
@@ -121,7 +131,7 @@ def _first_prompts(task: Task, count: int) -> list[str]:
 
 def rows(found: Sequence[Measured]) -> list[tuple[str, ...]]:
     """The table: a head, a row each, the mean; shares, and the distances that they are of."""
-    models = [name for name in _TITLES if name in found[0].distance]
+    models = [name for name in _TITLES if name in found[0].distance and name != LORA]
     others = [name for name in models if name != BASE]
     head = ("LoRA", *(f"{_TITLES[name]}: share" for name in others), *(f"{_TITLES[name]}: distance" for name in models))
     body = [
@@ -143,15 +153,24 @@ def summary(found: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]
 def page(plan: Plan, found: Sequence[Measured]) -> str:
     """The page as HTML."""
     shown = [
-        (m.name, m.prompts, [(_TITLES[name], [_uri(i) for i in m.images[name]]) for name in _TITLES if name in m.images])
+        (
+            m.name,
+            m.prompts,
+            [(_TITLES[name], [_uri(i) for i in m.images[name]]) for name in _TITLES if name in m.images],
+        )
         for m in found
     ]
     facts = [
         ("base", plan.values["pretrained.model"]),
         ("rounds", str(plan.shape.num_rounds)),
-        *((task.name, f"{task.lora_path}, times {task.scale:g}, guidance {task.guidance_scale:g}") for task in plan.tasks),
+        *(
+            (task.name, f"{task.lora_path}, times {task.scale:g}, guidance {task.guidance_scale:g}")
+            for task in plan.tasks
+        ),
     ]
-    return render_page("merged.html.j2", title=f"{len(found)} LoRAs in one", table=rows(found), galleries=shown, facts=facts)
+    return render_page(
+        "merged.html.j2", title=f"{len(found)} LoRAs in one", table=rows(found), galleries=shown, facts=facts
+    )
 
 
 def _uri(image: np.ndarray) -> str:

@@ -155,7 +155,7 @@ def _number(value: Any) -> Any:
 def _beside(folder: Path, path: str) -> str:
     """A path as it leads from the table's folder, where there is such a thing."""
     own = folder / path
-    return str(own) if own.exists() else path
+    return str(own) if path and own.exists() else path
 
 
 def _warn_of_same_prompts(tasks: Sequence[Mapping[str, Any]]) -> None:

@@ -40,9 +40,8 @@ class Task:
     so each prompt of each is drawn equally often. Evaluations log the mean over all test prompts, and that of each
     folder's as `eval/<task>/<folder>/<reward>`."""
     trigger: str = key("trigger", "")
-    """What calls the teacher's LoRA, such as "sks style". It takes the place of `{trigger}` in the prompts, and goes in
-    front of those without it: "sks style, a red fox". With `{prompt}` in it, it goes around them: "{prompt}, sks style".
-    """
+    """What calls the teacher's LoRA, such as "sks style": in the place of `{trigger}` in the prompts, and in front of
+    those without it, "sks style, a red fox". With `{prompt}` in it, around them: "{prompt}, sks style"."""
     lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
     """The teacher: a local folder, which may be that of a run (its latest checkpoint), a LoRA file, or a place on the
     hub ("owner/name[/folder or file][@revision]"); docs/loras.md has the formats. Without effect when the training is

@@ -28,11 +28,11 @@ from diffusionopd.tiny import fit, flow
 from diffusionopd.tiny.grammar import groups
 
 RANK = 4
-MINUTES = 0.5  # of training, for each style
+MINUTES = 1.0  # of training, for each style
 _IMAGES = 384
 _PROMPTS = 64
-_BATCH = 16
-_RATE = 4e-3
+_BATCH = 8
+_RATE = 6e-3
 _SEED = 41
 _GREY = torch.tensor([0.3, 0.59, 0.11])
 

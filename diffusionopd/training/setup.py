@@ -344,7 +344,9 @@ def _load_prompts(
     plan: Plan,
 ) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]], dict[str, dict[str, range]]]:
     """Prompts by task, of training and of evaluations, and which of the latter are whose folder's; if any."""
-    train = {task.name: load_folders(task.folders, task.prompt_fn, "train", trigger=task.trigger)[0] for task in plan.tasks}
+    train = {
+        task.name: load_folders(task.folders, task.prompt_fn, "train", trigger=task.trigger)[0] for task in plan.tasks
+    }
     test, parts = {}, {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         most = plan.watch.eval_num_prompts or None
