@@ -15,6 +15,8 @@ COMMANDS = {
     "teacher": ("scripts/train_teacher.py", "train a teacher LoRA from rewards"),
     "evaluate": ("scripts/evaluate.py", "generate the images of test sets and score them"),
     "compare": ("tools/compare.py", "put evaluated models into one table, with their images side by side"),
+    "gallery": ("tools/gallery.py", "draw base, teachers and student on prompts of your own"),
+    "publish": ("tools/publish.py", "publish a student on the Hugging Face hub, with a card"),
     "cost": ("tools/cost.py", "count what a round of a configuration costs, without weights"),
     "download": ("tools/download.py", "download prompt sets, scorer weights and models"),
 }

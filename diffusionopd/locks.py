@@ -204,7 +204,7 @@ def _release(file: Path) -> None:
 
 def _find(folder: Path) -> tuple[Path, Holder | None] | None:
     """The file of a folder's holder and what it says, None if that cannot be read; None if there is no holder."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for file in (folder / LOCK).iterdir():
             return file, _read(file)
     return None

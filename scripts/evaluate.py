@@ -5,7 +5,7 @@
     python scripts/evaluate.py --base --teacher ocr --checkpoint_path logs/mopd --dataset ocr --output_dir logs/all
 
 Several models are evaluated one after the other, each into a folder of its name in --output_dir: base, teacher-<name>,
-student (--checkpoint_path), or that of the LoRA's folder. Start it with `accelerate launch`
+student (--checkpoint_path), or that of the LoRA's folder or file. Start it with `accelerate launch`
 (scripts/single_node/eval.sh) to share the images among processes. A run's own settings (base model, resolution, steps,
 guidance) are found beside its checkpoint; flags go before them.
 """
@@ -29,7 +29,7 @@ from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
-from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.lora_files import WEIGHTS, load_lora
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
 from diffusionopd.training import load_config
@@ -147,7 +147,7 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any]) -> list[Model
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
     for source in [*flags.lora, *(flags.lora_hf_path or [])]:
         path = Path(source).absolute()
-        name = path.parent.name if path.suffix == ".safetensors" else path.name
+        name = path.parent.name if path.name in WEIGHTS else path.name.removesuffix(".safetensors")
         found.append(Model(name, load_lora(source)))
     return found
 

@@ -292,7 +292,7 @@ def test_paths_of_every_key_and_task(folder, monkeypatch):
             assert any(text.startswith(f"{name} ") for text in problems_of(config)), name
     config = copy.deepcopy(original)
     checkpoint = folder / "home" / "run" / "checkpoints" / "checkpoint-2"
-    _write(checkpoint / "lora" / "adapter_model.safetensors", "")
+    shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", checkpoint / "lora")
     _write(checkpoint.parent / "latest", "checkpoint-2\n")
     task = config.train.teachers[0]
     task["lora_path"] = config.train.lora_path = "~/run"

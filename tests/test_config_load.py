@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from textwrap import dedent
@@ -146,12 +147,12 @@ def upstream(tmp_path, monkeypatch):
         "dataset/ocr/test.txt": 'a sign "HI"\n',
         "dataset/geneval/train_metadata.jsonl": geneval,
         "dataset/geneval/test_metadata.jsonl": geneval,
-        "loras/ocr/adapter_model.safetensors": "",
-        "loras/geneval/adapter_model.safetensors": "",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    for name in ("ocr", "geneval"):
+        shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", tmp_path / "loras" / name)
     return tmp_path / "config" / "opd.py"
 
 

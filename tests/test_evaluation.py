@@ -230,7 +230,7 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
     several = find_benchmark("ocr", of(task | {"dataset": None, "datasets": ["mine", "dataset/drawbench"]}))
-    assert [prompt.text for prompt in several.prompts] == ["one", "two", "three"] * 2
+    assert [prompt.text for prompt in several.prompts] == ['"one"', '"two"', '"three"'] * 2
     chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     with pytest.raises(BenchmarkError, match="--rewards"):
@@ -404,9 +404,15 @@ def tiny_run(model, teachers) -> dict:
         (["--teacher", "x", "--config", "config/tiny.py:mopd", "--dataset", "DATASET"], "compose, ocr, scene"),
         (["--base", "--config", "config/tiny.py:nonesuch", "--dataset", "DATASET"], "has no 'nonesuch'"),
         (["--base", "--config", "README.json", "--dataset", "DATASET"], "is not the config.json of a run"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--guidance_scale", "-1"], "at least 0"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr"], "REWARD.OPTION=VALUE"),
-        (["--base", "--dataset", "DATASET", "--rewards", "ocr", "--reward_options", "ocr.x=1"], "its options:"),
+        (["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--guidance_scale", "-1"], "at least 0"),
+        (
+            ["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--reward_options", "aesthetic"],
+            "REWARD.OPTION=VALUE",
+        ),
+        (
+            ["--base", "--dataset", "DATASET", "--rewards", "aesthetic", "--reward_options", "aesthetic.x=1"],
+            "its options:",
+        ),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):

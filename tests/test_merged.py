@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import AdapterError
+from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.merged import MergedTeachers
 
 from .conftest import TARGETS
@@ -23,7 +23,8 @@ def both(pipeline_folder, make_lora):
         adapters = kind(backbone.transformer)
         adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
         adapters.add_teacher("teacher_a", make_lora(1))
-        adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3, targets=["attn.to_q", "ff.net.2"]))
+        other = load_lora(make_lora(2, rank=6, alpha=3, targets=["attn.to_q", "ff.net.2"]))
+        adapters.add_teacher("teacher_b", other.scaled(-1.5))  # as train.teachers[i].scale has it
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in adapters.parameters("student"):

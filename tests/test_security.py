@@ -15,6 +15,7 @@ import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,8 +33,8 @@ from diffusionopd.training.command import parse, plain_errors
 from tools.downloads import DownloadError, transfer
 from tools.downloads.catalogue import File
 from tools.downloads.files import fetch
+from tools.report import Drawn, Report, Task, compare, read_models, render, render_comparison, render_gallery
 from tools.report import Image as Shown
-from tools.report import Report, Task, compare, read_models, render, render_comparison
 
 from .conftest import ROOT
 from .loopback import CONTENT, entry, left, loopback
@@ -382,7 +383,7 @@ class Page(HTMLParser):
         self.feed(text)
 
 
-def test_pages_of_a_distillation_and_of_a_comparison_run_nothing(tmp_path):
+def test_pages_run_nothing(tmp_path):
     models = ("base", f"teacher-{EVIL}", "student")
     scores = {model: Summary(0.1 * i, 0.0, 3) for i, model in enumerate(models)}
     for name in ("a", "b"):
@@ -399,7 +400,11 @@ def test_pages_of_a_distillation_and_of_a_comparison_run_nothing(tmp_path):
     shown = Shown(EVIL, dict.fromkeys(models, image), dict.fromkeys(models, 0.5))
     task = Task(EVIL, EVIL, scores, *[[(1.0, 0.2), (2.0, 0.1)]] * 3, [shown])
     compared = read_models([f"{EVIL.replace('=', '')}={tmp_path / 'a'}", str(tmp_path / "b")])
-    pages = render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])), render_comparison(compare(compared), EVIL)
+    column = Drawn(EVIL, [np.zeros((8, 8, 3), np.uint8)], EVIL)
+    pages = (
+        render(Report(EVIL, [task], 2, 5.0, [(EVIL, EVIL)])), render_comparison(compare(compared), EVIL),
+        render_gallery(EVIL, [(EVIL, EVIL)], [column], [(EVIL, EVIL)], [EVIL]),
+    )  # fmt: skip
     for page in map(Page, pages):
         assert page.tags <= ALLOWED, page.tags - ALLOWED
         names = {name for name, _ in page.attributes}

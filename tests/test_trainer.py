@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusionopd.models.lora_files import AdapterError
+from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training import checkpoint, setup, train
 from diffusionopd.training.resume import RunError
@@ -48,7 +48,8 @@ def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
 def test_the_saved_lora_is_the_average_and_the_state_is_the_student(finished_runs):
     last = finished_runs("opd") / "checkpoints" / "checkpoint-3"
     tensors = state(last)
-    saved = load_file(last / "lora" / "adapter_model.safetensors").values()
+    loaded = load_file(last / "lora" / "adapter_model.safetensors")
+    saved = [t / 2 if "lora_B" in k else t for k, t in loaded.items()]  # alpha 8, rank 4: saved at scale 1
     ema = [t for k, t in tensors.items() if k.startswith("ema.")]
     sums = [sorted(t.double().sum().item() for t in tensors) for tensors in (saved, ema)]
     assert sums[0] == pytest.approx(sums[1])
@@ -171,12 +172,32 @@ def test_smaller_backward_batches_train_the_same_student(tiny_config):
 
 
 def test_a_student_can_start_from_a_lora(tiny_config, make_lora):
-    lora = make_lora(31, rank=4, alpha=8)
-    last = train(tiny_config(num_epochs=1, train__lora_path=str(lora), train__learning_rate=1e-9))
-    start, end = (load_file(folder / "adapter_model.safetensors") for folder in (lora, last / "lora"))
-    assert start.keys() == end.keys()
-    for name in start:
-        torch.testing.assert_close(start[name], end[name], rtol=0, atol=1e-6)
+    """It gets the scale of a fresh one; a run of before that was so keeps its own, when it is resumed."""
+    lora = make_lora(31, rank=4, alpha=2)
+    options = {"train__lora_path": str(lora), "train__learning_rate": 1e-9, "train__ema": False}
+    last = train(tiny_config(num_epochs=1, **options))
+    start = load_file(lora / "adapter_model.safetensors")
+
+    def check(folder, scale):
+        end, trained = load_file(folder / "lora" / "adapter_model.safetensors"), student(folder).values()
+        assert start.keys() == end.keys()
+        for name, tensor in start.items():
+            same, own = (tensor * 0.5, tensor * 0.5 / scale) if "lora_B" in name else (tensor, tensor)
+            torch.testing.assert_close(end[name], same, rtol=0, atol=1e-6)
+            assert any(t.shape == own.shape and torch.allclose(t, own, rtol=0, atol=1e-6) for t in trained)
+
+    check(last, scale=2.0)
+    tensors, scalars = checkpoint.load_state(last / "state")
+    assert scalars.pop("start_rescaled") is True
+    tensors = {k: v * (4 if k.startswith("student.") and int(k[8:]) % 2 else 1) for k, v in tensors.items()}
+
+    def write(folder):
+        shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        checkpoint.save_state(folder / "state", tensors, scalars)
+
+    checkpoint.save(last.parent, last.name, write)
+    for rounds in (2, 3):
+        check(train(tiny_config(num_epochs=rounds, resume_from="auto", **options)), scale=0.5)
 
 
 def test_every_setting_runs(tiny_config, tmp_path):
@@ -228,9 +249,10 @@ def test_a_broken_teacher_stops_before_training(tiny_config, tmp_path):
     config.train.teachers[1]["lora_path"] = str(folder)
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(config)
     assert str(folder) in str(caught.value)
+    assert "train.teachers[1].lora_path" in str(caught.value)
     assert not (tmp_path / "logs" / "run" / "checkpoints").exists()
 
 

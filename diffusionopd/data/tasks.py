@@ -135,7 +135,7 @@ def check_tasks(
     where = "train.teachers"
     if not problems.good(where):
         return (), ()
-    entries = values[where] or (_single_task(values) if from_rewards else [])
+    entries = values[where] or (single_task(values) if from_rewards else [])
     if not entries:
         remedy = "Give at least one task, or dataset, prompt_fn and reward_fn, as in config/teacher.py."
         if not from_rewards:
@@ -204,7 +204,7 @@ def _check_target(place: str, fields: Mapping[str, Any], problems: Problems) -> 
             problems.add(reference, "has no effect at strength 1", "Set the strength, or leave the reference out.")
 
 
-def _single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The task that the upstream keys of single-task reinforcement learning describe."""
     if not values.get("dataset"):
         return []

@@ -19,6 +19,7 @@ from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import ensure_writable
 from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import backbone as models
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
@@ -145,29 +146,10 @@ def _run(
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
     scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
-    given = {model.name: model.lora for model in job.models if model.lora is not None}
-    loras, wrong, _ = find_all(given, job.base, models.read_model(job.base, job.revision))
-    if wrong:
-        raise AdapterError("\n".join(wrong.values()))
-    # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
-    place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
-    decode_on = models.find_device(job.vae_device, device, "vae_device")
-    length = job.max_sequence_length
-    cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
-    load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
-    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
-    sharding = requested_sharding() if world > 1 else None
-    backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
-    backbone.negative = cache.get([NEGATIVE], device)
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
-    for index, model in enumerate(job.models):
-        if model.name in loras:
-            adapters.add_teacher(f"model_{index}", loras[model.name])
-    backbone.shard()
+    backbone, cache, adapters = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
     for index, model in enumerate(job.models):
-        adapters.use(None if model.lora is None else f"model_{index}")
+        adapters.use(adapter_of(job, index))
         for benchmark in job.benchmarks:
             generate = ImageGenerator(
                 backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
@@ -189,6 +171,38 @@ def _run(
                 in_step=backbone.sharding is not None,
             )
     return results
+
+
+def load_models(
+    job: Job, dtype: torch.dtype, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Backbone, TextCache, Adapters]:
+    """The base with the LoRAs of the job's models on it, and the embeddings of its prompts. Errors as of `run`."""
+    given = {model.name: model.lora for model in job.models if model.lora is not None}
+    loras, wrong, _ = find_all(given, job.base, models.read_model(**job.source))
+    if wrong:
+        raise AdapterError("\n".join(wrong.values()))
+    # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
+    place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
+    decode_on = models.find_device(job.vae_device, device, "vae_device")
+    length = job.max_sequence_length
+    cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
+    load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
+    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
+    sharding = requested_sharding() if world > 1 else None
+    backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
+    backbone.negative = cache.get([NEGATIVE], device)
+    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    for index, model in enumerate(job.models):
+        if model.name in loras:
+            adapters.add_teacher(f"model_{index}", loras[model.name])
+    backbone.shard()
+    return backbone, cache, adapters
+
+
+def adapter_of(job: Job, index: int) -> str | None:
+    """The adapter of a job's model, as `load_models` calls it; None for the bare base."""
+    return None if job.models[index].lora is None else f"model_{index}"
 
 
 def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:

@@ -26,6 +26,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS = (PEFT_WEIGHTS, PEFT_PICKLE, DIFFUSERS_WEIGHTS)
+"""Files whose names say nothing of what they are: their folders' do."""
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 """Under which the two formats store the transformer's modules."""
 _MOST = 6  # names in a message
@@ -36,7 +38,7 @@ _PREFIXES = (
 )  # fmt: skip
 """Before a module's name: PEFT, diffusers, ComfyUI, the compiler, DDP; OneTrainer, kohya, LyCORIS. Also several."""
 _HALF = re.compile(r"(.+)\.(?:lora_([AB])(?:\.([\w-]+))?|lora[_.](down|up))\.weight")  # module, half, adapter, half
-_TEXT_ENCODER = re.compile(r"text_encoders?[._\d]|lora_te\d?_|te\d?[._]")
+_TEXT_ENCODER = re.compile(r"text_encoders?[._\d]|lora_te\d?_|te\d?[._]|bundle_emb\.")
 
 _FIELDS = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
@@ -52,7 +54,10 @@ _AS_LORA = (
     "approximate it by a plain one, by peft.tuners.lora.conversion.save_as_lora(folder, model, rank) "
     "for an adapter of PEFT's, by LyCORIS' extract_locon.py from a merged model for others"
 )
-_OTHER_KINDS = {r"dora_scale$|lora_magnitude_vector": "DoRA", r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT"}
+_OTHER_KINDS = {
+    r"dora_scale$|lora_magnitude_vector": "DoRA", r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT",
+    r"\.lora_mid\.": "Tucker layers (lora_mid)", r"\.diff(_b)?$": "whole differences (diff)",
+}  # fmt: skip
 _OWN_BASE = re.compile(r"pissa|olora|corda|lora_ga|loftq", re.IGNORECASE)
 """Initialisations that take a part out of the base's matrices: such an adapter belongs to what is left of them."""
 
@@ -210,7 +215,7 @@ def _refuse_other_kinds(path: Path, file: Path, tensors: Collection[str], option
         keep = (
             "from safetensors import safe_open; from safetensors.torch import save_file; "
             f"f = safe_open({str(file)!r}, 'pt'); save_file({{k: f.get_tensor(k) for k in f.keys() "
-            "if not k.startswith(('te', 'lora_te'))}, 'transformer_only.safetensors', f.metadata())"
+            "if not k.startswith(('te', 'lora_te', 'bundle_emb'))}, 'transformer_only.safetensors', f.metadata())"
         )
         raise AdapterError(
             f"{path} also adapts text encoders ({len(text)} tensors, {text[0]}): teachers and student share one set of "

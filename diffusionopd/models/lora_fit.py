@@ -46,10 +46,11 @@ def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | N
         alpha={module: weights.alpha[name] for module, name in source.items()},
     )
     shapes = {name: (fitted.b[name].shape[0], a.shape[1]) for name, a in fitted.a.items()}
+    hint = "" if shapes.keys() & linear.keys() else ", nor any other of this LoRA, which is of another kind of model"
     missing = "modules that its config names have no tensors, and would silently stay untrained (save it again)"
     untrained = "lora_B is all zero (never trained, or lost when it was saved)"
     problems = {
-        "the base model has no such modules": shapes.keys() - linear.keys(),
+        f"the base model has no such modules{hint}": shapes.keys() - linear.keys(),
         missing: _targets(weights, linear) - shapes.keys(),
         "two layers for one module": [m for m, n in Counter(module for module, *_ in parts).items() if n > 1],
         "shapes of another base model": [

@@ -76,7 +76,7 @@ class LoraSettings:
     use_lora: bool = key("use_lora", True, choices=(True,))
     """Must be True: the student is a LoRA on the frozen base."""
     lora_path: str = key("train.lora_path", None, path=READ)
-    """LoRA to start the student from (forms as for teachers); None is a fresh one."""
+    """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))
     """Where a student without `train.lora_path` starts: "fresh", as the base, or at its "teachers": the sum of their
     LoRAs (task arithmetic), cut to its rank; what the cut loses is printed."""
@@ -85,7 +85,7 @@ class LoraSettings:
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Its rank, unless it comes from `train.lora_path`."""
     lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
-    """Its output is scaled by `lora_alpha / lora_rank`."""
+    """The student's output is scaled by `lora_alpha / lora_rank`, also when it starts from a LoRA of another scale."""
     lora_target_modules: tuple | None = key(
         "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)
     )

@@ -12,7 +12,7 @@ from torch import nn
 KINDS = ("diversity", "prompt_diversity")
 _SIZE = 32  # pixels a side at which images are compared: layout and colour count, not texture
 # Measured in the tiny world (docs/resume.md).
-_LEAST_SHARE, _LARGEST_NORM = 1 / 4, 1.0
+_LEAST_SHARE, _LARGEST_NORM = 0.3, 1.0
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:

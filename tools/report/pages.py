@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 THUMBNAIL = 256  # pixels: larger images are shrunk to this
+PIXELS = THUMBNAIL // 2  # pixels: of images up to this the pixels are visible
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -30,12 +31,17 @@ def render_page(template: str, **values: Any) -> str:
 def image_of(file: Path) -> dict[str, str]:
     """An image's attributes: a small one as it is, with its pixels visible, a large one shrunk. Raises OSError."""
     with Image.open(file) as opened:
-        if opened.format == "JPEG" and max(opened.size) <= THUMBNAIL // 2:
+        if opened.format == "JPEG" and max(opened.size) <= PIXELS:
             return {"src": data_uri("image/jpeg", file.read_bytes()), "class": "pixels"}
-        image = opened.convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        return shown(opened.convert("RGB"), THUMBNAIL)
+
+
+def shown(image: Image.Image, most: int) -> dict[str, str]:
+    """An RGB image's attributes, shrunk to at most ``most`` pixels a side, which may be done to ``image`` itself."""
+    kind = "pixels" if max(image.size) <= PIXELS else ""
+    image.thumbnail((most, most), Image.Resampling.LANCZOS)
     image.save(buffer := io.BytesIO(), format="JPEG", quality=90)
-    return {"src": data_uri("image/jpeg", buffer.getvalue()), "class": ""}
+    return {"src": data_uri("image/jpeg", buffer.getvalue()), "class": kind}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
