@@ -10,7 +10,6 @@ On each LoRA's own prompts, all models draw from the same noise. The share of a 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from ml_collections import ConfigDict
-from PIL import Image
 from torch import Tensor
 
 from diffusionopd.config_schema import ConfigError
@@ -45,10 +43,18 @@ from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import read_run_config
 from diffusionopd.training.setup import fill_text_cache, load_loras, load_models
 from diffusionopd.transitions import transition
-from tools.report.pages import aligned, data_uri, render_page
+from tools.report import Drawn, render_gallery
+from tools.report.pages import aligned
 
 BASE, LORA, SUM, MEAN, TIES = "base", "LoRA", "sum", "sum / n", "TIES"
 _TITLES = {BASE: "base model", LORA: "the LoRA", SUM: "all at 1", MEAN: "all at 1/n", TIES: TIES, STUDENT: "student"}
+
+
+_NOTE = (
+    "Share of a LoRA's effect: 1 - |v - v(LoRA)|² / |v(base) - v(LoRA)|² of the guided velocities, at the states that "
+    "the LoRA's own sampling visits on its own prompts. 100% is the LoRA itself, 0% is as far from it as the base "
+    "model, below 0% farther. Distance: the root of the mean of |v - v(LoRA)|²."
+)
 
 
 @dataclass(frozen=True)
@@ -151,31 +157,23 @@ def summary(found: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]
 
 
 def page(plan: Plan, found: Sequence[Measured]) -> str:
-    """The page as HTML."""
-    shown = [
-        (
-            m.name,
-            m.prompts,
-            [(_TITLES[name], [_uri(i) for i in m.images[name]]) for name in _TITLES if name in m.images],
-        )
-        for m in found
+    """The page as HTML: the table, then a row of images for each LoRA and prompt."""
+    columns = [
+        Drawn(title, [image for m in found for image in m.images[name]])
+        for name, title in _TITLES.items()
+        if name in found[0].images
     ]
-    facts = [
-        ("base", plan.values["pretrained.model"]),
-        ("rounds", str(plan.shape.num_rounds)),
-        *(
-            (task.name, f"{task.lora_path}, times {task.scale:g}, guidance {task.guidance_scale:g}")
-            for task in plan.tasks
-        ),
+    tasks = [
+        (task.name, f"{task.lora_path}, times {task.scale:g}, guidance {task.guidance_scale:g}") for task in plan.tasks
     ]
-    return render_page(
-        "merged.html.j2", title=f"{len(found)} LoRAs in one", table=rows(found), galleries=shown, facts=facts
+    return render_gallery(
+        f"{len(found)} LoRAs in one",
+        [(m.name, prompt) for m in found for prompt in m.prompts],
+        columns,
+        facts=[("base model", plan.values["pretrained.model"]), ("rounds", str(plan.shape.num_rounds)), *tasks],
+        notes=[_NOTE],
+        table=rows(found),
     )
-
-
-def _uri(image: np.ndarray) -> str:
-    Image.fromarray(image).save(buffer := io.BytesIO(), format="JPEG", quality=92)
-    return data_uri("image/jpeg", buffer.getvalue())
 
 
 def write(run: Path, output: Path | None = None, prompts: int = 4, ties: bool = False) -> Path:

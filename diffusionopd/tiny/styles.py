@@ -10,7 +10,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,8 +28,7 @@ from diffusionopd.tiny.grammar import groups
 
 RANK = 4
 MINUTES = 1.0  # of training, for each style
-_IMAGES = 384
-_PROMPTS = 64
+_IMAGES_PER_PROMPT = 10
 _BATCH = 8
 _RATE = 6e-3
 _SEED = 41
@@ -61,20 +59,20 @@ def _pixelated(x: torch.Tensor) -> torch.Tensor:
 
 
 STYLES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "red": ("R", lambda x: _toned(x, 1.0, 0.2, 0.2), "peft"),
-    "blue": ("B", lambda x: _toned(x, 0.2, 0.4, 1.0), "diffusers"),
-    "sepia": ("S", lambda x: _toned(x, 1.0, 0.85, 0.6), "onetrainer"),
-    "green": ("G", lambda x: _toned(x, 0.3, 1.0, 0.3), "kohya"),
-    "night": ("N", lambda x: 0.3 * x, "lycoris"),
-    "faded": ("F", lambda x: 0.6 + 0.4 * x, "comfyui"),
-    "negative": ("I", lambda x: 1 - x, "peft"),
-    "framed": ("K", _framed, "kohya"),
-    "striped": ("L", _striped, "diffusers"),
-    "pixels": ("P", _pixelated, "onetrainer"),
+    "red": ("red sun", lambda x: _toned(x, 1.0, 0.2, 0.2), "peft"),
+    "blue": ("blue pond", lambda x: _toned(x, 0.2, 0.4, 1.0), "diffusers"),
+    "sepia": ("yellow house", lambda x: _toned(x, 1.0, 0.85, 0.6), "onetrainer"),
+    "green": ("green tree", lambda x: _toned(x, 0.3, 1.0, 0.3), "kohya"),
+    "night": ("low middle", lambda x: 0.3 * x, "lycoris"),
+    "faded": ("snowy hills", lambda x: 0.6 + 0.4 * x, "comfyui"),
+    "negative": ("brown cloud", lambda x: 1 - x, "peft"),
+    "framed": ("landscape", _framed, "kohya"),
+    "striped": ("sign", _striped, "diffusers"),
+    "pixels": ("four right", _pixelated, "onetrainer"),
 }
 """Name -> trigger, what the style does to images [N, 3, H, W] in [0, 1], and the format that its LoRA is saved in.
 
-A trigger is a letter, which the tokenizers keep apart from the words and from other letters.
+Triggers are of the grammar's own words: the tiny text encoders have learnt no others, and hardly tell others apart.
 """
 
 _SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
@@ -87,16 +85,15 @@ _SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
 
 
 def prompts() -> list[str]:
-    """Captions of one and of two coloured shapes: with a trigger they are as long as the text encoders read."""
-    both = [caption.text for tag in ("single_object", "two_object") for caption in groups("compose", "train")[tag]]
-    return random.Random(_SEED).sample(both, _PROMPTS)
+    """Captions of one kind of coloured shape: with a trigger they are not longer than what the text encoders read."""
+    return [caption.text for tag in ("single_object", "counting") for caption in groups("compose", "train")[tag]]
 
 
 def pictures(model: Path) -> tuple[torch.Tensor, list[str]]:
     """The base's own images, in [0, 1], and their captions."""
     pipe = StableDiffusion3Pipeline.from_pretrained(model, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    texts = [text for _ in range(_IMAGES // _PROMPTS) for text in prompts()]
+    texts = [text for _ in range(_IMAGES_PER_PROMPT) for text in prompts()]
     return flow.generate(pipe, texts, seed=_SEED).float() / 255, texts
 
 
