@@ -156,8 +156,8 @@ def summary(found: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]
     }
 
 
-def page(plan: Plan, found: Sequence[Measured]) -> str:
-    """The page as HTML: the table, then a row of images for each LoRA and prompt."""
+def page(plan: Plan, found: Sequence[Measured], student: str) -> str:
+    """The page as HTML: the table, then a row of images for each LoRA and prompt; ``student``: where it is."""
     columns = [
         Drawn(title, [image for m in found for image in m.images[name]])
         for name, title in _TITLES.items()
@@ -170,7 +170,7 @@ def page(plan: Plan, found: Sequence[Measured]) -> str:
         f"{len(found)} LoRAs in one",
         [(m.name, prompt) for m in found for prompt in m.prompts],
         columns,
-        facts=[("base model", plan.values["pretrained.model"]), ("rounds", str(plan.shape.num_rounds)), *tasks],
+        facts=[("base model", plan.values["pretrained.model"]), ("student", student), *tasks],
         notes=[_NOTE],
         table=rows(found),
     )
@@ -179,7 +179,7 @@ def page(plan: Plan, found: Sequence[Measured]) -> str:
 def write(run: Path, output: Path | None = None, prompts: int = 4, ties: bool = False) -> Path:
     """Write the page and, beside it, its table as JSON; print the table."""
     plan, found = measure(run, prompts, ties)
-    file = write_atomically(output or run / "merged.html", page(plan, found))
+    file = write_atomically(output or run / "merged.html", page(plan, found, str(locate(str(run)))))
     write_json(file.with_suffix(".json"), summary(found))
     print(aligned(rows(found)))
     print(f"written: {file.absolute()}")
