@@ -10,6 +10,8 @@ from diffusionopd.files import PROJECT
 
 COMMANDS = {
     "train": ("scripts/train_opd.py", "distil the teachers of a configuration into one student"),
+    "merge": ("scripts/merge.py", "merge the LoRAs of a table into one, and show how well"),
+    "merged": ("tools/merged.py", "the page of such a merge again"),
     "teacher": ("scripts/train_teacher.py", "train a teacher LoRA from rewards"),
     "evaluate": ("scripts/evaluate.py", "generate the images of test sets and score them"),
     "compare": ("tools/compare.py", "put evaluated models into one table, with their images side by side"),

@@ -10,7 +10,7 @@ import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,46 @@ def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt
     """
     if prompt_fn not in FORMATS:
         raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(FORMATS))}")
-    return read_prompts(Path(dataset) / FORMATS[prompt_fn][0].format(split=split), prompt_fn)
+    return read_prompts(prompt_file(dataset, prompt_fn, split), prompt_fn)
+
+
+def prompt_file(dataset: str | Path, prompt_fn: str, split: str) -> Path:
+    """The file of a split: in a folder by the format's name; a data set that is a file is its training prompts."""
+    path = Path(dataset)
+    return path if split == "train" and path.is_file() else path / FORMATS[prompt_fn][0].format(split=split)
+
+
+def with_trigger(prompts: Iterable[Prompt], trigger: str) -> list[Prompt]:
+    """The prompts with the word that calls a LoRA: in the place of ``{trigger}``, or in front, "TRIGGER, a red fox".
+
+    A trigger with ``{prompt}`` is put around each prompt instead: "{prompt}, in the style of TRIGGER". Raises
+    PromptError for a prompt that has a place for a trigger where there is none.
+    """
+    made = list(prompts)
+    for index, prompt in enumerate(made):
+        if "{trigger}" in prompt.text and not trigger:
+            raise PromptError(f"{prompt.source} has {{trigger}}, but the task has no trigger: {prompt.text[:80]!r}")
+        if "{trigger}" in prompt.text:
+            text = prompt.text.replace("{trigger}", trigger)
+        elif "{prompt}" in trigger:
+            text = trigger.replace("{prompt}", prompt.text)
+        else:
+            text = f"{trigger}, {prompt.text}" if trigger else prompt.text
+        made[index] = replace(prompt, text=text)
+    return made
 
 
 def load_folders(
-    folders: Iterable[str | Path], prompt_fn: str, split: str, most: int | None = None
+    folders: Iterable[str | Path], prompt_fn: str, split: str, most: int | None = None, trigger: str = ""
 ) -> tuple[list[Prompt], dict[str, range]]:
     """The prompts of several data sets one after another, the first `most` of each, and the places of each one's.
 
-    Places are by the names of the folders. Raises as `load_prompts`.
+    Places are by the names of the folders. ``trigger`` as of `with_trigger`. Raises as `load_prompts`.
     """
     prompts: list[Prompt] = []
     places = {}
     for folder in folders:
-        own = load_prompts(folder, prompt_fn, split)[:most]
+        own = with_trigger(load_prompts(folder, prompt_fn, split)[:most], trigger)
         places[Path(folder).name] = range(len(prompts), len(prompts) + len(own))
         prompts += own
     return prompts, places

@@ -174,3 +174,18 @@ def tasks_per_round(values: Mapping[str, Any]) -> int:
     if values["train.task_order"] != TOGETHER:
         return 1
     return values.get("train.tasks_per_round") or max(1, len(values["train.teachers"]))
+
+
+def fitted_round(values: Mapping[str, Any]) -> dict[str, int]:
+    """The changes with which a round has equal shares of its tasks and an optimizer step: counts are raised alone, but
+    for ``train.tasks_per_round`` beyond the number of tasks. For values of the right types."""
+    drawn = values["train.tasks_per_round"] if values["train.tasks_per_round"] < len(values["train.teachers"]) else 0
+    visited = tasks_per_round({**values, "train.tasks_per_round": drawn})
+    batches = math.ceil(values["sample.num_batches_per_epoch"] / visited) * visited
+    right = batches * values["sample.train_batch_size"] // values["train.batch_size"]
+    steps = values["train.gradient_accumulation_steps"]
+    return {
+        "train.tasks_per_round": drawn,
+        "sample.num_batches_per_epoch": batches,
+        "train.gradient_accumulation_steps": math.ceil(steps / right) * right,
+    }

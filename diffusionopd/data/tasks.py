@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusionopd.config_schema import FREE, READ, REWARDS, TEACHERS, Problems, is_number, key, keys_of, nearest, unset
 from diffusionopd.config_schema.paths import check_adapter, gap
-from diffusionopd.data.prompts import FORMATS, PromptError, listed, load_prompts
+from diffusionopd.data.prompts import FORMATS, PromptError, listed, load_prompts, prompt_file, with_trigger
 from diffusionopd.data.unfit import unfit_lines
 from diffusionopd.files import looked_in
 
@@ -33,11 +33,15 @@ class Task:
     name: str = key("name", "", form=('made of letters, digits, "-", "_"', is_name))
     """Of the task, in logs and files."""
     dataset: str = key("dataset", "", path=READ)
-    """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl."""
+    """Folder with the prompts: {train,test}.txt or {train,test}_metadata.jsonl. Or one file of training prompts, where
+    nothing is evaluated (`eval_freq` 0)."""
     datasets: tuple = key("datasets", [], path=READ, form=("a list of folders", _are_texts))
     """In the place of `dataset`: several such folders of different names. The task's prompts are those of all together,
     so each prompt of each is drawn equally often. Evaluations log the mean over all test prompts, and that of each
     folder's as `eval/<task>/<folder>/<reward>`."""
+    trigger: str = key("trigger", "")
+    """What calls the teacher's LoRA, such as "sks style": in the place of `{trigger}` in the prompts, and in front of
+    those without it, "sks style, a red fox". With `{prompt}` in it, around them: "{prompt}, sks style"."""
     lora_path: str = key("lora_path", "", path=READ, resume=TEACHERS)
     """The teacher: a local folder, which may be that of a run (its latest checkpoint), a LoRA file, or a place on the
     hub ("owner/name[/folder or file][@revision]"); docs/loras.md has the formats. Without effect when the training is
@@ -106,6 +110,7 @@ def loss_weights(tasks: Sequence[Task]) -> list[float]:
 
 
 FIELDS = keys_of(Task)
+_LORAS = ("the path of a table, or a list of dicts", lambda value: isinstance(value, str | list | tuple))
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,11 @@ class TaskSettings:
     """The tasks: a list of dicts with the fields of the table below, each with its teacher."""
     teacher_guidance_scale: float = key("sample.teacher_guidance_scale", 4.5, "[1, inf)")
     """Guidance of the teachers that have no `guidance_scale` of their own; 1.0 is without."""
+    loras: Any = key("loras", None, optional=True, form=_LORAS, resume=FREE)
+    """In the place of `train.teachers`: the LoRAs to merge, as the path of a table (CSV) or a list of dicts, each with
+    `name`, `lora` and, where wanted, `scale`, `trigger`, `prompts`, `guidance_scale` (docs/merging.md). A task is made
+    of each; `train.tasks_per_round` is lowered to their number, and `sample.num_batches_per_epoch` and
+    `train.gradient_accumulation_steps` are raised to what makes a round of equal shares with one optimizer step."""
 
 
 def check_tasks(
@@ -140,7 +150,9 @@ def check_tasks(
     entries = values[where] or (single_task(values) if from_rewards else [])
     if not entries:
         remedy = "Give at least one task, or dataset, prompt_fn and reward_fn, as in config/teacher.py."
-        problems.add(where, "is empty", remedy if from_rewards else "Give at least one teacher, as in config/opd.py.")
+        if not from_rewards:
+            remedy = "Give at least one teacher, as in config/opd.py, or a table of LoRAs in loras."
+        problems.add(where, "is empty", remedy)
     tasks, prompts = [], []
     for index, entry in enumerate(entries):
         place = f"{where}[{index}]"
@@ -230,10 +242,11 @@ def _check_dataset(
 ) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
     one, several = f"{place}.dataset", f"{place}.datasets"
-    if not problems.good(one, several, f"{place}.prompt_fn"):
+    if not problems.good(one, several, f"{place}.prompt_fn", f"{place}.trigger"):
         return 0
     rewards = fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
     checked = {"prompt_fn": fields["prompt_fn"], "with_test": with_test, "scored": scored, "rewards": rewards}
+    checked["trigger"] = fields["trigger"]
     if not fields["datasets"]:
         return _check_folder(one, fields["dataset"], problems, **checked)
     if fields["dataset"]:
@@ -253,6 +266,7 @@ def _check_folder(
     with_test: bool,
     scored: Mapping[str, int | None],
     rewards: Mapping[str, float],
+    trigger: str,
 ) -> int:
     """Check the prompt files of a folder and return the number of training prompts."""
     if what := gap(folder):
@@ -260,13 +274,13 @@ def _check_folder(
         return 0
     counts = {"train": 0}
     for split in ("train", "test") if with_test else ("train",):
-        file = Path(folder, FORMATS[prompt_fn][0].format(split=split))
+        file = prompt_file(folder, prompt_fn, split)
         if not file.is_file():
             what = f"lacks {file}{looked_in(file)}, which prompt_fn {prompt_fn!r} reads"
             problems.add(key, what, "dataset/README.md says where prompt files come from.")
             continue
         try:
-            prompts = load_prompts(folder, prompt_fn, split)
+            prompts = with_trigger(load_prompts(folder, prompt_fn, split), trigger)
         except PromptError as error:
             problems.add(key, f"has prompts that cannot be used: {error}", "")
             continue

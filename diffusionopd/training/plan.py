@@ -37,7 +37,8 @@ from diffusionopd.config_schema import (
 from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, gap, with_origin
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
-from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, round_shape, tasks_per_round
+from diffusionopd.data.loras import read_loras
+from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, fitted_round, round_shape, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
 from diffusionopd.models.backbone import DTYPES, BackboneError, ModelInfo, is_here, read_model
@@ -225,6 +226,30 @@ def with_paths(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def with_loras(config: ConfigDict) -> ConfigDict:
+    """The configuration with ``train.teachers`` in the place of ``loras``, and a round of them; itself without any.
+
+    Raises ConfigError with all that is wrong with the LoRAs' table.
+    """
+    values = flatten(config)
+    if not (given := values.get("loras")):
+        return config
+    problems = Problems()
+    if problem := SCHEMA.keys["loras"].problem(given):
+        problems.add("loras", *problem)
+    if values.get("train.teachers"):
+        problems.add("loras", "is set, and so is train.teachers", "Leave one of them out.")
+    if problems.found:
+        raise ConfigError(problems.found)
+    values["train.teachers"] = read_loras(given)
+    made = config.copy_and_resolve_references()
+    made.loras, made.train.teachers = None, values["train.teachers"]
+    counts = {key.name: key for key in keys_of(BatchSettings).values()}
+    if all(name in values and not key.problem(values[name]) for name, key in counts.items()):
+        made.update_from_flattened_dict(fitted_round(values))
+    return made
+
+
 def unsaved(values: Mapping[str, Any]) -> list[str]:
     """Keys without effect on this run that hold what cannot be saved: they are left at their defaults."""
     unused = (name for name in SCHEMA.keys if not is_used(name, values.get("train.algorithm", "")))
@@ -397,6 +422,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
 
     # Keys by themselves
+    config = with_loras(config)
     check_no_secrets(to_plain(config))  # alone: the other problems quote values
     values = flatten(with_paths(config))
     problems = Problems(() if sources else (".dataset", ".datasets", ".lora_path"))

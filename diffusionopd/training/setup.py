@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 from ml_collections import ConfigDict
 
@@ -52,7 +52,7 @@ from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names
+from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -102,6 +102,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     of them; after it, threads and trackers have ended.
     """
     requested_sharding()  # before accelerate, which would name no remedy
+    config = with_loras(config)
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
     look = partial(_plan, config, accelerator, allow_config_change)
@@ -178,7 +179,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     for index, task in enumerate(plan.tasks):
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
         texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
-    text = _fill_text_cache(plan, texts, accelerator, dtype)
+    text = fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
@@ -402,11 +403,13 @@ def _load_prompts(
     plan: Plan,
 ) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]], dict[str, dict[str, range]]]:
     """Prompts by task, of training and of evaluations, and which of the latter are whose folder's; if any."""
-    train = {task.name: load_folders(task.folders, task.prompt_fn, "train")[0] for task in plan.tasks}
+    train = {
+        task.name: load_folders(task.folders, task.prompt_fn, "train", trigger=task.trigger)[0] for task in plan.tasks
+    }
     test, parts = {}, {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         most = plan.watch.eval_num_prompts or None
-        test[task.name], places = load_folders(task.folders, task.prompt_fn, "test", most)
+        test[task.name], places = load_folders(task.folders, task.prompt_fn, "test", most, task.trigger)
         parts[task.name] = places if len(places) > 1 else {}
     return train, test, parts
 
@@ -501,7 +504,9 @@ def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dic
     return scorers
 
 
-def _fill_text_cache(plan: Plan, texts: Sequence[str], accelerator: Accelerator, dtype: torch.dtype) -> TextCache:
+def fill_text_cache(
+    plan: Plan, texts: Sequence[str], accelerator: Accelerator | PartialState, dtype: torch.dtype
+) -> TextCache:
     """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
     length = base.max_sequence_length

@@ -15,7 +15,7 @@ from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
 from diffusionopd.training.plan import Plan
 
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""What the sum is tried at, unless the configuration says."""
+"""What the sum is tried at, unless the configuration says; and at their mean, where that is less."""
 
 
 def start_from_teachers(
@@ -39,7 +39,7 @@ def choose_scale(algorithm: Algorithm, batches: Sequence[Batch], merged: Merged,
     first = {batch.rows[0].task: batch for batch in reversed(batches)}
     tried = [replace(batch, wants_images=False) for batch in first.values()]
     losses = {}
-    for scale in SCALES:
+    for scale in sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)}):
         algorithm.policies.adapters.start_from(STUDENT, merged.weights, scale)
         result = algorithm.round(tried, step=False)
         algorithm.optimizer.discard()

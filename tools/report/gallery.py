@@ -25,6 +25,7 @@ def render_gallery(
     columns: Iterable[Drawn],
     facts: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    table: Sequence[Sequence[str]] = (),
 ) -> str:
     """The page as one HTML document that refers to nothing outside itself.
 
@@ -32,7 +33,8 @@ def render_gallery(
         rows: caption, which is shown once where several rows in turn have it, and what tells them apart, like the seed.
         columns: asked for one after the other, so that the images of a single one need to be in memory.
         facts: (name, value) pairs at the end.
-        notes: sentences above the images.
+        notes: sentences above the images, and above the table.
+        table: a head, rows and a last one that sums up, above the images.
     """
     drawn = [
         (each.title, each.note, [shown(Image.fromarray(image), LARGEST) for image in each.images]) for each in columns
@@ -40,4 +42,5 @@ def render_gallery(
     repeated = [before[0] == row[0] for before, row in zip([("", ""), *rows], rows, strict=False)]
     body = list(zip(rows, repeated, zip(*(images for *_, images in drawn), strict=True), strict=True))
     heads = [(name, note) for name, note, _ in drawn]
-    return render_page("gallery.html.j2", title=title, heads=heads, rows=body, facts=facts, notes=notes)
+    values = {"heads": heads, "rows": body, "facts": facts, "notes": notes, "table": table}
+    return render_page("gallery.html.j2", title=title, **values)
