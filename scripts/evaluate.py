@@ -165,22 +165,23 @@ def make_job(flags: argparse.Namespace) -> Job:
     config = find_config(flags)
     pretrained = config.get("pretrained", {})
     own_base = pretrained if flags.model in (None, pretrained.get("model")) else {}
-    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
-    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
-    options = read_options(flags.reward_options, config.get("reward_options", {}))
-    check_options(options)
-    # Most fields of a job are flags of the same name; some are keys of a configuration, too.
-    named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     source = {
         "revision": flags.revision or pretrained.get("revision") or None,
         "variant": flags.variant or own_base.get("variant") or None,
         "config": flags.model_config or own_base.get("config") or None,
     }
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
+    models = find_models(flags, config, {"model": base, **source})
+    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
+    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
+    options = read_options(flags.reward_options, config.get("reward_options", {}))
+    check_options(options)
+    # Most fields of a job are flags of the same name; some are keys of a configuration, too.
+    named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     named |= {
         **source,
         "base": base,
-        "models": find_models(flags, config, {"model": base, **source}),
+        "models": models,
         "benchmarks": benchmarks,
         "dtype": DTYPES.get(flags.mixed_precision),
         "reward_options": options,
