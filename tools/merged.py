@@ -76,10 +76,10 @@ def measure(run: Path, prompts: int = 4, ties: bool = False) -> tuple[Plan, list
     """Every LoRA of a run on its first ``prompts`` distinct prompts. ValueError where there is no checkpoint of one."""
     checkpoint, state = locate(str(run)), PartialState()
     plan = check(ConfigDict(read_run_config(checkpoint / "config.json"), type_safe=False), 1)
-    if not plan.algorithm.has_teachers:
-        raise ConfigError([f"{run} has no teachers: this page is about LoRAs in one student"])
+    if not plan.algorithm.has_teachers or any(task.model for task in plan.tasks):
+        raise ConfigError([f"{run} has teachers that are no LoRAs, or none: this page is about LoRAs in one student"])
     device, dtype = state.device, DTYPES[plan.read(MemorySettings).mixed_precision]
-    loras = load_loras(plan)
+    loras = load_loras(plan, {})
     texts = {task.name: _first_prompts(task, prompts) for task in plan.tasks}
     cache = fill_text_cache(plan, [NEGATIVE, *(text for own in texts.values() for text in own)], state, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras | {STUDENT: load_lora(checkpoint)})
