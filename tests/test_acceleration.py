@@ -47,9 +47,10 @@ def fresh_graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "used"),
-    [pytest.param(Adapters, False, 3, marks=pytest.mark.slow), (MergedTeachers, True, 2)],
+    [(Adapters, False, 3), (MergedTeachers, True, 2)],
     ids=["LoRAs", "merged and checkpointed"],
 )
 def test_compiled_blocks_follow_every_switch(pipeline_folder, make_lora, text, fresh_graphs, kind, checkpointing, used):

@@ -293,6 +293,7 @@ def start(script: str, *options: str, cwd) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_report_that_is_kept_is_that_of_the_results_that_are_kept(tmp_path):
     kept, printed = CLAIMS / "results", start("report.py", "--output", str(tmp_path), cwd=tmp_path)
     files = {"claims.md", "claims.json", "methods.png", "noise.png", "estimators.png", "teachers.png"}

@@ -23,6 +23,7 @@ def test_teachers_come_before_their_students_and_once():
     assert names == first + [name.replace("seed1", "seed2") for name in first]
 
 
+@pytest.mark.slow
 def test_every_experiment_is_a_sound_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = [name for name in LABELS if Run(name, 1).trained]

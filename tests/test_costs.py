@@ -251,8 +251,8 @@ def peak_bytes(work) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("half", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_peak_of_a_step_is_what_an_allocator_sees(gpu_kernels, half, checkpointing):
     config = DUAL | {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 4, "caption_projection_dim": 128}
     cost = counted(config, rows=2, half=half, checkpointing=checkpointing)

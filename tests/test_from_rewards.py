@@ -221,7 +221,9 @@ def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", SAMPLE_FIRST)
+@pytest.mark.parametrize(
+    "algorithm", ["nft", "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "grpo_guard"))]
+)
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, algorithm):
     options = {"train__algorithm": algorithm, "num_epochs": 2}
     complete = train(tiny_config(run_name="complete", **options))
