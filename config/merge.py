@@ -49,8 +49,8 @@ def tiny() -> ConfigDict:
 
     Command:   diffusionopd merge logs/tiny-styles/loras.csv --config config/merge.py:tiny
     Hardware:  1 CPU core; 16 images per round, 4 of each of 4 LoRAs
-    Cost:      ten minutes on a shared core, one of them for the page
-    Expected:  83% of each style's effect on average, where the plain sum has -172% and 41% at 1/n (docs/merging.md)
+    Cost:      twelve minutes, the page included (measured on a CPU that had other work)
+    Expected:  84% of each style's effect on average, where the plain sum has -323% and 37% at 1/n (docs/merging.md)
     """
     config = _merge("tiny-merge")
     config.num_epochs = 120

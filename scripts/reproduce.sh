@@ -16,11 +16,12 @@
 # DATASETS       what is evaluated (default "geneval ocr pickscore drawbench")
 # TEACHERS       whose scores are in the table too (default "pickscore ocr geneval")
 # LIMIT          prompts of each benchmark (default all): for a trial
+# EVAL_ARGS      further arguments of the evaluation. UnifiedReward, one of its scores, needs a running server
+#                (docs/rewards.md): "--reward_options unifiedreward.base_url=http://..."
 # DOWNLOAD=false when everything is there already
-# FOLDER         where it is written (default logs/reproduce)
+# FOLDER         where it is written (default logs/reproduce, in the current folder)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$here"
 
 ROUNDS=${ROUNDS:-3000} CONFIG=${CONFIG:-config/opd.py:mopd} FOLDER=${FOLDER:-logs/reproduce} DOWNLOAD=${DOWNLOAD:-true}
 read -ra datasets <<<"${DATASETS:-geneval ocr pickscore drawbench}"
@@ -42,9 +43,9 @@ done
 
 # Everything once, by the tool's own account.
 downloads() {
-    python -m tools.download datasets "${datasets[@]}" "$@"
-    python -m tools.download rewards "$@"
-    python -m tools.download models sd3.5-medium loras "$@"
+    python "$here/tools/download.py" datasets "${datasets[@]}" "$@"
+    python "$here/tools/download.py" rewards "$@"
+    python "$here/tools/download.py" models sd3.5-medium loras "$@"
 }
 
 if $dry; then
@@ -53,7 +54,7 @@ if $dry; then
         downloads --dry_run
     fi
     echo "== Costs of $ROUNDS rounds"
-    python -m tools.cost --config "$CONFIG" --num_processes "${NUM_PROCESSES:-8}" "${overrides[@]}"
+    python "$here/tools/cost.py" --config "$CONFIG" --num_processes "${NUM_PROCESSES:-8}" "${overrides[@]}"
     echo "disk: besides the downloads, 1.7 MB of cached text embeddings for each prompt that the rounds draw (half" \
         "precision), and $(du -sh "$FOLDER" 2>/dev/null | cut -f1 || echo 0) that $FOLDER has now"
     echo "dry run: nothing was loaded or started"
@@ -65,13 +66,13 @@ if $DOWNLOAD; then
     downloads
 fi
 echo "== Checking"
-bash scripts/single_node/mopd.sh --dry_run "${overrides[@]}"
+bash "$here/scripts/single_node/mopd.sh" --dry_run "${overrides[@]}"
 echo "== Distilling"
-bash scripts/single_node/mopd.sh "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
+bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
 echo "== Evaluating"
-named=()
+read -ra named <<<"${EVAL_ARGS:-}"
 if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
 for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
-bash scripts/single_node/eval.sh --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
+bash "$here/scripts/single_node/eval.sh" --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
     --dataset "${datasets[@]}" --output_dir "$FOLDER/evaluation" --save_images --resume
-python -m tools.compare "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"
+python "$here/tools/compare.py" "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"

@@ -81,6 +81,11 @@ class LoraWeights:
     rslora: bool = False
     base: str | None = None  # the model that it says it was trained on
 
+    def scale_of(self, module: str) -> float:
+        """What multiplies ``B A`` of a module."""
+        rank = self.a[module].shape[0]
+        return self.alpha[module] / (math.sqrt(rank) if self.rslora else rank)
+
     def scaled(self, factor: float) -> LoraWeights:
         """Its effect times ``factor``."""
         return replace(self, alpha={name: alpha * factor for name, alpha in self.alpha.items()})
@@ -90,11 +95,7 @@ class LoraWeights:
 
         It is computed in float64 and rounded to float32: bit for bit where the scales differ by a power of two.
         """
-        b = {}
-        for name, tensor in self.b.items():
-            r = self.a[name].shape[0]
-            own = self.alpha[name] / (math.sqrt(r) if self.rslora else r)
-            b[name] = (tensor.double() * (own * rank / alpha)).float()
+        b = {name: (tensor.double() * (self.scale_of(name) * rank / alpha)).float() for name, tensor in self.b.items()}
         alphas = {name: alpha * a.shape[0] / rank for name, a in self.a.items()}
         return replace(self, b=b, alpha=alphas, rslora=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from diffusionopd.models.lora_files import LoraWeights
 
-METHODS = ("sum", "ties", "dare")
 DENSITY = 0.5
 """The share of its values that TIES and DARE keep of each LoRA."""
 
@@ -31,24 +29,21 @@ class Merged:
         return f"rank {rank}; the cut loses {mean:.2%} of a module's energy on average, at most {most:.2%} ({worst})"
 
 
-def merge(
-    loras: Sequence[LoraWeights], rank: int, method: str = "sum", scales: Sequence[float] | None = None
-) -> Merged:
+def merge(loras: Sequence[LoraWeights], rank: int, method: str = "sum") -> Merged:
     """The LoRA of at most ``rank`` nearest to the merge of ``loras``, module by module, in the Frobenius norm.
 
-    ``sum``: ``sum_i scale_i dW_i``, exact where the ranks add up to at most ``rank``. ``ties`` (arXiv 2306.01708) keeps
+    ``sum``: ``sum_i dW_i``, exact where the ranks add up to at most ``rank``. ``ties`` (arXiv 2306.01708) keeps
     the largest values of each, elects signs and averages those that agree; ``dare`` (arXiv 2311.03099) drops values at
-    random, rescales and sums; both by PEFT's functions, at :data:`DENSITY`, the same at every call. ``scales`` are 1
-    unless given. A module that only some adapt is merged from those.
+    random, rescales and sums; both by PEFT's functions, at :data:`DENSITY`, the same at every call. A module that only
+    some adapt is merged from those.
     """
-    scales = [1.0] * len(loras) if scales is None else list(scales)
     a, b, lost = {}, {}, {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in sorted({name for lora in loras for name in lora.a}):
             parts = [
-                (lora.b[module].double() * (scale * _scaling(lora, module)), lora.a[module].double())
-                for lora, scale in zip(loras, scales, strict=True)
+                (lora.b[module].double() * lora.scale_of(module), lora.a[module].double())
+                for lora in loras
                 if module in lora.a
             ]
             if method == "sum":
@@ -61,11 +56,6 @@ def merge(
     source = f"the {method} of {', '.join(lora.source for lora in loras)}"
     alpha = {module: float(factor.shape[0]) for module, factor in a.items()}
     return Merged(LoraWeights(source, a, b, alpha), lost)
-
-
-def _scaling(lora: LoraWeights, module: str) -> float:
-    rank = lora.a[module].shape[0]
-    return lora.alpha[module] / (math.sqrt(rank) if lora.rslora else rank)
 
 
 def _cut_product(parts: Sequence[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor, float]:
