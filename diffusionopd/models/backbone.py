@@ -45,12 +45,18 @@ from diffusionopd.models.sharding import Sharding
 from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
 from diffusionopd.stages import stage
 
-FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
+FAMILIES = {
+    "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
+    "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+}
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
 
+
+CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
+"""How a model is guided: by a second branch for the negative prompt, by an input of its own, or (distilled) not."""
 
 RowSplit = Callable[[Tensor], dict[str, Tensor]]
 """The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
@@ -119,9 +125,19 @@ class Backbone(ABC):
         return ""
 
     @classmethod
+    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+        """:attr:`DEFAULTS`, or those of a variant such as a distilled one."""
+        return cls.DEFAULTS
+
+    @classmethod
+    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+        """One of :data:`CLASSIFIER_FREE`, :data:`EMBEDDED`, :data:`NO_GUIDANCE`."""
+        return CLASSIFIER_FREE
+
+    @classmethod
     def evaluations_of(cls, guidance: float, configs: Mapping[str, Mapping[str, Any]]) -> int:
         """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
-        return 1 if guidance <= 1.0 else 2
+        return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
 
     @classmethod
     @abstractmethod
@@ -267,6 +283,19 @@ class Backbone(ABC):
             scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
             alone = zip(x.split(1), sigma.split(1), conditions.each(), scales, strict=True)
             return torch.cat([self._forward(*sample) for sample in alone]).float()
+
+    def _each(self, x: Tensor, value: float | Tensor) -> Tensor:
+        """``value`` for each sample of ``x``, float32 ``[B]`` on the device; a tensor of them may be on the host."""
+        values = value if isinstance(value, Tensor) else torch.full((len(x),), value)
+        return values.to(self.device, torch.float32, non_blocking=True)
+
+    def _rounded_time(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Sigma as pipelines hand it to transformers that multiply it by 1000 in the dtype of ``x``.
+
+        In bfloat16 both round: 1000 sigma to 8 bits first is off by up to 2 thousandths, sigma itself by 3.5.
+        """
+        steps = self.scheduler.config.num_train_timesteps
+        return (sigma * steps).to(torch.float32).to(x.dtype) / steps
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:

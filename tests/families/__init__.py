@@ -1,0 +1,5 @@
+"""Small pipelines of the model families beyond the tiny world's, each in its real folder format."""
+
+from . import flux1
+
+CASES = {case.family: case for case in (flux1.CASE,)}
