@@ -81,6 +81,7 @@ class Defaults:
     guidance_scale: float
     max_sequence_length: int
     mixed_precision: str
+    resolution: int = 1024
 
 
 class Backbone(ABC):
@@ -354,6 +355,22 @@ class ModelInfo:
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
+
+    @property
+    def defaults(self) -> Defaults:
+        """For keys that a configuration leaves to the model."""
+        return self.family.defaults_of(self.configs)
+
+    @property
+    def guidance(self) -> str:
+        """:meth:`Backbone.guidance_of` this model."""
+        return self.family.guidance_of(self.configs)
+
+    def guidance_problem(self, guidance: float) -> str:
+        """Why it cannot be asked at ``guidance``; empty if it can."""
+        if self.guidance == NO_GUIDANCE and guidance != 1.0:
+            return "the base model is distilled and takes no guidance"
+        return ""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
