@@ -48,6 +48,7 @@ from diffusionopd.stages import stage
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
     "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+    "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
