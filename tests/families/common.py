@@ -32,7 +32,6 @@ class Case:
     length: int = 28  # tokens
     latents: Callable[[Backbone, Tensor], Tensor] = lambda backbone, x: x
     """What the stock pipeline calls latents, of ours."""
-    stock_is_multistep: bool = False  # its sampler is of second order
 
 
 def randomised(module: nn.Module, seed: int = 7, scale: float = 0.2) -> Any:
