@@ -50,6 +50,7 @@ FAMILIES = {
     "FluxPipeline": "diffusionopd.models.flux1:Flux1",
     "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
+    "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
@@ -112,6 +113,8 @@ class Backbone(ABC):
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of blocks, which are compiled and sharded one by one."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
+    TOKENS_AROUND: ClassVar[int] = 0
+    """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
@@ -158,6 +161,11 @@ class Backbone(ABC):
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU: the pipeline's own, or "linspace" with
         its shift."""
+
+    @property
+    def multistep(self) -> bool:
+        """Whether the pipeline samples by DPM-Solver++(2M), and evaluation with it; if not, by Euler steps."""
+        return False
 
     @abstractmethod
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
@@ -630,7 +638,7 @@ def load_text_encoder(
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return MeasuringEncoder(encode, tokenizers, length)
+    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
 
 
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
