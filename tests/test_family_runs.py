@@ -24,7 +24,7 @@ from diffusionopd.training import setup, train
 from .conftest import ROOT
 from .families import CASES
 from .families.common import PROMPTS, STEPS, Case
-from .helpers import assert_bitwise, assert_equal_rounds, metrics, state, train_forked
+from .helpers import assert_bitwise, assert_equal_rounds, metrics, train_forked
 from .test_fsdp import FSDP, LARGE, assert_same, last, train_sharded
 
 pytestmark = pytest.mark.slow
