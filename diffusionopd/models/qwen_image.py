@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import linear_mu, pack, side_of, unpack
+from diffusionopd.models.latents import as_frame, linear_mu, pack, side_of, unpack
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 _VARIANTS = {
@@ -88,11 +88,7 @@ class QwenImage(Backbone):
         return unpack(guided, *conditional.shape[-2:])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(self.vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
-            for name in ("latents_mean", "latents_std")
-        )
-        return self.vae.decode(latents[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
+        return self.vae.decode(as_frame(latents, self.vae.config), return_dict=False)[0][:, :, 0]
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
