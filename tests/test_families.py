@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from diffusionopd.evaluation.sampling import sample_latents
 from diffusionopd.losses import distillation_loss
 from diffusionopd.models.acceleration import choose_attention, compile_blocks
 from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone, load_backbone, load_text_encoder
@@ -55,13 +55,10 @@ class Small:
         shape = backbone.latent_shape(self.case.resolution)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
-    @torch.no_grad()
     def sample(self, backbone: Backbone, guidance: float) -> Tensor:
         """Both samples' latents as evaluation makes them."""
-        x = self.noise(backbone)
-        for sigma, sigma_next in pairwise(backbone.sigmas(STEPS, self.case.resolution).tolist()):
-            v, _ = backbone.velocity(x, sigma, self.texts, guidance)
-            x = transition("ode", sigma, sigma_next).mean(x, v)
+        start = self.noise(backbone)
+        x = sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
         return self.case.latents(backbone, x)
 
     def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:

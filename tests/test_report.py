@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,20 @@ def test_summary_and_table_have_every_score(folders):
     for levels, gap in (((0.2, 0.6, 0.5), 0.75), ((0.2, 0.6, 0.1), -0.25), ((0.4, 0.4, 0.5), None)):
         scores = dict(zip(("base", "teacher-x", "student"), (Summary(m, 0.0, 1) for m in levels), strict=True))
         assert Task("x", "r", scores).gap_closed == (gap and pytest.approx(gap))
+
+
+def test_a_merge_without_training_is_a_row_of_its_own(folders, tmp_path):
+    run, evaluations = folders
+    shutil.copytree(evaluations, tmp_path / "all")
+    shutil.copytree(evaluations / "base", tmp_path / "all" / "merge-ties")
+    report = collect(run, tmp_path / "all", title="")
+    assert report.models == ["base", "teacher-compose", "teacher-ocr", "teacher-scene", "merge-ties", "student"]
+    assert next(line.split()[1:] for line in text_table(report).splitlines() if "merge" in line) == [
+        "0.250",
+        "0.500",
+        "0.250",
+    ]
+    assert "merge-ties" in render(report)
 
 
 def test_page_shows_what_was_measured(folders):

@@ -23,6 +23,7 @@ from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.merging import EXACT, merge
 from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
@@ -37,16 +38,26 @@ _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
 
 
 @dataclass(frozen=True)
+class Merge:
+    """LoRAs to be merged into one without training: ``scale`` times their :func:`merge` by ``method``, nothing cut."""
+
+    method: str
+    loras: Sequence[LoraWeights]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Model:
     """One model: the base with a LoRA, or bare without; a guidance of its own goes before that of the benchmarks.
 
-    ``own``: a transformer of other weights, in the place of the base's.
+    ``own``: a transformer of other weights, in the place of the base's. ``merge``: in the place of a LoRA.
     """
 
     name: str
     lora: LoraWeights | None = None
     guidance_scale: float | None = None
     own: TeacherModel | None = None
+    merge: Merge | None = None
 
     def guidance_on(self, benchmark: Benchmark) -> float:
         """Classifier-free guidance of its images."""
@@ -57,8 +68,9 @@ class Model:
 class Job:
     """Models on benchmarks: everything `run` needs, already checked.
 
-    `dtype` None is float16 on a GPU and float32 on a CPU. `output` gets the files of a single model on a single
-    benchmark; several models get a folder each in it, and in that several benchmarks.
+    `dtype` None is what the base's family is published in on a GPU (float16 for SD3), and float32 on a CPU. `output`
+    gets the files of a single model on a single benchmark; several models get a folder each in it, and in that several
+    benchmarks.
     """
 
     base: str
@@ -125,7 +137,9 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
         EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError, HeldError, FolderError:
             as the parts do.
     """
-    dtype = job.dtype or (torch.float16 if state.device.type == "cuda" else torch.float32)
+    dtype = job.dtype or torch.float32
+    if job.dtype is None and state.device.type == "cuda":
+        dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
     folders = [job.folder(model, benchmark) for model in job.models for benchmark in job.benchmarks]
     with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
@@ -207,11 +221,17 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
     for source in dict.fromkeys((model.own or base).model for model in job.models):
         on = [model for model in job.models if (model.own or base).model == source]
         given = {model.name: model.lora for model in on if model.lora is not None}
-        fitted, wrong, _ = find_all(given, source, on[0].own or base)
-        found |= fitted
+        merges = {model.name: model.merge for model in on if model.merge is not None}
+        parts = {f"{name}/{i}": lora for name, what in merges.items() for i, lora in enumerate(what.loras)}
+        fitted, wrong, _ = find_all(given | parts, source, on[0].own or base)
         problems += wrong.values()
+        if not wrong:
+            found |= {name: fitted[name] for name in given}
+            for name, what in merges.items():
+                own = [fitted[f"{name}/{i}"] for i in range(len(what.loras))]
+                found[name] = merge(own, EXACT, what.method).weights.scaled(what.scale)
     if problems:
-        raise AdapterError("\n".join(problems))
+        raise AdapterError("\n".join(dict.fromkeys(problems)))
     return found
 
 
@@ -253,6 +273,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         **{name: value for name, value in job.source.items() if name in ("variant", "config") and value},
         "lora": model.lora.source if model.lora else None,
         "lora_hash": lora_hash(model.lora) if model.lora else None,
+        **(_merge_settings(model.merge) if model.merge else {}),
         **({"own_model": model.own.model, "own_model_hash": model.own.digest()} if model.own else {}),
         "num_inference_steps": benchmark.num_steps,
         "guidance_scale": model.guidance_on(benchmark),
@@ -264,6 +285,11 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "rewards": sorted(benchmark.rewards),
         "images_per_prompt": job.images_per_prompt,
     }
+
+
+def _merge_settings(what: Merge) -> dict[str, Any]:
+    sources, hashes = [lora.source for lora in what.loras], [lora_hash(lora) for lora in what.loras]
+    return {"lora": f"{what.scale:g} times the {what.method} of {', '.join(sources)}", "lora_hash": hashes}
 
 
 def lora_hash(lora: LoraWeights) -> str:

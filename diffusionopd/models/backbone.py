@@ -51,6 +51,7 @@ FAMILIES = {
     "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
     "QwenImage21Pipeline": "diffusionopd.models.qwen_image21:QwenImage21",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
+    "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
@@ -84,6 +85,7 @@ class Defaults:
     guidance_scale: float
     max_sequence_length: int
     mixed_precision: str
+    resolution: int = 1024
 
 
 class Backbone(ABC):
@@ -113,6 +115,8 @@ class Backbone(ABC):
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of blocks, which are compiled and sharded one by one."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
+    TOKENS_AROUND: ClassVar[int] = 0
+    """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
@@ -159,6 +163,11 @@ class Backbone(ABC):
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU: the pipeline's own, or "linspace" with
         its shift."""
+
+    @property
+    def multistep(self) -> bool:
+        """Whether the pipeline samples by DPM-Solver++(2M), and evaluation with it; if not, by Euler steps."""
+        return False
 
     @abstractmethod
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
@@ -365,6 +374,22 @@ class ModelInfo:
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
+
+    @property
+    def defaults(self) -> Defaults:
+        """For keys that a configuration leaves to the model."""
+        return self.family.defaults_of(self.configs)
+
+    @property
+    def guidance(self) -> str:
+        """:meth:`Backbone.guidance_of` this model."""
+        return self.family.guidance_of(self.configs)
+
+    def guidance_problem(self, guidance: float) -> str:
+        """Why it cannot be asked at ``guidance``; empty if it can."""
+        if self.guidance == NO_GUIDANCE and guidance != 1.0:
+            return "the base model is distilled and takes no guidance"
+        return ""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
@@ -620,7 +645,7 @@ def load_text_encoder(
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return MeasuringEncoder(encode, tokenizers, length)
+    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
 
 
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:

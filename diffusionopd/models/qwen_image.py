@@ -34,6 +34,7 @@ class QwenImage(Backbone):
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
     NEGATIVE_PROMPT = " "  # as on the model's card
+    TOKENS_AROUND = 5  # of the template, behind the part that is dropped
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("z_dim", "temperal_downsample", "latents_mean", "latents_std"),

@@ -37,6 +37,7 @@ class QwenImage21(Backbone):
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=40, guidance_scale=1.0, max_sequence_length=1024, mixed_precision="bf16")
     NEGATIVE_PROMPT = " "
+    TOKENS_AROUND = 8  # of the template
     PADDABLE = False
     SHARED = {
         "transformer": ("in_channels", "context_in_dim"),

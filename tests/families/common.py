@@ -36,7 +36,6 @@ class Case:
     """What the stock pipeline calls latents, of ours."""
     parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
     """What diffusers is given, and does not load from the folder."""
-    stock_is_multistep: bool = False  # its sampler is of second order
     refused: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Parts, and what is another in their configurations for models of the same classes that are refused."""
     variants: tuple[tuple[str, dict[str, Any], tuple[str, int, float]], ...] = ()

@@ -22,7 +22,7 @@ from tools.report.plots import Points
 PACKAGES = ("diffusionopd", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-BASE, STUDENT = "base", "student"
+BASE, STUDENT, MERGE = "base", "student", "merge-"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Report:
 
     @property
     def models(self) -> list[str]:
-        """Base, teachers, student."""
-        return [BASE, *(task.teacher for task in self.tasks), STUDENT]
+        """Base, teachers, merges, student: those of which every task has scores."""
+        return [model for model in self.tasks[0].scores if all(model in task.scores for task in self.tasks)]
 
 
 class ReportError(ValueError):
@@ -102,7 +102,7 @@ def points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
 
 
 def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_images: int = 6) -> Report:
-    """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`.
+    """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`; `merge-*`, where they are there.
 
     Args:
         seconds: wall-clock time of the distillation, where known to be more than its rounds together.
@@ -114,7 +114,8 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
     try:
         config, rows = read_run_config(run / "config.json"), read_metrics(run)
         teachers = config["train"]["teachers"]
-        models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), STUDENT]
+        merges = sorted(path.name for path in evaluations.glob(f"{MERGE}*"))
+        models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), *merges, STUDENT]
         tasks = []
         for teacher in teachers:
             name, reward = teacher["name"], next(iter(teacher["proxy_reward"]), "")
