@@ -71,7 +71,7 @@ class Small:
 
     def pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
         """Diffusers' own."""
-        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **self.case.parts(self.folder))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

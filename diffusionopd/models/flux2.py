@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
@@ -101,6 +103,13 @@ class Flux2(Backbone):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
+
+    @classmethod
+    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`Backbone.text_parts`: dev's processor."""
+        if not index["tokenizer"][1].endswith("Processor"):
+            return {}
+        return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
