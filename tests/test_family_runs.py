@@ -24,7 +24,7 @@ from diffusionopd.training import setup, train
 from .conftest import ROOT
 from .families import CASES
 from .families.common import PROMPTS, STEPS, Case
-from .helpers import assert_bitwise, assert_equal_rounds, metrics, state, train_forked
+from .helpers import assert_bitwise, assert_equal_rounds, metrics, train_forked
 from .test_fsdp import FSDP, LARGE, assert_same, last, train_sharded
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def world(request, tmp_path_factory, make_config) -> World:
     for i, name in enumerate(TASKS):
         data = root / name
         data.mkdir()
-        (data / "train.txt").write_text("".join(f"a {name} {'big ' * n}circle\n" for n in range(7)))
+        (data / "train.txt").write_text("".join(f"a {('red', 'blue')[i]} circle{' left' * n}\n" for n in range(7)))
         (data / "test.txt").write_text("\n".join(PROMPTS))
         lora = write_lora(folder, root / f"lora-{name}", seed=i + 1)
         teacher = {"dataset": str(data), "prompt_fn": "general_ocr", "proxy_reward": {"jpeg_compressibility": 1.0}}
