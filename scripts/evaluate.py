@@ -16,6 +16,7 @@ import re
 import sys
 from dataclasses import fields
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
-from diffusionopd.models.backbone import DTYPES, is_here, read_model
+from diffusionopd.models.backbone import DTYPES, read_model
 from diffusionopd.models.lora_files import WEIGHTS, load_lora
 from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards import check_options
@@ -62,11 +63,15 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
     parser.add_argument("--variant", help='of its weight files, such as "fp16"')
     parser.add_argument("--model_config", help="pipeline folder or hub id for a base model that is a single file")
-    parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE (default 40)")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; 1 is without (default 4.5)")
+    parser.add_argument(
+        "--num_inference_steps", type=int, help="steps of the first-order ODE (default: the model's, 40)"
+    )
+    parser.add_argument("--guidance_scale", type=float, help="guidance; 1 is without (default: the model's, 4.5)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
-    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens a prompt is cut or padded to (default 128)")
-    parser.add_argument("--mixed_precision", choices=DTYPES, help="of the model (default fp16 on a GPU, no on a CPU)")
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the model's, 128)")
+    parser.add_argument(
+        "--mixed_precision", choices=DTYPES, help="of the model (default: its own on a GPU, no on a CPU)"
+    )
     parser.add_argument("--seed", type=int, help="of the initial noise (default 42)")
     parser.add_argument("--limit", type=int, help="score the first prompts only")
     parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
@@ -145,7 +150,7 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
             known = ", ".join(teachers) or "none; name a configuration with --config"
             what = f"no teacher '{name}' with a lora_path or model in the configuration"
             raise EvaluationError(f"{what}; its teachers: {known}")
-        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
+        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale")
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
         lora = load_lora(locate(path)).scaled(first(teacher.get("scale"), 1.0)) if path else None
         own = read_teacher_model(model, read_model(**source)) if model else None
@@ -171,13 +176,19 @@ def make_job(flags: argparse.Namespace) -> Job:
         "config": flags.model_config or own_base.get("config") or None,
     }
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
+    read_base = cache(partial(read_model, base, **source))
     models = find_models(flags, config, {"model": base, **source})
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
-    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
+    benchmarks = [
+        find_benchmark(dataset, config, *own, defaults=lambda: read_base().defaults) for dataset in flags.dataset
+    ]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
     check_options(options)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
+    for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none
+        if named[name] is None and (name in config or name != "resolution"):
+            named[name] = getattr(read_base().defaults, name)
     named |= {
         **source,
         "base": base,
@@ -187,8 +198,9 @@ def make_job(flags: argparse.Namespace) -> Job:
         "reward_options": options,
     }
     job = Job(**{name: value for name, value in named.items() if value is not None})
-    if is_here(job.base, job.revision, job.config):
-        read_model(**job.source, download=False)
+    for scale in (model.guidance_on(benchmark) for model in models for benchmark in benchmarks):
+        if problem := read_base().guidance_problem(scale):
+            raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
     return job
 
 

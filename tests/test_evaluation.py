@@ -417,7 +417,8 @@ def tiny_run(model, teachers) -> dict:
 )
 def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):
     arguments = [str(dataset) if flag == "DATASET" else flag for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--output_dir", str(tmp_path / "out")])
+    base = [] if "--model" in flags else ["--model", "assets/tiny/model"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, *base, "--output_dir", str(tmp_path / "out")])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")

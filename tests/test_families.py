@@ -238,3 +238,17 @@ def test_facts_known_before_weights_load_are_the_models(small):
         backbone.latent_shape(33)
     kind = backbone.guidance_of(backbone.configs)
     assert backbone.evaluations_at(3.5) == (2 if kind == CLASSIFIER_FREE else 1)
+
+
+def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_are_refused(small):
+    backbone = small.backbone()
+
+    def with_another(part: str, changes: dict[str, Any]) -> dict[str, Any]:
+        return {**backbone.configs, part: {**backbone.configs[part], **changes}}
+
+    assert not backbone.unsupported(backbone.configs)
+    assert all(backbone.unsupported(with_another(*other)) for other in small.case.refused)
+    for part, changes, expected in small.case.variants:
+        configs = with_another(part, changes)
+        defaults = backbone.defaults_of(configs)
+        assert (backbone.guidance_of(configs), defaults.num_steps, defaults.guidance_scale) == expected

@@ -57,8 +57,9 @@ class Model:
 class Job:
     """Models on benchmarks: everything `run` needs, already checked.
 
-    `dtype` None is float16 on a GPU and float32 on a CPU. `output` gets the files of a single model on a single
-    benchmark; several models get a folder each in it, and in that several benchmarks.
+    `dtype` None is what the base's family is published in on a GPU (float16 for SD3), and float32 on a CPU. `output`
+    gets the files of a single model on a single benchmark; several models get a folder each in it, and in that several
+    benchmarks.
     """
 
     base: str
@@ -125,7 +126,9 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
         EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError, HeldError, FolderError:
             as the parts do.
     """
-    dtype = job.dtype or (torch.float16 if state.device.type == "cuda" else torch.float32)
+    dtype = job.dtype or torch.float32
+    if job.dtype is None and state.device.type == "cuda":
+        dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
     folders = [job.folder(model, benchmark) for model in job.models for benchmark in job.benchmarks]
     with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:

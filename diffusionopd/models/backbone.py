@@ -48,6 +48,8 @@ from diffusionopd.stages import stage
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
     "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+    "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
+    "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
     "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
@@ -82,6 +84,7 @@ class Defaults:
     guidance_scale: float
     max_sequence_length: int
     mixed_precision: str
+    resolution: int = 1024
 
 
 class Backbone(ABC):
@@ -225,7 +228,8 @@ class Backbone(ABC):
             self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
-        self.configs = {"index": index or {}, "transformer": self.transformer.config, "vae": self.vae.config}
+        parts = {"transformer": self.transformer, "vae": self.vae, "scheduler": scheduler}
+        self.configs = {"index": index or {}, **{name: part.config for name, part in parts.items()}}
         self.negative: Conditions | None = None
         """Of the negative prompt, one row; set by whoever fills the text cache."""
         self.evaluations = 0
@@ -350,7 +354,8 @@ class Backbone(ABC):
 class ModelInfo:
     """What the small files of a base model say, before any weights load.
 
-    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae`` and the text encoders.
+    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae``, the ``scheduler`` and the
+    text encoders.
     """
 
     model: str
@@ -362,6 +367,22 @@ class ModelInfo:
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
+
+    @property
+    def defaults(self) -> Defaults:
+        """For keys that a configuration leaves to the model."""
+        return self.family.defaults_of(self.configs)
+
+    @property
+    def guidance(self) -> str:
+        """:meth:`Backbone.guidance_of` this model."""
+        return self.family.guidance_of(self.configs)
+
+    def guidance_problem(self, guidance: float) -> str:
+        """Why it cannot be asked at ``guidance``; empty if it can."""
+        if self.guidance == NO_GUIDANCE and guidance != 1.0:
+            return "the base model is distilled and takes no guidance"
+        return ""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
@@ -482,6 +503,7 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
                 except ValueError as error:
                     unusable[name] = str(error)
         parts = {name: part for name, part in parts.items() if name not in unusable}
+        scheduler: Any
         scheduler, problems = _scheduler(index, root) if "scheduler" not in unusable else (None, [])
         problems += unusable.values()
         needed = [part for name, part in parts.items() if fetch == "all" or fetch == "models" and name in family.MODELS]
@@ -491,7 +513,7 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
             problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
         if problems:
             raise _refusal(model, problems)
-        configs = {"index": index, **{n: part.config() for n, part in parts.items()}}
+        configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
         info = ModelInfo(model, revision, family, configs, root=root)
         if problem := family.unsupported(info.configs):
             raise ValueError(problem)

@@ -194,10 +194,12 @@ def _differences(model: TeacherModel, base: ModelInfo, root: Path | None) -> lis
 
 
 def _config(root: Path | None, part: str) -> Mapping[str, Any]:
-    """The configuration of a part of a pipeline, empty if that is not there."""
+    """The configuration of a part of a pipeline, empty if that is not there; of a model of text and images, its text
+    model's too."""
     for name in ("config.json", "scheduler_config.json"):
         if root is not None and (file := root / part / name).is_file():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return {**config, **config.get("text_config", {})}
     return {}
 
 
