@@ -159,6 +159,7 @@ def test_a_student_learns_in_every_module_but_the_inert(small):
 
     plain, names = gradients(), {name for name, _ in adapters._layers(STUDENT)}
     assert names - plain.keys() == names & backbone.inert_modules()
+    assert all(any(name.endswith(end) for name in names) for end in backbone.LORA_TARGETS)
     backbone.transformer.enable_gradient_checkpointing()
     again = gradients()
     assert again.keys() == plain.keys() and all(far(again[name], plain[name]) < 1e-5 for name in plain)

@@ -20,6 +20,7 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
@@ -48,6 +49,8 @@ from diffusionopd.stages import stage
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
     "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+    "Flux2Pipeline": "diffusionopd.models.flux2:Flux2",
+    "Flux2KleinPipeline": "diffusionopd.models.flux2:Flux2",
     "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
     "SanaPipeline": "diffusionopd.models.sana:Sana",
@@ -614,14 +617,17 @@ def load_text_encoder(
     with _loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
+        processors = [name for name in info.family.TEXT if str((index.get(name) or (0, 0))[1]).endswith("Processor")]
         # What is absent must be passed as None.
-        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family), *processors])
         given = {"transformer": transformer, **absent, **loaded}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
             pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
         else:
             pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+        for name in processors:  # for images they need torchvision, for texts their tokenizer alone
+            setattr(pipeline, name, AutoTokenizer.from_pretrained(found.root / name, trust_remote_code=False))
         for name, part in encoders.items():
             if part.checkpoint is not None:
                 getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor

@@ -79,12 +79,19 @@ def _named(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(n, str) and n for n in value)
 
 
+_ONLY_LORA = (
+    "True: the student is a LoRA, because teachers, references and the bare base share its frozen weights, which "
+    "full fine-tuning would change. Weights fine-tuned in full can be a teacher (train.teachers[i].model)"
+)
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The student's adapter."""
 
-    use_lora: bool = key("use_lora", True, choices=(True,))
-    """Must be True: the student is a LoRA on the frozen base."""
+    use_lora: bool = key("use_lora", True, form=(_ONLY_LORA, bool))
+    """Must be True: the student is a LoRA on the frozen base, which its teachers (LoRAs on it), the references and the
+    bare base share. One that is fine-tuned in full would change them all; full weights can be a teacher (`model`)."""
     lora_path: str = key("train.lora_path", None, path=READ)
     """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))
