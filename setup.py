@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "protobuf>=6.31,<8",
     "numpy>=1.26,<3",
     "pillow>=11,<14",
+    "pyyaml>=6,<7",  # questions that users write for a judge
     "requests>=2.32,<3",
     "urllib3>=2.8,<3",
     "matplotlib>=3.9,<4",

@@ -173,9 +173,9 @@ def make_job(flags: argparse.Namespace) -> Job:
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
     models = find_models(flags, config, {"model": base, **source})
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
-    benchmarks = [find_benchmark(dataset, config, *own) for dataset in flags.dataset]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    check_options(options)
+    benchmarks = [find_benchmark(dataset, config, *own, options=options) for dataset in flags.dataset]
+    check_options(options, [name for benchmark in benchmarks for name in benchmark.rewards])
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     named |= {
