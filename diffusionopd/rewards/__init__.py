@@ -43,6 +43,7 @@ REGISTRY: dict[str, str] = {
     "geneval": "diffusionopd.rewards.geneval.scorer:GenEval",
     "geneval2": "diffusionopd.rewards.judges.geneval2:GenEval2",
     "hpsv2": "diffusionopd.rewards.hpsv2:Hpsv2",
+    "hpsv3": "diffusionopd.rewards.hpsv3:Hpsv3",
     "imagereward": "diffusionopd.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusionopd.rewards.jpeg:JpegIncompressibility",

@@ -36,6 +36,22 @@ def question(sources: Sequence[bytes]) -> bytes:
     return f"{found[0]}\n".encode()
 
 
+def hpsv3_instruction(sources: Sequence[bytes]) -> bytes:
+    """What HPSv3 is told, out of the Python file that says it: its constants `INSTRUCTION` and what follows them."""
+    texts = {
+        node.targets[0].id: node.value.value
+        for node in _nodes(sources)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+    text = texts.get("INSTRUCTION", "") + texts.get("prompt_with_special_token", "")
+    if text.count("{text_prompt}") != 1 or text.count("<|Reward|>") != 1:
+        raise DownloadError("the source of the question does not hold what HPSv3 is told")
+    return text.encode()
+
+
 def wise_question(sources: Sequence[bytes]) -> bytes:
     """What WISE asks, out of its client: the texts of the two messages, as JSON with `system` and `question`.
 
@@ -120,6 +136,7 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 CONVERSIONS: dict[str, Callable[[Sequence[bytes]], bytes]] = {
     "unifiedreward_question": question,
+    "hpsv3_instruction": hpsv3_instruction,
     "wise_question": wise_question,
     "wise_prompts": wise_prompts,
     "dpgbench_prompts": dpgbench_prompts,
