@@ -35,6 +35,7 @@ OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20,<2", "rapidfuzz>=3.9,<4"]
 SCIPY = ["scipy>=1.13,<2"]
 TENSORBOARD = ["tensorboard>=2.18,<3"]
 EXTRAS = {
+    "compbench": ["spacy>=3.8,<4", *SCIPY],
     "tiny": OCR + SCIPY,  # the embedded tiny world: its reading scorer uses a real OCR engine
     "ocr": OCR,
     "geneval": SCIPY,

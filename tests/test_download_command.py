@@ -112,6 +112,26 @@ def test_the_questions_of_a_table_are_grouped_by_prompt():
             CONVERSIONS["dpgbench_prompts"]([wrong])
 
 
+def test_complex_prompts_get_their_kinds_from_the_lists_of_some():
+    """As officially: up to the first full stop, in lower case."""
+    lists = [b"A b. More\nC d.\nE f", b"a B.", b"c d\n"]
+    made = [json.loads(line) for line in CONVERSIONS["compbench_complex"](lists).splitlines()]
+    assert [tuple(each.values()) for each in made] == [("A b. More", "spatial"), ("C d.", "action"), ("E f", "both")]
+    for wrong in ([b"a"], [b"<html>", b"a", b"b"], [b"a", b"", b"b"]):
+        with pytest.raises(DownloadError, match="three lists"):
+            CONVERSIONS["compbench_complex"](wrong)
+
+
+def test_what_hpsv3_is_told_is_taken_out_of_its_source():
+    source = (
+        'raise SystemExit\nINSTRUCTION = """\nT - {text_prompt}\n"""\nprompt_with_special_token = "\\nR: <|Reward|>"\n'
+    )
+    assert CONVERSIONS["hpsv3_instruction"]([source.encode()]) == b"\nT - {text_prompt}\n\nR: <|Reward|>"
+    for wrong in ("x = 1", source.replace("{text", "{"), source.replace("Reward", "R"), "not python ("):
+        with pytest.raises(DownloadError, match="question"):
+            CONVERSIONS["hpsv3_instruction"]([wrong.encode()])
+
+
 @pytest.mark.parametrize("gated", [None, True, False])
 def test_a_repository_is_loaded_with_its_patterns_and_errors_name_the_remedy_and_no_token(monkeypatch, gated):
     calls = []

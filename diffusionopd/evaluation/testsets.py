@@ -19,6 +19,12 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "drawbench": ("dataset/drawbench", _QUALITY),
     "geneval2": ("dataset/geneval2", ("geneval2",)),
     "dpgbench": ("dataset/dpgbench", ("dpgbench",)),
+    "compbench_color": ("dataset/compbench_color", ("compbench_attribute",)),
+    "compbench_shape": ("dataset/compbench_shape", ("compbench_attribute",)),
+    "compbench_texture": ("dataset/compbench_texture", ("compbench_attribute",)),
+    "compbench_spatial": ("dataset/compbench_spatial", ("compbench_spatial",)),
+    "compbench_nonspatial": ("dataset/compbench_nonspatial", ("compbench_nonspatial",)),
+    "compbench_complex": ("dataset/compbench_complex", ("compbench_complex",)),
     "wise": ("dataset/wise", ("wise",)),
     "wise_verified": ("dataset/wise_verified", ("wise_verified",)),
     "compose": ("assets/tiny/dataset/compose", ("tiny_compose",)),
@@ -28,7 +34,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> folder of its prompt files, from the repository's root, and its rewards; the first four as upstream."""
 
 
-_WITH_METADATA = ("geneval", "geneval2", "dpgbench", "wise", "wise_verified")
+_WITH_METADATA = ("geneval", "geneval2", "dpgbench", "wise", "wise_verified", "compbench_complex")
 
 
 class BenchmarkError(ValueError):

@@ -39,6 +39,10 @@ __all__ = [
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",
+    "compbench_attribute": "diffusionopd.rewards.compbench.scorers:Attribute",
+    "compbench_complex": "diffusionopd.rewards.compbench.scorers:Complex",
+    "compbench_nonspatial": "diffusionopd.rewards.compbench.scorers:NonSpatial",
+    "compbench_spatial": "diffusionopd.rewards.compbench.scorers:SpatialRelation",
     "dpgbench": "diffusionopd.rewards.judges.dpgbench:DpgBench",
     "geneval": "diffusionopd.rewards.geneval.scorer:GenEval",
     "geneval2": "diffusionopd.rewards.judges.geneval2:GenEval2",
@@ -61,6 +65,7 @@ REGISTRY: dict[str, str] = {
 
 EXTRAS: dict[str, str] = {
     **{name: name for name in ("geneval", "hpsv2", "ocr")},
+    **dict.fromkeys(("compbench_attribute", "compbench_complex", "compbench_spatial"), "compbench"),
     **dict.fromkeys(("tiny_compose", "tiny_ocr", "tiny_scene"), "tiny"),
 }
 """Reward name -> the extra of this package that installs what the scorer imports."""

@@ -107,6 +107,17 @@ def dpgbench_prompts(sources: Sequence[bytes]) -> bytes:
     return _lines(items.values())
 
 
+def compbench_complex(sources: Sequence[bytes]) -> bytes:
+    """T2I-CompBench's complex prompts, of a list of all, with the kind that two more lists give some of them."""
+    lists = [source.decode("utf-8-sig").splitlines() for source in sources]
+    if len(lists) != 3 or not all(lists) or "<" in lists[0][0]:
+        raise DownloadError("the source of the prompts is not T2I-CompBench's three lists")
+    every, in_space, of_action = ([line for line in each if line.strip()] for each in lists)
+    key = lambda line: line.split(".")[0].lower()  # noqa: E731  (as they are compared officially)
+    kinds = dict.fromkeys(map(key, of_action), "action") | dict.fromkeys(map(key, in_space), "spatial")
+    return _lines({"prompt": line.strip(), "kind": kinds.get(key(line), "both")} for line in every)
+
+
 def _nodes(sources: Sequence[bytes]) -> list[ast.AST]:
     try:
         return list(ast.walk(ast.parse(sources[0])))
@@ -139,6 +150,7 @@ CONVERSIONS: dict[str, Callable[[Sequence[bytes]], bytes]] = {
     "hpsv3_instruction": hpsv3_instruction,
     "wise_question": wise_question,
     "wise_prompts": wise_prompts,
+    "compbench_complex": compbench_complex,
     "dpgbench_prompts": dpgbench_prompts,
 }
 """`convert` of the catalogue -> from the sources to the file's content."""
