@@ -159,7 +159,7 @@ def test_a_finished_run_is_evaluated_as_the_stock_pipeline_draws(world, tmp_path
         "max_sequence_length": world.case.length,
     }  # fmt: skip
     x = noise(backbone.latent_shape(side), [(Stream.EVALUATION, 42, i, 0) for i in range(2)])
-    pipe = DiffusionPipeline.from_pretrained(world.folder)
+    pipe = DiffusionPipeline.from_pretrained(world.folder, **world.case.parts(world.folder))
     pipe.set_progress_bar_config(disable=True)
     without = world.case.stock(pipe, x, world.guidance, common)
     pipe.load_lora_weights(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "diffusers")
