@@ -20,7 +20,6 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
@@ -187,6 +186,11 @@ class Backbone(ABC):
         """Images in [-1, 1] of latents."""
 
     @classmethod
+    def text_parts(cls, root: Path) -> dict[str, Any]:
+        """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
@@ -320,13 +324,14 @@ class Backbone(ABC):
             images = [self._decode(part) for part in latents.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
-    def beside(self, transformer: Any, *, waits: bool = False) -> Backbone:
-        """Another transformer of the family with this one's VAE, times, device and negative prompt."""
+    def beside(self, transformer: Any, *, index: Mapping[str, Any] | None = None, waits: bool = False) -> Backbone:
+        """Another transformer of the family, with an index of its own or this one's, and with this one's VAE, times,
+        device and negative prompt."""
         made = type(self)(
             transformer,
             self.vae,
             self.scheduler,
-            index=self.configs["index"],
+            index=index or self.configs["index"],
             dtype=self.dtype,
             device=self.device,
             vae_device=self.vae_device,
@@ -617,17 +622,17 @@ def load_text_encoder(
     with _loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
-        processors = [name for name in info.family.TEXT if str((index.get(name) or (0, 0))[1]).endswith("Processor")]
+        own = info.family.text_parts(found.root)
         # What is absent must be passed as None.
-        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family), *processors])
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family), *own])
         given = {"transformer": transformer, **absent, **loaded}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
             pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
         else:
             pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
-        for name in processors:  # for images they need torchvision, for texts their tokenizer alone
-            setattr(pipeline, name, AutoTokenizer.from_pretrained(found.root / name, trust_remote_code=False))
+        for name, part in own.items():  # not given to the loader, which looks for the class in the index
+            setattr(pipeline, name, part)
         for name, part in encoders.items():
             if part.checkpoint is not None:
                 getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
@@ -31,6 +33,7 @@ class Flux2(Backbone):
         "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj", "attn.to_out",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
+    TOKENS_AROUND = 12  # of klein's chat template; dev's is longer
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("latent_channels", "block_out_channels", "batch_norm_eps"),
@@ -101,6 +104,11 @@ class Flux2(Backbone):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
+
+    @classmethod
+    def text_parts(cls, root: Path) -> dict[str, Any]:
+        """See :meth:`Backbone.text_parts`: of dev's processor, which needs torchvision, texts need this alone."""
+        return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
