@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,
@@ -62,9 +63,6 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
 """How a model is guided: by a second branch for the negative prompt, by an input of its own, or (distilled) not."""
-
-RowSplit = Callable[[Tensor], dict[str, Tensor]]
-"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
 
 
 class BackboneError(ValueError):
@@ -201,8 +199,8 @@ class Backbone(ABC):
         return set()
 
     @classmethod
-    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
-        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among the modules."""
         return {}
 
     def inert_modules(self) -> set[str]:
