@@ -31,8 +31,8 @@ from diffusionopd.training.setup import Run, merged_note, started
 from diffusionopd.training.stop import Stop, Stopped
 
 _ROUND_MEMORY = (
-    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the student "
-    "that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
+    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the "
+    "student that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
 )
 _EVALUATION_MEMORY = "Lower sample.test_batch_size; then go on with --config.resume_from=auto."
 

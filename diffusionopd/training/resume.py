@@ -129,13 +129,8 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     completed, written_for = scalars.get("round", -1), scalars.get("written_for", scalars.get("num_processes", 0))
     digests, before = scalars.get("digests", {}), scalars.get("versions", {})
     passes = scalars.get("tasks_per_pass", 1)  # one task after the other, before there was a choice
-    expected = (
-        isinstance(passes, int)
-        and passes > 0
-        and isinstance(completed, int)
-        and isinstance(written_for, int)
-        and completed >= 0 < written_for
-    )
+    counts = all(isinstance(n, int) for n in (passes, completed, written_for))
+    expected = counts and completed >= 0 < min(passes, written_for)
     if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")

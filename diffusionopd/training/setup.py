@@ -187,7 +187,8 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
-    policies = Policies(backbone, adapters, load_teacher_models(plan, backbone, models, loras))
+    others = load_teacher_models(plan, backbone, models, loras)
+    policies = Policies(backbone, adapters, others, together=plan.shape.tasks_per_pass > 1)
     digests |= (weights := weight_digests(plan.teachers, policies))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
