@@ -133,13 +133,13 @@ class Opd(Algorithm):
     ) -> Iterator[tuple[Batch, Visit, Branches]]:
         """The trained states of the student's trajectories, with its velocity there; what is looked at is noted."""
         for batch in batches:
-            for visit in self.rollout(batch, finish=batch.wants_images):
+            for part, visit in self.rollout(batch, finish=batch.wants_images):
                 if visit.target is not None:
-                    yield batch, visit, visit.v
+                    yield part, visit, visit.v
                     if self.sampler.num_inner_epochs > 1:
-                        kept.append((batch, replace(visit, v=Branches(*(v.detach() for v in visit.v)))))
-            if batch.wants_images:
-                result.images.append((batch, visit.x_next))
+                        kept.append((part, replace(visit, v=Branches(*(v.detach() for v in visit.v)))))
+                if batch.wants_images and visit.step == len(self.transitions) - 1:
+                    result.images.append((part, visit.x_next))
 
     def _again(self, kept: Sequence[tuple[Batch, Visit]]) -> Iterator[tuple[Batch, Visit, Branches]]:
         """The same states, with the velocity of the student as it is now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ from diffusionopd.models.pipeline_files import (
 from diffusionopd.models.schedules import FAMILY, flow_levels
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
+from diffusionopd.rows import put, take
 from diffusionopd.stages import stage
 
 FAMILIES = {
@@ -254,7 +255,12 @@ class Backbone(ABC):
         return self.shape_of(resolution, self.configs)
 
     def velocity(
-        self, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor = 1.0
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        conditions: Conditions,
+        guidance: float | Tensor = 1.0,
+        prepare: Callable[[Sequence[int]], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The guided velocity at ``x`` and the conditional one, both float32 ``[B, C, h, w]``.
 
@@ -266,6 +272,7 @@ class Backbone(ABC):
             sigma: noise level in [0, 1], of all samples or ``[B]``.
             conditions: of B samples.
             guidance: scale, of all samples or ``[B]`` on the host; a sample at 1 has no second branch.
+            prepare: is called before each forward with the numbers of the samples whose rows it has, in their order.
         """
         rows = len(x)
         if isinstance(sigma, Tensor):
@@ -275,34 +282,49 @@ class Backbone(ABC):
         scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * rows
         guided = [row for row, scale in enumerate(scales) if self.evaluations_at(scale) > 1]
         if not guided:
-            v = self._evaluate(x, sigma, conditions, guidance)
+            v = self._evaluate(x, sigma, conditions, guidance, range(rows), prepare)
             return v, v
         if self.negative is None:
             raise ValueError(f"guidance {guidance} needs the conditions of the negative prompt: set backbone.negative")
-        own = slice(None) if len(guided) == rows else guided
         v = self._evaluate(
-            torch.cat([x[own], x]),
-            torch.cat([sigma[own], sigma]),
+            torch.cat([take(x, guided), x]),
+            torch.cat([take(sigma, guided), sigma]),
             Conditions.cat([self.negative.expand(len(guided)), conditions]),
-            torch.cat([guidance[own], guidance]) if isinstance(guidance, Tensor) else guidance,
+            torch.cat([take(guidance, guided), guidance]) if isinstance(guidance, Tensor) else guidance,
+            [*guided, *range(rows)],
+            prepare,
         )
         negative, conditional = v.split([len(guided), rows])
         if isinstance(guidance, Tensor):
-            guidance = guidance[own].to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
-        v_guided = self._guide(conditional[own], negative, guidance)
-        if len(guided) < rows:
-            v_guided = conditional.index_copy(0, torch.tensor(guided, device=v.device), v_guided)
+            guidance = take(guidance, guided).to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        v_guided = self._guide(take(conditional, guided), negative, guidance)
+        others = sorted(set(range(rows)).difference(guided))
+        if others:
+            v_guided = put([(guided, v_guided), (others, take(conditional, others))])
         return v_guided, conditional
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
+    def _evaluate(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        guidance: float | Tensor,
+        samples: Sequence[int],
+        prepare: Callable[[Sequence[int]], object] | None,
+    ) -> Tensor:
         self.evaluations += len(x)
+        prepare = prepare or (lambda samples: None)
         x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.PADDABLE:
+                prepare(samples)
                 return self._forward(x, sigma, conditions, guidance).float()
             scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
-            alone = zip(x.split(1), sigma.split(1), conditions.each(), scales, strict=True)
-            return torch.cat([self._forward(*sample) for sample in alone]).float()
+            found = []
+            for sample, *alone in zip(samples, x.split(1), sigma.split(1), conditions.each(), scales, strict=True):
+                prepare([sample])
+                found.append(self._forward(*alone))
+            return torch.cat(found).float()
 
     def _each(self, x: Tensor, value: float | Tensor) -> Tensor:
         """``value`` for each sample of ``x``, float32 ``[B]`` on the device; a tensor of them may be on the host."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusionopd.rows import take
+
 NEGATIVE = "\0negative"
 """Stands for the base model's own negative prompt among prompts: not always the empty one, nor encoded like others."""
 
@@ -76,11 +78,10 @@ class Conditions:
 
     def index(self, rows: int | slice | Sequence[int]) -> Conditions:
         """Some of the samples; one integer keeps the batch dimension."""
-        rows = [rows] if isinstance(rows, int) else rows
-        lengths = self.lengths
-        if lengths is not None:
-            lengths = lengths[rows] if isinstance(rows, slice) else tuple(lengths[i] for i in rows)
-        return Conditions({name: part[rows] for name, part in self.parts.items()}, lengths)
+        every = range(len(self))
+        rows = [rows] if isinstance(rows, int) else every[rows] if isinstance(rows, slice) else rows
+        lengths = self.lengths and tuple(self.lengths[i] for i in rows)
+        return Conditions({name: take(part, rows) for name, part in self.parts.items()}, lengths)
 
     def each(self) -> list[Conditions]:
         """The samples one by one, without padding."""

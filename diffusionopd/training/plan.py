@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -342,6 +343,7 @@ class Plan(RoundPlan):
             ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
+            ("side by side", self._passes()),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("learning rate", self._rate()),
@@ -371,6 +373,17 @@ class Plan(RoundPlan):
         if shape.rounds_per_step > 1:
             optimizer = f"an optimizer step every {shape.rounds_per_step} rounds"
         return f"{shape.images_per_round} images, {shape.backward_batches} backward batches per process, {optimizer}"
+
+    def _passes(self) -> str:
+        shape = self.shape
+        if shape.tasks_per_round == 1:
+            return ""
+        if not shape.tasks_per_pass:
+            return "as many tasks as fit into memory: known at the start, when the model is here"
+        passes = math.ceil(shape.tasks_per_round / shape.tasks_per_pass)
+        images = shape.tasks_per_pass * shape.backward_size
+        tasks, rows = _count(shape.tasks_per_pass, "task"), _count(images, "image")
+        return f"{tasks}, {rows} in a pass, {_count(passes, 'pass', 'es')} for all tasks"
 
     def _steps(self) -> str:
         sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
@@ -702,6 +715,10 @@ def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:
         what = f"is {values[scoring]:g} seconds, not below the {values[waiting]:g} of {waiting}"
         remedy = f"While one process waits for a reward the others wait for it: raise {waiting} above it, or lower it."
         problems.add(scoring, what, remedy)
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _guidance(scale: float) -> str:

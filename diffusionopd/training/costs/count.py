@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffusionopd.models.lora import Adapters
-from tools.costs.models import Pipeline
+from diffusionopd.training.costs.models import Pipeline
 
 aten = torch.ops.aten
 # Attention's one kernel has another name on a CPU, which torch's own table lacks.
