@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from diffusionopd.evaluation.sampling import sample_latents
 from diffusionopd.losses import distillation_loss
 from diffusionopd.models.acceleration import choose_attention, compile_blocks
 from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone, load_backbone, load_text_encoder
@@ -55,13 +55,10 @@ class Small:
         shape = backbone.latent_shape(self.case.resolution)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
-    @torch.no_grad()
     def sample(self, backbone: Backbone, guidance: float) -> Tensor:
         """Both samples' latents as evaluation makes them."""
-        x = self.noise(backbone)
-        for sigma, sigma_next in pairwise(backbone.sigmas(STEPS, self.case.resolution).tolist()):
-            v, _ = backbone.velocity(x, sigma, self.texts, guidance)
-            x = transition("ode", sigma, sigma_next).mean(x, v)
+        start = self.noise(backbone)
+        x = sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
         return self.case.latents(backbone, x)
 
     def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:
@@ -74,7 +71,7 @@ class Small:
 
     def pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
         """Diffusers' own."""
-        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **self.case.parts(self.folder))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -162,6 +159,7 @@ def test_a_student_learns_in_every_module_but_the_inert(small):
 
     plain, names = gradients(), {name for name, _ in adapters._layers(STUDENT)}
     assert names - plain.keys() == names & backbone.inert_modules()
+    assert all(any(name.endswith(end) for name in names) for end in backbone.LORA_TARGETS)
     backbone.transformer.enable_gradient_checkpointing()
     again = gradients()
     assert again.keys() == plain.keys() and all(far(again[name], plain[name]) < 1e-5 for name in plain)
@@ -201,21 +199,23 @@ def test_the_saved_lora_is_the_same_function_elsewhere(small, tmp_path):
         assert far(small.sample(second, guidance), mine) < 1e-5, kind
 
 
-def test_what_is_faster_computes_the_same(small):
-    guidance = small.case.guidances[-1]
+@torch.no_grad()
+def velocity(small: Small, backbone: Backbone) -> Tensor:
+    return backbone.velocity(small.noise(backbone), 0.6, small.texts, small.case.guidances[-1])[0]
+
+
+def test_a_chosen_attention_kernel_computes_the_same(small):
     backbone = small.backbone()
-    x = small.noise(backbone)
-
-    @torch.no_grad()
-    def velocity(backbone: Backbone) -> Tensor:
-        return backbone.velocity(x, 0.6, small.texts, guidance)[0]
-
-    expected = velocity(backbone)
+    expected = velocity(small, backbone)
     choose_attention(backbone.transformer, "math", dtype=torch.float32, device=backbone.device)
-    assert far(velocity(backbone), expected) < 1e-5
-    compiled = small.backbone()
+    assert far(velocity(small, backbone), expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(small):
+    expected, compiled = velocity(small, small.backbone()), small.backbone()
     compile_blocks(compiled.blocks(), backend="eager")
-    assert far(velocity(compiled), expected) < 1e-5
+    assert far(velocity(small, compiled), expected) < 1e-5
     torch._dynamo.reset()
 
 
@@ -241,3 +241,17 @@ def test_facts_known_before_weights_load_are_the_models(small):
         backbone.latent_shape(33)
     kind = backbone.guidance_of(backbone.configs)
     assert backbone.evaluations_at(3.5) == (2 if kind == CLASSIFIER_FREE else 1)
+
+
+def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_are_refused(small):
+    backbone = small.backbone()
+
+    def with_another(part: str, changes: dict[str, Any]) -> dict[str, Any]:
+        return {**backbone.configs, part: {**backbone.configs[part], **changes}}
+
+    assert not backbone.unsupported(backbone.configs)
+    assert all(backbone.unsupported(with_another(*other)) for other in small.case.refused)
+    for part, changes, expected in small.case.variants:
+        configs = with_another(part, changes)
+        defaults = backbone.defaults_of(configs)
+        assert (backbone.guidance_of(configs), defaults.num_steps, defaults.guidance_scale) == expected

@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.config_schema import redacted, split_arguments
+from diffusionopd.config_schema import flatten, read, redacted, split_arguments
 from diffusionopd.files import path_flag, write_json
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
-from diffusionopd.training.costs.models import read_pipeline
+from diffusionopd.training.costs.models import Pipeline, read_pipeline
 from diffusionopd.training.costs.round import (
     MACHINE,
     memory,
@@ -29,7 +29,7 @@ from diffusionopd.training.costs.round import (
     tasks_that_fit,
     work,
 )
-from diffusionopd.training.plan import Plan
+from diffusionopd.training.plan import Plan, with_paths
 
 
 def main() -> None:
@@ -47,14 +47,17 @@ def main() -> None:
         args = parser.parse_args(rest)
         if source is None:
             sys.exit("error: name a configuration (--config config/opd.py:mopd)")
-        report(check(load_config(source, overrides), args.num_processes, sources=False), args)
+        config = load_config(source, overrides)
+        pipeline = read_pipeline(**read(BaseSettings, flatten(with_paths(config))).source)
+        plan = check(config, args.num_processes, sources=False, model=pipeline)
+        report(plan, pipeline, args)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
 
 
-def report(plan: Plan, args: argparse.Namespace) -> None:
+def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
     """Print what ``plan`` costs and write it to ``args.json``."""
-    shape, pipeline = plan.shape, read_pipeline(**plan.read(BaseSettings).source)
+    shape = plan.shape
     cost, own = step_cost(plan, pipeline, shape.backward_size), own_models(plan, pipeline)
     fitting = tasks_that_fit(plan, cost, own, args.gpu_gb * 1e9)
     tasks = min(shape.tasks_per_pass or fitting, shape.tasks_per_round)

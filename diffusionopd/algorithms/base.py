@@ -36,13 +36,13 @@ ODE_SOLVERS = ("dpm1", "dpm2")
 class SamplerSettings:
     """Sampling in training."""
 
-    num_steps: int = key("sample.num_steps", 40, "[1, inf)")
+    num_steps: int = key("sample.num_steps", 40, "[1, inf)", from_model="num_steps")
     """Sampler steps of a trajectory in training."""
     schedule: str = key("sample.schedule", FAMILY, choices=SCHEDULES)
     """Noise levels of the training trajectories: "family", those of the base's own pipeline, or "linspace", num_steps
     levels evenly spread from 1 to 1 / num_steps and then shifted as the pipeline does (what diffusers makes of
     `sigmas=`): the last step is longer. Evaluation keeps the family's."""
-    guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)")
+    guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)", from_model="guidance_scale")
     """Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without."""
     cfg: bool = key("train.cfg", True)
     """Train the student under classifier-free guidance, at `sample.guidance_scale`."""

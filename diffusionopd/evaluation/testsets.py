@@ -1,6 +1,6 @@
 """What can be evaluated on: test prompts by name or folder, and the rewards that each is scored with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from diffusionopd.data.prompts import Prompt, PromptError, listed, load_folders
 from diffusionopd.data.unfit import unfit_lines
 from diffusionopd.files import located, looked_in
+from diffusionopd.models.backbone import Defaults
 from diffusionopd.rewards import check_name
 
 _QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
@@ -17,11 +18,26 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ocr": ("dataset/ocr", ("ocr",)),
     "pickscore": ("dataset/pickscore", _QUALITY),
     "drawbench": ("dataset/drawbench", _QUALITY),
+    "geneval2": ("dataset/geneval2", ("geneval2",)),
+    "dpgbench": ("dataset/dpgbench", ("dpgbench",)),
+    "compbench_color": ("dataset/compbench_color", ("compbench_attribute",)),
+    "compbench_shape": ("dataset/compbench_shape", ("compbench_attribute",)),
+    "compbench_texture": ("dataset/compbench_texture", ("compbench_attribute",)),
+    "compbench_spatial": ("dataset/compbench_spatial", ("compbench_spatial",)),
+    "compbench_nonspatial": ("dataset/compbench_nonspatial", ("compbench_nonspatial",)),
+    "compbench_complex": ("dataset/compbench_complex", ("compbench_complex",)),
+    "wise": ("dataset/wise", ("wise",)),
+    "wise_verified": ("dataset/wise_verified", ("wise_verified",)),
     "compose": ("assets/tiny/dataset/compose", ("tiny_compose",)),
     "tiny_ocr": ("assets/tiny/dataset/ocr", ("tiny_ocr",)),
     "scene": ("assets/tiny/dataset/scene", ("tiny_scene",)),
 }
 """Name -> folder of its prompt files, from the repository's root, and its rewards; the first four as upstream."""
+
+_PUBLISHED = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")  # upstream's
+
+
+_WITH_METADATA = ("geneval", "geneval2", "dpgbench", "wise", "wise_verified", "compbench_complex")
 
 
 class BenchmarkError(ValueError):
@@ -51,6 +67,8 @@ def find_benchmark(
     limit: int | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    defaults: Callable[[], Defaults] = lambda: _PUBLISHED,
 ) -> Benchmark:
     """The test prompts of a benchmark, the rewards to score it with, and how its images are made.
 
@@ -60,6 +78,8 @@ def find_benchmark(
             those of the section `sample`.
         rewards, num_steps, guidance_scale: in place of the benchmark's own.
         limit: use the first prompts only.
+        options: of rewards, by name.
+        defaults: gives the base model's own steps and guidance; called at last, for what is left open.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
@@ -88,10 +108,10 @@ def find_benchmark(
         check_name(name)
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
-    is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompt_fn = task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr")
+    with_metadata = dataset in _WITH_METADATA or (folder / "test_metadata.jsonl").is_file()
+    prompt_fn = task.get("prompt_fn") or ("geneval" if with_metadata else "general_ocr")
     prompts = load_folders(folders, prompt_fn, "test")[0][:limit]
-    if unfit := unfit_lines(prompts, chosen):
+    if unfit := unfit_lines(prompts, chosen, options):
         raise PromptError(
             f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "
             f"--rewards what scores them:\n{listed(unfit)}"
@@ -100,6 +120,7 @@ def find_benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,
         prompts,
         chosen,
-        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps"), 40),
-        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"), 4.5),
+        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps")) or defaults().num_steps,
+        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"))
+        or defaults().guidance_scale,
     )

@@ -53,7 +53,7 @@ from diffusionopd.training.collapse import Signs
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
 from diffusionopd.training.passes import with_passes
-from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras
+from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras, with_model_values
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -106,6 +106,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     config = with_loras(config)
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
+    config = together(partial(with_model_values, config), "reading the base model's defaults")
     look = partial(_plan, config, accelerator, allow_config_change)
     resume, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:

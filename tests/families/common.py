@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config
 
 from diffusionopd.models.backbone import Backbone
 
@@ -32,7 +34,12 @@ class Case:
     length: int = 28  # tokens
     latents: Callable[[Backbone, Tensor], Tensor] = lambda backbone, x: x
     """What the stock pipeline calls latents, of ours."""
-    stock_is_multistep: bool = False  # its sampler is of second order
+    parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    """What diffusers is given, and does not load from the folder."""
+    refused: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Parts, and what is another in their configurations for models of the same classes that are refused."""
+    variants: tuple[tuple[str, dict[str, Any], tuple[str, int, float]], ...] = ()
+    """Likewise for variants of the family -> their kind of guidance, its steps and scale by default."""
 
 
 def randomised(module: nn.Module, seed: int = 7, scale: float = 0.2) -> Any:
@@ -69,3 +76,30 @@ def dynamic_scheduler(**more: Any) -> FlowMatchEulerDiscreteScheduler:
     """Shifted by the number of image tokens."""
     options = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096} | more
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""The form of Qwen's chat template."""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes without merges: every text is representable."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
+    tokenizer = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], padding_side="right")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:
+    """A language model of width 16."""
+    torch.manual_seed(1)
+    return kind(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048,
+    )).eval()  # fmt: skip

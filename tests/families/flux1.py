@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE
 from diffusionopd.models.latents import pack, unpack
 from diffusionopd.tiny.models import clip_tokenizer, t5_encoder, t5_tokenizer
 
@@ -46,4 +47,11 @@ def stock(pipe: Any, x: Tensor, guidance: float, common: dict[str, Any]) -> Tens
     return unpack(latents, *x.shape[-2:])
 
 
-CASE = Case("flux1", build, stock)
+CASE = Case(
+    "flux1", build, stock,
+    refused=(("transformer", {"in_channels": 32}),),  # Canny, Depth
+    variants=(
+        ("transformer", {"guidance_embeds": True}, (EMBEDDED, 28, 3.5)),
+        ("transformer", {"guidance_embeds": False}, (NO_GUIDANCE, 4, 1.0)),  # schnell
+    ),
+)  # fmt: skip

@@ -54,7 +54,7 @@ def read_pipeline(model: str, **source: Any) -> Pipeline:
     """The configurations of a base model; arguments and error as of `read_model`."""
     if model in PUBLISHED and not Path(model).is_dir():
         index = _PUBLISHED["index"]
-        configs = {"index": index, "transformer": PUBLISHED[model], "vae": _PUBLISHED["vae"]}
+        configs = {"index": index, "transformer": PUBLISHED[model], "vae": _PUBLISHED["vae"], "scheduler": {}}
         encoders = {name: AutoConfig.for_model(**config) for name, config in _PUBLISHED["text_encoders"].items()}
         return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
     info = read_model(model, **source)
