@@ -206,7 +206,7 @@ class Losses:
             self.counts[self.tasks.index(task), step] += 0 if beside else rows.stop - rows.start
         weights = [row.weight for row in batch.rows]
         if set(weights) != {1.0}:
-            loss = loss * torch.tensor(weights).to(loss)
+            loss = loss * torch.tensor(weights).to(loss.device, loss.dtype, non_blocking=True)
         return loss.sum() / self.terms
 
     def reduce(self) -> None:

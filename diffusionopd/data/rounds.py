@@ -38,9 +38,9 @@ class BatchSettings:
     """With `task_order` "together": visit this many tasks in a round, drawn anew for each, all as likely; 0 visits all.
     The gradient is that of all tasks in expectation."""
     tasks_per_pass: int = key("train.tasks_per_pass", 0, "[0, inf)", resume=FREE)
-    """At most so many tasks walk side by side: one pass of the student, and one of all frozen LoRAs, over the rows of
-    all of them. 1 is a pass for each task. 0: as many as fit into memory (on a CPU all); chosen once, kept on resume.
-    """
+    """At most so many tasks of an optimizer step walk side by side: a pass of the student, and one of all frozen LoRAs,
+    over the rows of all of them (docs/performance.md). 1 is a pass for each task. 0: as many as fit into memory, on a
+    CPU all; chosen at the start, printed, and kept when the run is resumed."""
 
     def check(self, visited: int, num_processes: int, one_step: bool, inner_epochs: int, problems: Problems) -> None:
         """Everything that must divide something else.

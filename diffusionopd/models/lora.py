@@ -53,7 +53,7 @@ class Adapters:
         self._teachers: list[str] = []
         self._chosen: list[Chosen] = []
         self._places: dict[str | None, int] | None = None  # of the frozen adapters, once they are side by side
-        self._choices: dict[tuple[str | None, ...], Chosen] = {}
+        self._stacked_on = torch.device("cpu")
         self.configs: dict[str, LoraConfig] = {}
 
     def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
@@ -126,18 +126,12 @@ class Adapters:
         if len(set(names)) == 1:
             self.use(names[0])
             return
-        places, key = self._side_by_side(), tuple(names)
-        if key not in self._choices:
-            self._choices[key] = self._choose([places[name] for name in names])
+        places = [self._side_by_side()[name] for name in names]
+        # Groups of equal samples, as large as all can be: fewer and larger products.
+        size = math.gcd(*(len(list(group)) for _, group in itertools.groupby(places)))
         self.use(None)
-        self._chosen.append(self._choices[key])
-
-    def _choose(self, places: Sequence[int]) -> Chosen:
-        """Of each sample; of each group of samples where they are of one size, which are fewer and larger products."""
-        groups = [len(list(group)) for _, group in itertools.groupby(places)]
-        size = math.gcd(*groups)
-        device = next(p.device for name in self._places or {} if name for p in self.parameters(name))
-        return Chosen(len(places), torch.tensor(places[::size], device=device))
+        adapters = torch.tensor(places[::size]).to(self._stacked_on, non_blocking=True)
+        self._chosen.append(Chosen(len(places), adapters))
 
     @torch.no_grad()
     def _side_by_side(self) -> dict[str | None, int]:
@@ -150,10 +144,11 @@ class Adapters:
         layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
         names = [name for name in self._teachers if name not in others]
-        self._choices, self._places = {}, {**{name: place for place, name in enumerate(names)}, None: len(names)}
-        for layer in layers:
-            if isinstance(layer, FusedLoraLinear):
-                layer.stacked = _stacked(layer, names)
+        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
+        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
+            layer.stacked = _stacked(layer, names)
+            if layer.stacked is not None:
+                self._stacked_on = layer.stacked[0].device
         return self._places
 
     @property

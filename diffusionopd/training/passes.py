@@ -9,8 +9,9 @@ import torch
 
 from diffusionopd.distributed import gather_over_processes, together
 from diffusionopd.models.settings import BaseSettings, MemorySettings
+from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.training.costs.models import read_pipeline
-from diffusionopd.training.costs.round import own_models, step_cost, tasks_that_fit
+from diffusionopd.training.costs.round import MACHINE, own_models, step_cost, tasks_that_fit
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume
 
@@ -37,4 +38,5 @@ def _fitting(plan: Plan, device: torch.device) -> int:
     pipeline = read_pipeline(**plan.read(BaseSettings).source)
     cost, own = step_cost(plan, pipeline, plan.shape.backward_size), own_models(plan, pipeline)
     free, _ = torch.cuda.mem_get_info(device)
-    return min(tasks, tasks_that_fit(plan, cost, own, free))
+    shards = min(plan.shape.num_processes, MACHINE) if requested_sharding() else 1
+    return min(tasks, tasks_that_fit(plan, cost, own, free, shards))
