@@ -1,6 +1,6 @@
-"""Distillation on Qwen-Image (2512 included; 20.4 B parameters) at 512x512.
+"""Distillation on Qwen-Image and Qwen-Image 2.1 at 512x512.
 
-No teachers of it are released with this project: any LoRA of the base is one, published or trained with
+No teachers of them are released with this project: any LoRA of the base is one, published or trained with
 ``config/teacher.py`` (``--config.pretrained.model=Qwen/Qwen-Image``).
 """
 
@@ -25,26 +25,42 @@ OCR = {
 
 
 def get_config(name: str = "mopd") -> ConfigDict:
-    """Return the configuration called ``name``: mopd."""
+    """Return the configuration called ``name``: mopd, mopd_21."""
     return globals()[name]()
 
 
 def mopd() -> ConfigDict:
-    """Two teachers, one student.
+    """Two teachers, one student, on Qwen-Image (2512 included), 20.4 B parameters.
 
     Command:   CONFIG=config/qwen_image.py:mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
-    Hardware:  8 GPUs of 80 GB: 41 GB of weights each, in bf16; 48 images per round, 24 per task
-    Cost:      two forwards a velocity, of 20.4 B parameters
+    Hardware:  8 GPUs of 80 GB, of which the weights are 41 GB in bf16; 48 images per round, 24 per task
+    Cost:      not computed; two forwards a velocity, under guidance
     Expected:  not run and not measured; a student is compared with its own teachers
     """
+    return _distillation("qwen_image_mopd", "Qwen/Qwen-Image")
+
+
+def mopd_21() -> ConfigDict:
+    """Two teachers, one student, on Qwen-Image 2.1, 7.1 B parameters, which is meant to be used without guidance.
+
+    Command:   CONFIG=config/qwen_image.py:mopd_21 bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
+    Hardware:  8 GPUs of 40 GB, of which the weights are 14 GB in bf16; 48 images per round, 24 per task
+    Cost:      not computed; each image has forwards of its own, since its prompts cannot be padded
+    Expected:  not run and not measured; a student is compared with its own teachers
+    """
+    return _distillation("qwen_image_21_mopd", "Qwen/Qwen-Image-2.1")
+
+
+def _distillation(run_name: str, model: str) -> ConfigDict:
     config = _defaults()
-    config.run_name = "qwen_image_mopd"
+    config.run_name = run_name
     config.save_freq = 30
     config.eval_freq = 30
     config.activation_checkpointing = True
     config.resolution = 512
-    config.pretrained.model = "Qwen/Qwen-Image"
+    config.pretrained.model = model
 
     config.sample.num_steps = 10
     config.sample.train_batch_size = 3
@@ -58,7 +74,7 @@ def mopd() -> ConfigDict:
     config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
     config.train.ema = True
 
-    # The model's own: bf16, 512 tokens, 50 steps, guidance 4.0.
+    # The model's own: bf16, length of prompts, steps of an evaluation, guidance.
     config.mixed_precision = config.max_sequence_length = config.sample.eval_num_steps = None
     config.sample.guidance_scale = config.sample.teacher_guidance_scale = config.sample.eval_guidance_scale = None
     return config

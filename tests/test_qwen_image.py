@@ -1,26 +1,30 @@
-"""What is Qwen-Image's alone: its variants, and LoRAs under the names that are published for it."""
+"""What is Qwen-Image's and Qwen-Image 2.1's alone: images, noise levels, LoRAs under the names published for them."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffusionopd.models.backbone import BackboneError, load_backbone, read_model
+from diffusionopd.models.latents import unpack
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.lora_fit import fit
+from diffusionopd.models.schedules import LINSPACE
 
-from .families.qwen_image import build
+from .families import qwen_image, qwen_image21
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("qwen") / "model"
-    build(path)
+    qwen_image.build(path)
     return path
 
 
@@ -35,6 +39,33 @@ def test_pipelines_that_draw_with_more_than_a_prompt_are_refused(folder, tmp_pat
         (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}), encoding="utf-8")
         with pytest.raises(BackboneError, match=kind):
             read_model(str(copy))
+
+
+def test_images_are_the_stock_pipelines_on_white(tmp_path):
+    for family, side, channels in ((qwen_image, 32, 3), (qwen_image21, 64, 4)):
+        model = tmp_path / family.__name__
+        family.build(model)
+        pipe, backbone = DiffusionPipeline.from_pretrained(model, **family.CASE.parts(model)), load_backbone(str(model))
+        options = {"prompt": "a", "num_inference_steps": 2, "height": side, "width": side}
+        images, found = (
+            pipe(**options, output_type=kind, generator=torch.Generator().manual_seed(0)).images
+            for kind in ("pil", "latent")
+        )
+        shape = backbone.latent_shape(side)
+        x = found.transpose(1, 2).reshape(1, *shape) if family is qwen_image21 else unpack(found, *shape[1:])
+        assert len(images[0].getbands()) == channels
+        white = Image.new("RGBA", images[0].size, "white")
+        expected = np.asarray(Image.alpha_composite(white, images[0].convert("RGBA")).convert("RGB")) / 255
+        ours = backbone.decode(x)[0].permute(1, 2, 0).numpy()
+        assert np.abs(ours - expected).max() < 1.6 / 255 and expected.std() > 0.01
+
+
+def test_levels_of_the_pipeline_itself_may_be_had_in_other_numbers(tmp_path):
+    qwen_image21.build(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    own, fewer = backbone.sigmas(5, 64), backbone.sigmas(3, 64)
+    assert torch.equal(fewer, own[[0, 2, 4, 5]])
+    assert not torch.equal(backbone.sigmas(5, 64, LINSPACE), own) and len(backbone.sigmas(9, 64)) == 10
 
 
 def flat(name):

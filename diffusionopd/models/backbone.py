@@ -52,6 +52,7 @@ FAMILIES = {
     "Flux2Pipeline": "diffusionopd.models.flux2:Flux2",
     "Flux2KleinPipeline": "diffusionopd.models.flux2:Flux2",
     "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
+    "QwenImage21Pipeline": "diffusionopd.models.qwen_image21:QwenImage21",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
     "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
@@ -103,7 +104,8 @@ class Backbone(ABC):
     MODELS: ClassVar[Mapping[str, tuple[str, ...]]]
     """``transformer`` and ``vae`` -> the classes of diffusers that may be loaded as each."""
     TEXT: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Text encoders and tokenizers of the pipeline -> the classes of transformers that may be loaded as each."""
+    """Text encoders, and tokenizers or processors, of the pipeline -> the classes of transformers that may be loaded as
+    each."""
     IN_CHECKPOINT: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
     """Text encoders that diffusers takes from a single file -> what their tensors' names begin with there, and the
     tensors that it makes itself."""
@@ -184,8 +186,9 @@ class Backbone(ABC):
         """Images in [-1, 1] of latents."""
 
     @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder."""
+    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+        """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder: a
+        processor of images and texts needs torchvision, its tokenizer does not."""
         return {}
 
     @classmethod
@@ -547,7 +550,7 @@ def _index_problems(index: Mapping[str, Any], family: type[Backbone], root: Path
                 problems[name] = f"its {name} is {kind}; {family.__name__} takes {' or '.join(family.MODELS[name])}"
         except ValueError as error:
             problems[name] = str(error)
-    for name in (n for n in (*index, *family.TEXT) if n.startswith(("text_encoder", "tokenizer"))):
+    for name in dict.fromkeys([*family.TEXT, *(n for n in index if n.startswith(("text_encoder", "tokenizer")))]):
         library, kind = (index.get(name) or (None, None))[:2]
         if not library and not kind:
             if name in family.TEXT and name not in family.MAY_LACK:
@@ -620,17 +623,19 @@ def load_text_encoder(
     with _loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
-        own = info.family.text_parts(found.root)
         # What is absent must be passed as None.
-        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family), *own])
-        given = {"transformer": transformer, **absent, **loaded}
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
+        parts = info.family.text_parts(found.root, index)
+        # Diffusers refuses another class than the index names: such a part comes afterwards.
+        known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
+        given = {"transformer": transformer, **absent, **loaded, **known}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
             pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
         else:
             pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
-        for name, part in own.items():  # not given to the loader, which looks for the class in the index
-            setattr(pipeline, name, part)
+        for name, reader in parts.items():
+            setattr(pipeline, name, reader)
         for name, part in encoders.items():
             if part.checkpoint is not None:
                 getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor
@@ -638,8 +643,8 @@ def load_text_encoder(
     for name in encoders:
         getattr(pipeline, name).to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
-    tokenizers = {name: getattr(pipeline, name) for name in info.family.TEXT if name.startswith("tokenizer")}
-    tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+    readers = {name: getattr(pipeline, name) for name in info.family.TEXT if name not in encoders}
+    tokenizers = {n: getattr(reader, "tokenizer", reader) for n, reader in readers.items() if reader is not None}
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
@@ -653,10 +658,10 @@ def load_text_encoder(
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
-    For a folder: names, sizes and the first and last MiB of every text encoder and tokenizer file. For a hub id: the
-    repository and the commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its
-    text encoders, and what holds for its ``config``. For all, the variant and the major versions of the libraries that
-    encode.
+    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor.
+    For a hub id: the repository and the commit that ``revision`` resolves to. For a single file: the beginning of every
+    tensor of its text encoders, and what holds for its ``config``. For all, the variant and the major versions of the
+    libraries that encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
@@ -673,7 +678,9 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
             index = Path(hf_hub_download(source, "model_index.json", revision=revision))
             digest.update(f"{source}@{index.parent.name}".encode())
             return digest.hexdigest()[:16]
-    for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
+    for file in sorted(
+        p for pattern in ("text_encoder*", "tokenizer*", "processor") for p in root.glob(f"{pattern}/*")
+    ):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]
 

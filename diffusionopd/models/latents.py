@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,11 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
     """The inverse of :func:`pack`."""
     b, _, c = tokens.shape
     return tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+def as_frame(latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
+    """Standard ones ``[B, C, h, w]`` as the one frame ``[B, C, 1, h, w]`` that a VAE of videos decodes."""
+    mean, std = (
+        torch.tensor(vae[name], device=latents.device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    return latents[:, :, None] * std + mean

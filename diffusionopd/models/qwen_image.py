@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import linear_mu, pack, side_of, unpack
+from diffusionopd.models.latents import as_frame, linear_mu, pack, side_of, unpack
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 _VARIANTS = {
@@ -34,6 +34,7 @@ class QwenImage(Backbone):
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
     NEGATIVE_PROMPT = " "  # as on the model's card
+    TOKENS_AROUND = 5  # of the template, behind the part that is dropped
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("z_dim", "temperal_downsample", "latents_mean", "latents_std"),
@@ -88,11 +89,7 @@ class QwenImage(Backbone):
         return unpack(guided, *conditional.shape[-2:])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(self.vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
-            for name in ("latents_mean", "latents_std")
-        )
-        return self.vae.decode(latents[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
+        return self.vae.decode(as_frame(latents, self.vae.config), return_dict=False)[0][:, :, 0]
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:

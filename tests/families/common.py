@@ -34,6 +34,8 @@ class Case:
     length: int = 28  # tokens
     latents: Callable[[Backbone, Tensor], Tensor] = lambda backbone, x: x
     """What the stock pipeline calls latents, of ours."""
+    parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    """What diffusers is given, and does not load from the folder."""
     refused: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Parts, and what is another in their configurations for models of the same classes that are refused."""
     variants: tuple[tuple[str, dict[str, Any], tuple[str, int, float]], ...] = ()
