@@ -147,7 +147,7 @@ class Batches:
         def draw(stream: Stream, step: int) -> Tensor:
             return drawn([(stream, *key, i, step) for i in samples]).to(self.device, non_blocking=True)
 
-        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
+        text = self.text.get([prompt.key for prompt in prompts], dtype=self.dtype)
         target = (own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
         rows = [Row(own.name, i, p, *target, weight) for i, p in zip(samples, prompts, strict=True)]
         return Batch(

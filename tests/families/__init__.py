@@ -1,5 +1,6 @@
 """Small pipelines of the model families beyond the tiny world's, each in its real folder format."""
 
-from . import flux1, qwen_image, qwen_image21, sana, z_image
+from . import flux1, qwen_image, qwen_image21, qwen_image_edit, sana, z_image
 
-CASES = {case.family: case for case in (flux1.CASE, qwen_image.CASE, qwen_image21.CASE, sana.CASE, z_image.CASE)}
+FAMILIES = (flux1, qwen_image, qwen_image21, qwen_image_edit, sana, z_image)
+CASES = {family.CASE.family: family.CASE for family in FAMILIES}
