@@ -57,6 +57,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         "--lora", action="extend", nargs="+", help="LoRA as a folder or a file, of any format in docs/loras.md"
     )
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
+    which.add_argument("--own_task", action="store_true", help="each teacher on the dataset of its own name alone")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     what = "the LoRAs of --lora and --lora_hf_path, or else the config's teachers, merged into one without training"
     which.add_argument(
@@ -74,9 +75,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
     parser.add_argument("--variant", help='of its weight files, such as "fp16"')
     parser.add_argument("--model_config", help="pipeline folder or hub id for a base model that is a single file")
-    parser.add_argument(
-        "--num_inference_steps", type=int, help="steps of the first-order ODE (default: the model's, 40)"
-    )
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the ODE (default: the model's, 40)")
     parser.add_argument("--guidance_scale", type=float, help="guidance; 1 is without (default: the model's, 4.5)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the model's, 128)")
@@ -165,7 +164,8 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
         lora = load_lora(locate(path)).scaled(first(teacher.get("scale"), 1.0)) if path else None
         own = read_teacher_model(model, read_model(**source)) if model else None
-        found.append(Model(f"teacher-{name}", lora, scale, own))
+        only_on = name if flags.own_task else None
+        found.append(Model(f"teacher-{name}", lora, scale, own=own, only_on=only_on))
     if flags.checkpoint_path:
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
     loras = [*flags.lora, *(flags.lora_hf_path or [])]
@@ -213,11 +213,10 @@ def make_job(flags: argparse.Namespace) -> Job:
     read_base = cache(partial(read_model, base, **source))
     models = find_models(flags, config, {"model": base, **source})
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
-    benchmarks = [
-        find_benchmark(dataset, config, *own, defaults=lambda: read_base().defaults) for dataset in flags.dataset
-    ]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    check_options(options)
+    more: dict[str, Any] = {"options": options, "defaults": lambda: read_base().defaults}
+    benchmarks = [find_benchmark(dataset, config, *own, **more) for dataset in flags.dataset]
+    check_options(options, [name for benchmark in benchmarks for name in benchmark.rewards])
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none
@@ -232,7 +231,9 @@ def make_job(flags: argparse.Namespace) -> Job:
         "reward_options": options,
     }
     job = Job(**{name: value for name, value in named.items() if value is not None})
-    for scale in (model.guidance_on(benchmark) for model in models for benchmark in benchmarks):
+    if idle := {model.name for model in models} - {model.name for model, _ in job.evaluations}:
+        raise EvaluationError(f"--own_task leaves nothing to evaluate {', '.join(sorted(idle))} on: name its --dataset")
+    for scale in (model.guidance_on(benchmark) for model, benchmark in job.evaluations):
         if problem := read_base().guidance_problem(scale):
             raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
     return job

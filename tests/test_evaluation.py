@@ -297,6 +297,10 @@ def test_several_models_and_datasets_get_a_folder_each():
     both = Job("model", [BASE, teacher], [MINE, other], Path("out"))
     assert folders == {(1, 1): Path("out"), (1, 2): Path("out/other"), (2, 1): Path("out/teacher-a")}
     assert both.folder(teacher, other) == Path("out/teacher-a/other")
+    own = replace(both, models=[BASE, replace(teacher, only_on="other")])
+    assert [(m.name, b.name) for m, b in own.evaluations] == [
+        ("base", MINE.name), ("base", "other"), ("teacher-a", "other")
+    ]  # fmt: skip
 
 
 def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):

@@ -80,18 +80,21 @@ def test_summary_and_table_have_every_score(folders):
         assert Task("x", "r", scores).gap_closed == (gap and pytest.approx(gap))
 
 
-def test_a_merge_without_training_is_a_row_of_its_own(folders, tmp_path):
+def test_merges_are_rows_and_pictures_and_teachers_may_be_scored_on_their_own_task_alone(folders, tmp_path):
     run, evaluations = folders
     shutil.copytree(evaluations, tmp_path / "all")
-    shutil.copytree(evaluations / "base", tmp_path / "all" / "merge-ties")
+    shutil.copytree(evaluations / "base", tmp_path / "all" / "merge-ties-0.4")
+    for name in ("compose", "ocr", "scene"):
+        for other in {"compose", "ocr", "scene"} - {name}:
+            shutil.rmtree(tmp_path / "all" / f"teacher-{name}" / other)
     report = collect(run, tmp_path / "all", title="")
-    assert report.models == ["base", "teacher-compose", "teacher-ocr", "teacher-scene", "merge-ties", "student"]
-    assert next(line.split()[1:] for line in text_table(report).splitlines() if "merge" in line) == [
-        "0.250",
-        "0.500",
-        "0.250",
-    ]
-    assert "merge-ties" in render(report)
+    assert report.models == ["base", "teacher-compose", "teacher-ocr", "teacher-scene", "merge-ties-0.4", "student"]
+    cells = {line.split("  ")[0]: line.split()[-3:] for line in text_table(report).splitlines()}
+    assert cells["merge by ties x 0.4"] == ["0.250", "0.500", "0.250"]
+    assert cells["teacher ocr"] == ["–", "1.000", "–"]
+    assert len(Page(render(report)).images) == 4 + 3 * 6 * 4
+    assert summary(report)["teachers"]["ocr"] == {"tiny_ocr": 1.0}
+    assert summary(report)["merges"]["merge-ties-0.4"]["tiny_ocr"] == 0.5
 
 
 def test_page_shows_what_was_measured(folders):

@@ -55,7 +55,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", action="store_true", help="the run's teachers too, at their own guidance")
     parser.add_argument("--output", type=path_flag, metavar="DIR", help="folder of the page (default <run>/gallery)")
     parser.add_argument("--guidance_scale", type=float, help="of all models; 1 is without")
-    parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE")
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the ODE")
     parser.add_argument("--resolution", type=int, help="pixels a side")
     parser.add_argument("--batch_size", type=int, help="images at a time")
     return parser.parse_args(arguments)
@@ -160,7 +160,7 @@ def _facts(flags: argparse.Namespace, job: Job, seeds: Sequence[int]) -> list[tu
     return [
         ("Base model", public(job.base)),
         ("Student", _name_of(flags.run)),
-        ("Images", f"{benchmark.num_steps} steps of the first-order ODE, {job.resolution} pixels"),
+        ("Images", f"{benchmark.num_steps} steps of the ODE, {job.resolution} pixels"),
         ("Prompts", f"{len(benchmark.prompts)} of {flags.prompts.name}; seeds {', '.join(map(str, seeds))}"),
         *machine_facts(),
     ]

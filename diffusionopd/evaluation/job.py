@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import build_scorer
+from diffusionopd.rewards import build_scorers, digests
 
 _RUNTIME_OPTIONS = frozenset(
-    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
+    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
 )
 """Options that say where a scorer runs or how long to wait for it, not what it scores."""
 _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
@@ -57,6 +58,7 @@ class Model:
     lora: LoraWeights | None = None
     guidance_scale: float | None = None
     own: TeacherModel | None = None
+    only_on: str | None = None  # the one benchmark that it is evaluated on; None: all
     merge: Merge | None = None
 
     def guidance_on(self, benchmark: Benchmark) -> float:
@@ -97,7 +99,7 @@ class Job:
     def __post_init__(self) -> None:
         """Raises `EvaluationError` for values that no image can be made with."""
         steps = [benchmark.num_steps for benchmark in self.benchmarks]
-        scales = [model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks]
+        scales = [model.guidance_on(benchmark) for model, benchmark in self.evaluations]
         unusable = {
             "batch_size must be at least 1": self.batch_size < 1,
             "images_per_prompt must be at least 1": self.images_per_prompt < 1,
@@ -116,6 +118,12 @@ class Job:
     def source(self) -> dict[str, Any]:
         """Where the base model is, as arguments of what reads it."""
         return {"model": self.base, "revision": self.revision, "variant": self.variant, "config": self.config}
+
+    @property
+    def evaluations(self) -> list[tuple[Model, Benchmark]]:
+        """What is evaluated on what, in order."""
+        pairs = product(self.models, self.benchmarks)
+        return [(model, benchmark) for model, benchmark in pairs if model.only_on in (None, benchmark.name)]
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
@@ -141,19 +149,18 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
     if job.dtype is None and state.device.type == "cuda":
         dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
-    folders = [job.folder(model, benchmark) for model in job.models for benchmark in job.benchmarks]
+    folders = [job.folder(model, benchmark) for model, benchmark in job.evaluations]
     with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
         return _run(job, state, dtype, iter(locks))
 
 
 def _look(job: Job, dtype: torch.dtype) -> None:
     """HeldError, or EvaluationError for what must stay, in any of the folders; changes nothing."""
-    for model in job.models:
-        for benchmark in job.benchmarks:
-            texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
-            files = ResultFolder(job.folder(model, benchmark))
-            refuse_if_held(files.folder)
-            files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
+    for model, benchmark in job.evaluations:
+        texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
+        files = ResultFolder(job.folder(model, benchmark))
+        refuse_if_held(files.folder)
+        files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
 
 
 def _run(
@@ -164,31 +171,30 @@ def _run(
         ensure_writable(job.output, "output folder", _OUTPUT_FOLDER)
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
-    scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
+    scorers = build_scorers(names, str(device), job.reward_options)
     cache, policies = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
-    for model in job.models:
+    for model, benchmark in job.evaluations:
         home = policies.use(model.name)
-        for benchmark in job.benchmarks:
-            generate = ImageGenerator(
-                home.backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
-            )
-            results.setdefault(model.name, {})[benchmark.name] = evaluate(
-                generate,
-                benchmark.prompts,
-                {name: scorers[name] for name in benchmark.rewards},
-                job.folder(model, benchmark),
-                batch_size=job.batch_size,
-                save_images=job.save_images,
-                resume=job.resume,
-                overwrite=job.overwrite,
-                images_per_prompt=job.images_per_prompt,
-                settings=settings_of(job, model, benchmark, dtype),
-                lock=next(locks),
-                rank=rank,
-                world=world,
-                in_step=home.backbone.sharding is not None,
-            )
+        generate = ImageGenerator(
+            home.backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
+        )
+        results.setdefault(model.name, {})[benchmark.name] = evaluate(
+            generate,
+            benchmark.prompts,
+            {name: scorers[name] for name in benchmark.rewards},
+            job.folder(model, benchmark),
+            batch_size=job.batch_size,
+            save_images=job.save_images,
+            resume=job.resume,
+            overwrite=job.overwrite,
+            images_per_prompt=job.images_per_prompt,
+            settings=settings_of(job, model, benchmark, dtype),
+            lock=next(locks),
+            rank=rank,
+            world=world,
+            in_step=home.backbone.sharding is not None,
+        )
     return results
 
 
@@ -266,6 +272,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in _RUNTIME_OPTIONS}
         for name in benchmark.rewards
     }
+    files = {name: digests(name, job.reward_options.get(name, {})) for name in benchmark.rewards}
     return {
         "dataset": benchmark.name,
         "model": job.base,
@@ -282,6 +289,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "max_sequence_length": job.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "reward_options": {name: given for name, given in options.items() if given},
+        **({"reward_files": given} if (given := {name: found for name, found in files.items() if found}) else {}),
         "rewards": sorted(benchmark.rewards),
         "images_per_prompt": job.images_per_prompt,
     }

@@ -32,7 +32,7 @@ from diffusionopd.models.lora_files import (
     load_lora,
     refuse,
 )
-from diffusionopd.models.lora_fit import fit
+from diffusionopd.models.lora_fit import fit, linear_layers
 
 
 class Adapters:
@@ -51,8 +51,12 @@ class Adapters:
         self.configs: dict[str, LoraConfig] = {}
 
     def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
-        """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base."""
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+        """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base.
+
+        ``target_modules`` are ends of names.
+        """
+        targets = _linear_targets(self.transformer, target_modules)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._inject(name, config, trainable=True)
@@ -196,6 +200,20 @@ class Adapters:
         for other, own in self.configs.items():  # injecting resets requires_grad everywhere
             for parameter in self.parameters(other):
                 parameter.requires_grad_(not own.inference_mode)
+
+
+def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
+    """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
+
+    In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
+    """
+    linear, targets = linear_layers(transformer), list[str]()
+    modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
+    for end in ends:
+        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
+        layers = hit & linear.keys()
+        targets += sorted(layers) if layers and hit != layers else [end]
+    return targets
 
 
 def _config_of(weights: LoraWeights) -> LoraConfig:

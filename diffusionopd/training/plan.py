@@ -150,7 +150,7 @@ class WatchSettings:
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
     """Test prompts per task (all processes together), and folder of it, in such an evaluation; 0 is all."""
     eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE, from_model="num_steps")
-    """Sampler steps in evaluation (always a first-order ODE)."""
+    """Sampler steps in evaluation: of the first-order ODE, of the second-order one where the base's pipeline is."""
     eval_guidance_scale: float = key(
         "sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE, from_model="guidance_scale"
     )
