@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,8 @@ class QwenImageEdit(QwenImage):
 
     TEXT = {**QwenImage.TEXT, "processor": ("Qwen2VLProcessor",)}
     READS_IMAGES = True
+    DEFAULTS = replace(QwenImage.DEFAULTS, max_sequence_length=1024)  # of which an image takes 200
+    TOKENS_AROUND = 208  # of the template and an image
     VARIANTS: ClassVar[Mapping[str, str]] = LAYERED  # zero_cond_t is 2511's: images are seen at time 0
 
     @classmethod
@@ -91,7 +94,7 @@ def _side(area: int) -> int:
 def _mark_image(encoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Which tokens are the image's: without it, transformers 5 gives them the rotary positions of text.
 
-    The pipeline of diffusers 0.42 forgets to say it (its issue 14194).
+    The pipeline of diffusers 0.42 forgets to say it.
     """
     if options.get("image_grid_thw") is None or options.get("mm_token_type_ids") is not None:
         return args, options
