@@ -17,7 +17,7 @@ from diffusionopd.models.conditions import NEGATIVE, Conditions, split_reference
 from diffusionopd.training import check, train
 
 from .conftest import ROOT
-from .families import CASES
+from .families import CASES, qwen_image
 from .families.common import PROMPTS
 from .helpers import metrics
 from .test_families import Small, far
@@ -129,6 +129,12 @@ def test_one_student_of_a_teacher_that_draws_and_one_that_edits(model, make_conf
         first, last = (sum(row[f"loss/{task}"] for row in part) for part in (trained[:3], trained[-3:]))
         assert last < 0.7 * first, task
         assert f"eval/{task}/jpeg_compressibility" in rows[-1]
+    # The teacher that draws may be the transformer of another pipeline.
+    qwen_image.build(tmp_path / "qwen-image")
+    teachers[0] |= {"model": str(tmp_path / "qwen-image" / "transformer"), "lora_path": ""}
+    train(make_config(tmp_path, **options | {"run_name": "model", "num_epochs": 1, "eval_freq": 0}))
+    (row,) = metrics(tmp_path / "model")
+    assert row["loss/draw"] > 0 and row["loss/edit"] == pytest.approx(trained[0]["loss/edit"], rel=1e-4)
     # A student that is the editing teacher has nothing to learn there: both see the same image.
     start = {"train__lora_path": teachers[1]["lora_path"], "train__lora_rank": 4, "num_epochs": 1, "eval_freq": 0}
     train(make_config(tmp_path, **options | start | {"run_name": "same"}))

@@ -15,8 +15,8 @@ from diffusionopd.models.latents import pack, unpack
 from .common import Case, dynamic_scheduler, qwen_tokenizer, randomised
 
 
-def components(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
-    """What the pipeline is made of, beside its tokenizer."""
+def components(tokenizer: Qwen2Tokenizer, **options: Any) -> dict[str, Any]:
+    """What the pipeline is made of; ``options`` are the transformer's."""
     torch.manual_seed(1)
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -32,7 +32,7 @@ def components(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
     encoder = Qwen2_5_VLForConditionalGeneration(config)
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **options,
     )  # fmt: skip
     torch.manual_seed(2)
     vae = AutoencoderKLQwenImage(

@@ -1,4 +1,7 @@
-"""Qwen-Image-Edit (2509, 2511), small: an image beside each prompt, seen by the text encoder and by the transformer."""
+"""Qwen-Image-Edit 2511, small: an image beside each prompt, which both models see.
+
+2509 is the same without ``zero_cond_t``.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ def build(folder: Path) -> None:
     tokenizer.add_tokens(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
     tokenizer.save_pretrained(folder / "processor")
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder / "processor")
-    pipe = QwenImageEditPlusPipeline(**qwen_image.components(tokenizer), processor=processor_of(folder))
+    pipe = QwenImageEditPlusPipeline(
+        **qwen_image.components(tokenizer, zero_cond_t=True), processor=processor_of(folder)
+    )
     pipe.processor.save_pretrained = lambda *args, **kwargs: None
     pipe.save_pretrained(folder)
 
