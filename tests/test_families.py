@@ -25,7 +25,7 @@ from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
 
 from .families import CASES
-from .families.common import PROMPTS, STEPS, Case
+from .families.common import STEPS, Case
 
 TEACHER = "teacher"
 
@@ -64,7 +64,7 @@ class Small:
     def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:
         """The same by diffusers."""
         common = {
-            "prompt": list(PROMPTS), "num_inference_steps": STEPS, "output_type": "latent",
+            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": "latent",
             "height": self.case.resolution, "width": self.case.resolution, "max_sequence_length": self.case.length,
         }  # fmt: skip
         return self.case.stock(pipe, self.noise(backbone), guidance, common)
@@ -82,7 +82,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(case.family) / "model"
     case.build(folder)
     encode = load_text_encoder(str(folder), max_sequence_length=case.length)
-    rows = encode([*PROMPTS, NEGATIVE])
+    rows = encode([*case.prompts(folder), NEGATIVE])
     return Small(case, folder, list(rows[:2]), Conditions.of(rows[2:]))
 
 
