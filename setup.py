@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "protobuf>=6.31,<8",
     "numpy>=1.26,<3",
     "pillow>=11,<14",
+    "pyyaml>=6,<7",  # questions that users write for a judge
     "requests>=2.32,<3",
     "urllib3>=2.8,<3",
     "matplotlib>=3.9,<4",
@@ -34,6 +35,7 @@ OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20,<2", "rapidfuzz>=3.9,<4"]
 SCIPY = ["scipy>=1.13,<2"]
 TENSORBOARD = ["tensorboard>=2.18,<3"]
 EXTRAS = {
+    "compbench": ["spacy>=3.8,<4", *SCIPY],
     "tiny": OCR + SCIPY,  # the embedded tiny world: its reading scorer uses a real OCR engine
     "ocr": OCR,
     "geneval": SCIPY,

@@ -213,11 +213,10 @@ def make_job(flags: argparse.Namespace) -> Job:
     read_base = cache(partial(read_model, base, **source))
     models = find_models(flags, config, {"model": base, **source})
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
-    benchmarks = [
-        find_benchmark(dataset, config, *own, defaults=lambda: read_base().defaults) for dataset in flags.dataset
-    ]
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    check_options(options)
+    more: dict[str, Any] = {"options": options, "defaults": lambda: read_base().defaults}
+    benchmarks = [find_benchmark(dataset, config, *own, **more) for dataset in flags.dataset]
+    check_options(options, [name for benchmark in benchmarks for name in benchmark.rewards])
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none

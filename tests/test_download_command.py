@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError
 
+from diffusionopd.evaluation.testsets import BENCHMARKS
 from diffusionopd.rewards import clip
 from tests.loopback import CONTENT, entry, left, loopback
 from tools.download import main
 from tools.downloads import CATALOGUE, DownloadError, File, Item, Repository, choose, download, transfer
-from tools.downloads.files import fetch, question
+from tools.downloads.convert import CONVERSIONS, question
+from tools.downloads.files import fetch
 
 from .conftest import ROOT
 
@@ -36,15 +40,96 @@ async def ask(prompt, image):
 def test_question_is_taken_out_of_the_source_without_running_it(server, tmp_path):
     expected = "<image>\nRate this.\nFinal Score: '1'\nCaption: [{prompt}]\n"
     server.files["/client.py"] = ("raise SystemExit\n" + ASKED).encode()
-    file = entry(server, hashlib.sha256(expected.encode()).hexdigest(), "client.py", "question.txt", extract=True)
+    file = entry(
+        server,
+        hashlib.sha256(expected.encode()).hexdigest(),
+        "client.py",
+        "question.txt",
+        convert="unifiedreward_question",
+    )
     fetch(file, tmp_path)
     for source in ("x = 1", "question = f'Rate {prompt}'", ASKED + ASKED.replace("Rate", "Judge"), "not python ("):
         with pytest.raises(DownloadError, match="question"):
-            question(source.encode())
+            question([source.encode()])
     server.files["/client.py"] = b"x = 1"
     with pytest.raises(DownloadError):
         fetch(file, tmp_path, force=True)
     assert (tmp_path / "question.txt").read_text() == expected and not (tmp_path / "question.txt.part").exists()
+
+
+WISE_CLIENT = """
+def messages(prompt_data, image):
+    return [
+        {"role": "system", "content": [{"type": "text", "text": "Be strict."}]},
+        {"role": "user", "content": [
+            {"type": "text",
+             "text": f"Rate {{1}}.\\nPROMPT: {prompt_data['Prompt']}\\nWHY: {prompt_data['Explanation']}"},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        ]},
+    ]
+"""
+
+
+def test_what_wise_asks_is_taken_out_of_its_client(tmp_path):
+    made = json.loads(CONVERSIONS["wise_question"]([("raise SystemExit\n" + WISE_CLIENT).encode()]))
+    assert made == {"system": "Be strict.", "question": "Rate {1}.\nPROMPT: {prompt}\nWHY: {Explanation}"}
+    for source in ("x = 1", WISE_CLIENT.replace("Explanation", "Reason"), WISE_CLIENT * 2, "not python ("):
+        with pytest.raises(DownloadError, match="question"):
+            CONVERSIONS["wise_question"]([source.encode()])
+
+
+def test_prompts_of_several_sources_become_one_file(server, tmp_path):
+    """By their number, whatever the order of the files; parts do not stay behind."""
+    of = lambda n: [{"Prompt": f"p{n}", "Explanation": "e", "Category": "time", "prompt_id": n}]  # noqa: E731
+    server.files |= {"/b.json": json.dumps(of(2)).encode(), "/a.json": json.dumps(of(1)).encode()}
+    file = File("set/test.jsonl", (f"{server.url}/b.json",), convert="wise_prompts", also=(f"{server.url}/a.json",))
+    assert fetch(file, tmp_path) and not fetch(file, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / file.path).read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["p1", "p2"] and lines[0].keys() == {*of(1)[0], "prompt"} - {"Prompt"}
+    assert left(tmp_path) == ["set/SHA256SUMS", "set/test.jsonl"]
+    for wrong in (b"<html>", b"{}", b'[{"Prompt": "p"}]', b"[1]"):
+        server.files["/a.json"] = wrong
+        with pytest.raises(DownloadError, match="prompts"):
+            fetch(file, tmp_path, force=True)
+    assert left(tmp_path) == ["set/SHA256SUMS", "set/test.jsonl"]
+
+
+def test_the_questions_of_a_table_are_grouped_by_prompt():
+    columns = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+    table = columns + (
+        "question_natural_language\n"
+        'a,"Two cats, one\nred","k",1,0,entity,whole,"entity - whole (cats)",Are there cats?\n'
+        'a,"Two cats, one\nred","k",2,"1, 1",attribute,color,"attribute - color (cat, red)",Is one red?\n'
+        "b,A dog,k,1,0,entity,whole,entity - whole (dog),Is there a dog?\n"
+    )
+    first, second = map(json.loads, CONVERSIONS["dpgbench_prompts"]([table.encode()]).splitlines())
+    assert first["prompt"] == "Two cats, one\nred" and second["prompt"] == "A dog"
+    assert first["questions"][1] == {
+        "id": 2, "question": "Is one red?", "category": "attribute - color", "needs": [1, 1],
+    }  # fmt: skip
+    for wrong in (b"<html>\n<p>", table.replace("dependency", "other").encode(), table.replace(",0,", ",x,").encode()):
+        with pytest.raises(DownloadError, match="table"):
+            CONVERSIONS["dpgbench_prompts"]([wrong])
+
+
+def test_complex_prompts_get_their_kinds_from_the_lists_of_some():
+    """As officially: up to the first full stop, in lower case."""
+    lists = [b"A b. More\nC d.\nE f", b"a B.", b"c d\n"]
+    made = [json.loads(line) for line in CONVERSIONS["compbench_complex"](lists).splitlines()]
+    assert [tuple(each.values()) for each in made] == [("A b. More", "spatial"), ("C d.", "action"), ("E f", "both")]
+    for wrong in ([b"a"], [b"<html>", b"a", b"b"], [b"a", b"", b"b"]):
+        with pytest.raises(DownloadError, match="three lists"):
+            CONVERSIONS["compbench_complex"](wrong)
+
+
+def test_what_hpsv3_is_told_is_taken_out_of_its_source():
+    source = (
+        'raise SystemExit\nINSTRUCTION = """\nT - {text_prompt}\n"""\nprompt_with_special_token = "\\nR: <|Reward|>"\n'
+    )
+    assert CONVERSIONS["hpsv3_instruction"]([source.encode()]) == b"\nT - {text_prompt}\n\nR: <|Reward|>"
+    for wrong in ("x = 1", source.replace("{text", "{"), source.replace("Reward", "R"), "not python ("):
+        with pytest.raises(DownloadError, match="question"):
+            CONVERSIONS["hpsv3_instruction"]([wrong.encode()])
 
 
 @pytest.mark.parametrize("gated", [None, True, False])
@@ -73,11 +158,15 @@ def test_catalogue_is_consistent_and_scorers_look_where_files_are_put():
     parts = [part for items in CATALOGUE.values() for item in items.values() for part in item.parts]
     files = {part for part in parts if isinstance(part, File)}
     assert len({file.path for file in files}) == len(files)
+    prompts = {folder for folder, _ in BENCHMARKS.values()}
+    assert prompts >= {f"dataset/{name}" for name in CATALOGUE["datasets"]}
     for file in files:
-        assert re.fullmatch(r"(dataset/(geneval|ocr|pickscore|drawbench)|reward_ckpts)/[\w.+-]+", file.path)
+        assert re.fullmatch(r"(dataset/\w+|reward_ckpts)/[\w.+-]+", file.path)
         assert re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{8}|", file.sha256)
         assert all(transfer.resolve(url).startswith("https://") for url in file.urls)
         assert not file.path.endswith(("test.txt", "test.jsonl")) or len(file.sha256) == 64 and file.size
+        assert file.convert in ("", *CONVERSIONS) and (file.convert or not file.also)
+        assert file.path.startswith("reward_ckpts/") or str(Path(file.path).parent) in prompts
     names = {part.name for part in parts if isinstance(part, Repository)}
     assert {clip.CLIP_L, clip.CLIP_H_PROCESSOR, clip.PICKSCORE} <= names
     named = set()
@@ -111,7 +200,8 @@ def test_list_and_dry_run_write_nothing(tmp_path, capsys):
         for flag in ("--list", "--dry_run"):
             assert main([kind, flag, "--root", str(tmp_path)]) == 0
             printed = capsys.readouterr().out
-            assert all(f"{name}: " in printed for name in CATALOGUE[kind])
+            shown = [name for name, item in CATALOGUE[kind].items() if flag == "--list" or not item.named]
+            assert all(f"{name}: " in printed for name in shown) and printed.count(": ") >= len(shown)
     assert left(tmp_path) == []
 
 

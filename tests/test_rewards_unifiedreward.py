@@ -1,88 +1,23 @@
 """UnifiedReward against a chat server on the loopback: what it asks, what it reads, what it does in trouble."""
 
-import base64
-import io
 import json
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import urllib3.util.retry
 from PIL import Image
 
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardWorker, Scorer
-from diffusionopd.rewards.unifiedreward import LONGEST_PAUSE, OWN_QUESTION, UnifiedReward, api_root, final_score
+from diffusionopd.rewards.judges.server import LONGEST_PAUSE, api_root
+from diffusionopd.rewards.unifiedreward import OWN_QUESTION, UnifiedReward, final_score
+
+from .chat import ChatServer, chat, grey, sent_image, sent_text, serving
 
 KEY = "sk-very-secret"
-Reply = tuple[int, dict[str, str], str]
-
-
-def chat(answer: str | None) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]})
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: "ChatServer"
-
-    def do_GET(self):
-        self.send(self.server.models if self.path == "/v1/models" else (404, {}, "no such page"))
-
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
-            number, server.under_way = len(server.requests), server.under_way + 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-        try:
-            reply = server.answer(number, body)
-        finally:
-            with server.lock:
-                server.under_way -= 1
-        self.send(reply)
-
-    def send(self, reply: Reply):
-        status, headers, text = reply
-        try:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-        except OSError:  # the client has given up
-            self.close_connection = True
-
-    def log_message(self, *_):
-        pass
-
-
-class ChatServer(ThreadingHTTPServer):
-    """Answers by `answer(number of the request, its body)`."""
-
-    allow_reuse_address = True
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.lock, self.requests, self.under_way, self.most_under_way = threading.Lock(), [], 0, 0
-        self.models: Reply = (200, {}, '{"data": []}')
-        self.answer: Callable[[int, dict], Reply] = lambda number, body: chat("Final Score: 4")
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-@contextmanager
-def serving(server):
-    with server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -103,21 +38,6 @@ def build(server, question, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
     options = {"api_key_variable": "TEST_KEY", "backoff": 0.001, "timeout": 10.0, "question": question}
     return lambda **given: UnifiedReward(**{"base_url": server.address, **options, **given})
-
-
-def grey(*levels: int) -> torch.Tensor:
-    return torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-
-
-def sent_image(body: dict) -> Image.Image:
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    kind, _, data = url.partition(",")
-    assert kind == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data)))
-
-
-def sent_text(body: dict) -> str:
-    return body["messages"][0]["content"][1]["text"]
 
 
 # ---- reading an answer -----------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from diffusionopd.models.backbone import BackboneError, load_backbone, load_text
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options
-from diffusionopd.rewards.unifiedreward import UnifiedReward, api_root, read_key
+from diffusionopd.rewards.judges.server import api_root, read_key
+from diffusionopd.rewards.unifiedreward import UnifiedReward
 from diffusionopd.rewards.weights import load_official
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.training.command import parse, plain_errors

@@ -1,6 +1,7 @@
 """Download prompt sets, scorer weights and models.
 
     python -m tools.download datasets                     # dataset/{geneval,ocr,pickscore,drawbench}
+    python -m tools.download datasets geneval2 dpgbench   # what is loaded by name only: --list says which
     python -m tools.download rewards geneval hpsv2        # reward_ckpts/, and the hub models these scorers use
     python -m tools.download models sd3.5-medium loras    # into the Hugging Face cache
     python -m tools.download rewards --list
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Flags to files; returns 1 if anything failed, after everything has been tried."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CATALOGUE, help="what to download")
-    parser.add_argument("names", nargs="*", help="which of the kind (default all)")
+    parser.add_argument("names", nargs="*", help="which of the kind (default: all that --list does not mark)")
     parser.add_argument("--list", action="store_true", help="say what there is, from where, under which licence")
     parser.add_argument("--dry_run", action="store_true", help="say what would be loaded, and load nothing")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=path_flag, default=Path(__file__).resolve().parent.parent, help=where)
     flags = parser.parse_args(arguments)
     try:
-        items = choose(flags.kind, flags.names)
+        items = choose(flags.kind, flags.names, everything=flags.list)
     except DownloadError as error:
         sys.exit(f"error: {error}")
     if flags.list or flags.dry_run:

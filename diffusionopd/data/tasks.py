@@ -171,7 +171,8 @@ def check_tasks(
         elif problems.good(f"{place}.lora_path"):
             _check_teacher(place, fields, problems)
             _check_target(place, fields, problems)
-        prompts.append(_check_dataset(place, fields, with_test, scored, problems))
+        options = values.get("reward_options", {}) if problems.good("reward_options") else {}
+        prompts.append(_check_dataset(place, fields, with_test, scored, options, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
     for name, count in Counter(str(task.name) for task in tasks).items():
         if count > 1:
@@ -238,7 +239,12 @@ def single_task(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_dataset(
-    place: str, fields: Mapping[str, Any], with_test: bool, scored: Mapping[str, int | None], problems: Problems
+    place: str,
+    fields: Mapping[str, Any],
+    with_test: bool,
+    scored: Mapping[str, int | None],
+    options: Mapping[str, Any],
+    problems: Problems,
 ) -> int:
     """Check the prompt files of a task and return the number of training prompts."""
     one, several = f"{place}.dataset", f"{place}.datasets"
@@ -246,7 +252,7 @@ def _check_dataset(
         return 0
     rewards = fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
     checked = {"prompt_fn": fields["prompt_fn"], "with_test": with_test, "scored": scored, "rewards": rewards}
-    checked["trigger"] = fields["trigger"]
+    checked |= {"trigger": fields["trigger"], "options": options}
     if not fields["datasets"]:
         return _check_folder(one, fields["dataset"], problems, **checked)
     if fields["dataset"]:
@@ -266,6 +272,7 @@ def _check_folder(
     with_test: bool,
     scored: Mapping[str, int | None],
     rewards: Mapping[str, float],
+    options: Mapping[str, Any],
     trigger: str,
 ) -> int:
     """Check the prompt files of a folder and return the number of training prompts."""
@@ -285,7 +292,7 @@ def _check_folder(
             problems.add(key, f"has prompts that cannot be used: {error}", "")
             continue
         counts[split] = len(prompts)
-        if split in scored and (unfit := unfit_lines(prompts[: scored[split]], rewards)):
+        if split in scored and (unfit := unfit_lines(prompts[: scored[split]], rewards, options)):
             problems.add(key, f"has {split} prompts that cannot be scored", f"{_UNFIT[split]}:\n{listed(unfit)}")
     return counts["train"]
 

@@ -1,6 +1,7 @@
 """Prompts that rewards cannot score: found before anything loads, and named by file and line when met later."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.rewards import RewardUnavailableError, UnfitPromptError, check_prompts
@@ -8,9 +9,15 @@ from diffusionopd.rewards import RewardUnavailableError, UnfitPromptError, check
 _SHOWN = 3
 
 
-def unfit_lines(prompts: Sequence[Prompt], rewards: Iterable[str]) -> list[str]:
-    """One line for each prompt that some of the rewards could not score: where it stands, its text, what it lacks."""
-    found = check_prompts(rewards, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+def unfit_lines(
+    prompts: Sequence[Prompt], rewards: Iterable[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[str]:
+    """One line for each prompt that some of the rewards could not score: where it stands, its text, what it lacks.
+
+    ``options``: of the rewards, by name.
+    """
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    found = check_prompts(rewards, texts, metadata, options)
     return [f"{_place(prompts[index])} {_short(what, 240)}" for index, what in found.items()]
 
 

@@ -19,7 +19,7 @@ from diffusionopd.data.unfit import met_at
 from diffusionopd.distributed import barrier, gather_over_processes
 from diffusionopd.evaluation.results import AVERAGES, Record, ResultFolder, Summary, read_averages, summarise
 from diffusionopd.locks import Lock
-from diffusionopd.rewards import RewardError, RewardUnavailableError, Scorer, score_all, to_uint8
+from diffusionopd.rewards import Combined, RewardError, RewardUnavailableError, Scorer, score_all, to_uint8
 
 TIMEOUT = 12 * 3600.0
 """Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
@@ -192,6 +192,6 @@ def _then_idle(batches: Batches, generate: Generate, prompts: Sequence[Prompt]) 
     return chain(batches, idle())
 
 
-def _combined(scorers: Mapping[str, Scorer]) -> dict[str, Sequence[str]]:
+def _combined(scorers: Mapping[str, Scorer]) -> Combined:
     """The figures of a whole test set that the scorers define beside the scores of single images."""
     return {name: parts for scorer in scorers.values() for name, parts in getattr(scorer, "combined", {}).items()}

@@ -29,10 +29,10 @@ from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import build_scorer
+from diffusionopd.rewards import build_scorers, digests
 
 _RUNTIME_OPTIONS = frozenset(
-    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
+    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
 )
 """Options that say where a scorer runs or how long to wait for it, not what it scores."""
 _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
@@ -171,7 +171,7 @@ def _run(
         ensure_writable(job.output, "output folder", _OUTPUT_FOLDER)
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
-    scorers = {name: build_scorer(name, str(device), job.reward_options.get(name)) for name in names}
+    scorers = build_scorers(names, str(device), job.reward_options)
     cache, policies = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
     for model, benchmark in job.evaluations:
@@ -272,6 +272,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in _RUNTIME_OPTIONS}
         for name in benchmark.rewards
     }
+    files = {name: digests(name, job.reward_options.get(name, {})) for name in benchmark.rewards}
     return {
         "dataset": benchmark.name,
         "model": job.base,
@@ -288,6 +289,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "max_sequence_length": job.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "reward_options": {name: given for name, given in options.items() if given},
+        **({"reward_files": given} if (given := {name: found for name, found in files.items() if found}) else {}),
         "rewards": sorted(benchmark.rewards),
         "images_per_prompt": job.images_per_prompt,
     }

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusionopd.files import write_atomically, writing
 from diffusionopd.locks import Lock
-from diffusionopd.rewards import NOT_APPLICABLE
+from diffusionopd.rewards import NOT_APPLICABLE, Combined, Weighted
 
 RESULTS = "evaluation_results.jsonl"
 AVERAGES = "average_scores.json"
@@ -79,7 +79,7 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] | None = None) -> dict[str, Summary]:
+def summarise(records: Sequence[Record], combined: Combined | None = None) -> dict[str, Summary]:
     """Mean, standard error and count of every score, over the samples to which it applies.
 
     The standard error is that of the mean over prompts: the images of one text are averaged first, because they are not
@@ -89,6 +89,7 @@ def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] |
     Args:
         combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
             them applies to some sample. They are scores of different samples, so that their errors are independent.
+            Or `Weighted`, which may have the name of the score that it averages.
     """
     by_score: dict[str, dict[str, list[float]]] = {}
     for record in records:
@@ -97,12 +98,29 @@ def summarise(records: Iterable[Record], combined: Mapping[str, Sequence[str]] |
                 by_score.setdefault(name, {}).setdefault(record.prompt, []).append(value)
     summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
     for name, parts in (combined or {}).items():
-        if all(part in summaries for part in parts):
+        if isinstance(parts, Weighted):
+            if parts.of in summaries and parts.by in summaries:
+                summaries[name] = _weighted(records, parts)
+        elif all(part in summaries for part in parts):
             found = [summaries[part] for part in parts]
             mean = math.fsum(part.mean for part in found) / len(found)
             error = math.sqrt(math.fsum(part.standard_error**2 for part in found)) / len(found)
             summaries[name] = Summary(mean, error, sum(part.count for part in found))
     return summaries
+
+
+def _weighted(records: Sequence[Record], figure: Weighted) -> Summary:
+    """The ratio of two sums, with the error of the linearised ratio, over prompts as in `_summary`."""
+    pairs = [(record.prompt, record.scores[figure.of], record.scores[figure.by]) for record in records]
+    pairs = [pair for pair in pairs if NOT_APPLICABLE not in pair[1:]]
+    total = math.fsum(weight for _, _, weight in pairs)
+    mean = math.fsum(value * weight for _, value, weight in pairs) / total if total else 0.0
+    residuals: dict[str, float] = {}
+    for prompt, value, weight in pairs:
+        residuals[prompt] = residuals.get(prompt, 0.0) + weight * (value - mean)
+    n = len(residuals)
+    spread = math.sqrt(n / (n - 1) * math.fsum(each**2 for each in residuals.values())) if n > 1 else 0.0
+    return Summary(mean, spread / total if total else 0.0, len(pairs))
 
 
 def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
@@ -257,7 +275,7 @@ class ResultFolder:
         """Where the image of a sample is or will be."""
         return self.folder / "images" / f"{sample_id:05d}.jpg"
 
-    def close(self, combined: Mapping[str, Sequence[str]] | None = None) -> None:
+    def close(self, combined: Combined | None = None) -> None:
         """Merge the parts, sorted by sample, and write the averages; `combined` as for `summarise`."""
         records = self._merge()
         self._write_records(records)

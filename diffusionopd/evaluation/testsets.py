@@ -18,6 +18,16 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ocr": ("dataset/ocr", ("ocr",)),
     "pickscore": ("dataset/pickscore", _QUALITY),
     "drawbench": ("dataset/drawbench", _QUALITY),
+    "geneval2": ("dataset/geneval2", ("geneval2",)),
+    "dpgbench": ("dataset/dpgbench", ("dpgbench",)),
+    "compbench_color": ("dataset/compbench_color", ("compbench_attribute",)),
+    "compbench_shape": ("dataset/compbench_shape", ("compbench_attribute",)),
+    "compbench_texture": ("dataset/compbench_texture", ("compbench_attribute",)),
+    "compbench_spatial": ("dataset/compbench_spatial", ("compbench_spatial",)),
+    "compbench_nonspatial": ("dataset/compbench_nonspatial", ("compbench_nonspatial",)),
+    "compbench_complex": ("dataset/compbench_complex", ("compbench_complex",)),
+    "wise": ("dataset/wise", ("wise",)),
+    "wise_verified": ("dataset/wise_verified", ("wise_verified",)),
     "compose": ("assets/tiny/dataset/compose", ("tiny_compose",)),
     "tiny_ocr": ("assets/tiny/dataset/ocr", ("tiny_ocr",)),
     "scene": ("assets/tiny/dataset/scene", ("tiny_scene",)),
@@ -25,6 +35,9 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> folder of its prompt files, from the repository's root, and its rewards; the first four as upstream."""
 
 _PUBLISHED = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")  # upstream's
+
+
+_WITH_METADATA = ("geneval", "geneval2", "dpgbench", "wise", "wise_verified", "compbench_complex")
 
 
 class BenchmarkError(ValueError):
@@ -54,6 +67,7 @@ def find_benchmark(
     limit: int | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     defaults: Callable[[], Defaults] = lambda: _PUBLISHED,
 ) -> Benchmark:
     """The test prompts of a benchmark, the rewards to score it with, and how its images are made.
@@ -64,6 +78,7 @@ def find_benchmark(
             those of the section `sample`.
         rewards, num_steps, guidance_scale: in place of the benchmark's own.
         limit: use the first prompts only.
+        options: of rewards, by name.
         defaults: gives the base model's own steps and guidance; called at last, for what is left open.
 
     Raises:
@@ -93,10 +108,10 @@ def find_benchmark(
         check_name(name)
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
-    is_geneval = dataset == "geneval" or (folder / "test_metadata.jsonl").is_file()
-    prompt_fn = task.get("prompt_fn") or ("geneval" if is_geneval else "general_ocr")
+    with_metadata = dataset in _WITH_METADATA or (folder / "test_metadata.jsonl").is_file()
+    prompt_fn = task.get("prompt_fn") or ("geneval" if with_metadata else "general_ocr")
     prompts = load_folders(folders, prompt_fn, "test")[0][:limit]
-    if unfit := unfit_lines(prompts, chosen):
+    if unfit := unfit_lines(prompts, chosen, options):
         raise PromptError(
             f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "
             f"--rewards what scores them:\n{listed(unfit)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,
@@ -63,9 +64,6 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
 """How a model is guided: by a second branch for the negative prompt, by an input of its own, or (distilled) not."""
-
-RowSplit = Callable[[Tensor], dict[str, Tensor]]
-"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
 
 
 class BackboneError(ValueError):
@@ -188,7 +186,7 @@ class Backbone(ABC):
         """Images in [-1, 1] of latents."""
 
     @classmethod
-    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    def text_parts(cls, root: Path) -> dict[str, Any]:
         """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder: a
         processor of images and texts needs torchvision, its tokenizer does not."""
         return {}
@@ -204,8 +202,8 @@ class Backbone(ABC):
         return set()
 
     @classmethod
-    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
-        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among the modules."""
         return {}
 
     def inert_modules(self) -> set[str]:
@@ -327,13 +325,14 @@ class Backbone(ABC):
             images = [self._decode(part) for part in latents.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
-    def beside(self, transformer: Any, *, waits: bool = False) -> Backbone:
-        """Another transformer of the family with this one's VAE, times, device and negative prompt."""
+    def beside(self, transformer: Any, *, index: Mapping[str, Any] | None = None, waits: bool = False) -> Backbone:
+        """Another transformer of the family, with an index of its own or this one's, and with this one's VAE, times,
+        device and negative prompt."""
         made = type(self)(
             transformer,
             self.vae,
             self.scheduler,
-            index=self.configs["index"],
+            index=index or self.configs["index"],
             dtype=self.dtype,
             device=self.device,
             vae_device=self.vae_device,
@@ -626,7 +625,7 @@ def load_text_encoder(
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
-        parts = info.family.text_parts(found.root, index)
+        parts = info.family.text_parts(found.root)
         # Diffusers refuses another class than the index names: such a part comes afterwards.
         known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
         given = {"transformer": transformer, **absent, **loaded, **known}

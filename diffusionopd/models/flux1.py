@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import halvings, linear_mu, pack, side_of, unpack
+from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
@@ -114,3 +115,43 @@ class Flux1(Backbone):
             max_sequence_length=max_sequence_length,
         )
         return [{"tokens": t, "pooled": p} for t, p in zip(tokens, pooled, strict=True)]
+
+    @classmethod
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """As diffusers' ``convert_flux_transformer_checkpoint_to_diffusers`` has the original code's."""
+        return {
+            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
+            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
+            **renamed(_OTHERS, shapes),
+            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
+        }
+
+
+_DOUBLE = {
+    "img_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "img_attn_proj": "attn.to_out.0",
+    "img_mlp_0": "ff.net.0.proj",
+    "img_mlp_2": "ff.net.2",
+    "img_mod_lin": "norm1.linear",
+    "txt_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "txt_attn_proj": "attn.to_add_out",
+    "txt_mlp_0": "ff_context.net.0.proj",
+    "txt_mlp_2": "ff_context.net.2",
+    "txt_mod_lin": "norm1_context.linear",
+}
+_SINGLE = {
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "modulation_lin": "norm.linear",
+}
+_OTHERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer_linear": "proj_out",
+}

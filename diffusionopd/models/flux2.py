@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import halvings, side_of
+from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
@@ -33,6 +34,7 @@ class Flux2(Backbone):
         "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj", "attn.to_out",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
+    TOKENS_AROUND = 12  # of klein's chat template; dev's is longer
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("latent_channels", "block_out_channels", "batch_norm_eps"),
@@ -105,10 +107,8 @@ class Flux2(Backbone):
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
 
     @classmethod
-    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`: dev's processor."""
-        if not index["tokenizer"][1].endswith("Processor"):
-            return {}
+    def text_parts(cls, root: Path) -> dict[str, Any]:
+        """See :meth:`Backbone.text_parts`: of dev's processor, which needs torchvision, texts need this alone."""
         return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
 
     @classmethod
@@ -117,3 +117,39 @@ class Flux2(Backbone):
         texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
         tokens, _ = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_sequence_length)
         return [{"tokens": row} for row in tokens]
+
+    @classmethod
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """As diffusers' ``convert_flux2_transformer_checkpoint_to_diffusers`` has the original code's: with the halves
+        of the last modulation swapped, which its converter of LoRAs forgets."""
+        return {
+            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
+            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
+            **renamed(_OTHERS, shapes),
+            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
+        }
+
+
+_DOUBLE = {
+    "img_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "img_attn_proj": "attn.to_out.0",
+    "img_mlp_0": "ff.linear_in",
+    "img_mlp_2": "ff.linear_out",
+    "txt_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "txt_attn_proj": "attn.to_add_out",
+    "txt_mlp_0": "ff_context.linear_in",
+    "txt_mlp_2": "ff_context.linear_out",
+}
+_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+_OTHERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in_in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img_lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt_lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation_lin": "single_stream_modulation.linear",
+    "final_layer_linear": "proj_out",
+}

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusionopd.models.backbone import Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import halvings, linear_mu, side_of
+from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 _TURBO_SHIFT = 3.0  # of Turbo's scheduler, 6 of the base's: all that tells their files apart
@@ -31,6 +32,7 @@ class ZImage(Backbone):
     BLOCKS = ("noise_refiner", "context_refiner", "layers")
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=50, guidance_scale=6.0, max_sequence_length=512, mixed_precision="bf16")
+    TOKENS_AROUND = 8  # of the chat template
     SHARED = {
         "transformer": ("in_channels", "cap_feat_dim"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
@@ -95,3 +97,23 @@ class ZImage(Backbone):
             max_sequence_length=max_sequence_length,
         )
         return [{"tokens": row} for row in tokens]
+
+    @classmethod
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """As diffusers' ``convert_z_image_transformer_checkpoint_to_diffusers`` has the original code's, most of whose
+        names are the same."""
+        found = renamed(_OTHERS, shapes)
+        for blocks in cls.BLOCKS:
+            found |= in_blocks(blocks, blocks, _ATTENTION, shapes)
+        return found
+
+
+_ATTENTION = {
+    "attention_qkv": "attention.to_q attention.to_k attention.to_v",
+    "attention_out": "attention.to_out.0",
+}
+_OTHERS = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer_linear": "all_final_layer.2-1.linear",
+    "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
+}

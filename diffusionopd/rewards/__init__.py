@@ -8,49 +8,64 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
-from diffusionopd.files import user_path
+from diffusionopd.files import located, sha256, user_path
 from diffusionopd.rewards.base import (
     NOT_APPLICABLE,
+    Combined,
     PromptChecker,
     RewardError,
     RewardUnavailableError,
     Scorer,
     Scores,
     UnfitPromptError,
+    Weighted,
 )
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Composite", "Images", "PromptChecker", "RewardError",
-    "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "build_composite", "build_scorer",
-    "check_name", "check_options", "check_prompts", "failed", "register", "score_all", "to_uint8",
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Combined", "Composite", "Images", "PromptChecker",
+    "RewardError", "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "Weighted",
+    "build_composite", "build_scorer", "build_scorers", "check_name", "check_options", "check_prompts", "digests",
+    "failed", "register", "score_all", "to_uint8",
 ]  # fmt: skip
 
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",
+    "compbench_attribute": "diffusionopd.rewards.compbench.scorers:Attribute",
+    "compbench_complex": "diffusionopd.rewards.compbench.scorers:Complex",
+    "compbench_nonspatial": "diffusionopd.rewards.compbench.scorers:NonSpatial",
+    "compbench_spatial": "diffusionopd.rewards.compbench.scorers:SpatialRelation",
+    "dpgbench": "diffusionopd.rewards.judges.dpgbench:DpgBench",
     "geneval": "diffusionopd.rewards.geneval.scorer:GenEval",
+    "geneval2": "diffusionopd.rewards.judges.geneval2:GenEval2",
     "hpsv2": "diffusionopd.rewards.hpsv2:Hpsv2",
+    "hpsv3": "diffusionopd.rewards.hpsv3:Hpsv3",
     "imagereward": "diffusionopd.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "diffusionopd.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "diffusionopd.rewards.jpeg:JpegIncompressibility",
+    "judge": "diffusionopd.rewards.judges.judge:Judge",
     "ocr": "diffusionopd.rewards.ocr:Ocr",
     "pickscore": "diffusionopd.rewards.clip:PickScore",
     "tiny_compose": "diffusionopd.tiny.scorers:TinyCompose",
     "tiny_ocr": "diffusionopd.tiny.scorers:TinyOcr",
     "tiny_scene": "diffusionopd.tiny.scorers:TinyScene",
     "unifiedreward": "diffusionopd.rewards.unifiedreward:UnifiedReward",
+    "wise": "diffusionopd.rewards.judges.wise:Wise",
+    "wise_verified": "diffusionopd.rewards.judges.wise:WiseVerified",
 }
 """Reward name -> "module:attribute" of its class."""
 
 EXTRAS: dict[str, str] = {
     **{name: name for name in ("geneval", "hpsv2", "ocr")},
+    **dict.fromkeys(("compbench_attribute", "compbench_complex", "compbench_spatial"), "compbench"),
     **dict.fromkeys(("tiny_compose", "tiny_ocr", "tiny_scene"), "tiny"),
 }
 """Reward name -> the extra of this package that installs what the scorer imports."""
@@ -87,39 +102,84 @@ def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | No
         return factory(**own | given)
 
 
-def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Options of rewards (`reward_options` of a configuration), before anything is loaded: names and keys only.
+def build_scorers(
+    names: Iterable[str], device: str = "cpu", options: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Scorer]:
+    """The scorers of several rewards by name, as `build_scorer`; `RewardError` that names all that cannot be had."""
+    built, problems = {}, []
+    for name in names:
+        try:
+            built[name] = build_scorer(name, device, (options or {}).get(name))
+        except RewardError as error:
+            problems.append(error)
+    if problems:
+        unavailable = all(isinstance(error, RewardUnavailableError) for error in problems)
+        kind = RewardUnavailableError if unavailable else RewardError
+        raise kind("\n".join(map(str, problems))) from problems[0]
+    return built
+
+
+def check_options(options: Mapping[str, Mapping[str, Any]], used: Iterable[str] = ()) -> None:
+    """Options of rewards (`reward_options` of a configuration), before anything is loaded and without asking a server.
+
+    Args:
+        used: names of rewards that will be built, of which some cannot do without options.
 
     Raises:
-        RewardError: an unknown reward, an option that its scorer does not have, or one that holds a secret, a package
-            that is not installed.
+        RewardError: what is wrong, all of it: an unknown reward, an option that its scorer does not have, a value that
+            it cannot have, one that holds a secret, a file that is not what it should be, a package that is not there.
     """
-    for place, what in find_secrets(options):
-        raise RewardError(f"reward option {place} {what}. {REMEDY}")
-    for name, given in options.items():
+    problems = [f"reward option {place} {what}. {REMEDY}" for place, what in find_secrets(options)]
+    for name in dict.fromkeys([*options, *used]):
+        given = options.get(name, {})
         if not isinstance(given, Mapping):
-            raise RewardError(f"the options of reward '{name}' must be {{option: value}}, not {given!r}")
-        _factory(name, given)
+            problems.append(f"the options of reward '{name}' must be {{option: value}}, not {given!r}")
+            continue
+        try:
+            factory = _factory(name, given)
+        except RewardError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"reward '{name}': {what}" for what in getattr(factory, "problems", lambda **_: [])(**given)]
+    if problems:
+        raise RewardError("\n".join(problems))
 
 
 def check_prompts(
-    names: Iterable[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    names: Iterable[str],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[int, str]:
     """Which prompts some of the rewards could not score: index -> what is wrong, with the reward; nothing is loaded.
 
-    Rewards whose class has no `check`, or cannot be imported here, find nothing wrong: building those says what is.
+    Rewards whose class has no `check`, or that cannot be imported or have these options, find nothing wrong: building
+    those says what is.
     """
     found: dict[int, str] = {}
     for name in names:
+        given = (options or {}).get(name) or {}
         try:
-            scorer = _factory(name, {})
+            scorer = _factory(name, given)
+            # A method of an object may be called check too, and be something else.
+            if isinstance(inspect.getattr_static(scorer, "check", None), staticmethod | classmethod):
+                unfit = scorer.check(prompts, metadata)
+            elif hasattr(scorer, "check_with"):
+                unfit = scorer.check_with(given, prompts, metadata)
+            else:
+                continue
         except RewardError:
             continue
-        # A method of an object may be called check too, and be something else.
-        if isinstance(inspect.getattr_static(scorer, "check", None), staticmethod | classmethod):
-            for index, what in scorer.check(prompts, metadata).items():
-                found.setdefault(index, f"{what} (reward '{name}')")
+        for index, what in unfit.items():
+            found.setdefault(index, f"{what} (reward '{name}')")
     return dict(sorted(found.items()))
+
+
+def digests(name: str, options: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the files of a reward's options that its scores depend on; those that cannot be read are left out."""
+    factory = _factory(name, options)
+    files: list[str] = factory.files(options) if hasattr(factory, "files") else []
+    return [sha256(path) for path in map(located, files) if Path(path).is_file()]
 
 
 def _factory(name: str, options: Mapping[str, Any]) -> Any:
@@ -161,5 +221,4 @@ def build_composite(
         RewardError: as `build_scorer`; weights that are no weights.
     """
     check_weights(weights)
-    given = options or {}
-    return Composite(weights, {name: build_scorer(name, device, given.get(name)) for name in weights})
+    return Composite(weights, build_scorers(weights, device, options))

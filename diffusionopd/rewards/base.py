@@ -1,6 +1,7 @@
 """What every scorer is: the protocol, its error, and the value that says "does not apply"."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,21 @@ NOT_APPLICABLE = -10.0
 
 Scores = dict[str, np.ndarray]
 """Name of a score -> float64 array of length B."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A figure of a test set: the mean of the score `of` over samples that count as `by` says, another of their scores.
+
+    With a share in `of` and its number of questions in `by`, it is the share of all questions.
+    """
+
+    of: str
+    by: str
+
+
+Combined = Mapping[str, Sequence[str] | Weighted]
+"""Name of a figure of a test set -> the scores whose means are averaged, or `Weighted`: a scorer's `combined`."""
 
 
 class RewardError(ValueError):

@@ -49,12 +49,7 @@ class ImageRewardModel(nn.Module):
         return (self.head(states[:, 0].float()) - MEAN) / STD
 
 
-# BLIP's names (`VisionTransformer` and `BertModel` of `med.py`, as they are in THUDM/ImageReward) -> those of
-# ImageRewardModel; the text encoder's are the same in transformers
-_NAMES = {
-    r"^mlp\.": "head.",
-    r"^blip\.text_encoder\.": "text.",
-    r"^blip\.visual_encoder\.": "vision.",
+BLIP_VISION_NAMES = {
     r"^vision\.cls_token$": "vision.embeddings.class_embedding",
     r"^vision\.pos_embed$": "vision.embeddings.position_embedding",
     r"^vision\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
@@ -63,6 +58,15 @@ _NAMES = {
     r"\.norm([12])\.": r".layer_norm\1.",
     r"\.attn\.qkv\.": ".self_attn.qkv.",
     r"\.attn\.proj\.": ".self_attn.projection.",
+}
+"""BLIP's names (`VisionTransformer`, as it is in THUDM/ImageReward) behind `vision.` -> those of `BlipVisionModel`."""
+
+# BLIP's names -> those of ImageRewardModel; the text encoder's (`BertModel` of `med.py`) are the same in transformers
+_NAMES = {
+    r"^mlp\.": "head.",
+    r"^blip\.text_encoder\.": "text.",
+    r"^blip\.visual_encoder\.": "vision.",
+    **BLIP_VISION_NAMES,
 }
 _UNUSED = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 """Projections of BLIP's contrastive loss, and a constant; the score reads neither."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +32,7 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
 
     Args:
         reward: name of the reward, as `tools/download.py` knows it.
-        path: the file, read by `torch.load(weights_only=True)`.
+        path: the file, read by `torch.load(weights_only=True)`, or as safetensors where it is called so.
         build: from the file's content to a model.
 
     Raises:
@@ -44,6 +45,8 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
             f"reward '{reward}' needs {path}, which does not exist{looked_in(path)}. To fetch it: {fetch}"
         )
     try:
+        if path.endswith(".safetensors"):
+            return build(load_file(path))
         return build(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch and the key maps raise whatever they meet in a file of another kind
         # torch's own words advise to run the code in it

@@ -18,8 +18,8 @@ def build(folder: Path) -> None:
     """Write the pipeline's folder."""
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+        in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 12, 12], axes_lens=[1024, 64, 64],
     )  # fmt: skip
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0, use_dynamic_shifting=False),
@@ -31,7 +31,8 @@ def build(folder: Path) -> None:
 
 
 def stock(pipe: Any, x: Tensor, guidance: float, common: dict[str, Any]) -> Tensor:
-    """See :class:`Case`."""
+    """See :class:`Case`; it writes to the list of prompts."""
+    common = {**common, "prompt": list(common["prompt"])}
     return pipe(latents=x, guidance_scale=guidance - 1, **common).images
 
 

@@ -15,19 +15,22 @@ from tools.downloads.transfer import DownloadError, redacted, resolve, snapshot
 __all__ = ["CATALOGUE", "DownloadError", "File", "Item", "Repository", "choose", "describe", "download"]
 
 
-def choose(kind: str, names: Iterable[str]) -> dict[str, Item]:
-    """The items of these names, or all of the kind. Raises DownloadError for a name that there is not."""
+def choose(kind: str, names: Iterable[str], everything: bool = False) -> dict[str, Item]:
+    """The items of these names; without any, those of the kind that need not be named, or ``everything``.
+
+    Raises DownloadError for a name that there is not.
+    """
     items, names = CATALOGUE[kind], list(names)
     unknown = [name for name in names if name not in items]
     if unknown:
         raise DownloadError(f"there is no {', '.join(unknown)} among {kind}; there are: {', '.join(items)}")
-    return {name: items[name] for name in names or items}
+    return {name: items[name] for name in names or [n for n in items if everything or not items[n].named]}
 
 
 def describe(items: Mapping[str, Item], root: Path) -> Iterator[str]:
     """Lines that say what each item is, where its parts come from and whether the files are there; asks no server."""
     for name, item in items.items():
-        yield f"{name}: {item.note}"
+        yield f"{name}: {item.note}{' (only by name)' if item.named else ''}"
         for part in item.parts:
             if isinstance(part, Repository):
                 yield f"  hub cache <- {part.name} ({' '.join(part.patterns)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ class File:
     urls: tuple[str, ...]  # the first that has it is taken
     sha256: str = ""  # of the file at `path`; only its first digits where no more are published
     size: int = 0  # bytes of the file at `path`, where known
-    extract: bool = False  # only UnifiedReward's question is kept of the source, see `files.question`
+    convert: str = ""  # what is made of the source, see `convert.CONVERSIONS`
+    also: tuple[str, ...] = ()  # further sources that it is made of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Item:
 
     parts: tuple[File | Repository, ...]
     note: str  # source and licence
+    named: bool = False  # whether it is loaded only where it is asked for by name
 
 
 def _read(content: Mapping[str, Any]) -> dict[str, dict[str, Item]]:
@@ -47,12 +49,19 @@ def _read(content: Mapping[str, Any]) -> dict[str, dict[str, Item]]:
         for name, entry in content["repositories"].items()
     }
 
+    def addresses(urls: Sequence[str]) -> tuple[str, ...]:
+        return tuple(url.format_map(content["sources"]) for url in urls)
+
     def item(entry: Mapping[str, Any]) -> Item:
         files = [
-            File(**file | {"urls": tuple(url.format_map(content["sources"]) for url in file["urls"])})
+            File(**file | {key: addresses(file.get(key, ())) for key in ("urls", "also")})
             for file in entry.get("files", ())
         ]
-        return Item((*files, *(repositories[name] for name in entry.get("repositories", ()))), entry["note"])
+        return Item(
+            (*files, *(repositories[name] for name in entry.get("repositories", ()))),
+            entry["note"],
+            entry.get("named", False),
+        )
 
     return {
         kind: {name: item(entry) for name, entry in content[kind].items()} for kind in ("datasets", "rewards", "models")

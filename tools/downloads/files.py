@@ -5,7 +5,6 @@ Their digests are recorded beside them in `SHA256SUMS`, which `sha256sum -c` rea
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from diffusionopd.files import force_to_disk, sha256, write_atomically
 from tools.downloads.catalogue import HUB, File
+from tools.downloads.convert import CONVERSIONS
 from tools.downloads.transfer import LARGEST, DownloadError, Refused, receive, receive_from_hub, resolve, stated
 
 SUMS = "SHA256SUMS"
@@ -51,7 +51,7 @@ def verify(file: File, path: Path) -> None:
     """Check a file that is there, and record its digest. Raises DownloadError if it is not what it should be."""
     actual, size = sha256(path), path.stat().st_size
     expected, expected_size = file.sha256 or recorded(path), 0
-    if not expected:
+    if not expected and not file.convert:  # of what is made of a source, that says nothing
         expected_size, expected = stated(file.urls[0])
     if not actual.startswith(expected) or (expected_size and expected_size != size):
         raise DownloadError(
@@ -69,10 +69,14 @@ def _load(url: str, file: File, path: Path, pause: float) -> None:
         partial, expected = receive_from_hub(url, place), stated(url)[1]
     else:
         partial, expected = place, file.sha256
-        receive(resolve(url), partial, pause, file.size if file.size and not file.extract else LARGEST)
+        receive(resolve(url), partial, pause, file.size if file.size and not file.convert else LARGEST)
+    more = [path.with_name(f"{path.name}.{number}.part") for number, _ in enumerate(file.also)]
     try:
-        if file.extract:
-            partial.write_bytes(question(partial.read_bytes()))
+        for another, to in zip(file.also, more, strict=True):
+            receive(resolve(another), to, pause)
+        if file.convert:
+            sources = [each.read_bytes() for each in (partial, *more)]
+            partial.write_bytes(CONVERSIONS[file.convert](sources))
         actual = sha256(partial)
         if not actual.startswith(expected):
             raise DownloadError(
@@ -83,7 +87,8 @@ def _load(url: str, file: File, path: Path, pause: float) -> None:
         os.replace(partial, path)
         record(path, actual)
     finally:
-        partial.unlink(missing_ok=True)
+        for each in (partial, *more):
+            each.unlink(missing_ok=True)
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -106,38 +111,3 @@ def _sums(path: Path) -> dict[str, str]:
     sums = path.with_name(SUMS)
     text = sums.read_text(encoding="utf-8", errors="replace") if sums.is_file() else ""
     return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)}
-
-
-# ---- What is kept of a source that is not the file itself ------------------------------------------------------------
-
-
-def question(source: bytes) -> bytes:
-    """UnifiedReward's question out of the Python file that asks it, with `{prompt}` where the caption goes.
-
-    It is the one f-string that is assigned to `question`, holds the caption and asks for a "Final Score:". The file is
-    parsed, never run.
-
-    Raises:
-        DownloadError: no such text, or several different ones.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError) as error:
-        raise DownloadError(f"the source of the question is not a Python file: {error}") from None
-    texts = {
-        _template(node.value)
-        for node in nodes
-        if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "question"
-        and isinstance(node.value, ast.JoinedStr)
-    }
-    found = [text for text in texts if "{prompt}" in text and "Final Score:" in text]
-    if len(found) != 1:
-        raise DownloadError(f"the source of the question holds {len(found)} texts that may be it, not one")
-    return f"{found[0]}\n".encode()
-
-
-def _template(text: ast.JoinedStr) -> str:
-    """An f-string with `{name}` where a variable goes."""
-    parts = (ast.literal_eval(p) if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in text.values)  # type: ignore[attr-defined]
-    return "".join(parts)

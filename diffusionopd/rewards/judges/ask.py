@@ -1,0 +1,34 @@
+"""Several questions about each of several images: what they say, and how their answers are read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from diffusionopd.rewards.base import UnfitPromptError
+from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question
+
+_PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+def filled(template: str, prompt: str, metadata: Mapping[str, Any]) -> str:
+    """The template with `{prompt}` and `{key}` of the metadata filled in, once; other braces have no meaning.
+
+    Raises:
+        UnfitPromptError: the metadata lacks a key.
+    """
+    values = {"prompt": prompt, **metadata}
+    if missing := sorted({name for name in _PLACE.findall(template) if name not in values}):
+        raise UnfitPromptError(f"has no {', '.join(map(repr, missing))}, which the judge's question names", prompt)
+    return _PLACE.sub(lambda place: str(values[place[1]]), template)
+
+
+def ask_each(server: JudgeServer, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+    """The answers to each image's questions, all of them asked side by side."""
+    answers = iter(server.ask([question for group in questions for question in group]))
+    return [list(islice(answers, len(group))) for group in questions]
+
+
+def yes_or_no(answer: Answer) -> bool | None:
+    """Whether the first word is yes; None if it is neither yes nor no."""
+    return {"yes": True, "no": False}.get(answer.word())

@@ -1,0 +1,135 @@
+"""GenEval 2 (Kamath et al., arXiv 2512.16853): Soft-TIFA, the probability that a VQA model gives the right answers.
+
+The protocol is that of `evaluation.py` and `soft_tifa_analysis.py` of github.com/facebookresearch/GenEval2, whose judge
+is Qwen3-VL-8B-Instruct: each question with "Answer in one word.", the image at its own size; the score of a question is
+the probability, as the first token of the answer, of the ways to write the right word. Here it comes from the server's
+list of most probable first tokens.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, Scores, UnfitPromptError, Weighted, unfit
+from diffusionopd.rewards.images import Images, each_uint8
+from diffusionopd.rewards.judges.ask import ask_each
+from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question, data_url
+
+SKILLS = ("object", "attribute", "count", "position", "verb")
+ATOMS = range(3, 11)
+_NUMBERS = dict(zip("one two three four five six seven eight nine ten".split(), map(str, range(1, 11)), strict=True))
+
+
+@dataclass(frozen=True)
+class Atom:
+    """One question of a prompt, its right answer in words, and its skill."""
+
+    question: str
+    answer: str
+    skill: str
+
+
+def parse_atoms(prompt: str, metadata: Mapping[str, Any]) -> list[Atom]:
+    """The questions of a line of `geneval2_data.jsonl`. Raises `UnfitPromptError` for a line of another form."""
+    pairs, skills = metadata.get("vqa_list"), metadata.get("skills")
+    if not (isinstance(pairs, list) and isinstance(skills, list) and pairs and len(pairs) == len(skills)):
+        raise UnfitPromptError("has no 'vqa_list' with as many 'skills', as GenEval 2's prompts have them", prompt)
+    atoms = []
+    for pair, skill in zip(pairs, skills, strict=True):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
+            raise UnfitPromptError(f"has {pair!r} in its 'vqa_list', not [question, answer]", prompt)
+        if skill not in SKILLS:
+            raise UnfitPromptError(f"has the skill {skill!r}, not one of {', '.join(SKILLS)}", prompt)
+        atoms.append(Atom(pair[0], pair[1], skill))
+    return atoms
+
+
+def right_answers(atom: Atom) -> list[str]:
+    """The ways to write the right answer that count, officially."""
+    if not atom.question.startswith("How many"):
+        return ["Yes", "yes", " yes", " Yes"]
+    word, number = atom.answer, _NUMBERS.get(atom.answer, "other")
+    return [word, word.capitalize(), f" {word}", f" {word.capitalize()}", number, f" {number}"]
+
+
+def first_tokens(answers: Sequence[str]) -> frozenset[str]:
+    """The first token of each, as Qwen's tokenizer has them: words are one, digits one each, a blank before them too.
+
+    So of " 4" it is the blank, which officially counts as right. Words are taken to be one token without a check.
+    """
+    return frozenset(re.match(r"\d| (?=\d)|.*", answer)[0] for answer in answers)  # type: ignore[index]
+
+
+def probability(answer: Answer, tokens: frozenset[str]) -> tuple[float, bool]:
+    """The probability of the tokens, and whether any of them is in the server's list.
+
+    Of tokens that are not there it is known that each is less probable than the last that is, and all together have
+    what the list leaves. That bound is taken: with 0 in its place, the geometric mean would be 0.
+    """
+    if listed := [p for token, p in answer.first.items() if token in tokens]:
+        return min(sum(listed), 1.0), True
+    return min(min(answer.first.values(), default=0.0), max(0.0, 1.0 - sum(answer.first.values()))), False
+
+
+@dataclass(eq=False)
+class GenEval2(JudgeServer):
+    """`geneval2`: Soft-TIFA GM, the geometric mean of the probabilities of a prompt's right answers, 0 to 1.
+
+    `geneval2_am` is their arithmetic mean, `geneval2_tifa` the share of questions whose most probable answer is right;
+    `geneval2_<skill>` the arithmetic mean over the questions of one skill, and of a test set over all of its questions;
+    `geneval2_atoms_<n>` is `geneval2` of the prompts with n atoms. `geneval2_unseen` is the share of questions of whose
+    right answer the server gave a bound only.
+    """
+
+    model: str = "Qwen/Qwen3-VL-8B-Instruct"
+
+    name: ClassVar[str] = "geneval2"
+    start: ClassVar[str] = "vllm serve Qwen/Qwen3-VL-8B-Instruct --host 127.0.0.1 --port 8000"
+    combined: ClassVar[Combined] = {
+        f"geneval2_{skill}": Weighted(f"geneval2_{skill}", f"geneval2_{skill}_questions") for skill in SKILLS
+    }
+
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """As `PromptChecker.check`: prompts without GenEval 2's questions."""
+        return unfit(parse_atoms, prompts, metadata)
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without questions, first of all."""
+        atoms = [parse_atoms(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
+        urls = [data_url(pixels) for pixels in each_uint8(images)]
+        questions = [
+            [Question(url, f"{atom.question} Answer in one word.", probabilities=True) for atom in each]
+            for url, each in zip(urls, atoms, strict=True)
+        ]
+        rows = [
+            _row(each, answers, data.get("atom_count"))
+            for each, answers, data in zip(atoms, ask_each(self, questions), metadata, strict=True)
+        ]
+        return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in _row([], [], None)}
+
+
+def _row(atoms: Sequence[Atom], answers: Sequence[Answer], atom_count: Any) -> dict[str, float]:
+    """The scores of one image."""
+    right = [right_answers(atom) for atom in atoms]
+    found = [probability(answer, first_tokens(each)) for answer, each in zip(answers, right, strict=True)]
+    soft = np.array([p for p, _ in found], dtype=np.float64)
+    hard = [
+        answer.text.lower() in each for answer, each in zip(answers, right, strict=True)
+    ]  # so that "YES" counts too
+    with np.errstate(divide="ignore"):
+        geometric = float(np.exp(np.mean(np.log(soft)))) if len(soft) else NOT_APPLICABLE
+    row = {"geneval2": geometric, "geneval2_am": _mean(soft), "geneval2_tifa": _mean(hard)}
+    for skill in SKILLS:
+        own = [p for p, atom in zip(soft, atoms, strict=True) if atom.skill == skill]
+        row[f"geneval2_{skill}"] = _mean(own)
+        row[f"geneval2_{skill}_questions"] = float(len(own)) or NOT_APPLICABLE
+    row |= {f"geneval2_atoms_{n}": geometric if atom_count == n else NOT_APPLICABLE for n in ATOMS}
+    return row | {"geneval2_unseen": _mean([not seen for _, seen in found])}
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else NOT_APPLICABLE

@@ -1,0 +1,362 @@
+"""T2I-CompBench's rewards against its own steps, on tiny random weights and hand-made detections and parses."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+)
+
+from diffusionopd.rewards import RewardError, UnfitPromptError, check_prompts
+from diffusionopd.rewards.compbench import blip_vqa, phrases, scorers
+from diffusionopd.rewards.compbench import spatial as spatial_module
+from diffusionopd.rewards.compbench.phrases import RELATIONS, Spatial, noun_phrases, spatial
+from diffusionopd.rewards.compbench.scorers import Attribute, Complex, NonSpatial, SpatialRelation
+from diffusionopd.rewards.compbench.spatial import Found, frame_scale, load_detector, position_score, spatial_score
+from diffusionopd.tiny.models import clip_tokenizer
+
+from .helpers_rewards import MEAN, STD, save_clip, smooth_images
+
+SIDE, WIDTH = 48, 32
+WORDS = ["a", "red", "blue", "hat", "bench", "yes", "no", "?", "of", "the"]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+PROMPTS = ["a red hat", "a blue bench and a red hat", "the hat."]
+PHRASES = {PROMPTS[0]: ["a red hat"], PROMPTS[1]: ["a blue bench", "a red hat", "top"], PROMPTS[2]: ["The Hat (of)!"]}
+
+
+# ---- a stand-in of spaCy ---------------------------------------------------------------------------------------------
+
+TAGS = {"cat": "NOUN", "dog": "NOUN", "hat": "NOUN", "bench": "NOUN", "girl": "NOUN", "Rome": "PROPN", "red": "ADJ",
+        "blue": "ADJ", "fluffy": "ADJ", "Leaning": "PROPN", "Tower": "PROPN"}  # fmt: skip
+
+
+class Doc(list):
+    """Tokens with a text and a part of speech; a slice has the text of its words."""
+
+    @property
+    def text(self):
+        return " ".join(token.text for token in self)
+
+    def __getitem__(self, key):
+        return Doc(super().__getitem__(key)) if isinstance(key, slice) else super().__getitem__(key)
+
+
+def parse(prompt: str) -> Doc:
+    words = re.findall(r"\w+|[^\w\s]", prompt)
+    doc = Doc(SimpleNamespace(text=word, pos_=TAGS.get(word, "ADP")) for word in words)
+    doc.noun_chunks = [SimpleNamespace(text=text) for text in PHRASES.get(prompt, [])]
+    return doc
+
+
+@pytest.fixture(autouse=True)
+def parser(monkeypatch):
+    for module in (phrases, scorers):
+        monkeypatch.setattr(module, "load_parser", lambda: parse)
+
+
+def test_objects_and_relation_of_a_prompt():
+    simple = {
+        "a cat on the top of a dog": ("cat", "dog", "on the top of"),
+        "a girl next to a hat": ("person", "hat", "next to"), "a cat": ("cat", "cat", None), "red": (None, None, None),
+    }  # fmt: skip
+    assert {text: spatial(text) for text in simple} == {text: Spatial(*wanted) for text, wanted in simple.items()}
+    around = {
+        "The red hat was on top of the blue bench .": ("hat", "bench", "on top of"),
+        "The fluffy cat is on the left of the dog .": ("cat", "dog", "on the left of"),
+        "A girl near the Leaning Tower today": ("person", "Tower", "near"),
+        "cat near dog next to hat": (None, None, "next to"),  # four objects: none
+        "The cat sleeps": (None, None, None),
+    }
+    found = {text: spatial(text, is_complex=True) for text in around}
+    assert found == {text: Spatial(*wanted) for text, wanted in around.items()}
+    assert phrases.without_adjectives("The fluffy cat , red") == "The cat ,"
+    assert noun_phrases(PROMPTS[1]) == ["a blue bench", "a red hat"], "top is no thing"
+    with pytest.raises(UnfitPromptError, match="noun phrase"):
+        noun_phrases("red")
+
+
+def test_without_spacy_the_commands_are_named(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(RewardError, match=r"pip install -e '\.\[compbench\]' && pip install https://\S+en_core_web_sm"):
+        phrases.load_parser()
+    assert check_prompts(["compbench_attribute"], ["red"], [{}]) == {}
+
+
+# ---- attributes ------------------------------------------------------------------------------------------------------
+
+
+def to_blip(name: str) -> str:
+    """The name of a tensor in BLIP's own code."""
+    for new, old in {
+        "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
+        "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
+        "vision_model.embeddings.patch_embedding": "visual_encoder.patch_embed.proj",
+        "vision_model.post_layernorm": "visual_encoder.norm", "vision_model.encoder.layers": "visual_encoder.blocks",
+        "self_attn.qkv": "attn.qkv", "self_attn.projection": "attn.proj", "layer_norm": "norm",
+    }.items():  # fmt: skip
+        name = name.replace(new, old)
+    return name
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    """transformers' own BLIP for answers, its weights in BLIP's names, and `Attribute` of them."""
+    torch.manual_seed(0)
+    path, shape = tmp_path_factory.mktemp("blip"), {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = BlipVisionConfig(**shape, image_size=SIDE, patch_size=16, layer_norm_eps=1e-6)
+    size = len(VOCABULARY) + 2
+    text = BlipTextConfig(**shape, encoder_hidden_size=WIDTH, vocab_size=size, max_position_embeddings=64)
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    state = {to_blip(name): value.clone() for name, value in model.state_dict().items()}
+    state |= {f"text_{part}.embeddings.position_ids": torch.arange(64)[None] for part in ("encoder", "decoder.bert")}
+    torch.save({"model": state}, path / "blip.pth")
+    BertTokenizer(vocab={token: i for i, token in enumerate(VOCABULARY)}).save_pretrained(path / "tokenizer")
+    files = {"checkpoint": str(path / "blip.pth"), "tokenizer": str(path / "tokenizer")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blip_vqa, "VISION", vision)
+        patch.setattr(blip_vqa, "TEXT", text)
+        yield model, files, state
+    blip_vqa.load_blip_vqa.cache_clear()
+
+
+@torch.no_grad()
+def official_attribute(model, image: Image.Image, questions: list[str]) -> float:
+    """`BLIP_vqa.py` and `vqa_prob`: one question after the other, each to four decimals, and their product."""
+    reward = 1.0
+    for question in questions:
+        question = re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" ")
+        resized = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        pixels = (np.asarray(resized, dtype=np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+        patches = model.vision_model(torch.from_numpy(pixels).permute(2, 0, 1)[None].float()).last_hidden_state
+        words = re.findall(r"\w+|\?", question)
+        ids = torch.tensor([[len(VOCABULARY) + 1, *(VOCABULARY.index(w) for w in words), VOCABULARY.index("[SEP]")]])
+        states = model.text_encoder(ids, encoder_hidden_states=patches, return_dict=True).last_hidden_state
+        start = torch.tensor([[len(VOCABULARY)]])
+        logits = model.text_decoder(start, encoder_hidden_states=states, return_dict=True).logits[0, 0]
+        probabilities = logits.softmax(dim=-1)
+        yes, no = (probabilities[VOCABULARY.index(word)] for word in ("yes", "no"))
+        reward *= float(f"{yes / (yes + no):.4f}")
+    return float(f"{reward:.4f}")
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 64), (70, 40)])
+def test_attribute_is_the_official_score(blip, size):
+    model, files, _ = blip
+    images = smooth_images(*size)
+    asked = [[f"{each}?" for each in noun_phrases(prompt)] for prompt in PROMPTS]
+    wanted = [official_attribute(model, *pair) for pair in zip(images, asked, strict=True)]
+    scorer = Attribute(**files)
+    scores = scorer.score(images, PROMPTS, [{}] * 3)
+    np.testing.assert_allclose(scores["compbench_attribute"], wanted, atol=1.01e-4)
+    assert np.ptp(wanted) > 0.05 and scores["compbench_attribute"].dtype == np.float64
+    assert scorer.score([], [], [])["compbench_attribute"].shape == (0,)
+
+
+def test_the_configuration_has_the_published_sizes():
+    published = blip_vqa.BlipVisionConfig(**blip_vqa._BASE, image_size=480)
+    assert (published.hidden_size, published.num_hidden_layers, published.patch_size) == (768, 12, 16)
+    assert blip_vqa._BASE == {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    }  # fmt: skip
+    assert BlipTextConfig().vocab_size == 30524 and BlipTextConfig().layer_norm_eps == 1e-12
+
+
+def test_another_checkpoint_is_refused_and_questions_are_cut_as_blip_cuts_them(blip, tmp_path):
+    _, files, state = blip
+    torch.save({"model": {k: v for k, v in state.items() if "norm1" not in k}}, tmp_path / "other.pth")
+    with pytest.raises(RewardError, match=r"(?s)not the checkpoint.*layer_norm1.*tools\.download"):
+        Attribute(**files | {"checkpoint": str(tmp_path / "other.pth")})
+    assert blip_vqa.clean_question('A "Red" Hat: (big)~ ') == "a red hat big"
+    assert len(blip_vqa.clean_question("w " * 60).split(" ")) == 50
+    assert check_prompts(["compbench_attribute"], [PROMPTS[0], "red"], [{}] * 2).keys() == {1}
+
+
+# ---- spatial relations -----------------------------------------------------------------------------------------------
+
+
+def official_position(locality, a, b, iou_threshold=0.1, distance_threshold=150):
+    """`determine_position`, written out: boxes are (x_min, y_min, x_max, y_max)."""
+    x = (b[0] + b[2]) / 2 - (a[0] + a[2]) / 2
+    y = (b[1] + b[3]) / 2 - (a[1] + a[3]) / 2
+    inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    iou = inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+    soft = 1 if iou < iou_threshold else iou_threshold / iou
+    if locality in ["next to", "on side of", "near"]:
+        if abs(x) < distance_threshold or abs(y) < distance_threshold:
+            return 1
+        return distance_threshold / max(abs(x), abs(y))
+    if locality == "on the right of" and x < 0 and abs(x) > abs(y):
+        return soft
+    if locality == "on the left of" and x > 0 and abs(x) > abs(y):
+        return soft
+    if locality == "on the bottom of" and y < 0 and abs(y) > abs(x):
+        return soft
+    if locality == "on the top of" and y > 0 and abs(y) > abs(x):
+        return soft
+    return 0
+
+
+def test_positions_are_scored_as_officially():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(400):
+        boxes = []
+        for _ in range(2):
+            left, top = rng.uniform(0, 420, 2)
+            boxes.append((left, top, left + rng.uniform(5, 200), top + rng.uniform(5, 200)))
+        for relation in (*RELATIONS, None):
+            wanted = official_position(relation, *boxes)
+            first, second = (Found(box, 0.5) for box in boxes)
+            assert math.isclose(position_score(relation, first, second), wanted)
+            seen.add((relation, wanted > 0, 0 < wanted < 1))
+    assert len(seen) > 2 * len(RELATIONS)
+    assert frame_scale(512, 512) == 479 / 512 and frame_scale(256, 512) == 480 / 512
+
+
+def test_a_spatial_score_needs_both_objects_and_a_half():
+    left, right = Found((0, 0, 10, 10), 0.9), Found((50, 0, 60, 10), 0.3)
+    asked = Spatial("cat", "dog", "on the left of")
+    assert math.isclose(spatial_score(asked, {"cat": left, "dog": right}), 0.25 * 1.2 + 0.5)
+    assert spatial_score(Spatial("cat", "dog", "on the right of"), {"cat": left, "dog": right}) == 0.0  # 0.3
+    assert spatial_score(asked, {"cat": left}) == spatial_score(asked, {}) == 0.0
+    assert spatial_score(Spatial(None, None, "near"), {"cat": left}) == 0.0
+    assert list(check_prompts(["compbench_spatial"], ["a cat", "a cat near a dog"], [{}] * 2)) == [0]
+
+
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory) -> str:
+    """An OWLv2 of random weights in the hub's format."""
+    torch.manual_seed(0)
+    vocabulary = dict(sorted(clip_tokenizer("<|endoftext|>").get_vocab().items(), key=lambda item: item[1]))
+    vocabulary = {token: i for i, token in enumerate(["unused", *vocabulary])}  # a query that begins with 0 is none
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Owlv2Config(text_config=text, vision_config={**shape, "image_size": 64, "patch_size": 16},
+                         projection_dim=32)  # fmt: skip
+    path = tmp_path_factory.mktemp("owl")
+    Owlv2ForObjectDetection(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
+    """As transformers' own way from the model's output to boxes."""
+    monkeypatch.setattr(spatial_module, "THRESHOLD", 0.0)  # random weights are not sure of anything
+    pytest.importorskip("scipy")
+    with pytest.warns(UserWarning, match="not comparable"):
+        scorer = SpatialRelation(detector=owl)
+    detect, pixels = scorer.detect, np.asarray(smooth_images(64, 64, 1)[0])
+    found = detect(pixels, ["cat", "dog", "cat"])
+    model, processor, tokenizer = detect.args
+    with torch.no_grad():
+        words = tokenizer(["cat", "dog"], padding="max_length", max_length=16, return_tensors="pt")
+        image = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+        output = model(**image, **words)
+    (wanted,) = processor.post_process_object_detection(output, 0.0, [(479, 479)])
+    assert len(wanted["scores"]) and found.keys() == {["cat", "dog"][i] for i in wanted["labels"].tolist()}
+    for i, name in enumerate(("cat", "dog")):
+        own = wanted["labels"] == i
+        if own.any():
+            best = int(wanted["scores"][own].argmax())
+            assert math.isclose(found[name].score, float(wanted["scores"][own][best]), abs_tol=1e-6)
+            np.testing.assert_allclose(found[name].box, wanted["boxes"][own][best], atol=1e-3)
+    scores = scorer.score(pixels[None], ["a cat near a dog"], [{}])
+    assert list(scores) == ["compbench_spatial"] and 0 <= scores["compbench_spatial"][0] <= 1
+    with pytest.raises(RewardError, match="hf download nobody/none"), pytest.warns(UserWarning):
+        load_detector("nobody/none", "cpu", "float32")
+
+
+# ---- other relations, and complex prompts ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_b(tmp_path_factory):
+    """The tiny CLIP of the other tests, its weights in open_clip's names."""
+    path = tmp_path_factory.mktemp("clip")
+    folder = save_clip(path / "hub")
+    model = scorers.CLIPModel.from_pretrained(folder)
+    state = {}
+    for name, value in model.state_dict().items():
+        for new, old in {
+            "vision_model.embeddings.class_embedding": "visual.class_embedding",
+            "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+            "vision_model.embeddings.patch_embedding": "visual.conv1", "vision_model.pre_layrnorm": "visual.ln_pre",
+            "vision_model.post_layernorm": "visual.ln_post", "visual_projection.weight": "visual.proj",
+            "vision_model.encoder.layers": "visual.transformer.resblocks", "text_projection.weight": "text_projection",
+            "text_model.encoder.layers": "transformer.resblocks",
+            "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
+            "text_model.embeddings.position_embedding.weight": "positional_embedding",
+            "self_attn.out_proj": "attn.out_proj", "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+        }.items():  # fmt: skip
+            name = name.replace(new, old)
+        state[name] = value.T if name in ("visual.proj", "text_projection") else value
+    for name in [name for name in state if ".self_attn.q_proj." in name]:
+        parts = [state.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        state[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    save_file(
+        {name: value.contiguous() for name, value in state.items() if "position_ids" not in name},
+        path / "b.safetensors",
+    )
+    config = model.config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorers, "CLIP_B_CONFIG", config)
+        yield str(path / "b.safetensors"), folder
+    scorers.load_clip_b.cache_clear()
+
+
+def test_nonspatial_is_the_cosine_of_clip(clip_b):
+    checkpoint, folder = clip_b
+    images = smooth_images(40, 56)
+    scores = NonSpatial(checkpoint=checkpoint, tokenizer=folder).score(images, PROMPTS, [{}] * 3)
+    wanted = scorers.Clip(*_hub_clip(folder)).cosine(images, PROMPTS)
+    np.testing.assert_allclose(scores["compbench_nonspatial"], wanted, atol=1e-5)
+    config = CLIPConfig(text_config=CLIPTextConfig().to_dict(), vision_config=CLIPVisionConfig().to_dict())
+    assert (config.text_config.hidden_size, config.vision_config.patch_size) == (512, 32), (
+        "transformers' own are B/32's"
+    )
+
+
+def _hub_clip(folder):
+    return scorers.CLIPModel.from_pretrained(folder).eval(), scorers.load_tokenizer(scorers.CLIPTokenizer, folder)
+
+
+def test_complex_is_the_mean_of_what_applies(blip, clip_b, monkeypatch):
+    where = {"cat": Found((0, 0, 10, 10), 0.8), "bench": Found((60, 0, 70, 10), 0.4)}
+    monkeypatch.setattr(scorers, "load_detector", lambda *given: lambda pixels, names: {n: where[n] for n in names})
+    prompts = ["red cat on the left of a bench"] * 3
+    monkeypatch.setitem(PHRASES, prompts[0], ["a red hat"])
+    checkpoint, folder = clip_b
+    scorer = Complex(**blip[1], clip=checkpoint, clip_tokenizer=folder)
+    images = [smooth_images(48, 48, 1)[0]] * 3
+    scores = scorer.score(images, prompts, [{"kind": kind} for kind in ("spatial", "action", "both")])
+    attribute = official_attribute(blip[0], images[0], ["a red hat?"])
+    action = scorers.Clip(*_hub_clip(folder)).cosine(images[:1], ["cat on the left of a bench"])[0]
+    spatial = 0.25 * 1.2 + 0.5 * official_position("on the left of", where["cat"].box, where["bench"].box)
+    wanted = [(attribute + spatial) / 2, (attribute + action) / 2, (attribute + spatial + action) / 3]
+    np.testing.assert_allclose(scores["compbench_complex"], wanted, atol=1e-4)
+    assert scores.keys() == {
+        "compbench_complex",
+        *(f"compbench_complex_{p}" for p in ("attribute", "spatial", "action")),
+    }
+    assert list(check_prompts(["compbench_complex"], ["p"] * 3, [{}, {"kind": "action"}, {"kind": "x"}])) == [0, 2]
