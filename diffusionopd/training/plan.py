@@ -50,9 +50,9 @@ from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, Lor
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 from diffusionopd.training.checkpoint import CheckpointError, locate
+from diffusionopd.training.trackers import TRACKERS
 
 T = TypeVar("T")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class RunSettings:
     """Where to start from: None or "" afresh, the path of a checkpoint folder or of a run (its latest checkpoint), or
     "auto": the newest checkpoint of the run folder, afresh if there is none."""
     log_with: str = key("log_with", "none", resume=FREE)
-    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
+    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb", "swanlab", "mlflow", or several with commas. They
+    get the numbers of each round, sample grids (`sample_freq`) and a table of each evaluation (`eval_freq`)."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
     """Project name in the tracker."""
     collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)
@@ -111,7 +112,7 @@ class RunSettings:
                     what = there if folder.is_dir() else f"does not exist{looked_in(folder)}"
                     problems.add("resume_from", f"is {folder}, which {what}", remedy)
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
-            remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
+            remedy = f'Use "none", or some of {", ".join(TRACKERS)} with commas.'
             problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
         elif missing := [name for name in self.trackers if find_spec(name) is None]:
             problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
