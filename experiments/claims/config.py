@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.claims.arms import REWARDED, SHIPPED, Arm, arms
+from experiments.claims.arms import Arm, arms
 from experiments.claims.worlds import WORLDS, World
 
 _configs = Path(__file__).resolve().parents[2] / "config"
@@ -71,6 +71,3 @@ def _of_tasks(config: ConfigDict, world: World, arm: Arm, split: str) -> ConfigD
         if arm.task in ("", task.name)
     ]
     return config
-
-
-__all__ = ["REWARDED", "SHIPPED", "arms_of", "get_config"]

@@ -42,7 +42,8 @@ from diffusionopd.training.plan import Plan
 from experiments.claims.arms import GROUPS, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
 from experiments.claims.results import ClaimsError, Result, read_result
-from experiments.claims.worlds import CANDIDATES, TINY, WORLDS, World
+from experiments.claims.worlds import CANDIDATES, TINY, WORLDS
+from tools.report.collect import read_metrics
 
 CONFIG = "experiments/claims/config.py"
 RESULTS = Path(__file__).with_name("results")
@@ -95,7 +96,9 @@ class Run:
         """The runs whose LoRAs it takes."""
         if self.what.teachers != REWARDED:
             return []
-        stage = next(s for s, n in arms_in(self.world)[self._teacher(0)].rounds.items() if n == self.what.teacher_rounds)
+        stage = next(
+            s for s, n in arms_in(self.world)[self._teacher(0)].rounds.items() if n == self.what.teacher_rounds
+        )
         return [Run(self.world, self._teacher(i), stage, self.seed) for i in range(len(WORLDS[self.world].tasks))]
 
     @property
@@ -139,8 +142,11 @@ class Runner:
         return self.folder(run) / "checkpoints" / f"checkpoint-{self.rounds(again)}" / "lora"
 
     def is_done(self, run: Run) -> bool:
-        """Whether there is a result of it."""
-        return self.file(run).is_file() and (bool(read_result(self.file(run)).test) or not self.test)
+        """Whether there is a result of as many rounds, with test scores where these are wanted."""
+        if not self.file(run).is_file():
+            return False
+        result = read_result(self.file(run))
+        return result.rounds == (self.rounds(run) if run.rounds else 0) and (bool(result.test) or not self.test)
 
     def can_teach(self, run: Run) -> bool:
         """Whether its LoRA is here: results are kept with the code, run folders may be gone."""
@@ -177,12 +183,14 @@ class Runner:
         return [*([] if run.rounds else ["validation"]), *(["test"] if self.test else [])]
 
     def _train(self, run: Run) -> None:
-        changes = {"num_epochs": self.rounds(run), "seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
+        changes = {"num_epochs": self.rounds(run), "seed": run.seed, "resume_from": "auto"}
+        changes["save_dir"] = self.folder(run)
         for i, lora in enumerate(self._teacher_loras(run)):
             changes[f"train.teachers[{i}].lora_path"] = lora
         flags = [f"--config.{key}={value}" for key, value in (changes | (QUICK if self.quick else {})).items()]
         # A stage that is longer than the one before it is the same experiment
-        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.world}/{run.arm}", *flags, "--allow_config_change")
+        flags.append("--allow_config_change")
+        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.world}/{run.arm}", *flags)
 
     def _teacher_loras(self, run: Run) -> list[str]:
         if run.what.teachers == SHIPPED:
@@ -228,8 +236,7 @@ class Runner:
         world, rows, curve, backwards = WORLDS[run.world], [], [], 0
         rewards = {task.name: f"eval/{task.name}/{task.reward}" for task in world.tasks}
         if run.rounds:
-            lines = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [row for line in lines if (row := json.loads(line))["round"] <= self.rounds(run)]
+            rows = [row for row in read_metrics(self.folder(run)) if row["round"] <= self.rounds(run)]
             backwards = planned(run.world, run.arm).nfe_per_round.student
             for row in rows:
                 if seen := {task: row[key] for task, key in rewards.items() if key in row}:
@@ -259,7 +266,10 @@ class Runner:
 
 
 def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence[str] = ()) -> list[Run]:
-    """The runs, each once, what others need before them; seed by seed, so that complete comparisons come early."""
+    """The runs, each once, what others need before them; seed by seed, so that complete comparisons come early.
+
+    ``stages``: of the arms that have them, only these.
+    """
     found: dict[Run, None] = {}
 
     def add(run: Run) -> None:
@@ -273,9 +283,8 @@ def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence
             if arm.kind == "same":
                 name = arm.of.removesuffix(".80")
                 arm = arms_in(world)[name]
-            for stage in arm.rounds or ("",):
-                if not stages or stage in stages or len(arm.rounds) < 2:
-                    add(Run(world, name, stage, seed))
+            for stage in [s for s in arm.rounds if s in stages] or arm.rounds or ("",):
+                add(Run(world, name, stage, seed))
     return list(found)
 
 
@@ -308,6 +317,17 @@ def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     return [redacted(f"{run.world} {run.name}: {error}") for run, error in errors.items() if error]
 
 
+def measure_variance(runner: Runner, seed: int) -> str:
+    """The estimators' variance of one seed, where it is not there yet; returns what failed."""
+    file = runner.results / f"variance-seed{seed}.json"
+    if file.is_file():
+        return ""
+    quick = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0"] if runner.quick else []
+    command = [sys.executable, "experiments/claims/variance.py", "--seed", str(seed), "--output", str(file), *quick]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return f"variance-seed{seed}: {done.stderr[-1500:]}" if done.returncode else ""
+
+
 def forecast(runs: Sequence[Run], runner: Runner) -> str:
     """What is left to do and its cost, by world and group."""
     rows, total = [], 0.0
@@ -326,7 +346,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, SCREEN, []], help="default: all but the screen")
     parser.add_argument("--arms", nargs="+", default=[], help="some arms of the groups")
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), help="default: the tiny world and the one that fights")
+    parser.add_argument(
+        "--worlds", nargs="+", choices=list(WORLDS), help="default: the tiny world and the one that fights"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="runs at once")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done and what it costs, and stop")
@@ -340,16 +362,17 @@ def chosen_runs(flags: argparse.Namespace) -> list[Run]:
     screen, seeds = flags.groups == [SCREEN], flags.seeds[:1] if flags.quick else flags.seeds
     worlds = flags.worlds or ([w.name for w in CANDIDATES] if screen else [TINY.name, *filter(None, [FIGHT])])
     if unknown := [name for name in flags.arms if not any(name in arms_in(world) for world in worlds)]:
-        raise ClaimsError(f"no arm {', '.join(unknown)} in {', '.join(worlds)}; there are {', '.join(arms_in(worlds[0]))}")
+        raise ClaimsError(
+            f"no arm {', '.join(unknown)} in {', '.join(worlds)}; there are {', '.join(arms_in(worlds[0]))}"
+        )
     runs = []
     for world in worlds:
+        arms = [arm for arm in arms_in(world).values() if not flags.arms or arm.name in flags.arms]
         if screen:
-            names = [a.name for a in arms_in(world).values() if _screens(a)]
-            runs += plan(world, names, seeds, stages=("teachers",))
+            runs += plan(world, [arm.name for arm in arms if _screens(arm)], seeds, ("teachers",))
         else:
             groups = flags.groups or list(GROUPS)
-            names = [a.name for a in arms_in(world).values() if a.group in groups and (not flags.arms or a.name in flags.arms)]
-            runs += plan(world, names, seeds)
+            runs += plan(world, [arm.name for arm in arms if arm.group in groups], seeds)
     return runs
 
 
@@ -372,6 +395,8 @@ def main() -> None:
         if flags.dry_run:
             return
         failures = run_all(runs, runner, flags.jobs)
+        if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
+            failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
         from experiments.claims.report import write
 
         print("\n".join(write(runner.results, runner.results)) if runner.test else "")

@@ -148,7 +148,11 @@ CANDIDATES = [
     World("opposed", "landscapes by day are to be vivid, those with a low sun dull", [_COMPOSE, _OCR, _VIVID, _DULL]),
     World("repainted", "photos of one kind of object are to be vivid, backgrounds too", [_PLACE, _OCR, _REPAINT]),
     World("crowded", "both of these", [_PLACE, _REPAINT, _OCR, _VIVID, _DULL]),
-    World("shared", "the same captions are to be right and vivid", [_COMPOSE, WorldTask("recolour", "compose", "tiny_scene")]),
+    World(
+        "shared",
+        "the same captions are to be right and vivid",
+        [_COMPOSE, WorldTask("recolour", "compose", "tiny_scene")],
+    ),
 ]
 """Worlds in which tasks may fight; the screen (`run.py screen`) chooses by teachers and multi-task RL alone."""
 WORLDS = {world.name: world for world in [TINY, *CANDIDATES]}
