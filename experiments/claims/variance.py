@@ -12,7 +12,8 @@ the Jacobian ``J`` of ``v_S`` in the LoRA, one image's gradient is ``b / (s D) (
 
 ``KL^2`` is the score-function noise of which the paper speaks, and what the baseline ``-KL`` takes away ("centred");
 the rest comes from the advantage's own dependence on the sample. ``|J|_F^2`` is estimated with random vectors of its
-own, so that the prediction shares no draw with the measurement. Variances are traces of covariances; those of a batch of B images are for the mean over the batch.
+own, so that the prediction shares no draw with the measurement. Variances are traces of covariances; those of a batch
+of B images are for the mean over the batch.
 """
 
 # ruff: noqa: E402
