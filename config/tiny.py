@@ -59,7 +59,7 @@ def mopd_beyond() -> ConfigDict:
 
 
 def mopd_merged() -> ConfigDict:
-    """``mopd`` from the sum of its teachers: the repair of a merge, in a tenth of ``mopd``'s rounds.
+    """``mopd`` from the sum of its teachers: the repair of a merge, tried with a tenth of ``mopd``'s rounds.
 
     Command:   CONFIG=config/tiny.py:mopd_merged NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
     """

@@ -132,6 +132,13 @@ def _sun(height: str) -> Callable[[Caption], bool]:
     return lambda caption: caption.metadata["height"] == height
 
 
+def _crossed(odd: bool) -> Callable[[Caption], bool]:
+    """Half of the landscapes, told by no single word."""
+    return lambda caption: (
+        ((caption.metadata["height"] == "high") ^ (caption.metadata["extra"] in ("tree", "house"))) == odd
+    )
+
+
 _COMPOSE = WorldTask("compose", "compose", "tiny_compose", shipped="compose")
 _OCR = WorldTask("ocr", "ocr", "tiny_ocr", shipped="ocr")
 _PLACE = WorldTask("place", "compose", "tiny_compose", _tagged("two_object", "position"))
@@ -147,7 +154,16 @@ TINY = World(
 CANDIDATES = [
     World("opposed", "landscapes by day are to be vivid, those with a low sun dull", [_COMPOSE, _OCR, _VIVID, _DULL]),
     World("repainted", "photos of one kind of object are to be vivid, backgrounds too", [_PLACE, _OCR, _REPAINT]),
-    World("crowded", "both of these", [_PLACE, _REPAINT, _OCR, _VIVID, _DULL]),
+    World(
+        "crossed",
+        "landscapes are to be vivid or dull by two words together",
+        [
+            _COMPOSE,
+            WorldTask("vivid", "scene", "tiny_scene", _crossed(True)),
+            WorldTask("dull", "scene", "tiny_dull", _crossed(False)),
+        ],
+    ),
+    World("crowded", "the tasks of the first two", [_PLACE, _REPAINT, _OCR, _VIVID, _DULL]),
     World(
         "shared",
         "the same captions are to be right and vivid",
