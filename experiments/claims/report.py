@@ -26,9 +26,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments.claims.arms import GROUPS, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.results import ClaimsError, Runs, read_results, rounds_to
+from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
-from experiments.claims.worlds import WORLDS, World
+from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
 RESULTS = Path(__file__).with_name("results")
 COST_NOTE = (
@@ -176,6 +176,30 @@ def write(results: Path, output: Path) -> list[str]:
         for number, claim in enumerate(one["claims"], 1)
     ]
     return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and the plots"]
+
+
+def screen(results: Path) -> list[str]:
+    """For each candidate world, how far multi-task RL and the sum of the teachers are behind each teacher.
+
+    Validation scores, mean over seeds; of several rates or scales the best one that is there. Multi-task RL at the
+    teachers' cost: a world in which it is .10 behind on some task is one in which tasks fight.
+    """
+    lines = [f"{'world':10} {'model':28} minus each task's teacher, validation"]
+    for world in CANDIDATES:
+        runs, _ = read_results(results, world)
+        for choice, stage in (("multitask_nft", ".teachers"), ("sum_rewarded", "")):
+            names = [arm.name + stage for arm in arms_of(world).values() if arm.choice == choice]
+            if there := [name for name in names if name in runs]:
+                best = max(there, key=lambda name: fmean(overall(each, world) for each in runs[name].values()))
+                behind = ", ".join(f"{task} {_behind(runs, best, task)}" for task in world.names)
+                lines.append(f"{world.name:10} {best:28} {behind}")
+    return lines
+
+
+def _behind(runs: Runs, name: str, task: str) -> str:
+    teachers = runs.get(f"teacher_{task}", {})
+    found = [runs[name][s].validation[task] - teachers[s].validation[task] for s in set(runs[name]) & set(teachers)]
+    return f"{fmean(found):+.3f}" if found else "–"
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         seeds = set.intersection(*(set(runs.get(arm.name, {})) for arm in among))
         if not seeds:
             continue
-        best = max(among, key=lambda arm: fmean(_overall(runs[arm.name][seed], world) for seed in sorted(seeds)))
+        best = max(among, key=lambda arm: fmean(overall(runs[arm.name][seed], world) for seed in sorted(seeds)))
         chosen[choice] = best.name
         for stage in best.rounds or ("",):
             suffix = f".{stage}" if stage else ""
@@ -108,7 +108,8 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
     return runs, chosen
 
 
-def _overall(result: Result, world: World) -> float:
+def overall(result: Result, world: World) -> float:
+    """Mean over the tasks at its end, on validation."""
     return fmean(result.validation[task] for task in world.names)
 
 

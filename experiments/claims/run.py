@@ -41,14 +41,15 @@ from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
 from experiments.claims.arms import GROUPS, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
+from experiments.claims.report import screen, write
 from experiments.claims.results import ClaimsError, Result, read_result
-from experiments.claims.worlds import CANDIDATES, TINY, WORLDS
+from experiments.claims.worlds import CANDIDATES, FIGHTING, TINY, WORLDS
 from tools.report.collect import read_metrics
 
 CONFIG = "experiments/claims/config.py"
 RESULTS = Path(__file__).with_name("results")
-SCREEN, FIGHT = "screen", ""
-"""A run of the candidates for the second world on validation prompts; the one that was chosen."""
+SCREEN = "screen"
+"""A run of the candidates for the second world, on validation prompts."""
 QUICK = {"save_freq": 2, "eval_freq": 2, "eval_num_prompts": 2}
 QUICK_ROUNDS, QUICK_LINES = 2, 4
 SECONDS = {"pass": 0.0047, "image": 0.07, "start": 12.0}
@@ -360,7 +361,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def chosen_runs(flags: argparse.Namespace) -> list[Run]:
     """The runs that the flags ask for. ClaimsError for an arm that no world has."""
     screen, seeds = flags.groups == [SCREEN], flags.seeds[:1] if flags.quick else flags.seeds
-    worlds = flags.worlds or ([w.name for w in CANDIDATES] if screen else [TINY.name, *filter(None, [FIGHT])])
+    worlds = flags.worlds or ([w.name for w in CANDIDATES] if screen else [TINY.name, *FIGHTING])
     if unknown := [name for name in flags.arms if not any(name in arms_in(world) for world in worlds)]:
         raise ClaimsError(
             f"no arm {', '.join(unknown)} in {', '.join(worlds)}; there are {', '.join(arms_in(worlds[0]))}"
@@ -397,9 +398,8 @@ def main() -> None:
         failures = run_all(runs, runner, flags.jobs)
         if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
             failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
-        from experiments.claims.report import write
-
-        print("\n".join(write(runner.results, runner.results)) if runner.test else "")
+        lines = write(runner.results, runner.results) if runner.test else screen(runner.results)
+        print("\n".join(lines))
     except ClaimsError as error:
         sys.exit(f"error: {error}")
     print("\n".join(failures) or "all done")

@@ -171,4 +171,6 @@ CANDIDATES = [
     ),
 ]
 """Worlds in which tasks may fight; the screen (`run.py screen`) chooses by teachers and multi-task RL alone."""
+FIGHTING: Sequence[str] = ()
+"""The one that was chosen, fixed before the first distillation in it; none was yet."""
 WORLDS = {world.name: world for world in [TINY, *CANDIDATES]}
