@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.data.prompts import PromptError, load_folders, load_prompts
+from diffusionopd.data.batches import Batch, Row, side_by_side
+from diffusionopd.data.prompts import Prompt, PromptError, load_folders, load_prompts
 from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder, text_key
 from diffusionopd.models.conditions import NEGATIVE, Conditions, split_reference
 from diffusionopd.training import check, train
@@ -157,3 +159,15 @@ def test_the_cache_knows_the_vae_that_images_are_encoded_with(model, tmp_path):
     finally:
         weights.write_bytes(before)
     assert load_backbone(str(model)).row_shapes(CASE.length, load_backbone(str(model)).configs)["image"] == (4, 8, 8)
+
+
+def test_tasks_of_both_kinds_have_passes_of_their_own():
+    def batch(name, **parts):
+        rows = (Row(name, 0, Prompt("a"), "", 1.0),)
+        return Batch(rows, torch.zeros(1, 1, 2, 2), Conditions(parts), lambda stream, step: torch.zeros(1, 1, 2, 2))
+
+    text, image = torch.zeros(1, 3, 2), torch.zeros(1, 1, 2, 2)
+    drawn = [batch(name, tokens=text) for name in "ab"]
+    edited = batch("c", tokens=text, negative=text, image=image)
+    joined = side_by_side([drawn[0], edited, drawn[1]], 3)
+    assert [[row.task for row in each.rows] for each in joined] == [["a", "b"], ["c"]]

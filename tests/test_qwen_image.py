@@ -10,8 +10,6 @@ import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from PIL import Image
 from safetensors.torch import save_file
-from tools.costs.count import UncountableError, measure_frozen
-from tools.costs.models import read_pipeline
 
 from diffusionopd.models.backbone import BackboneError, load_backbone, read_model
 from diffusionopd.models.latents import unpack
@@ -19,6 +17,8 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.lora_fit import fit
 from diffusionopd.models.schedules import LINSPACE
+from diffusionopd.training.costs.count import UncountableError, measure_frozen
+from diffusionopd.training.costs.models import read_pipeline
 
 from .families import qwen_image, qwen_image21
 

@@ -58,6 +58,9 @@ WITHOUT_WEIGHTS = (
     "kind",
     "LoraConfig",
     "AutoConfig",
+    "AutoTokenizer",
+    "TextProcessor",
+    "ImageTextProcessor",
     "PeftModel",
 )
 

@@ -115,12 +115,15 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def side_by_side(batches: Sequence[Batch], tasks: int) -> list[Batch]:
-    """Those of the same samples of different tasks joined, at most ``tasks`` in one; for 1 all as they are."""
+    """Those of the same samples of different tasks joined, at most ``tasks`` in one; for 1 all as they are.
+
+    Only what has the same conditions is joined: prompts with a reference image walk beside none without.
+    """
     if tasks < 2:
         return list(batches)
-    alike: dict[int, list[Batch]] = {}
+    alike: dict[object, list[Batch]] = {}
     for batch in batches:
-        alike.setdefault(batch.rows[0].sample, []).append(batch)
+        alike.setdefault((batch.rows[0].sample, frozenset(batch.text.parts)), []).append(batch)
     return [join(group[start : start + tasks]) for group in alike.values() for start in range(0, len(group), tasks)]
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusionopd.distributed import gather_over_processes, together
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.models.sharding import requested_sharding
+from diffusionopd.training.costs.count import UncountableError
 from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import MACHINE, own_models, step_cost, tasks_that_fit
 from diffusionopd.training.plan import Plan
@@ -36,7 +37,10 @@ def _fitting(plan: Plan, device: torch.device) -> int:
     if device.type != "cuda" or tasks == 1:
         return tasks
     pipeline = read_pipeline(**plan.read(BaseSettings).source)
-    cost, own = step_cost(plan, pipeline, plan.shape.backward_size), own_models(plan, pipeline)
+    try:
+        cost, own = step_cost(plan, pipeline, plan.shape.backward_size), own_models(plan, pipeline)
+    except UncountableError:
+        return 1
     free, _ = torch.cuda.mem_get_info(device)
     shards = min(plan.shape.num_processes, MACHINE) if requested_sharding() else 1
     return min(tasks, tasks_that_fit(plan, cost, own, free, shards))
