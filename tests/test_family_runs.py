@@ -105,7 +105,7 @@ def test_every_kernel_and_algorithm_trains(world, tmp_path):
 
 
 def test_what_saves_memory_or_time_trains_the_same_student(world, tmp_path, monkeypatch):
-    """Merged teachers, recomputed activations, compiled blocks; other targets train another one."""
+    """Merged teachers, recomputed activations, compiled blocks, and nearly so bfloat16; other targets do not."""
     monkeypatch.setattr(setup, "check_compiler", lambda device: None)
     monkeypatch.setattr(setup, "compile_blocks", lambda blocks: compile_blocks(blocks, backend="eager"))
     plain = world.run(tmp_path, "plain")
@@ -113,6 +113,8 @@ def test_what_saves_memory_or_time_trains_the_same_student(world, tmp_path, monk
         assert_equal_rounds(world.run(tmp_path, name, **{name: True}), plain)
         assert_same(last(tmp_path, name), last(tmp_path, "plain"))
     torch._dynamo.reset()
+    half = {"mixed_precision": "bf16", "train__merge_teachers": True, "activation_checkpointing": True}
+    assert world.run(tmp_path, "half", **half)[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.05)
     beyond = [teacher | {"strength": 1.25} for teacher in world.teachers]
     for name, options in (
         ("beyond", {"train__teachers": beyond}),
