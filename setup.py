@@ -44,6 +44,8 @@ EXTRAS = {
     "paddle": ["paddleocr>=3.7,<4", "paddlepaddle>=3.3,<4", "rapidfuzz>=3.9,<4"],
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.19,<1"],
+    "swanlab": ["swanlab>=0.6,<1"],
+    "mlflow": ["mlflow>=2.20,<4"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["tiny"],
@@ -66,7 +68,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["diffusionopd", "diffusionopd.*"]),
-    package_data={"diffusionopd": ["py.typed"]},
+    package_data={"diffusionopd": ["py.typed", "training/costs/*.json"]},
     entry_points={"console_scripts": ["diffusionopd = diffusionopd.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=REQUIREMENTS,

@@ -75,9 +75,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
     parser.add_argument("--variant", help='of its weight files, such as "fp16"')
     parser.add_argument("--model_config", help="pipeline folder or hub id for a base model that is a single file")
-    parser.add_argument(
-        "--num_inference_steps", type=int, help="steps of the first-order ODE (default: the model's, 40)"
-    )
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the ODE (default: the model's, 40)")
     parser.add_argument("--guidance_scale", type=float, help="guidance; 1 is without (default: the model's, 4.5)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the model's, 128)")

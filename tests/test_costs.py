@@ -23,10 +23,10 @@ from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.training import check, load_config, train
+from diffusionopd.training.costs.count import Cost, count_decode, measure
+from diffusionopd.training.costs.models import Pipeline, read_pipeline
+from diffusionopd.training.costs.round import memory, step_cost, work
 from tools import cost as command
-from tools.costs.count import Cost, count_decode, measure
-from tools.costs.models import Pipeline, read_pipeline
-from tools.costs.round import memory, step_cost, work
 
 from .conftest import ROOT, TARGETS
 from .helpers import metrics

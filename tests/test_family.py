@@ -16,7 +16,7 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training import check, load_config, train
-from tools.costs.models import PUBLISHED, read_pipeline
+from diffusionopd.training.costs.models import PUBLISHED, read_pipeline
 
 from .conftest import ROOT, TARGETS
 from .helpers import metrics

@@ -155,7 +155,7 @@ def test_a_finished_run_is_evaluated_as_the_stock_pipeline_draws(world, tmp_path
     ((backbone, latents),) = seen
     mine, side = world.case.latents(backbone, latents), world.case.resolution
     x = noise(backbone.latent_shape(side), [(Stream.EVALUATION, 42, i, 0) for i in range(2)])
-    pipe = DiffusionPipeline.from_pretrained(world.folder)
+    pipe = DiffusionPipeline.from_pretrained(world.folder, **world.case.parts(world.folder))
     pipe.set_progress_bar_config(disable=True)
 
     def error() -> float:

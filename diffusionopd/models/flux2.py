@@ -107,10 +107,8 @@ class Flux2(Backbone):
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
 
     @classmethod
-    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`: dev's processor."""
-        if not index["tokenizer"][1].endswith("Processor"):
-            return {}
+    def text_parts(cls, root: Path) -> dict[str, Any]:
+        """See :meth:`Backbone.text_parts`: of dev's processor, which needs torchvision, texts need this alone."""
         return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
 
     @classmethod

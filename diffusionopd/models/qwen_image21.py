@@ -98,7 +98,7 @@ class QwenImage21(Backbone):
         return images[:, :3] * alpha + 1 - alpha
 
     @classmethod
-    def text_parts(cls, root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    def text_parts(cls, root: Path) -> dict[str, Any]:
         """See :meth:`Backbone.text_parts`."""
         return {"processor": TextProcessor.from_pretrained(root / "processor", trust_remote_code=False)}
 

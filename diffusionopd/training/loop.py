@@ -31,8 +31,8 @@ from diffusionopd.training.setup import Run, merged_note, started
 from diffusionopd.training.stop import Stop, Stopped
 
 _ROUND_MEMORY = (
-    "Lower train.batch_size (and raise train.gradient_accumulation_steps to match: the student that is trained is the "
-    "same), or set activation_checkpointing; then go on with --config.resume_from=auto."
+    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the "
+    "student that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
 )
 _EVALUATION_MEMORY = "Lower sample.test_batch_size; then go on with --config.resume_from=auto."
 
@@ -156,10 +156,16 @@ def _flush(run: Run) -> None:
     if run.is_main:
         run.lock.check()
     row |= scores
-    run.metrics.write(row)
+    shown = run.plan.wants_grid(row["round"])
+    run.metrics.write(row, run.plan.run.run_dir / "samples" / _grid_of(row["round"]) if shown else None)
     for sign in run.signs.of(row):
         if run.is_main:
             warnings.warn(f"round {row['round']}: {sign}; look at the samples, lower the learning rate", stacklevel=2)
+
+
+def _grid_of(number: int) -> str:
+    """Name of the file with the images of a round."""
+    return f"round-{number:06d}.png"
 
 
 def _monitor(run: Run, number: int, result: Result) -> None:
@@ -170,7 +176,7 @@ def _monitor(run: Run, number: int, result: Result) -> None:
         for task, rows in batch.slices.items()
     ]
     if monitored:
-        grid = f"round-{number:06d}.png" if run.plan.wants_grid(number) and run.is_main else ""
+        grid = _grid_of(number) if run.plan.wants_grid(number) and run.is_main else ""
         with stage("monitoring"):
             scored = run.plan.wants_scores(number)
             run.monitor.watch(monitored, score=scored, grid=grid, title=f"images of round {number}")
@@ -256,6 +262,7 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "round": completed,
         "num_processes": run.plan.shape.num_processes,
         "written_for": run.resume.written_for,
+        "tasks_per_pass": run.plan.shape.tasks_per_pass,
         "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,6 +39,7 @@ from diffusionopd.config_schema.paths import check_adapter, check_model, check_w
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.loras import read_loras
+from diffusionopd.data.prompts import REFERENCE, PromptError, load_folders
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, fitted_round, round_shape, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
@@ -48,9 +50,9 @@ from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, Lor
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 from diffusionopd.training.checkpoint import CheckpointError, locate
+from diffusionopd.training.trackers import TRACKERS
 
 T = TypeVar("T")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class RunSettings:
     """Where to start from: None or "" afresh, the path of a checkpoint folder or of a run (its latest checkpoint), or
     "auto": the newest checkpoint of the run folder, afresh if there is none."""
     log_with: str = key("log_with", "none", resume=FREE)
-    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
+    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb", "swanlab", "mlflow", or several with commas. They
+    get the numbers of each round, sample grids (`sample_freq`) and a table of each evaluation (`eval_freq`)."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
     """Project name in the tracker."""
     collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)
@@ -109,7 +112,7 @@ class RunSettings:
                     what = there if folder.is_dir() else f"does not exist{looked_in(folder)}"
                     problems.add("resume_from", f"is {folder}, which {what}", remedy)
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
-            remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
+            remedy = f'Use "none", or some of {", ".join(TRACKERS)} with commas.'
             problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
         elif missing := [name for name in self.trackers if find_spec(name) is None]:
             problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
@@ -149,7 +152,7 @@ class WatchSettings:
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
     """Test prompts per task (all processes together), and folder of it, in such an evaluation; 0 is all."""
     eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE, from_model="num_steps")
-    """Sampler steps in evaluation (always a first-order ODE)."""
+    """Sampler steps in evaluation: of the first-order ODE, of the second-order one where the base's pipeline is."""
     eval_guidance_scale: float = key(
         "sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE, from_model="guidance_scale"
     )
@@ -342,6 +345,7 @@ class Plan(RoundPlan):
             ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
+            ("side by side", self._passes()),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("learning rate", self._rate()),
@@ -371,6 +375,17 @@ class Plan(RoundPlan):
         if shape.rounds_per_step > 1:
             optimizer = f"an optimizer step every {shape.rounds_per_step} rounds"
         return f"{shape.images_per_round} images, {shape.backward_batches} backward batches per process, {optimizer}"
+
+    def _passes(self) -> str:
+        shape = self.shape
+        if shape.tasks_per_round == 1:
+            return ""
+        if not shape.tasks_per_pass:
+            return "as many tasks as fit into memory: known at the start, when the model is here"
+        passes = math.ceil(shape.tasks_per_round / shape.tasks_per_pass)
+        images = shape.tasks_per_pass * shape.backward_size
+        tasks, rows = _count(shape.tasks_per_pass, "task"), _count(images, "image")
+        return f"{tasks}, {rows} in a pass, {_count(passes, 'pass', 'es')} for all tasks"
 
     def _steps(self) -> str:
         sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
@@ -474,6 +489,8 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     )
     if model:
         _check_fits(values, tasks, algorithm, model, problems)
+    if model and problems.good("train.teachers"):
+        _check_references(tasks, model, problems)
     own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
     lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
     if problems.good("reward_options"):
@@ -542,6 +559,21 @@ def _read_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInf
         for problem in error.problems:
             problems.add("pretrained.model", f"is {base.model}: {problem}", "")
         return None
+
+
+def _check_references(tasks: Sequence[Task], model: ModelInfo, problems: Problems) -> None:
+    """Prompts with an image are for a base that reads images."""
+    for i, task in enumerate(tasks):
+        if not problems.good(*(f"train.teachers[{i}].{name}" for name in ("dataset", "datasets", "prompt_fn"))):
+            continue
+        try:
+            (first, *_), _ = load_folders(task.folders, task.prompt_fn, "train", 1)
+        except PromptError as error:  # of folders that do not go together: each was looked at before
+            problems.add(f"train.teachers[{i}].datasets", f"cannot be used together: {error}", "")
+            continue
+        if first.reference and not model.family.READS_IMAGES:
+            what = f"has prompts with a {REFERENCE}, such as {first.source}, which the base model does not read"
+            problems.add(f"train.teachers[{i}].dataset", what, "Set pretrained.model to an editing model.")
 
 
 def _check_fits(
@@ -702,6 +734,10 @@ def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:
         what = f"is {values[scoring]:g} seconds, not below the {values[waiting]:g} of {waiting}"
         remedy = f"While one process waits for a reward the others wait for it: raise {waiting} above it, or lower it."
         problems.add(scoring, what, remedy)
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _guidance(scale: float) -> str:
