@@ -51,13 +51,16 @@ SOURCES = [
 
 # Keywords that are allowed one value only, wherever they occur.
 ONLY = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True, "weights_only": True}
-# from_pretrained of these reads no weights, or (PEFT's) takes the safetensors file that is there.
+# from_pretrained of these reads no weights (processors are tokenizers and sizes), or (PEFT's) takes the safetensors file that is there.
 WITHOUT_WEIGHTS = (
     "part_class(index, 'scheduler')",
     "self.kind.config_class",
     "kind",
     "LoraConfig",
     "AutoConfig",
+    "AutoTokenizer",
+    "TextProcessor",
+    "ImageTextProcessor",
     "PeftModel",
 )
 
