@@ -57,13 +57,13 @@ def random_model(shape: str) -> tuple[SD3Transformer2DModel, AutoencoderKL]:
     return SD3Transformer2DModel.from_config(RANDOM[shape]), vae
 
 
-def random_lora(transformer: nn.Module, seed: int, gap: float = 0.1) -> LoraWeights:
+def random_lora(transformer: nn.Module, seed: int, gap: float = 0.1, targets: Sequence[str] = TARGETS) -> LoraWeights:
     """A LoRA on the usual layers whose ``B A`` has about ``gap`` times the size of a fresh linear layer's weights."""
     own = torch.Generator().manual_seed(seed)
     layers = {
         name: module
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in TARGETS))
+        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in targets))
     }
     a = {n: torch.randn(RANK, m.in_features, generator=own) / RANK for n, m in layers.items()}
     b = {n: torch.randn(m.out_features, RANK, generator=own) * gap / RANK**0.5 for n, m in layers.items()}

@@ -59,17 +59,18 @@ def test_an_interrupt_keeps_what_was_measured():
 
 
 @pytest.mark.slow
-def test_a_random_model_is_distilled_by_the_projects_own_script(tmp_path):
+@pytest.mark.parametrize(("shape", "preset"), [("small", "small_mopd"), ("small_z_image", "small_z_image")])
+def test_a_random_model_is_distilled_by_the_projects_own_script(shape, preset, tmp_path):
     """What stands for the published model where it cannot be had, small: built, and a round of it profiled."""
     environment = {"FULL_SIZE": str(tmp_path / "full"), "PYTHONPATH": str(ROOT)}
-    start("benchmarks/full_size.py", "--shape", "small", "--dtype", "float32", timeout=300, **environment)
+    start("benchmarks/full_size.py", "--shape", shape, "--dtype", "float32", timeout=300, **environment)
     sizes = {
         "cache_dir": tmp_path / "cache",
         "sample.num_steps": 2,
         "train.batch_size": 1,
         "sample.train_batch_size": 1,
     }
-    options = ["--config", "benchmarks/full_size_config.py:small_mopd", "--rounds", "1", "--output", str(tmp_path)]
+    options = ["--config", f"benchmarks/full_size_config.py:{preset}", "--rounds", "1", "--output", str(tmp_path)]
     options += [f"--config.{key}={value}" for key, value in sizes.items()]
     start("tools/profile_round.py", *options, timeout=300, **environment)
     stages = json.loads((tmp_path / "summary.json").read_text())["stage_seconds"]

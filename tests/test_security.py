@@ -51,7 +51,7 @@ SOURCES = [
 
 # Keywords that are allowed one value only, wherever they occur.
 ONLY = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True, "weights_only": True}
-# from_pretrained of these reads no weights, or (PEFT's) takes the safetensors file that is there.
+# from_pretrained of these reads no weights (tokenizers, processors), or takes the safetensors file there (PEFT).
 WITHOUT_WEIGHTS = (
     "part_class(index, 'scheduler')",
     "self.kind.config_class",

@@ -96,7 +96,7 @@ class TextCache:
                     if start == 0:
                         each, count = sum(map(len, files)) // len(files), len(missing) * world
                         self._check_space(each, count)
-                        progress.set_description(f"encoding prompts, {each * count / 1e9:.2g} GB in all")
+                        progress.set_description(f"encoding prompts, {each * count / 1e6:,.0f} MB in all")
                     for prompt, content in zip(batch, files, strict=True):
                         # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
                         write_atomically(self.path(prompt), content)
