@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.config_schema import redacted, unset
 from diffusionopd.evaluation.job import TIMEOUT, Job, Model, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
-from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
+from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
 from diffusionopd.models.backbone import DTYPES, is_here, read_model
@@ -159,6 +159,26 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
     return found
 
 
+def find_benchmarks(
+    flags: argparse.Namespace, config: dict[str, Any], options: dict[str, dict[str, Any]]
+) -> list[Benchmark]:
+    """The data sets that flags name. EvaluationError that says all that is wrong with them and the rewards' options."""
+    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
+    found, problems = [], []
+    for dataset in flags.dataset:
+        try:
+            found.append(find_benchmark(dataset, config, *own, options=options))
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        check_options(options, [*flags.rewards, *(name for benchmark in found for name in benchmark.rewards)])
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise EvaluationError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
 def make_job(flags: argparse.Namespace) -> Job:
     """Everything checked that can be before weights load. Raises ValueErrors of the library that say what to mend."""
     place(flags)
@@ -172,10 +192,8 @@ def make_job(flags: argparse.Namespace) -> Job:
     }
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
     models = find_models(flags, config, {"model": base, **source})
-    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    benchmarks = [find_benchmark(dataset, config, *own, options=options) for dataset in flags.dataset]
-    check_options(options, [name for benchmark in benchmarks for name in benchmark.rewards])
+    benchmarks = find_benchmarks(flags, config, options)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     named |= {
