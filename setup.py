@@ -72,7 +72,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["diffusionopd", "diffusionopd.*"]),
-    package_data={"diffusionopd": ["py.typed"]},
+    package_data={"diffusionopd": ["py.typed", "training/costs/*.json"]},
     entry_points={"console_scripts": ["diffusionopd = diffusionopd.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=REQUIREMENTS,

@@ -38,7 +38,7 @@ from benchmarks.three_pass import three_pass
 from benchmarks.upstream import restore_layers, upstream_round
 from benchmarks.world import World, add_flags, write_figures
 from diffusionopd.algorithms.opd import Opd
-from diffusionopd.data.batches import Batch, choose_steps
+from diffusionopd.data.batches import Batch, choose_steps, side_by_side
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.merged import MergedTeachers
@@ -86,12 +86,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def way(
     round_: Callable[[Opd, list[Batch]], object] = Opd.round,
     change: Callable[[Backbone], None] | None = None,
+    *,
+    separate: bool = False,
     **switches: Any,
 ) -> Callable[[World], Round]:
-    """A round, by default the project's own, with the switches of :meth:`World.setup` and a change to the backbone."""
+    """A round, by default the project's own, with the switches of :meth:`World.setup` and a change to the backbone.
+
+    Tasks are side by side, all of them, unless they are to be ``separate``.
+    """
 
     def build(world: World) -> Round:
         algorithm, batches = world.setup(**switches)
+        algorithm.policies.together = not separate
+        batches = side_by_side(batches, 1 if separate else len(batches))
         if change is not None:
             change(algorithm.policies.backbone)
         return partial(round_, algorithm, batches)
@@ -117,12 +124,16 @@ def bare(algorithm: Opd, batches: list[Batch]) -> None:
 
 
 def few_steps(count: int) -> Callable[[Opd, list[Batch]], object]:
-    """Of the trained steps this many, drawn anew every time; the median is over the draws too."""
+    """Of the trained steps this many, drawn anew every time and for each task; the median is over the draws too."""
     draws = itertools.count()
 
     def round_(algorithm: Opd, batches: list[Batch]) -> None:
-        steps = choose_steps(algorithm.sampler.trained_steps, count, next(draws))
-        algorithm.round([replace(batch, steps=steps) for batch in batches])
+        number, trained = next(draws), algorithm.sampler.trained_steps
+        drawn = []
+        for batch in batches:
+            steps = {name: choose_steps(trained, count, number, i) for i, name in enumerate(batch.slices)}
+            drawn.append(replace(batch, rows=tuple(replace(row, steps=steps[row.task]) for row in batch.rows)))
+        algorithm.round(drawn)
 
     return round_
 
@@ -139,9 +150,11 @@ WAYS = {
         "stock layers, PEFT's set_adapter",
         upstream_round,
     ),
-    "three passes": Way("rollout, teacher, training one after the other; else the default", way(three_passes)),
-    "default": Way("one fused pass, base in half precision on a GPU", way()),
-    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", way()),
+    "three passes": Way(
+        "rollout, teacher, training one after the other; else the default", way(three_passes, separate=True)
+    ),
+    "default": Way("one fused pass, all tasks side by side, base in half precision on a GPU", way()),
+    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", way(separate=True)),
     "merged": Way("teachers merged into copies of the adapted matrices", way(adapters=MergedTeachers)),
     "compiled": Way("blocks through torch.compile", way(change=compiled)),
     "merged, compiled": Way("both", way(change=compiled, adapters=MergedTeachers)),
@@ -156,8 +169,8 @@ WAYS = {
     ),
     "3 steps": Way("train.steps_per_rollout = 3", way(few_steps(3)), exact="in expectation"),
     "1 step": Way("train.steps_per_rollout = 1", way(few_steps(1)), exact="in expectation"),
-    "floor": Way("bare forwards and backwards", way(bare), exact="-"),
-    "merged floor": Way("the same, with merged teachers", way(bare, adapters=MergedTeachers), exact="-"),
+    "floor": Way("bare forwards and backwards", way(bare, separate=True), exact="-"),
+    "merged floor": Way("the same, with merged teachers", way(bare, separate=True, adapters=MergedTeachers), exact="-"),
 }
 REFERENCES = ("upstream", "default", "floor")
 

@@ -32,7 +32,7 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.sd3 import StableDiffusion3
-from tools.costs.models import read_pipeline
+from diffusionopd.training.costs.models import read_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -91,12 +91,15 @@ def assemble(
     models = Models(Policies(backbone, loras), StudentOptimizer(loras.parameters(STUDENT), settings))
     size, tasks = len(noises[0]), len(noises)
     shape = round_shape(BatchSettings(size, tasks, 1, size, tasks), tasks, num_processes=1, num_rounds=1)
+    steps = tuple(range(sampler.trained_steps))
     batches = [
         Batch(
-            tuple(Row(f"task {task}", i, Prompt(""), f"teacher_{task}", sampler.guidance) for i in range(size)),
+            tuple(
+                Row(f"task {task}", i, Prompt(""), f"teacher_{task}", sampler.guidance, steps=steps)
+                for i in range(size)
+            ),
             x,
             text,
-            tuple(range(sampler.trained_steps)),
             draw=lambda stream, step: torch.zeros(()),  # the sampler adds no noise
         )
         for task, (x, text) in enumerate(zip(noises, texts, strict=True))

@@ -1,4 +1,4 @@
-"""The student's own trajectory, visited once: its velocity and its target at each state, then the next state."""
+"""The student's own trajectories, visited once: its velocity and its target at each state, then the next state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusionopd.rows import put, take
 from diffusionopd.transitions import DpmSolver2, Transition
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -31,7 +32,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Visit:
-    """One state of the trajectory. Tensors ``[B, C, h, w]``, float32.
+    """One state of the trajectories of some rows. Tensors ``[b, C, h, w]``, float32.
 
     ``v`` are the velocities of the policy that walks; the student's carry the gradient when the step is trained.
     ``target`` is None at a step that is not trained.
@@ -43,6 +44,7 @@ class Visit:
     v: Branches
     x_next: Tensor
     target: Target | None = None
+    rows: Sequence[int] = ()  # their numbers in the walk
 
 
 @torch.no_grad()
@@ -59,43 +61,53 @@ def walk(
     for step, transition in enumerate(transitions):
         v = policy(x, transition.sigma)
         x_next = _next(solver, transition, x, v, step, draw_noise)
-        yield Visit(step, transition, x, Branches(v, v), x_next)
+        yield Visit(step, transition, x, Branches(v, v), x_next, rows=range(len(x)))
         x = x_next
 
 
 def rollout(
     x: Tensor,
     transitions: Sequence[Transition],
-    student: Callable[[Tensor, float], Branches],
-    target: Callable[[Tensor, float], Target],
+    student: Callable[[Tensor, float, Sequence[int]], Branches],
+    target: Callable[[Tensor, float, Sequence[int]], Target],
     *,
-    trained: Collection[int],
+    trained: Sequence[Collection[int]],
     draw_noise: Callable[[int], Tensor],
     multistep: bool = False,
     finish: bool = False,
 ) -> Iterator[Visit]:
-    """Walk from ``x`` (noise at sigma 1) along the student's trajectory, yielding the visit of every step in turn.
+    """Walk from ``x`` (noise at sigma 1) along the student's trajectories, yielding the visits of every step in turn.
 
     The consumer calls backward on a visit before it asks for the next one, so memory is that of one step whatever their
-    number. The steps in ``trained`` are supervised, the others only walked; the walk ends at the last of them unless
-    ``finish`` asks for the picture. ``draw_noise(step)`` gives the step's standard normal noise and is called for
-    stochastic steps only. ``multistep`` takes the next state from DPM-Solver++(2M); the supervision stays the one-step
-    transition at the visited state.
+    number. ``trained`` are the steps of each row that are supervised; at the others it is only walked, and after its
+    last one it is left alone unless ``finish`` asks for the picture. A step has a visit of the rows that are supervised
+    there and one of those that are not; ``student`` and ``target`` are given the states and numbers of such rows.
+
+    ``draw_noise(step)`` gives the step's standard normal noise for all rows and is called for stochastic steps only.
+    ``multistep`` takes the next state from DPM-Solver++(2M); the supervision stays the one-step transition at the
+    visited state.
     """
     solver = DpmSolver2() if multistep else None
-    for step, transition in enumerate(transitions if finish else transitions[: max(trained) + 1]):
-        supervised = step in trained
-        pulled_to = None
-        if supervised:
-            with torch.no_grad():
-                pulled_to = target(x, transition.sigma)
-        # The student comes last, so that its adapter is in use when the consumer calls backward (gradient checkpointing
-        # runs the forward again there).
-        with torch.set_grad_enabled(supervised):
-            v = student(x, transition.sigma)
-        x_next = _next(solver, transition, x, v.guided.detach(), step, draw_noise)
-        yield Visit(step, transition, x, v, x_next, pulled_to)
-        x = x_next
+    ends = [len(transitions) if finish else max(steps) + 1 for steps in trained]
+    for step, transition in enumerate(transitions[: max(ends)]):
+        supervised = [row for row, steps in enumerate(trained) if step in steps]
+        walking = [row for row, end in enumerate(ends) if step < end and step not in trained[row]]
+        done = [row for row, end in enumerate(ends) if step >= end]
+        visited = []
+        # The supervised student comes last, so that its adapter is in use when the consumer calls backward (gradient
+        # checkpointing runs the forward again there).
+        for rows in filter(None, (walking, supervised)):
+            here, pulled_to = take(x, rows), None
+            if rows is supervised:
+                with torch.no_grad():
+                    pulled_to = target(here, transition.sigma, rows)
+            with torch.set_grad_enabled(rows is supervised):
+                visited.append((rows, here, student(here, transition.sigma, rows), pulled_to))
+        v = [(rows, v.guided.detach()) for rows, _, v, _ in visited]
+        v += [(done, take(x, done))] if done else []  # whatever
+        x = _next(solver, transition, x, put(v), step, draw_noise)
+        for rows, here, branches, pulled_to in visited:
+            yield Visit(step, transition, here, branches, take(x, rows), pulled_to, rows)
 
 
 def _next(

@@ -3,9 +3,10 @@
     python scripts/evaluate.py --checkpoint_path logs/mopd --dataset geneval ocr --output_dir logs/mopd/evaluation
     python scripts/evaluate.py --base --config config/tiny.py:mopd --dataset compose ocr scene --output_dir logs/base
     python scripts/evaluate.py --base --teacher ocr --checkpoint_path logs/mopd --dataset ocr --output_dir logs/all
+    python scripts/evaluate.py --merge ties --lora a.safetensors b.safetensors --dataset ocr --output_dir logs/ties
 
 Several models are evaluated one after the other, each into a folder of its name in --output_dir: base, teacher-<name>,
-student (--checkpoint_path), or that of the LoRA's folder or file. Start it with `accelerate launch`
+student (--checkpoint_path), merge-<method>, or that of the LoRA's folder or file. Start it with `accelerate launch`
 (scripts/single_node/eval.sh) to share the images among processes. A run's own settings (base model, resolution, steps,
 guidance) are found beside its checkpoint; flags go before them.
 """
@@ -14,8 +15,10 @@ import argparse
 import ast
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import redacted, unset
-from diffusionopd.evaluation.job import TIMEOUT, Job, Model, run
+from diffusionopd.evaluation.job import TIMEOUT, Job, Merge, Model, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
-from diffusionopd.models.backbone import DTYPES, is_here, read_model
-from diffusionopd.models.lora_files import WEIGHTS, load_lora
+from diffusionopd.models.backbone import DTYPES, read_model
+from diffusionopd.models.lora_files import WEIGHTS, LoraWeights, load_lora
+from diffusionopd.models.merging import METHODS
 from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards import check_options
 from diffusionopd.signals import end_at_signals
@@ -50,9 +54,19 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     which.add_argument(
         "--lora_hf_path", action="append", help="LoRA on the hub: owner/name[/folder or file][@revision]"
     )
-    which.add_argument("--lora", action="append", help="LoRA as a folder or a file, of any format in docs/loras.md")
+    which.add_argument(
+        "--lora", action="extend", nargs="+", help="LoRA as a folder or a file, of any format in docs/loras.md"
+    )
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
+    which.add_argument("--own_task", action="store_true", help="each teacher on the dataset of its own name alone")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
+    what = "the LoRAs of --lora and --lora_hf_path, or else the config's teachers, merged into one without training"
+    which.add_argument(
+        "--merge", nargs="+", choices=METHODS, default=[], help=f"{what}, in the place of each by itself"
+    )
+    which.add_argument(
+        "--merge_scale", nargs="+", type=float, default=[1.0], help="times the merge, a model for each (1)"
+    )
     parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
     files = "gets the files; a folder each for several models and datasets"
     parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", help=files)
@@ -62,11 +76,13 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
     parser.add_argument("--variant", help='of its weight files, such as "fp16"')
     parser.add_argument("--model_config", help="pipeline folder or hub id for a base model that is a single file")
-    parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE (default 40)")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; 1 is without (default 4.5)")
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the ODE (default: the model's, 40)")
+    parser.add_argument("--guidance_scale", type=float, help="guidance; 1 is without (default: the model's, 4.5)")
     parser.add_argument("--resolution", type=int, help="pixels a side (default 512)")
-    parser.add_argument("--max_sequence_length", type=int, help="T5 tokens a prompt is cut or padded to (default 128)")
-    parser.add_argument("--mixed_precision", choices=DTYPES, help="of the model (default fp16 on a GPU, no on a CPU)")
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the model's, 128)")
+    parser.add_argument(
+        "--mixed_precision", choices=DTYPES, help="of the model (default: its own on a GPU, no on a CPU)"
+    )
     parser.add_argument("--seed", type=int, help="of the initial noise (default 42)")
     parser.add_argument("--limit", type=int, help="score the first prompts only")
     parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
@@ -81,8 +97,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")
     flags = parser.parse_args(arguments)
-    if not (flags.base or flags.teacher or flags.checkpoint_path or flags.lora or flags.lora_hf_path):
-        parser.error("no model to evaluate: --base, --teacher, --checkpoint_path, --lora or --lora_hf_path")
+    if not (flags.base or flags.teacher or flags.checkpoint_path or flags.lora or flags.lora_hf_path or flags.merge):
+        parser.error("no model to evaluate: --base, --teacher, --checkpoint_path, --lora, --lora_hf_path or --merge")
     return flags
 
 
@@ -145,14 +161,18 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
             known = ", ".join(teachers) or "none; name a configuration with --config"
             what = f"no teacher '{name}' with a lora_path or model in the configuration"
             raise EvaluationError(f"{what}; its teachers: {known}")
-        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale"), 4.5
+        common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale")
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
         lora = load_lora(locate(path)).scaled(first(teacher.get("scale"), 1.0)) if path else None
         own = read_teacher_model(model, read_model(**source)) if model else None
-        found.append(Model(f"teacher-{name}", lora, scale, own))
+        only_on = name if flags.own_task else None
+        found.append(Model(f"teacher-{name}", lora, scale, own=own, only_on=only_on))
     if flags.checkpoint_path:
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
-    for source in [*flags.lora, *(flags.lora_hf_path or [])]:
+    loras = [*flags.lora, *(flags.lora_hf_path or [])]
+    if flags.merge:
+        return found + _merges(flags, [load_lora(each) for each in loras] or _teacher_loras(teachers))
+    for source in loras:
         path = Path(source).absolute()
         name = path.parent.name if path.name in WEIGHTS else path.name.removesuffix(".safetensors")
         found.append(Model(name, load_lora(source)))
@@ -160,14 +180,20 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
 
 
 def find_benchmarks(
-    flags: argparse.Namespace, config: dict[str, Any], options: dict[str, dict[str, Any]]
+    flags: argparse.Namespace,
+    config: dict[str, Any],
+    options: dict[str, dict[str, Any]],
+    defaults: Callable[[], Any],
 ) -> list[Benchmark]:
-    """The data sets that flags name. EvaluationError that says all that is wrong with them and the rewards' options."""
+    """The data sets that flags name. EvaluationError that says all that is wrong with them and the rewards' options.
+
+    ``options``: of rewards. ``defaults``: reads those of the base.
+    """
     own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
     found, problems = [], []
     for dataset in flags.dataset:
         try:
-            found.append(find_benchmark(dataset, config, *own, options=options))
+            found.append(find_benchmark(dataset, config, *own, options=options, defaults=defaults))
         except ValueError as error:
             problems.append(str(error))
     try:
@@ -177,6 +203,26 @@ def find_benchmarks(
     if problems:
         raise EvaluationError("\n".join(dict.fromkeys(problems)))
     return found
+
+
+def _teacher_loras(teachers: dict[str, dict[str, Any]]) -> list[LoraWeights]:
+    """The LoRAs of all teachers, by their scales. EvaluationError for one that is none."""
+    if other := [name for name, teacher in teachers.items() if unset(teacher.get("lora_path"))]:
+        raise EvaluationError(f"only LoRAs can be merged: the teachers {', '.join(other)} have no lora_path")
+    return [load_lora(locate(t["lora_path"])).scaled(first(t.get("scale"), 1.0)) for t in teachers.values()]
+
+
+def _merges(flags: argparse.Namespace, loras: list[LoraWeights]) -> list[Model]:
+    """A model for each method and scale. EvaluationError without two LoRAs."""
+    if len(loras) < 2:
+        what = f"--merge takes at least two LoRAs, here are {len(loras)}"
+        raise EvaluationError(f"{what}: name them with --lora, or a configuration with teachers with --config")
+    scales = dict.fromkeys(flags.merge_scale)
+    return [
+        Model(f"merge-{method}" + (f"-{scale:g}" if scale != 1 else ""), merge=Merge(method, loras, scale))
+        for method in dict.fromkeys(flags.merge)
+        for scale in scales
+    ]
 
 
 def make_job(flags: argparse.Namespace) -> Job:
@@ -191,11 +237,15 @@ def make_job(flags: argparse.Namespace) -> Job:
         "config": flags.model_config or own_base.get("config") or None,
     }
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
+    read_base = cache(partial(read_model, base, **source))
     models = find_models(flags, config, {"model": base, **source})
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    benchmarks = find_benchmarks(flags, config, options)
+    benchmarks = find_benchmarks(flags, config, options, lambda: read_base().defaults)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
+    for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none
+        if named[name] is None and (name in config or name != "resolution"):
+            named[name] = getattr(read_base().defaults, name)
     named |= {
         **source,
         "base": base,
@@ -205,8 +255,11 @@ def make_job(flags: argparse.Namespace) -> Job:
         "reward_options": options,
     }
     job = Job(**{name: value for name, value in named.items() if value is not None})
-    if is_here(job.base, job.revision, job.config):
-        read_model(**job.source, download=False)
+    if idle := {model.name for model in models} - {model.name for model, _ in job.evaluations}:
+        raise EvaluationError(f"--own_task leaves nothing to evaluate {', '.join(sorted(idle))} on: name its --dataset")
+    for scale in (model.guidance_on(benchmark) for model, benchmark in job.evaluations):
+        if problem := read_base().guidance_problem(scale):
+            raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
     return job
 
 

@@ -4,6 +4,7 @@
 #   bash scripts/quickstart.sh                     install, distil three teachers into one student, score, draw the page
 #   bash scripts/quickstart.sh --short             the same in a few rounds and on a few prompts, in logs/quickstart-short
 #   bash scripts/quickstart.sh --config.seed=7     arguments beginning with --config. go to the training
+#   CONFIG=config/tiny.py:mopd bash scripts/quickstart.sh    the student starts fresh, as in the paper: four times as long
 #
 # Writes logs/quickstart/: report.html, summary.json, run/ (the training), evaluation/ (images and scores).
 # The same command continues where it was stopped, and only draws the page again when all is done. With other arguments,
@@ -16,6 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 main() {
     local short=false fresh=false folder=logs/quickstart overrides=() limit=()
+    local scale=0.4 # the sum of the teachers that the student starts from, in config/tiny.py:mopd_merged
     while [ $# -gt 0 ]; do
         case $1 in
             --short) short=true ;;
@@ -43,9 +45,10 @@ main() {
 
     prepare "$folder" "$fresh" ${overrides[@]+"${overrides[@]}"}
     distil "$folder" ${overrides[@]+"${overrides[@]}"}
-    echo "== Scoring the base, the teachers and the student"
+    echo "== Scoring the base, each teacher on its task, the plain sum of the teachers and the student"
     bash scripts/single_node/eval.sh --config "$folder/run/config.json" --base --teacher compose --teacher ocr \
-        --teacher scene --checkpoint_path "$folder/run" --dataset compose ocr scene \
+        --teacher scene --own_task --merge sum --merge_scale "$scale" --checkpoint_path "$folder/run" \
+        --dataset compose ocr scene --batch_size 32 \
         --output_dir "$folder/evaluation" --save_images --resume ${limit[@]+"${limit[@]}"}
     python -m tools.quickstart_report --run "$folder/run" --eval "$folder/evaluation" --output "$folder" \
         --seconds "$(cat "$folder/seconds")"
@@ -55,7 +58,7 @@ main() {
 prepare() {
     local folder=$1 fresh=$2 made_of number=1
     shift 2
-    made_of="$* $NUM_PROCESSES $(find assets/tiny config diffusionopd -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)"
+    made_of="$* ${CONFIG:-} $NUM_PROCESSES $(find assets/tiny config diffusionopd -type f ! -name '*.pyc' -exec cksum {} + | sort | cksum)"
     if [ -e "$folder" ] && { $fresh || [ "$made_of" != "$(cat "$folder/made_of" 2>/dev/null)" ]; }; then
         while [ -e "$folder.$number" ]; do number=$((number + 1)); done
         mv "$folder" "$folder.$number"
@@ -70,7 +73,7 @@ distil() {
     shift
     if [ -f "$folder/seconds" ]; then return; fi # finished before
     echo "== Distilling three teachers into one student"
-    CONFIG=config/tiny.py:mopd bash scripts/single_node/mopd.sh --config.save_dir="$folder/run" \
+    CONFIG=${CONFIG:-config/tiny.py:mopd_merged} bash scripts/single_node/mopd.sh --config.save_dir="$folder/run" \
         --config.run_name=quickstart --config.resume_from=auto "$@" || status=$?
     if [ "$status" -eq 75 ]; then echo "The distillation was stopped; the same command continues it." >&2; fi
     if [ "$status" -ne 0 ]; then return "$status"; fi

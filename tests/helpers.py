@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,12 @@ def make_batches(
 
         first = tasks[:i].count(task) * size
         return Batch(
-            rows=tuple(Row(task, first + s, Prompt("a prompt"), f"teacher_{task}", guidance) for s in range(size)),
+            rows=tuple(
+                Row(task, first + s, Prompt("a prompt"), f"teacher_{task}", guidance, steps=tuple(steps))
+                for s in range(size)
+            ),
             noise=noise(shape, [(i, s) for s in range(size)]),
             text=text(size, i),
-            steps=tuple(steps),
             draw=draw,
             wants_images=watched,
         )
@@ -137,6 +140,11 @@ def make_opd(backbone, adapters, text, solver="dpm1", noise_level=0.0, guidance=
     shape = RoundShape(1, 1, 2, 2, 2, 1, 1, 2)
     models = Models(Policies(backbone, adapters), optimizer)
     return Opd(models, OpdSettings(**settings), sampler, backbone.sigmas(5, 64), shape)
+
+
+def with_rows(batches: Sequence[Batch], **values) -> list[Batch]:
+    """Batches whose rows have other values."""
+    return [replace(b, rows=tuple(replace(row, **values) for row in b.rows)) for b in batches]
 
 
 class Darkness:

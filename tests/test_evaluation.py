@@ -15,16 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
 from diffusionopd.evaluation.job import Job, Model
-from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_records
+from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_images
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, to_uint8
 from diffusionopd.training.checkpoint import CheckpointError, find_lora
@@ -295,6 +297,10 @@ def test_several_models_and_datasets_get_a_folder_each():
     both = Job("model", [BASE, teacher], [MINE, other], Path("out"))
     assert folders == {(1, 1): Path("out"), (1, 2): Path("out/other"), (2, 1): Path("out/teacher-a")}
     assert both.folder(teacher, other) == Path("out/teacher-a/other")
+    own = replace(both, models=[BASE, replace(teacher, only_on="other")])
+    assert [(m.name, b.name) for m, b in own.evaluations] == [
+        ("base", MINE.name), ("base", "other"), ("teacher-a", "other")
+    ]  # fmt: skip
 
 
 def test_reward_options_come_from_the_configuration_and_from_flags(tmp_path):
@@ -381,6 +387,35 @@ def test_several_models_in_one_start_equal_starts_of_their_own(pipeline_folder, 
     assert files_of(tmp_path / "alone") == files_of(tmp_path / "all" / "teacher-first")
 
 
+@pytest.mark.slow
+def test_a_merge_is_scored_as_the_same_merge_from_a_file(pipeline_folder, make_lora, dataset, tmp_path):
+    """``0.5 (0.8 A + B)`` of two teachers is what a LoRA of ranks side by side is, computed here by hand."""
+    loras = [make_lora(0), make_lora(1)]
+    a, b = map(load_lora, loras)
+    teachers = [{"name": str(i), "lora_path": str(lora)} for i, lora in enumerate(loras)]
+    config = tiny_run(pipeline_folder, [teachers[0] | {"scale": 0.8}, teachers[1]])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for module in a.a:
+        scaled = [0.5 * scale * lora.scale_of(module) * lora.b[module] for scale, lora in ((0.8, a), (1.0, b))]
+        tensors[f"transformer.{module}.lora_A.weight"] = torch.cat([a.a[module], b.a[module]])
+        tensors[f"transformer.{module}.lora_B.weight"] = torch.cat(scaled, dim=1)
+    save_file(tensors, tmp_path / "byhand.safetensors")
+    common = ["--config", tmp_path / "config.json", "--dataset", dataset, "--rewards", "jpeg_compressibility"]
+    common += ["--num_inference_steps", 2, "--cache_dir", tmp_path / "cache", "--save_images"]
+    done = command(*common, "--merge", "sum", "ties", "--merge_scale", 0.5, 1, "--output_dir", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    done = command(*common, "--lora", tmp_path / "byhand.safetensors", "--output_dir", tmp_path / "byhand")
+    assert done.returncode == 0, done.stderr
+    folders = {
+        name: tmp_path / "merged" / name for name in ("merge-sum-0.5", "merge-sum", "merge-ties-0.5", "merge-ties")
+    }
+    scores = {name: read_averages(folder / AVERAGES)["jpeg_compressibility"].mean for name, folder in folders.items()}
+    assert len(set(scores.values())) == 4
+    wanted = read_averages(tmp_path / "byhand" / AVERAGES)["jpeg_compressibility"].mean
+    assert scores["merge-sum-0.5"] == pytest.approx(wanted, abs=0.02)
+
+
 def tiny_run(model, teachers) -> dict:
     """A run's configuration, as `config.json` has it."""
     return {
@@ -401,6 +436,9 @@ def tiny_run(model, teachers) -> dict:
         (["--checkpoint_path", "logs/none", "--dataset", "DATASET"], "no checkpoint at logs/none"),
         (["--lora", "nowhere/at/all.safetensors", "--dataset", "DATASET", "--rewards", "ocr"], "nowhere/at/all"),
         (["--teacher", "ocr", "--dataset", "DATASET"], "name a configuration with --config"),
+        (["--merge", "sum", "--lora", "LORA", "--dataset", "DATASET", "--rewards", "ocr"], "at least two"),
+        (["--merge", "sum", "--dataset", "DATASET", "--rewards", "ocr"], "at least two"),
+        (["--merge", "ties", "--config", "MODELS", "--dataset", "DATASET", "--rewards", "ocr"], "only LoRAs"),
         (["--teacher", "x", "--config", "config/tiny.py:mopd", "--dataset", "DATASET"], "compose, ocr, scene"),
         (["--base", "--config", "config/tiny.py:nonesuch", "--dataset", "DATASET"], "has no 'nonesuch'"),
         (["--base", "--config", "README.json", "--dataset", "DATASET"], "is not the config.json of a run"),
@@ -415,9 +453,13 @@ def tiny_run(model, teachers) -> dict:
         ),
     ],
 )
-def test_bad_flags_end_in_one_line(flags, message, dataset, tmp_path, monkeypatch, capsys):
-    arguments = [str(dataset) if flag == "DATASET" else flag for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--output_dir", str(tmp_path / "out")])
+def test_bad_flags_end_in_one_line(flags, message, dataset, make_lora, tmp_path, monkeypatch, capsys):
+    teachers = [{"name": "a", "model": "owner/large"}, {"name": "b", "lora_path": "somewhere"}]
+    (tmp_path / "config.json").write_text(json.dumps(tiny_run("owner/model", teachers)))
+    places = {"DATASET": dataset, "LORA": make_lora(0), "MODELS": tmp_path / "config.json"}
+    arguments = [str(places.get(flag, flag)) for flag in flags]
+    base = [] if "--model" in flags else ["--model", "assets/tiny/model"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, *base, "--output_dir", str(tmp_path / "out")])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")

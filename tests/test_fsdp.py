@@ -31,8 +31,9 @@ ZERO3 = {
 }  # fmt: skip
 
 
-def train_sharded(environment: dict[str, str], config) -> None:
-    """Train in two processes; the first holds half of the base, and its small layers between steps, or all of it."""
+def train_sharded(environment: dict[str, str], config, most: float = 0.6) -> None:
+    """Train in two processes; the first holds half of the base, and its small layers between steps (at ``most`` that
+    share in all), or all of it."""
 
     def work(rank):
         save = loop._save
@@ -50,7 +51,7 @@ def train_sharded(environment: dict[str, str], config) -> None:
 
     total = sum(p.numel() for p in load_backbone(config.pretrained.model).transformer.parameters())
     held = int(re.findall(r"held (\d+)", fork(work, 2, environment=environment)[0].out)[-1])
-    assert held < 0.6 * total if environment else held == total
+    assert held < most * total if environment else held == total
 
 
 def last(logs: Path, name: str) -> dict[str, torch.Tensor]:

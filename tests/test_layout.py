@@ -17,7 +17,7 @@ PACKAGE = "diffusionopd"
 
 # A file imports from its own layer and those above it; inside a layer there are no circles (CONTRIBUTING.md).
 LAYERS = {
-    "equations": {"transitions", "losses", "rollout"},
+    "equations": {"rows", "transitions", "losses", "rollout"},
     "declarations": {"files", "config_schema"},
     "parts": {"models", "data", "rewards", "distributed", "failures", "launch", "locks", "signals", "stages"},
     "methods": {"algorithms", "evaluation"},

@@ -18,7 +18,7 @@ from diffusionopd.algorithms.optim import Ema, NonFiniteError, OptimizerSettings
 from diffusionopd.data.batches import choose_steps
 from diffusionopd.models.policies import STUDENT
 
-from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb
+from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb, with_rows
 
 STEPS, TRAINED = 5, 4
 
@@ -219,7 +219,7 @@ def test_losses_are_kept_by_task_and_step(backbone, text):
     """Also where a batch holds rows of several tasks, and steps differ between batches."""
     (mixed, other) = make_batches(backbone, text, steps=(0, 2))
     rows = tuple(dataclasses.replace(row, task=task) for row, task in zip(mixed.rows, "xy", strict=True))
-    mixed, other = dataclasses.replace(mixed, rows=rows), dataclasses.replace(other, steps=(2,))
+    mixed, (other,) = dataclasses.replace(mixed, rows=rows), with_rows([other], steps=(2,))
     losses = Losses([mixed, other], STEPS, torch.device("cpu"))
     shares = [losses.add(mixed, step, torch.tensor([1.0, 10.0]) * (step + 1)) for step in (0, 2)]
     shares.append(losses.add(other, 2, torch.tensor([5.0, 7.0])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,7 @@ def requests(policies, text):
 
 def test_every_request_has_its_own_answer(policies, adapters, text, monkeypatch):
     """Equal policies are asked one after another; the base alone needs no student."""
+    policies.together = False
     asked, used, use = requests(policies, text), [], adapters.use
     with monkeypatch.context() as patch:
         patch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
@@ -71,3 +74,51 @@ def test_the_students_gradient_survives_requests_before_its_backward(policies, a
         policies.backbone.transformer.zero_grad()
     assert gradients[0]
     assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
+
+
+def test_teachers_of_any_rank_and_modules_share_a_forward_with_the_base(policies, adapters, make_lora, text):
+    """Each row has its own LoRA, the negative prompt's row too; answers are those of forwards of their own."""
+    narrow, attention = ["attn.to_q", "ff.net.0.proj", "norm1.linear"], adapters.configs[STUDENT].target_modules
+    adapters.add_teacher("narrow", make_lora(5, rank=7, alpha=4, targets=narrow))
+    copy = "a copy that may change"
+    adapters.add_copy(copy, STUDENT)
+    asked = requests(policies, text)
+    asked += [dataclasses.replace(asked[1], policy=policy) for policy in ("narrow", copy, "narrow")]
+    forwards, forward = [], policies.backbone._forward
+    policies.backbone._forward = lambda x, *rest: (forwards.append(len(x)), forward(x, *rest))[1]
+    found = {}
+    for policies.together in (True, False):
+        forwards.clear()
+        found[policies.together] = policies.frozen(asked)
+        # Rows: 1 + 2 * 3 + 2 * 2 + 2 + (2 + 1), and 2 * 3 three times more, of which the copy's are alone.
+        assert forwards == ([28, 6] if policies.together else [1, 2, 6, 3, 4, 6, 6, 6])
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
+    assert attention and adapters.active == STUDENT and not adapters._chosen
+    x, conditions = asked[1].x, asked[1].conditions
+    with torch.no_grad():
+        torch.testing.assert_close(policies.student(x, 0.5, conditions), policies.student(x, 0.5, conditions))
+    adapters.add_teacher("later", make_lora(6, rank=9))
+    asked = [dataclasses.replace(asked[1], policy=policy) for policy in ("later", "narrow")]
+    policies.together = True
+    both, policies.together = policies.frozen(asked), False
+    torch.testing.assert_close(both, policies.frozen(asked), rtol=1e-5, atol=1e-5)
+
+
+def test_operators_of_a_forward_do_not_grow_with_the_teachers(policies, adapters, make_lora, text):
+    for seed in range(5):
+        adapters.add_teacher(f"more_{seed}", make_lora(seed + 50, rank=3 + seed))
+    counts = []
+    for names in (("more_0", "more_1"), [f"more_{seed}" for seed in range(5)]):
+        shape = policies.backbone.latent_shape(64)
+        asked = [Request(name, torch.zeros(1, *shape), 0.5, text(1, 7)) for name in names]
+        policies.frozen(asked)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            policies.frozen(asked)
+        counts.append(sum(event.name in ("aten::bmm", "aten::mm", "aten::addmm") for event in profiler.events()))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_layer_that_cannot_tell_its_samples_says_so(policies, adapters, text):
+    adapters.use_each(["teacher_a", "teacher_b", None])
+    with pytest.raises(ValueError, match=r"train\.tasks_per_pass"), torch.no_grad():
+        policies.backbone.velocity(torch.zeros(2, *policies.backbone.latent_shape(64)), 0.5, text(2))

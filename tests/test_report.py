@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,23 @@ def test_summary_and_table_have_every_score(folders):
     for levels, gap in (((0.2, 0.6, 0.5), 0.75), ((0.2, 0.6, 0.1), -0.25), ((0.4, 0.4, 0.5), None)):
         scores = dict(zip(("base", "teacher-x", "student"), (Summary(m, 0.0, 1) for m in levels), strict=True))
         assert Task("x", "r", scores).gap_closed == (gap and pytest.approx(gap))
+
+
+def test_merges_are_rows_and_pictures_and_teachers_may_be_scored_on_their_own_task_alone(folders, tmp_path):
+    run, evaluations = folders
+    shutil.copytree(evaluations, tmp_path / "all")
+    shutil.copytree(evaluations / "base", tmp_path / "all" / "merge-ties-0.4")
+    for name in ("compose", "ocr", "scene"):
+        for other in {"compose", "ocr", "scene"} - {name}:
+            shutil.rmtree(tmp_path / "all" / f"teacher-{name}" / other)
+    report = collect(run, tmp_path / "all", title="")
+    assert report.models == ["base", "teacher-compose", "teacher-ocr", "teacher-scene", "merge-ties-0.4", "student"]
+    cells = {line.split("  ")[0]: line.split()[-3:] for line in text_table(report).splitlines()}
+    assert cells["merge by ties x 0.4"] == ["0.250", "0.500", "0.250"]
+    assert cells["teacher ocr"] == ["–", "1.000", "–"]
+    assert len(Page(render(report)).images) == 4 + 3 * 6 * 4
+    assert summary(report)["teachers"]["ocr"] == {"tiny_ocr": 1.0}
+    assert summary(report)["merges"]["merge-ties-0.4"]["tiny_ocr"] == 0.5
 
 
 def test_page_shows_what_was_measured(folders):

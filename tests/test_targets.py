@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 
 import pytest
 import torch
@@ -17,14 +16,10 @@ from diffusionopd.models.policies import STUDENT
 from diffusionopd.training.plan import check, load_config
 from diffusionopd.transitions import KERNELS, schedule
 
-from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb
+from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb, with_rows
 
 TRAINED = 4
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
-
-
-def with_target(batches, **values):
-    return [dataclasses.replace(b, rows=tuple(dataclasses.replace(r, **values) for r in b.rows)) for b in batches]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -51,7 +46,7 @@ def test_a_round_pulls_to_the_target(backbone, adapters, text, monkeypatch, refe
     perturb(adapters)
     learner = make_opd(backbone, adapters, text, "flow", 0.7, 2.0)
     (plain,) = make_batches(backbone, text, (3.0, 1.0), tasks="a")
-    (batch,) = with_target([plain], strength=1.5, reference=reference)
+    (batch,) = with_rows([plain], strength=1.5, reference=reference)
     result, found = kept_gradients(learner, [batch], monkeypatch)
     x, losses, distances = batch.noise, [], {"teacher": [], "target": []}
     for step, tr in enumerate(learner.transitions[:TRAINED]):
@@ -78,7 +73,7 @@ def test_strength_one_costs_and_changes_nothing(backbone, adapters, text, monkey
     monkeypatch.setattr(backbone, "velocity", lambda *a: asked.update([adapters.active]) or original(*a))
     for strength, base in ((1.0, 0), (0.75, TRAINED)):
         asked.clear()
-        result = learner.round(with_target(make_batches(backbone, text, tasks="a"), strength=strength), step=False)
+        result = learner.round(with_rows(make_batches(backbone, text, tasks="a"), strength=strength), step=False)
         assert asked == collections.Counter({"teacher_a": TRAINED, STUDENT: TRAINED} | ({None: base} if base else {}))
         assert bool(result.metrics) == bool(base)
         learner.optimizer.discard()

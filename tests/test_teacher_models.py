@@ -143,11 +143,13 @@ def test_policies_of_several_transformers_are_asked_by_transformer(policies, tex
     monkeypatch.setattr(HostWeights, "come", lambda host: moved.append(host))
     order, own = [], Policies.use
     monkeypatch.setattr(Policies, "use", lambda self, name: (order.append(name), own(self, name))[1])
+    together, policies.together = policies.frozen(asked), False
+    assert order == [], "a forward of each transformer, in which each sample has its own LoRA"
     answers = policies.frozen(asked)
     assert order == ["teacher_c", "teacher_d", "teacher_a", None]
-    policies.frozen(asked)
     assert len(moved) == 1
     assert policies.evaluations == 2 * (2 + 4 + 4 + 4)
+    torch.testing.assert_close(together, answers, rtol=1e-5, atol=1e-5)
     for request, answer in zip(asked, answers, strict=True):
         home = policies.home(request.policy)
         with torch.no_grad(), home.adapters.using(home.adapter):

@@ -6,7 +6,9 @@ python -m tools.configuration            # rewrites docs/configuration.md below 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
+import pkgutil
 import textwrap
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import Key, Schema, keys_of
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.tasks import Task
-from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.models.backbone import FAMILIES, Defaults
 from diffusionopd.training.plan import COMMON
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -47,9 +49,22 @@ def render() -> str:
         f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |" for name, declared in keys_of(Task).items()
     )
     tasks = f"## The fields of a task\n\n| field | on resume | |\n| --- | --- | --- |\n{fields}"
-    targets = ", ".join(f"`{name}`" for name in StableDiffusion3.LORA_TARGETS)
-    families = f"## LoRA targets by model family\n\nStable Diffusion 3: {targets}."
-    return head + MARKER + "\n\n" + "\n\n".join([*sections, tasks, families]) + "\n"
+    return head + MARKER + "\n\n" + "\n\n".join([*sections, tasks, _families()]) + "\n"
+
+
+def _families() -> str:
+    """What None stands for, by the pipeline that a folder's model_index.json names."""
+    names = [field.name for field in dataclasses.fields(Defaults)]
+    rows = [
+        f"| | {' | '.join(f'`{name}`' for name in names)} | `lora_target_modules` |",
+        "| --- " * (len(names) + 2) + "|",
+    ]
+    for pipeline, place in FAMILIES.items():
+        family = pkgutil.resolve_name(place)
+        own = " | ".join(str(getattr(family.DEFAULTS, name)) for name in names)
+        rows.append(f"| {pipeline} | {own} | {', '.join(f'`{name}`' for name in family.LORA_TARGETS)} |")
+    note = "Distilled variants have others (docs/families.md); `--dry_run` prints what a run takes."
+    return "## What None stands for, by model family\n\n" + "\n".join(rows) + f"\n\n{note}"
 
 
 def _rows(group: type, shown: set[str]) -> str:
@@ -58,7 +73,8 @@ def _rows(group: type, shown: set[str]) -> str:
         if declared.name not in shown:
             shown.add(declared.name)
             users = [name for name, cls in ALGORITHMS.items() if declared.name in Schema(*cls.groups).keys]
-            only = f" Read by {', '.join(users)}." if users else ""
+            only = " None: the base model's own." if declared.from_model else ""
+            only += f" Read by {', '.join(users)}." if users else ""
             cells = (f"`{declared.name}`", f"`{declared.default!r}`", _values(declared), declared.resume)
             rows.append(f"| {' | '.join(cells)} | {texts[field]}{only} |")
     return "\n".join(rows)

@@ -15,13 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
-from diffusionopd.config_schema import redacted, split_arguments
+from diffusionopd.config_schema import flatten, read, redacted, split_arguments
 from diffusionopd.files import path_flag, write_json
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
-from diffusionopd.training.plan import Plan
-from tools.costs.models import read_pipeline
-from tools.costs.round import MACHINE, memory, outside_training, own_models, step_cost, work
+from diffusionopd.training.costs.models import Pipeline, read_pipeline
+from diffusionopd.training.costs.round import (
+    MACHINE,
+    memory,
+    outside_training,
+    own_models,
+    step_cost,
+    tasks_that_fit,
+    work,
+)
+from diffusionopd.training.plan import Plan, with_paths
 
 
 def main() -> None:
@@ -32,20 +40,29 @@ def main() -> None:
         parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
         parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
         parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
+        parser.add_argument(
+            "--gpu_gb", type=float, default=80.0, help="memory of a GPU, for tasks that walk side by side"
+        )
         parser.add_argument("--json", type=path_flag, help="write the figures to this file")
         args = parser.parse_args(rest)
         if source is None:
             sys.exit("error: name a configuration (--config config/opd.py:mopd)")
-        report(check(load_config(source, overrides), args.num_processes, sources=False), args)
+        config = load_config(source, overrides)
+        pipeline = read_pipeline(**read(BaseSettings, flatten(with_paths(config))).source)
+        plan = check(config, args.num_processes, sources=False, model=pipeline)
+        report(plan, pipeline, args)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
 
 
-def report(plan: Plan, args: argparse.Namespace) -> None:
+def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
     """Print what ``plan`` costs and write it to ``args.json``."""
-    shape, pipeline = plan.shape, read_pipeline(**plan.read(BaseSettings).source)
-    cost = step_cost(plan, pipeline, shape.backward_size)
-    own = own_models(plan, pipeline)
+    shape = plan.shape
+    cost, own = step_cost(plan, pipeline, shape.backward_size), own_models(plan, pipeline)
+    fitting = tasks_that_fit(plan, cost, own, args.gpu_gb * 1e9)
+    tasks = min(shape.tasks_per_pass or fitting, shape.tasks_per_round)
+    if tasks > 1:
+        cost = step_cost(plan, pipeline, tasks * shape.backward_size)
     kinds = work(plan, cost, own)
     nfe, flops = (sum(column) for column in zip(*kinds.values(), strict=True))
     seconds = flops / (shape.num_processes * args.peak_tflops * 1e12 * args.utilisation)
@@ -61,6 +78,7 @@ def report(plan: Plan, args: argparse.Namespace) -> None:
     at = f"{args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s per GPU"
     print_table(
         ("a round", f"{shape.images_per_round} images, {shape.num_processes} processes"),
+        ("side by side", f"{tasks} tasks of {shape.tasks_per_round}; {fitting} would fit into {args.gpu_gb:g} GB"),
         *((name, f"{f'{n} NFE, ' if n else ''}{tera(f)}, {f / flops:.0%}") for name, (n, f) in kinds.items()),
         ("together", f"{nfe} NFE, {tera(flops)}, {tera(flops / shape.images_per_round)} per image"),
         ("time", f"{seconds:.3g} s per round, {3600 / seconds:.0f} rounds per hour, at {at}"),
@@ -80,6 +98,7 @@ def report(plan: Plan, args: argparse.Namespace) -> None:
             "forward_flops": cost.forward,
             "backward_flops": cost.backward,
             "evaluations": nfe,
+            "tasks_per_pass": tasks,
             "round_flops": flops,
             "estimated_seconds": seconds,
             "memory_bytes": {way: rows | {"peak": sum(rows.values())} for way, rows in held.items()},

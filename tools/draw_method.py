@@ -75,9 +75,9 @@ def walk_plane(student: Tensor, teacher: Tensor) -> list[Visit]:
         rollout(
             start,
             steps,
-            lambda x, sigma: Branches(*[ours(x, sigma)] * 2),
-            lambda x, sigma: Target(Branches(*[theirs(x, sigma)] * 2), theirs(x, sigma)),
-            trained=range(4),
+            lambda x, sigma, rows: Branches(*[ours(x, sigma)] * 2),
+            lambda x, sigma, rows: Target(Branches(*[theirs(x, sigma)] * 2), theirs(x, sigma)),
+            trained=[range(4)],
             draw_noise=noise,
         )
     )
@@ -119,15 +119,20 @@ def draw_plane(figure: Any) -> None:
 def visit_round(folder: str) -> tuple[list[float], list[tuple[str, str, Tensor]]]:
     """Sigmas of the steps, and of each task: its name, a prompt, and the images ``[2, steps, 3, H, W]`` that student
     (before its first update) and teacher predict there."""
-    overrides = [("num_epochs", "1"), ("eval_freq", "0"), ("save_dir", folder), ("cache_dir", f"{folder}/text")]
+    overrides = [
+        ("num_epochs", "1"),
+        ("eval_freq", "0"),
+        ("train.tasks_per_pass", "1"),
+        ("save_dir", folder),
+        ("cache_dir", f"{folder}/text"),
+    ]
     config = load_config(f"{ROOT / 'config' / 'tiny.py'}:mopd", overrides)
     found = []
     with started(config) as run:
         assert run is not None and isinstance(run.algorithm, Opd)
         transitions = run.algorithm.transitions
         for batch in run.batches.round(0):
-            policies, noise = (run.algorithm.branches(batch), run.algorithm.target(batch)), batch.step_noise
-            visits = list(rollout(batch.noise, transitions, *policies, trained=batch.steps, draw_noise=noise))
+            visits = [visit for _, visit in run.algorithm.rollout(batch)]
             row = SAMPLES[batch.rows[0].task]
             pairs = [[visits[n].x - transitions[n].sigma * v for v in velocities(visits[n])] for n in STEPS]
             predicted = [x0[row] for who in zip(*pairs, strict=True) for x0 in who]

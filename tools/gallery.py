@@ -55,7 +55,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", action="store_true", help="the run's teachers too, at their own guidance")
     parser.add_argument("--output", type=path_flag, metavar="DIR", help="folder of the page (default <run>/gallery)")
     parser.add_argument("--guidance_scale", type=float, help="of all models; 1 is without")
-    parser.add_argument("--num_inference_steps", type=int, help="steps of the first-order ODE")
+    parser.add_argument("--num_inference_steps", type=int, help="steps of the ODE")
     parser.add_argument("--resolution", type=int, help="pixels a side")
     parser.add_argument("--batch_size", type=int, help="images at a time")
     return parser.parse_args(arguments)
@@ -131,7 +131,7 @@ def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtyp
                 generate = ImageGenerator(backbone, cache, benchmark.num_steps, guidance, job.resolution, seed)
                 for start in range(0, len(numbered), job.batch_size):
                     batch = numbered[start : start + job.batch_size]
-                    drawn = generate([prompt.text for _, prompt in batch], [(number, 0) for number, _ in batch])
+                    drawn = generate([prompt.key for _, prompt in batch], [(number, 0) for number, _ in batch])
                     images |= {(batch[i][0], place): image for i, image in enumerate(to_uint8(drawn))}
                     bar.update(len(batch))
             yield Drawn(model.name, [images[key] for key in sorted(images)], f"guidance {guidance:g}")
@@ -160,7 +160,7 @@ def _facts(flags: argparse.Namespace, job: Job, seeds: Sequence[int]) -> list[tu
     return [
         ("Base model", public(job.base)),
         ("Student", _name_of(flags.run)),
-        ("Images", f"{benchmark.num_steps} steps of the first-order ODE, {job.resolution} pixels"),
+        ("Images", f"{benchmark.num_steps} steps of the ODE, {job.resolution} pixels"),
         ("Prompts", f"{len(benchmark.prompts)} of {flags.prompts.name}; seeds {', '.join(map(str, seeds))}"),
         *machine_facts(),
     ]

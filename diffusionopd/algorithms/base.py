@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.config_schema import FREE, Problems, is_number, key
-from diffusionopd.data.batches import Batch
+from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
@@ -35,13 +36,13 @@ ODE_SOLVERS = ("dpm1", "dpm2")
 class SamplerSettings:
     """Sampling in training."""
 
-    num_steps: int = key("sample.num_steps", 40, "[1, inf)")
+    num_steps: int = key("sample.num_steps", 40, "[1, inf)", from_model="num_steps")
     """Sampler steps of a trajectory in training."""
     schedule: str = key("sample.schedule", FAMILY, choices=SCHEDULES)
     """Noise levels of the training trajectories: "family", those of the base's own pipeline, or "linspace", num_steps
     levels evenly spread from 1 to 1 / num_steps and then shifted as the pipeline does (what diffusers makes of
     `sigmas=`): the last step is longer. Evaluation keeps the family's."""
-    guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)")
+    guidance_scale: float = key("sample.guidance_scale", 4.5, "[1, inf)", from_model="guidance_scale")
     """Classifier-free guidance of the student in training (if `train.cfg`); 1.0 is without."""
     cfg: bool = key("train.cfg", True)
     """Train the student under classifier-free guidance, at `sample.guidance_scale`."""
@@ -191,7 +192,7 @@ class Losses:
 
     def __init__(self, batches: Sequence[Batch], num_steps: int, device: torch.device) -> None:
         self.tasks = tuple(dict.fromkeys(task for batch in batches for task in batch.slices))
-        self.terms = sum(len(batch.rows) * len(batch.steps) for batch in batches)  # of this process
+        self.terms = sum(len(row.steps) for batch in batches for row in batch.rows)  # of this process
         self.sums = torch.zeros(len(self.tasks), num_steps, device=device)
         self.counts = torch.zeros(len(self.tasks), num_steps)
 
@@ -205,7 +206,7 @@ class Losses:
             self.counts[self.tasks.index(task), step] += 0 if beside else rows.stop - rows.start
         weights = [row.weight for row in batch.rows]
         if set(weights) != {1.0}:
-            loss = loss * torch.tensor(weights).to(loss)
+            loss = loss * torch.tensor(weights).to(loss.device, loss.dtype, non_blocking=True)
         return loss.sum() / self.terms
 
     def reduce(self) -> None:
@@ -254,6 +255,15 @@ class Result:
             self.losses, self.grad_norm = losses, grad_norm
         else:
             self.losses += losses
+
+
+class Asked(NamedTuple):
+    """A frozen policy for some rows of a batch."""
+
+    policy: str | None
+    rows: slice
+    batch: Batch  # of these rows
+    guidance: float
 
 
 class Algorithm:
@@ -330,51 +340,69 @@ class Algorithm:
 
         return velocity
 
-    def frozen(self, policy: str | None, batch: Batch, guidance: float) -> Velocity:
-        """The velocity of a frozen adapter, or of the bare base for None, without gradient."""
-
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            ((v, _),) = self.policies.frozen([Request(policy, x, sigma, batch.text, guidance)])
-            self.velocities.note(policy, batch, sigma, v)
-            return v
-
-        return velocity
-
     def branches(self, batch: Batch) -> Callable[[Tensor, float], Branches]:
         """The student's velocities for a batch."""
 
         def velocities(x: Tensor, sigma: float) -> Branches:
             v = Branches(*self.policies.student(x, sigma, batch.text, self.sampler.guidance))
-            self.velocities.note(STUDENT, batch, sigma, v.guided)
+            self.velocities.note(STUDENT, batch.rows, sigma, v.guided)
             return v
 
         return velocities
 
+    def frozen(self, policy: str | None, batch: Batch, guidance: float) -> Velocity:
+        """The velocity of a frozen adapter, or of the bare base for None, without gradient."""
+        asked = [Asked(policy, slice(None), batch, guidance)]
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return self._answers(asked, x, sigma)[0].guided
+
+        return velocity
+
     def target(self, batch: Batch) -> Callable[[Tensor, float], Target]:
-        """The targets of a batch: its teacher's velocities, or those at their ``strength`` from the reference's."""
-        ((policy, reference, guidance, strength),) = {
-            (r.teacher, r.reference, r.guidance, r.strength) for r in batch.rows
-        }
-        asked = [policy] if strength == 1.0 else [policy, reference]
+        """The targets of a batch: its teachers' velocities, or those at their ``strength`` from the references'."""
+        asked, strengths = [], []
+        for rows in batch.slices.values():
+            part = batch.select(range(rows.start, rows.stop))
+            ((teacher, reference, guidance, strength),) = {
+                (row.teacher, row.reference, row.guidance, row.strength) for row in part.rows
+            }
+            policies = [teacher] if strength == 1.0 else [teacher, reference]
+            asked.append([Asked(policy, rows, part, guidance) for policy in policies])
+            strengths.append(strength)
 
         def velocities(x: Tensor, sigma: float) -> Target:
-            answers = self.policies.frozen([Request(name, x, sigma, batch.text, guidance) for name in asked])
-            for name, (v, _) in zip(asked, answers, strict=True):
-                self.velocities.note(name, batch, sigma, v)
-            teacher, start = answers[0], answers[-1]
-            branches = (extrapolated(v_ref, v, strength) for v_ref, v in zip(start, teacher, strict=True))
-            return Target(Branches(*branches), teacher[0])
+            answers = iter(self._answers([one for task in asked for one in task], x, sigma))
+            targets = [_pulled([next(answers) for _ in t], s) for t, s in zip(asked, strengths, strict=True)]
+            guided, conditional, teacher = (_cat(parts) for parts in zip(*targets, strict=True))
+            return Target(Branches(guided, conditional), teacher)
 
         return velocities
 
     def teacher(self, batch: Batch) -> Velocity:
-        """The velocity of the batch's teacher, under its own guidance."""
-        (teacher,) = {(row.teacher, row.guidance) for row in batch.rows}
-        return self.frozen(teacher[0], batch, teacher[1])
+        """The velocities of the batch's teachers, under their own guidance."""
+        asked = []
+        for rows in batch.slices.values():
+            part = batch.select(range(rows.start, rows.stop))
+            ((teacher, guidance),) = {(row.teacher, row.guidance) for row in part.rows}
+            asked.append(Asked(teacher, rows, part, guidance))
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return _cat([v.guided for v in self._answers(asked, x, sigma)])
+
+        return velocity
 
     def base(self, batch: Batch) -> Velocity:
         """The bare base's velocity, under the student's guidance."""
         return self.frozen(None, batch, self.sampler.guidance)
+
+    def _answers(self, asked: Sequence[Asked], x: Tensor, sigma: float) -> list[Branches]:
+        """The velocities of frozen policies at the states ``x`` of a batch, each on its rows."""
+        requests = [Request(one.policy, x[one.rows], sigma, one.batch.text, one.guidance) for one in asked]
+        answers = [Branches(*answer) for answer in self.policies.frozen(requests)]
+        for one, v in zip(asked, answers, strict=True):
+            self.velocities.note(one.policy, one.batch.rows, sigma, v.guided)
+        return answers
 
     def trajectory(self, batch: Batch, policy: Velocity) -> Iterator[Visit]:
         """A policy's walk from noise to final latents, without gradient."""
@@ -382,18 +410,25 @@ class Algorithm:
             batch.noise, self.transitions, policy, draw_noise=batch.step_noise, multistep=self.sampler.multistep
         )
 
-    def rollout(self, batch: Batch, finish: bool = False) -> Iterator[Visit]:
-        """The student's walk with its targets at the trained steps: :func:`diffusionopd.rollout.rollout`."""
-        return rollout(
+    def rollout(self, batch: Batch, finish: bool = False) -> Iterator[tuple[Batch, Visit]]:
+        """The student's walk with its targets at the trained steps: :func:`diffusionopd.rollout.rollout`.
+
+        Each visit comes with the batch of its rows.
+        """
+        part = cache(lambda rows: batch if len(rows) == len(batch.rows) else batch.select(rows))
+        student, target = cache(lambda rows: self.branches(part(rows))), cache(lambda rows: self.target(part(rows)))
+        visits = rollout(
             batch.noise,
             self.transitions,
-            self.branches(batch),
-            self.target(batch),
-            trained=batch.steps,
+            lambda x, sigma, rows: student(tuple(rows))(x, sigma),
+            lambda x, sigma, rows: target(tuple(rows))(x, sigma),
+            trained=[row.steps for row in batch.rows],
             draw_noise=batch.step_noise,
             multistep=self.sampler.multistep,
             finish=finish,
         )
+        for visit in visits:
+            yield part(tuple(visit.rows)), visit
 
     # --- updates ----------------------------------------------------------------------------------------------------
 
@@ -402,9 +437,14 @@ class Algorithm:
         return Losses(batches, len(self.transitions), self.policies.backbone.device)
 
     def parts(self, batches: Sequence[Batch]) -> list[list[int]]:
-        """The numbers of the batches of each optimizer step of a round."""
-        size = min(self.shape.batches_per_step, len(batches))
-        return [list(range(start, start + size)) for start in range(0, len(batches), size)]
+        """The numbers of the batches of each optimizer step of a round, by their rows: tasks may share a batch."""
+        size, parts, rows = self.shape.batches_per_step * self.shape.backward_size, list[list[int]](), 0
+        for number, batch in enumerate(batches):
+            if rows % size == 0:
+                parts.append([])
+            parts[-1].append(number)
+            rows += len(batch.rows)
+        return parts
 
     def update(self, losses: Losses, step: bool = True) -> float | None:
         """One optimizer step, if any, after a check of the losses; the gradient's norm. Collective."""
@@ -443,18 +483,30 @@ _REMEDIES = {
 }
 
 
+def _pulled(answers: Sequence[Branches], strength: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Guided and conditional target and the teacher's guided velocity, of a teacher's answer, and a reference's."""
+    teacher, start = answers[0], answers[-1]
+    guided, conditional = (extrapolated(v_ref, v, strength) for v_ref, v in zip(start, teacher, strict=True))
+    return guided, conditional, teacher.guided
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class VelocityChecks:
     """Remembers, on the device, whether each velocity of a round was finite, and reads the answers when asked."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[str, str, float]] = []  # (policy, task, sigma)
+        self._seen: list[tuple[str, str, float]] = []  # (policy, task, sigma) of each row
         self._finite: list[Tensor] = []
 
-    def note(self, policy: str | None, batch: Batch, sigma: float, velocity: Tensor) -> None:
-        """Check a velocity of any shape; the device is not waited for."""
-        name = _BASE if policy is None else _TEACHER if policy == batch.rows[0].teacher else policy
-        self._seen.append((name, "/".join(batch.slices), sigma))
-        self._finite.append(velocity.detach().isfinite().all())
+    def note(self, policy: str | None, rows: Sequence[Row], sigma: float, velocity: Tensor) -> None:
+        """Check velocities of rows, ``[B, ...]``; the device is not waited for."""
+        for row in rows:
+            name = _BASE if policy is None else _TEACHER if policy == row.teacher else policy
+            self._seen.append((name, row.task, sigma))
+        self._finite.append(velocity.detach().isfinite().flatten(1).all(1))
 
     def first_broken(self) -> list[tuple[str, str, float]]:
         """(policy, task, sigma) of the first velocity that is not finite, and of other policies' at the same state.
@@ -463,7 +515,7 @@ class VelocityChecks:
         """
         if not self._seen:
             return []
-        broken = [e for e, finite in zip(self._seen, torch.stack(self._finite).tolist(), strict=True) if not finite]
+        broken = [e for e, finite in zip(self._seen, torch.cat(self._finite).tolist(), strict=True) if not finite]
         return [e for e in dict.fromkeys(broken) if e[1:] == broken[0][1:]]
 
     def describe(self, transitions: Sequence[Transition]) -> str:

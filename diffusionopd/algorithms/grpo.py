@@ -70,7 +70,7 @@ class Grpo(Algorithm):
         self.check_samples()
         advantages, metrics = scoring.advantages(s, self.shape)
         result = Result(images, metrics)
-        ratios = torch.zeros(3, dtype=torch.float64)  # how many, how many clipped, their sum
+        counted = []  # of the ratios: how many, how many clipped, their sum
         for epoch in range(self.sampler.num_inner_epochs):
             for part in self.parts(batches):
                 losses = self.losses([batches[i] for i in part])
@@ -81,7 +81,7 @@ class Grpo(Algorithm):
                         target = self.target(batch)(x, tr.sigma) if pull else None
                         v_student = self.student(batch)(x, tr.sigma)
                         loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantage.to(x), *s.clip)
-                        ratios += _counted(ratio, *s.clip)
+                        counted.append(_counted(ratio, *s.clip))
                         if v_base is not None:
                             loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
                         if pull and target is not None:
@@ -90,7 +90,7 @@ class Grpo(Algorithm):
                 norm = self.update(losses, step)
                 if epoch == 0:
                     result.note(losses, norm)
-        count, clipped, total = mean_over_processes(ratios).tolist()
+        count, clipped, total = mean_over_processes(torch.stack(counted).sum(0).cpu()).tolist()
         result.metrics |= {"clip_fraction": clipped / count, "ratio": total / count}
         result.metrics |= pull.metrics() if pull else {}
         return result
@@ -135,6 +135,6 @@ class GrpoGuard(Grpo):
 
 
 def _counted(ratio: Tensor, low: float, high: float) -> Tensor:
-    """How many ratios, how many of them clipped, and their sum: float64 ``[3]`` on the CPU."""
+    """How many ratios, how many of them clipped, and their sum: float64 ``[3]``."""
     clipped = (ratio < 1 - low) | (ratio > 1 + high)
-    return torch.stack([ratio.new_tensor(float(len(ratio))), clipped.sum(), ratio.sum()]).double().cpu()
+    return torch.stack([ratio.new_tensor(float(len(ratio))), clipped.sum(), ratio.sum()]).double()

@@ -97,10 +97,10 @@ class Nft(Algorithm):
 
     def _distil(self, batch: Batch, losses: Losses, pull: Pull, note: bool) -> None:
         """The distillation's part of an optimizer step: at states of the student's own, since ``x_t`` are none."""
-        for visit in self.rollout(batch):
+        for part, visit in self.rollout(batch):
             if visit.target is not None:
-                loss = pull.loss(batch, visit.step, visit.transition, visit.v.guided, visit.target, note)
-                self.optimizer.backward(losses.add(batch, visit.step, loss, beside=True))
+                loss = pull.loss(part, visit.step, visit.transition, visit.v.guided, visit.target, note)
+                self.optimizer.backward(losses.add(part, visit.step, loss, beside=True))
 
     @torch.no_grad()
     def finish(self, updates: int) -> None:

@@ -54,13 +54,14 @@ class Key:
     form: tuple[str, Callable[[Any], bool]] | None = None  # (what it must be, whether a value is)
     resume: str = REFUSE
     used: bool = True  # False: accepted because existing files set it
-    optional: bool = False  # None is a value of its own: the base model's default
+    optional: bool = False  # None is a value of its own
+    from_model: str = ""  # None stands for the base model's own: this field of its family's defaults
     path: Callable[[str], str] | None = None  # READ or WRITE, of a path or a list of them
     group: type | None = None
 
     def problem(self, value: Any) -> tuple[str, str] | None:
         """What is wrong with ``value`` and the remedy; None if nothing is."""
-        if self.optional and value is None:
+        if value is None and (self.optional or self.from_model):
             return None
         expected, fits = _type_of(self.default)
         wrong = ""
@@ -127,6 +128,11 @@ class Schema:
             section, _, leaf = name.rpartition(".")
             (config[section] if section else config)[leaf] = value
         return config
+
+    def left_to_model(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The keys of a flat configuration that are None for the base model's own value -> the field that has it."""
+        named = {name: declared.from_model for name, declared in self.keys.items() if declared.from_model}
+        return {name: field for name, field in named.items() if values.get(name, "") is None}
 
     def check(self, values: Mapping[str, Any], used: Callable[[str], bool], problems: Problems) -> None:
         """Names, types, ranges and choices; values of keys that are not ``used`` are not looked at."""

@@ -21,6 +21,7 @@ from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.data.tasks import Task, loss_weights
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
+from diffusionopd.rows import take
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Row:
     strength: float = 1.0  # of its target: how far from the reference to the teacher, and beyond
     reference: str | None = None  # an adapter; None: the bare base
     weight: float = 1.0  # of its loss
+    steps: tuple[int, ...] = ()  # the sampler steps that are trained, increasing; the same for all rows of a task
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Batch:
     rows: tuple[Row, ...]
     noise: Tensor  # [B, C, h, w] at the first noise level, float32
     text: Conditions  # of B prompts
-    steps: tuple[int, ...]  # the sampler steps that are trained, increasing
     draw: Callable[[Stream, int], Tensor]  # (what for, step) -> [B, C, h, w] standard normal noise
     wants_images: bool = False  # whether the final latents are used: the rollout goes to its end
 
@@ -67,6 +68,11 @@ class Batch:
         names = [row.task for row in self.rows]
         return {name: slice(names.index(name), names.index(name) + names.count(name)) for name in dict.fromkeys(names)}
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The sampler steps at which some row is trained, increasing."""
+        return tuple(sorted({step for row in self.rows for step in row.steps}))
+
     def step_noise(self, step: int) -> Tensor:
         """The noise that a stochastic sampler step adds: ``[B, C, h, w]``."""
         return self.draw(Stream.STEP, step)
@@ -75,10 +81,47 @@ class Batch:
         """The noise that final latents are mixed with, at the time of a step: ``[B, C, h, w]``."""
         return self.draw(Stream.FORWARD, step)
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The batch of some of the rows."""
+        return Batch(
+            tuple(self.rows[row] for row in rows),
+            take(self.noise, rows),
+            self.text.index(rows),
+            lambda stream, step: take(self.draw(stream, step), rows),
+            self.wants_images,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its tensors in pinned memory of the host."""
+        return replace(self, noise=self.noise.pin_memory(), text=self.text.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory the host does not wait for the copies."""
         noise = self.noise.to(device, non_blocking=True)
         return replace(self, noise=noise, text=self.text.to(device, non_blocking=True))
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several tasks."""
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        tuple(row for batch in batches for row in batch.rows),
+        torch.cat([batch.noise for batch in batches]),
+        Conditions.cat([batch.text for batch in batches]),
+        lambda stream, step: torch.cat([batch.draw(stream, step) for batch in batches]),
+        any(batch.wants_images for batch in batches),
+    )
+
+
+def side_by_side(batches: Sequence[Batch], tasks: int) -> list[Batch]:
+    """Those of the same samples of different tasks joined, at most ``tasks`` in one; for 1 all as they are."""
+    if tasks < 2:
+        return list(batches)
+    alike: dict[int, list[Batch]] = {}
+    for batch in batches:
+        alike.setdefault(batch.rows[0].sample, []).append(batch)
+    return [join(group[start : start + tasks]) for group in alike.values() for start in range(0, len(group), tasks)]
 
 
 class BatchError(ValueError):
@@ -131,33 +174,28 @@ class Batches:
                 first = (batch * shape.num_processes + self.rank) * shape.batch_size
                 for start in range(first, first + shape.batch_size, size):
                     made.append(self._batch(index, task, range(start, start + size), wanted and batch == 0))
-        return made
+        parts = (made[start : start + shape.batches_per_step] for start in range(0, len(made), shape.batches_per_step))
+        joined = [batch for part in parts for batch in side_by_side(part, shape.tasks_per_pass)]
+        return [batch.pin_memory() for batch in joined] if self.device.type == "cuda" else joined
 
     def _batch(self, index: int, task: int, samples: Sequence[int], wants_images: bool) -> Batch:
         own, weight, key = self.tasks[task], self._weights[task], (self.settings.seed, index, task)
         groups = [sample // self.shape.images_per_prompt for sample in samples]
         sampler, known = self.samplers[own.name], self.prompts[own.name]
         prompts = [known[sampler.index(index, group)] for group in groups]
-        pinned = self.device.type == "cuda"
-
-        def drawn(keys: Sequence[Sequence[int]]) -> Tensor:
-            made = noise(self.latent_shape, keys)
-            return made.pin_memory() if pinned else made
 
         def draw(stream: Stream, step: int) -> Tensor:
-            return drawn([(stream, *key, i, step) for i in samples]).to(self.device, non_blocking=True)
+            drawn = noise(self.latent_shape, [(stream, *key, i, step) for i in samples])
+            drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+            return drawn.to(self.device, non_blocking=True)
 
-        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
+        text = self.text.get([prompt.key for prompt in prompts], dtype=self.dtype)
         target = (own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
-        rows = [Row(own.name, i, p, *target, weight) for i, p in zip(samples, prompts, strict=True)]
-        return Batch(
-            rows=tuple(rows),
-            noise=drawn([(Stream.LATENT, *key, i) for i in (groups if self.settings.same_latent else samples)]),
-            text=text.pin_memory() if pinned else text,
-            steps=self.steps(index, task),
-            draw=draw,
-            wants_images=wants_images,
-        )
+        steps = self.steps(index, task)
+        rows = [Row(own.name, i, p, *target, weight, steps) for i, p in zip(samples, prompts, strict=True)]
+        starts = groups if self.settings.same_latent else samples
+        latents = noise(self.latent_shape, [(Stream.LATENT, *key, i) for i in starts])
+        return Batch(tuple(rows), latents, text, draw, wants_images)
 
 
 def choose_steps(trained_steps: int, count: int, *key: int, chances: Sequence[float] | None = None) -> tuple[int, ...]:

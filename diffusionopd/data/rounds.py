@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusionopd.config_schema import ROUND, Problems, key
+from diffusionopd.config_schema import FREE, ROUND, Problems, key
 from diffusionopd.data.noise import Stream, generator
 
 TOGETHER, ALTERNATE, CASCADE = "together", "alternate", "cascade"
@@ -37,6 +37,10 @@ class BatchSettings:
     tasks_per_round: int = key("train.tasks_per_round", 0, "[0, inf)")
     """With `task_order` "together": visit this many tasks in a round, drawn anew for each, all as likely; 0 visits all.
     The gradient is that of all tasks in expectation."""
+    tasks_per_pass: int = key("train.tasks_per_pass", 0, "[0, inf)", resume=FREE)
+    """At most so many tasks of an optimizer step walk side by side: a pass of the student, and one of all frozen LoRAs,
+    over the rows of all of them (docs/performance.md). 1 is a pass for each task. 0: as many as fit into memory, on a
+    CPU all; chosen at the start, printed, and kept when the run is resumed."""
 
     def check(self, visited: int, num_processes: int, one_step: bool, inner_epochs: int, problems: Problems) -> None:
         """Everything that must divide something else.
@@ -85,6 +89,7 @@ class RoundShape:
     task_order: str = TOGETHER
     drawn: int = 0  # tasks per round, if they are drawn
     seed: int = 0
+    tasks_per_pass: int = 1  # side by side, at most; 0 until it is known
 
     @property
     def tasks_per_round(self) -> int:
@@ -166,6 +171,7 @@ def round_shape(
         task_order=settings.task_order,
         drawn=drawn,
         seed=seed,
+        tasks_per_pass=settings.tasks_per_pass,
     )
 
 

@@ -119,7 +119,7 @@ class TaskSettings:
 
     teachers: tuple = key("train.teachers", [])
     """The tasks: a list of dicts with the fields of the table below, each with its teacher."""
-    teacher_guidance_scale: float = key("sample.teacher_guidance_scale", 4.5, "[1, inf)")
+    teacher_guidance_scale: float = key("sample.teacher_guidance_scale", 4.5, "[1, inf)", from_model="guidance_scale")
     """Guidance of the teachers that have no `guidance_scale` of their own; 1.0 is without."""
     loras: Any = key("loras", None, optional=True, form=_LORAS, resume=FREE)
     """In the place of `train.teachers`: the LoRAs to merge, as the path of a table (CSV) or a list of dicts, each with

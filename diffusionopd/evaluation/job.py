@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.merging import EXACT, merge
 from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
@@ -37,16 +39,27 @@ _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
 
 
 @dataclass(frozen=True)
+class Merge:
+    """LoRAs to be merged into one without training: ``scale`` times their :func:`merge` by ``method``, nothing cut."""
+
+    method: str
+    loras: Sequence[LoraWeights]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Model:
     """One model: the base with a LoRA, or bare without; a guidance of its own goes before that of the benchmarks.
 
-    ``own``: a transformer of other weights, in the place of the base's.
+    ``own``: a transformer of other weights, in the place of the base's. ``merge``: in the place of a LoRA.
     """
 
     name: str
     lora: LoraWeights | None = None
     guidance_scale: float | None = None
     own: TeacherModel | None = None
+    only_on: str | None = None  # the one benchmark that it is evaluated on; None: all
+    merge: Merge | None = None
 
     def guidance_on(self, benchmark: Benchmark) -> float:
         """Classifier-free guidance of its images."""
@@ -57,8 +70,9 @@ class Model:
 class Job:
     """Models on benchmarks: everything `run` needs, already checked.
 
-    `dtype` None is float16 on a GPU and float32 on a CPU. `output` gets the files of a single model on a single
-    benchmark; several models get a folder each in it, and in that several benchmarks.
+    `dtype` None is what the base's family is published in on a GPU (float16 for SD3), and float32 on a CPU. `output`
+    gets the files of a single model on a single benchmark; several models get a folder each in it, and in that several
+    benchmarks.
     """
 
     base: str
@@ -85,7 +99,7 @@ class Job:
     def __post_init__(self) -> None:
         """Raises `EvaluationError` for values that no image can be made with."""
         steps = [benchmark.num_steps for benchmark in self.benchmarks]
-        scales = [model.guidance_on(benchmark) for model in self.models for benchmark in self.benchmarks]
+        scales = [model.guidance_on(benchmark) for model, benchmark in self.evaluations]
         unusable = {
             "batch_size must be at least 1": self.batch_size < 1,
             "images_per_prompt must be at least 1": self.images_per_prompt < 1,
@@ -104,6 +118,12 @@ class Job:
     def source(self) -> dict[str, Any]:
         """Where the base model is, as arguments of what reads it."""
         return {"model": self.base, "revision": self.revision, "variant": self.variant, "config": self.config}
+
+    @property
+    def evaluations(self) -> list[tuple[Model, Benchmark]]:
+        """What is evaluated on what, in order."""
+        pairs = product(self.models, self.benchmarks)
+        return [(model, benchmark) for model, benchmark in pairs if model.only_on in (None, benchmark.name)]
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
@@ -125,21 +145,22 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
         EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError, HeldError, FolderError:
             as the parts do.
     """
-    dtype = job.dtype or (torch.float16 if state.device.type == "cuda" else torch.float32)
+    dtype = job.dtype or torch.float32
+    if job.dtype is None and state.device.type == "cuda":
+        dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
-    folders = [job.folder(model, benchmark) for model in job.models for benchmark in job.benchmarks]
+    folders = [job.folder(model, benchmark) for model, benchmark in job.evaluations]
     with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
         return _run(job, state, dtype, iter(locks))
 
 
 def _look(job: Job, dtype: torch.dtype) -> None:
     """HeldError, or EvaluationError for what must stay, in any of the folders; changes nothing."""
-    for model in job.models:
-        for benchmark in job.benchmarks:
-            texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
-            files = ResultFolder(job.folder(model, benchmark))
-            refuse_if_held(files.folder)
-            files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
+    for model, benchmark in job.evaluations:
+        texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
+        files = ResultFolder(job.folder(model, benchmark))
+        refuse_if_held(files.folder)
+        files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
 
 
 def _run(
@@ -153,28 +174,27 @@ def _run(
     scorers = build_scorers(names, str(device), job.reward_options)
     cache, policies = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
-    for model in job.models:
+    for model, benchmark in job.evaluations:
         home = policies.use(model.name)
-        for benchmark in job.benchmarks:
-            generate = ImageGenerator(
-                home.backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
-            )
-            results.setdefault(model.name, {})[benchmark.name] = evaluate(
-                generate,
-                benchmark.prompts,
-                {name: scorers[name] for name in benchmark.rewards},
-                job.folder(model, benchmark),
-                batch_size=job.batch_size,
-                save_images=job.save_images,
-                resume=job.resume,
-                overwrite=job.overwrite,
-                images_per_prompt=job.images_per_prompt,
-                settings=settings_of(job, model, benchmark, dtype),
-                lock=next(locks),
-                rank=rank,
-                world=world,
-                in_step=home.backbone.sharding is not None,
-            )
+        generate = ImageGenerator(
+            home.backbone, cache, benchmark.num_steps, model.guidance_on(benchmark), job.resolution, job.seed
+        )
+        results.setdefault(model.name, {})[benchmark.name] = evaluate(
+            generate,
+            benchmark.prompts,
+            {name: scorers[name] for name in benchmark.rewards},
+            job.folder(model, benchmark),
+            batch_size=job.batch_size,
+            save_images=job.save_images,
+            resume=job.resume,
+            overwrite=job.overwrite,
+            images_per_prompt=job.images_per_prompt,
+            settings=settings_of(job, model, benchmark, dtype),
+            lock=next(locks),
+            rank=rank,
+            world=world,
+            in_step=home.backbone.sharding is not None,
+        )
     return results
 
 
@@ -189,7 +209,7 @@ def load_models(
     length = job.max_sequence_length
     cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
     load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
-    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
+    texts = [NEGATIVE, *(prompt.key for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
@@ -207,11 +227,17 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
     for source in dict.fromkeys((model.own or base).model for model in job.models):
         on = [model for model in job.models if (model.own or base).model == source]
         given = {model.name: model.lora for model in on if model.lora is not None}
-        fitted, wrong, _ = find_all(given, source, on[0].own or base)
-        found |= fitted
+        merges = {model.name: model.merge for model in on if model.merge is not None}
+        parts = {f"{name}/{i}": lora for name, what in merges.items() for i, lora in enumerate(what.loras)}
+        fitted, wrong, _ = find_all(given | parts, source, on[0].own or base)
         problems += wrong.values()
+        if not wrong:
+            found |= {name: fitted[name] for name in given}
+            for name, what in merges.items():
+                own = [fitted[f"{name}/{i}"] for i in range(len(what.loras))]
+                found[name] = merge(own, EXACT, what.method).weights.scaled(what.scale)
     if problems:
-        raise AdapterError("\n".join(problems))
+        raise AdapterError("\n".join(dict.fromkeys(problems)))
     return found
 
 
@@ -254,6 +280,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         **{name: value for name, value in job.source.items() if name in ("variant", "config") and value},
         "lora": model.lora.source if model.lora else None,
         "lora_hash": lora_hash(model.lora) if model.lora else None,
+        **(_merge_settings(model.merge) if model.merge else {}),
         **({"own_model": model.own.model, "own_model_hash": model.own.digest()} if model.own else {}),
         "num_inference_steps": benchmark.num_steps,
         "guidance_scale": model.guidance_on(benchmark),
@@ -266,6 +293,11 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "rewards": sorted(benchmark.rewards),
         "images_per_prompt": job.images_per_prompt,
     }
+
+
+def _merge_settings(what: Merge) -> dict[str, Any]:
+    sources, hashes = [lora.source for lora in what.loras], [lora_hash(lora) for lora in what.loras]
+    return {"lora": f"{what.scale:g} times the {what.method} of {', '.join(sources)}", "lora_hash": hashes}
 
 
 def lora_hash(lora: LoraWeights) -> str:

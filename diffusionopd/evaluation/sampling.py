@@ -1,11 +1,10 @@
-"""Images of prompts: the first-order ODE on a backbone.
+"""Images of prompts: the ODE on a backbone, by the steps of its pipeline.
 
 Letters: B images, C latent channels, h and w latent size, H and W pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,14 +13,32 @@ from diffusionopd.data.noise import Stream, noise
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.transitions import transition
+from diffusionopd.rollout import walk
+from diffusionopd.transitions import schedule
 
 
 @torch.no_grad()
+def sample_latents(
+    backbone: Backbone, conditions: Conditions, latents: Tensor, num_steps: int, guidance: float, *, resolution: int
+) -> Tensor:
+    """Latents `[B, C, h, w]` of images; arguments as of :func:`sample_images`."""
+    transitions = schedule("ode", backbone.sigmas(num_steps, resolution))
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return backbone.velocity(x, sigma, conditions, guidance)[0]
+
+    def no_noise(step: int) -> Tensor:
+        raise AssertionError("the ODE draws none")
+
+    for visit in walk(latents, transitions, velocity, draw_noise=no_noise, multistep=backbone.multistep):
+        latents = visit.x_next
+    return latents
+
+
 def sample_images(
     backbone: Backbone, conditions: Conditions, latents: Tensor, num_steps: int, guidance: float, *, resolution: int
 ) -> Tensor:
-    """Images by the first-order ODE (paper eq. 12: x' = x + dt v), decoded.
+    """Images by the first-order ODE (paper eq. 12: x' = x + dt v), or as the backbone's `multistep` has it, decoded.
 
     Args:
         conditions: of B prompts.
@@ -33,11 +50,7 @@ def sample_images(
     Returns:
         float32 `[B, 3, H, W]` in [0, 1], on the VAE's device.
     """
-    x = latents
-    for sigma, sigma_next in pairwise(backbone.sigmas(num_steps, resolution).tolist()):
-        velocity, _ = backbone.velocity(x, sigma, conditions, guidance)
-        x = transition("ode", sigma, sigma_next).mean(x, velocity)
-    return backbone.decode(x)
+    return backbone.decode(sample_latents(backbone, conditions, latents, num_steps, guidance, resolution=resolution))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What can be evaluated on: test prompts by name or folder, and the rewards that each is scored with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from diffusionopd.data.prompts import Prompt, PromptError, listed, load_folders
 from diffusionopd.data.unfit import unfit_lines
 from diffusionopd.files import located, looked_in
+from diffusionopd.models.backbone import Defaults
 from diffusionopd.rewards import check_name
 
 _QUALITY = ("imagereward", "pickscore", "aesthetic", "unifiedreward", "clipscore", "hpsv2")
@@ -32,6 +33,8 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scene": ("assets/tiny/dataset/scene", ("tiny_scene",)),
 }
 """Name -> folder of its prompt files, from the repository's root, and its rewards; the first four as upstream."""
+
+_PUBLISHED = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")  # upstream's
 
 
 _WITH_METADATA = ("geneval", "geneval2", "dpgbench", "wise", "wise_verified", "compbench_complex")
@@ -65,6 +68,7 @@ def find_benchmark(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    defaults: Callable[[], Defaults] = lambda: _PUBLISHED,
 ) -> Benchmark:
     """The test prompts of a benchmark, the rewards to score it with, and how its images are made.
 
@@ -75,6 +79,7 @@ def find_benchmark(
         rewards, num_steps, guidance_scale: in place of the benchmark's own.
         limit: use the first prompts only.
         options: of rewards, by name.
+        defaults: gives the base model's own steps and guidance; called at last, for what is left open.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
@@ -115,6 +120,7 @@ def find_benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,
         prompts,
         chosen,
-        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps"), 40),
-        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"), 4.5),
+        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps")) or defaults().num_steps,
+        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"))
+        or defaults().guidance_scale,
     )

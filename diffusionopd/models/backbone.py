@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row, TextEncoder
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder, split_reference
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,
@@ -43,17 +44,28 @@ from diffusionopd.models.pipeline_files import (
 from diffusionopd.models.schedules import FAMILY, flow_levels
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
+from diffusionopd.rows import put, take
 from diffusionopd.stages import stage
 
-FAMILIES = {"StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3"}
+FAMILIES = {
+    "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
+    "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+    "Flux2Pipeline": "diffusionopd.models.flux2:Flux2",
+    "Flux2KleinPipeline": "diffusionopd.models.flux2:Flux2",
+    "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
+    "QwenImageEditPlusPipeline": "diffusionopd.models.qwen_image_edit:QwenImageEdit",
+    "QwenImage21Pipeline": "diffusionopd.models.qwen_image21:QwenImage21",
+    "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
+    "SanaPipeline": "diffusionopd.models.sana:Sana",
+}
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
 
 
-RowSplit = Callable[[Tensor], dict[str, Tensor]]
-"""The rows of a matrix ``[out, ...]`` of another tool's layer -> those of each of the transformer's modules."""
+CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
+"""How a model is guided: by a second branch for the negative prompt, by an input of its own, or (distilled) not."""
 
 
 class BackboneError(ValueError):
@@ -75,6 +87,7 @@ class Defaults:
     guidance_scale: float
     max_sequence_length: int
     mixed_precision: str
+    resolution: int = 1024
 
 
 class Backbone(ABC):
@@ -93,7 +106,8 @@ class Backbone(ABC):
     MODELS: ClassVar[Mapping[str, tuple[str, ...]]]
     """``transformer`` and ``vae`` -> the classes of diffusers that may be loaded as each."""
     TEXT: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Text encoders and tokenizers of the pipeline -> the classes of transformers that may be loaded as each."""
+    """Text encoders, and tokenizers or processors, of the pipeline -> the classes of transformers that may be loaded as
+    each."""
     IN_CHECKPOINT: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
     """Text encoders that diffusers takes from a single file -> what their tensors' names begin with there, and the
     tensors that it makes itself."""
@@ -103,8 +117,12 @@ class Backbone(ABC):
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of blocks, which are compiled and sharded one by one."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
+    TOKENS_AROUND: ClassVar[int] = 0
+    """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
+    READS_IMAGES: ClassVar[bool] = False
+    """Whether a prompt may have a reference image. Its pipeline then encodes with the VAE, too."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that text encoding never needs."""
     MAY_LACK: ClassVar[tuple[str, ...]] = ()
@@ -119,9 +137,19 @@ class Backbone(ABC):
         return ""
 
     @classmethod
+    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+        """:attr:`DEFAULTS`, or those of a variant such as a distilled one."""
+        return cls.DEFAULTS
+
+    @classmethod
+    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+        """One of :data:`CLASSIFIER_FREE`, :data:`EMBEDDED`, :data:`NO_GUIDANCE`."""
+        return CLASSIFIER_FREE
+
+    @classmethod
     def evaluations_of(cls, guidance: float, configs: Mapping[str, Mapping[str, Any]]) -> int:
         """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
-        return 1 if guidance <= 1.0 else 2
+        return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
 
     @classmethod
     @abstractmethod
@@ -140,6 +168,11 @@ class Backbone(ABC):
         """``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU: the pipeline's own, or "linspace" with
         its shift."""
 
+    @property
+    def multistep(self) -> bool:
+        """Whether the pipeline samples by DPM-Solver++(2M), and evaluation with it; if not, by Euler steps."""
+        return False
+
     @abstractmethod
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         """The velocity of one forward: signs, time and packing are settled here.
@@ -157,6 +190,12 @@ class Backbone(ABC):
         """Images in [-1, 1] of latents."""
 
     @classmethod
+    def text_parts(cls, root: Path) -> dict[str, Any]:
+        """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder: a
+        processor of images and texts needs torchvision, its tokenizer does not."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
@@ -167,8 +206,8 @@ class Backbone(ABC):
         return set()
 
     @classmethod
-    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
-        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among ``modules``."""
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """Layers as LoRA files of other tools name them, dots as underscores -> what they are among the modules."""
         return {}
 
     def inert_modules(self) -> set[str]:
@@ -201,7 +240,8 @@ class Backbone(ABC):
             self.transformer.to(self.device)
         self.vae = vae.to(self.vae_device).requires_grad_(False).eval()
         self.scheduler = scheduler
-        self.configs = {"index": index or {}, "transformer": self.transformer.config, "vae": self.vae.config}
+        parts = {"transformer": self.transformer, "vae": self.vae, "scheduler": scheduler}
+        self.configs = {"index": index or {}, **{name: part.config for name, part in parts.items()}}
         self.negative: Conditions | None = None
         """Of the negative prompt, one row; set by whoever fills the text cache."""
         self.evaluations = 0
@@ -218,7 +258,12 @@ class Backbone(ABC):
         return self.shape_of(resolution, self.configs)
 
     def velocity(
-        self, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor = 1.0
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        conditions: Conditions,
+        guidance: float | Tensor = 1.0,
+        prepare: Callable[[Sequence[int]], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The guided velocity at ``x`` and the conditional one, both float32 ``[B, C, h, w]``.
 
@@ -230,6 +275,7 @@ class Backbone(ABC):
             sigma: noise level in [0, 1], of all samples or ``[B]``.
             conditions: of B samples.
             guidance: scale, of all samples or ``[B]`` on the host; a sample at 1 has no second branch.
+            prepare: is called before each forward with the numbers of the samples whose rows it has, in their order.
         """
         rows = len(x)
         if isinstance(sigma, Tensor):
@@ -239,34 +285,67 @@ class Backbone(ABC):
         scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * rows
         guided = [row for row, scale in enumerate(scales) if self.evaluations_at(scale) > 1]
         if not guided:
-            v = self._evaluate(x, sigma, conditions, guidance)
+            v = self._evaluate(x, sigma, conditions, guidance, range(rows), prepare)
             return v, v
-        if self.negative is None:
-            raise ValueError(f"guidance {guidance} needs the conditions of the negative prompt: set backbone.negative")
-        own = slice(None) if len(guided) == rows else guided
+        own = conditions if len(guided) == rows else conditions.index(guided)
         v = self._evaluate(
-            torch.cat([x[own], x]),
-            torch.cat([sigma[own], sigma]),
-            Conditions.cat([self.negative.expand(len(guided)), conditions]),
-            torch.cat([guidance[own], guidance]) if isinstance(guidance, Tensor) else guidance,
+            torch.cat([take(x, guided), x]),
+            torch.cat([take(sigma, guided), sigma]),
+            Conditions.cat([self._negatives(own), conditions]),
+            torch.cat([take(guidance, guided), guidance]) if isinstance(guidance, Tensor) else guidance,
+            [*guided, *range(rows)],
+            prepare,
         )
         negative, conditional = v.split([len(guided), rows])
         if isinstance(guidance, Tensor):
-            guidance = guidance[own].to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
-        v_guided = self._guide(conditional[own], negative, guidance)
-        if len(guided) < rows:
-            v_guided = conditional.index_copy(0, torch.tensor(guided, device=v.device), v_guided)
+            guidance = take(guidance, guided).to(v.device, v.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        v_guided = self._guide(take(conditional, guided), negative, guidance)
+        others = sorted(set(range(rows)).difference(guided))
+        if others:
+            v_guided = put([(guided, v_guided), (others, take(conditional, others))])
         return v_guided, conditional
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
+    def _negatives(self, conditions: Conditions) -> Conditions:
+        """What the second branch of each sample sees under guidance."""
+        if self.negative is None:
+            raise ValueError("guidance needs the conditions of the negative prompt: set backbone.negative")
+        return self.negative.expand(len(conditions))
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        guidance: float | Tensor,
+        samples: Sequence[int],
+        prepare: Callable[[Sequence[int]], object] | None,
+    ) -> Tensor:
         self.evaluations += len(x)
+        prepare = prepare or (lambda samples: None)
         x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.PADDABLE:
+                prepare(samples)
                 return self._forward(x, sigma, conditions, guidance).float()
             scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
-            alone = zip(x.split(1), sigma.split(1), conditions.each(), scales, strict=True)
-            return torch.cat([self._forward(*sample) for sample in alone]).float()
+            found = []
+            for sample, *alone in zip(samples, x.split(1), sigma.split(1), conditions.each(), scales, strict=True):
+                prepare([sample])
+                found.append(self._forward(*alone))
+            return torch.cat(found).float()
+
+    def _each(self, x: Tensor, value: float | Tensor) -> Tensor:
+        """``value`` for each sample of ``x``, float32 ``[B]`` on the device; a tensor of them may be on the host."""
+        values = value if isinstance(value, Tensor) else torch.full((len(x),), value)
+        return values.to(self.device, torch.float32, non_blocking=True)
+
+    def _rounded_time(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Sigma as pipelines hand it to transformers that multiply it by 1000 in the dtype of ``x``.
+
+        In bfloat16 both round: 1000 sigma to 8 bits first is off by up to 2 thousandths, sigma itself by 3.5.
+        """
+        steps = self.scheduler.config.num_train_timesteps
+        return (sigma * steps).to(torch.float32).to(x.dtype) / steps
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
@@ -276,13 +355,14 @@ class Backbone(ABC):
             images = [self._decode(part) for part in latents.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
-    def beside(self, transformer: Any, *, waits: bool = False) -> Backbone:
-        """Another transformer of the family with this one's VAE, times, device and negative prompt."""
+    def beside(self, transformer: Any, *, index: Mapping[str, Any] | None = None, waits: bool = False) -> Backbone:
+        """Another transformer of the family, with an index of its own or this one's, and with this one's VAE, times,
+        device and negative prompt."""
         made = type(self)(
             transformer,
             self.vae,
             self.scheduler,
-            index=self.configs["index"],
+            index=index or self.configs["index"],
             dtype=self.dtype,
             device=self.device,
             vae_device=self.vae_device,
@@ -313,7 +393,8 @@ class Backbone(ABC):
 class ModelInfo:
     """What the small files of a base model say, before any weights load.
 
-    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae`` and the text encoders.
+    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae``, the ``scheduler`` and the
+    text encoders.
     """
 
     model: str
@@ -325,6 +406,22 @@ class ModelInfo:
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
         return self.family.evaluations_of(guidance, self.configs)
+
+    @property
+    def defaults(self) -> Defaults:
+        """For keys that a configuration leaves to the model."""
+        return self.family.defaults_of(self.configs)
+
+    @property
+    def guidance(self) -> str:
+        """:meth:`Backbone.guidance_of` this model."""
+        return self.family.guidance_of(self.configs)
+
+    def guidance_problem(self, guidance: float) -> str:
+        """Why it cannot be asked at ``guidance``; empty if it can."""
+        if self.guidance == NO_GUIDANCE and guidance != 1.0:
+            return "the base model is distilled and takes no guidance"
+        return ""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
@@ -445,6 +542,7 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
                 except ValueError as error:
                     unusable[name] = str(error)
         parts = {name: part for name, part in parts.items() if name not in unusable}
+        scheduler: Any
         scheduler, problems = _scheduler(index, root) if "scheduler" not in unusable else (None, [])
         problems += unusable.values()
         needed = [part for name, part in parts.items() if fetch == "all" or fetch == "models" and name in family.MODELS]
@@ -454,7 +552,7 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
             problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
         if problems:
             raise _refusal(model, problems)
-        configs = {"index": index, **{n: part.config() for n, part in parts.items()}}
+        configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
         info = ModelInfo(model, revision, family, configs, root=root)
         if problem := family.unsupported(info.configs):
             raise ValueError(problem)
@@ -482,7 +580,7 @@ def _index_problems(index: Mapping[str, Any], family: type[Backbone], root: Path
                 problems[name] = f"its {name} is {kind}; {family.__name__} takes {' or '.join(family.MODELS[name])}"
         except ValueError as error:
             problems[name] = str(error)
-    for name in (n for n in (*index, *family.TEXT) if n.startswith(("text_encoder", "tokenizer"))):
+    for name in dict.fromkeys([*family.TEXT, *(n for n in index if n.startswith(("text_encoder", "tokenizer")))]):
         library, kind = (index.get(name) or (None, None))[:2]
         if not library and not kind:
             if name in family.TEXT and name not in family.MAY_LACK:
@@ -555,40 +653,49 @@ def load_text_encoder(
     with _loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
+        if info.family.READS_IMAGES:
+            loaded["vae"] = found.parts["vae"].load(variant, torch.float32)
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
-        given = {"transformer": transformer, **absent, **loaded}
+        parts = info.family.text_parts(found.root)
+        # Diffusers refuses another class than the index names: such a part comes afterwards.
+        known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
+        given = {"transformer": transformer, **absent, **loaded, **known}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
             pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
         else:
             pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+        for name, reader in parts.items():
+            setattr(pipeline, name, reader)
         for name, part in encoders.items():
             if part.checkpoint is not None:
                 getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor
                 check_loaded(name, getattr(pipeline, name))
-    for name in encoders:
+    for name in {**encoders, **loaded}:
         getattr(pipeline, name).to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
-    tokenizers = {name: getattr(pipeline, name) for name in info.family.TEXT if name.startswith("tokenizer")}
-    tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+    readers = {name: getattr(pipeline, name) for name in info.family.TEXT if name not in encoders}
+    tokenizers = {n: getattr(reader, "tokenizer", reader) for n, reader in readers.items() if reader is not None}
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
+        if not info.family.READS_IMAGES and any(split_reference(prompt)[1] for prompt in prompts):
+            raise _refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
         with quiet_pipeline(pipeline):
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return MeasuringEncoder(encode, tokenizers, length)
+    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
 
 
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
-    For a folder: names, sizes and the first and last MiB of every text encoder and tokenizer file. For a hub id: the
-    repository and the commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its
-    text encoders, and what holds for its ``config``. For all, the variant and the major versions of the libraries that
-    encode.
+    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
+    and of the VAE if that encodes images. For a hub id: the repository and the commit that ``revision`` resolves to.
+    For a single file: the beginning of every tensor of its text encoders, and what holds for its ``config``. For all,
+    the variant and the major versions of the libraries that encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
@@ -605,7 +712,10 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
             index = Path(hf_hub_download(source, "model_index.json", revision=revision))
             digest.update(f"{source}@{index.parent.name}".encode())
             return digest.hexdigest()[:16]
-    for file in sorted(p for pattern in ("text_encoder*", "tokenizer*") for p in root.glob(f"{pattern}/*")):
+        name = diffusers.DiffusionPipeline.load_config(root).get("_class_name")
+    images = name in FAMILIES and pkgutil.resolve_name(FAMILIES[name]).READS_IMAGES
+    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if images else []))
+    for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]
 

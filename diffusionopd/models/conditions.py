@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusionopd.rows import take
+
 NEGATIVE = "\0negative"
 """Stands for the base model's own negative prompt among prompts: not always the empty one, nor encoded like others."""
+
+_REFERENCE = "\0reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image file beside a prompt, as it was when the prompt was read."""
+
+    path: str
+    size: int  # in bytes
+    modified: int  # in nanoseconds
+
+    @staticmethod
+    def to(file: Path) -> Reference:
+        """To a file that is there."""
+        status = file.stat()
+        return Reference(str(file.resolve()), status.st_size, status.st_mtime_ns)
+
+    def beside(self, text: str) -> str:
+        """What stands for a prompt with this image among prompts."""
+        return _REFERENCE + json.dumps([text, *astuple(self)])
+
+
+def split_reference(prompt: str) -> tuple[str, Path | None]:
+    """Text and image of what stands for a prompt; None without an image."""
+    if not prompt.startswith(_REFERENCE):
+        return prompt, None
+    text, path, *_ = json.loads(prompt.removeprefix(_REFERENCE))
+    return text, Path(path)
+
 
 Row = Mapping[str, Tensor]
 """The conditions of one prompt, as they are cached: tensors without batch dimension and without padding.
@@ -19,7 +53,8 @@ Those whose name begins with ``tokens`` are sequences ``[L, ...]``, all of one l
 """
 
 TextEncoder = Callable[[Sequence[str]], list[Row]]
-"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt."""
+"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt, what :class:`Reference` makes
+for a prompt with an image."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +111,10 @@ class Conditions:
 
     def index(self, rows: int | slice | Sequence[int]) -> Conditions:
         """Some of the samples; one integer keeps the batch dimension."""
-        rows = [rows] if isinstance(rows, int) else rows
-        lengths = self.lengths
-        if lengths is not None:
-            lengths = lengths[rows] if isinstance(rows, slice) else tuple(lengths[i] for i in rows)
-        return Conditions({name: part[rows] for name, part in self.parts.items()}, lengths)
+        every = range(len(self))
+        rows = [rows] if isinstance(rows, int) else every[rows] if isinstance(rows, slice) else rows
+        lengths = self.lengths and tuple(self.lengths[i] for i in rows)
+        return Conditions({name: take(part, rows) for name, part in self.parts.items()}, lengths)
 
     def each(self) -> list[Conditions]:
         """The samples one by one, without padding."""

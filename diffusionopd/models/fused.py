@@ -6,6 +6,9 @@ seven a LoRA, where one and four do (``docs/performance.md`` has the counts). Nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora import Linear, LoraLayer
@@ -34,18 +37,41 @@ def fuse_norms(transformer: nn.Module) -> None:
                 setattr(parent, name, fused.train(norm.training))
 
 
+class Chosen(NamedTuple):
+    """Which of the adapters side by side the samples of a forward have."""
+
+    samples: int
+    adapters: Tensor  # on the device, their numbers; for consecutive groups of samples of one size
+
+
 class FusedLoraLinear(Linear):
     """PEFT's LoRA layer with scaling and sum inside the second product: ``W x + b + s B (A x)``.
 
     It is PEFT's in every other respect, so that loading, saving and merging find what they expect.
     """
 
+    stacked: tuple[Tensor, Tensor] | None = None
+    """Of adapters side by side, ``A`` ``[n, r, in]`` and scaled ``B`` ``[n, r, out]``, ranks filled up with zeros."""
+    chosen: Sequence[Chosen] = ()
+    """Which of them each sample has, if any; one list that all layers share."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., in]`` to ``[..., out]``, with the adapters in use that this layer has: one, or none."""
+        """``x`` ``[..., in]`` to ``[..., out]``, with the adapters in use that this layer has: one, or none; or with
+        one of those side by side for each sample, the first dimension."""
         rows, device = x.flatten(0, -2), x.device.type
         if torch.is_autocast_enabled(device):  # which would narrow the same rows for each product
             rows = rows.to(torch.get_autocast_dtype(device))
         y = self.base_layer(rows)
+        if self.chosen and self.stacked is not None:
+            (chosen,) = self.chosen
+            if len(x) != chosen.samples:
+                raise ValueError(
+                    f"a layer is given {tuple(x.shape)} for {chosen.samples} samples, so that they cannot have a LoRA "
+                    "each: set --config.train.tasks_per_pass=1"
+                )
+            a, b = (part.index_select(0, chosen.adapters) for part in self.stacked)
+            groups = rows.unflatten(0, (len(a), -1))
+            y.unflatten(0, (len(a), -1)).baddbmm_(torch.bmm(groups, a.mT), b)
         for name in self._active_adapter:
             if name in self.lora_A:
                 a, b = self.lora_A[name].weight, self.lora_B[name].weight

@@ -6,7 +6,9 @@ PEFT does the injection and the arithmetic; this file does the bookkeeping, and 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusionopd.models.fused import fuse_lora
+from diffusionopd.models.fused import Chosen, FusedLoraLinear, fuse_lora
 from diffusionopd.models.lora_files import (
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
@@ -32,7 +34,7 @@ from diffusionopd.models.lora_files import (
     load_lora,
     refuse,
 )
-from diffusionopd.models.lora_fit import fit
+from diffusionopd.models.lora_fit import fit, linear_layers
 
 
 class Adapters:
@@ -48,11 +50,19 @@ class Adapters:
         self.transformer = transformer.requires_grad_(False)
         self.inert = inert
         self._active: list[str] = []
+        self._teachers: list[str] = []
+        self._chosen: list[Chosen] = []
+        self._places: dict[str | None, int] | None = None  # of the frozen adapters, once they are side by side
+        self._stacked_on = torch.device("cpu")
         self.configs: dict[str, LoraConfig] = {}
 
     def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
-        """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base."""
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+        """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base.
+
+        ``target_modules`` are ends of names.
+        """
+        targets = _linear_targets(self.transformer, target_modules)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._inject(name, config, trainable=True)
@@ -93,12 +103,53 @@ class Adapters:
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""
         self.add_from(name, source)
+        self._teachers.append(name)
+        self._places = None
 
     def use(self, name: str | None) -> None:
         """Make ``name`` the adapter of the next forward, or none of them (the bare base) for None."""
         if name is not None and name not in self.configs:
             raise AdapterError(f"no adapter {name!r}; there are {', '.join(self.configs) or 'none'}")
         self._active[:] = [] if name is None else [name]
+        self._chosen.clear()
+
+    def together(self, names: Collection[str | None]) -> bool:
+        """Whether samples of one forward can have these adapters, the bare base for None: :meth:`use_each`."""
+        return set(names) <= self._side_by_side().keys()
+
+    def use_each(self, names: Sequence[str | None]) -> None:
+        """Give each sample of the next forward its adapter, or none; those that are frozen teachers can be together.
+
+        The adapters are side by side in each layer, and a layer adds two products over all samples whatever their
+        number; adapters of smaller ranks, and those that a layer does not have, are filled up with zeros.
+        """
+        if len(set(names)) == 1:
+            self.use(names[0])
+            return
+        places = [self._side_by_side()[name] for name in names]
+        # Groups of equal samples, as large as all can be: fewer and larger products.
+        size = math.gcd(*(len(list(group)) for _, group in itertools.groupby(places)))
+        self.use(None)
+        adapters = torch.tensor(places[::size]).to(self._stacked_on, non_blocking=True)
+        self._chosen.append(Chosen(len(places), adapters))
+
+    @torch.no_grad()
+    def _side_by_side(self) -> dict[str | None, int]:
+        """The places of the frozen teachers in what each layer holds of all of them; the last one is empty.
+
+        They are held in the type of the base, to which autocast would narrow them in every forward.
+        """
+        if self._places is not None:
+            return self._places
+        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
+        others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
+        names = [name for name in self._teachers if name not in others]
+        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
+        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
+            layer.stacked = _stacked(layer, names)
+            if layer.stacked is not None:
+                self._stacked_on = layer.stacked[0].device
+        return self._places
 
     @property
     def active(self) -> str | None:
@@ -191,11 +242,41 @@ class Adapters:
             fuse_lora(layer)
         for layer in self.transformer.modules():
             if isinstance(layer, LoraLayer):
-                layer._active_adapter = self._active
+                layer._active_adapter, layer.chosen = self._active, self._chosen
                 layer._disable_adapters = False
         for other, own in self.configs.items():  # injecting resets requires_grad everywhere
             for parameter in self.parameters(other):
                 parameter.requires_grad_(not own.inference_mode)
+
+
+def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
+    """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
+
+    In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
+    """
+    linear, targets = linear_layers(transformer), list[str]()
+    modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
+    for end in ends:
+        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
+        layers = hit & linear.keys()
+        targets += sorted(layers) if layers and hit != layers else [end]
+    return targets
+
+
+def _stacked(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    """``A`` ``[n + 1, r, in]`` and ``s B`` ``[n + 1, r, out]`` of a layer's adapters, zeros where it has none."""
+    own = [name for name in names if name in layer.lora_A]
+    if not own:
+        return None
+    parts = {name: (layer.lora_A[name].weight, layer.scaling[name] * layer.lora_B[name].weight.mT) for name in own}
+    rank, dtype = max(len(a) for a, _ in parts.values()), layer.get_base_layer().weight.dtype
+    stacks = []
+    for part in zip(*parts.values(), strict=True):
+        stack = part[0].new_zeros(len(names) + 1, rank, part[0].shape[1], dtype=dtype)
+        for name, tensor in zip(own, part, strict=True):
+            stack[names.index(name), : len(tensor)] = tensor
+        stacks.append(stack)
+    return stacks[0], stacks[1]
 
 
 def _config_of(weights: LoraWeights) -> LoraConfig:

@@ -16,6 +16,15 @@ from diffusionopd.models.backbone import ModelInfo, family_of
 from diffusionopd.models.lora_files import AdapterError, LoraWeights, load_lora, refuse
 
 
+def linear_layers(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Linear layers by their original names, also inside injected ones -> the shapes of their matrices."""
+    return {
+        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+
+
 def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | None = None) -> LoraWeights:
     """The LoRA by the names of ``transformer``'s modules, whose parameters may be on the meta device.
 
@@ -23,11 +32,7 @@ def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | N
     AdapterError when it does not fit: modules that the base does not have, modules its own config names but that have
     no tensors, two layers for one module, shapes of another base, or a module that was never trained.
     """
-    linear = {  # by their original names, also inside injected layers
-        name.removesuffix(".base_layer"): tuple(module.weight.shape)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-    }
+    linear = linear_layers(transformer)
     parts: list[tuple[str, str, Tensor]] = []  # module, the layer of the file that it is in, its rows of B
     family = family_of(transformer)
     foreign = family.lora_layers(linear) if family else {}

@@ -51,6 +51,10 @@ class MergedTeachers(Adapters):
                 layer._modules["base_layer"] = merged
         self._in_use = name
 
+    def together(self, names: Collection[str | None]) -> bool:
+        """See :meth:`Adapters.together`; merged matrices are exchanged for a whole forward."""
+        return False
+
     @property
     def active(self) -> str | None:
         """The adapter in use."""

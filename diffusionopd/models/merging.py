@@ -11,6 +11,9 @@ from torch import Tensor
 
 from diffusionopd.models.lora_files import LoraWeights
 
+METHODS = ("sum", "ties", "dare")
+EXACT = 10**9
+"""A rank at which nothing is cut."""
 DENSITY = 0.5
 """The share of its values that TIES and DARE keep of each LoRA."""
 

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
-CONFIGS = ("*.json", "*.txt", "*.model")
-"""Patterns of the small files of a pipeline, tokenizers' vocabularies among them."""
+CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Patterns of the small files of a pipeline, tokenizers' vocabularies and chat templates among them."""
 _MOST = 4  # names in a message
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from diffusionopd.stages import stage
 
 STUDENT = "student"
 """The adapter that is trained."""
+_TOGETHER = object()
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class Home:
 class Policies:
     """The student and the policies of its base, and of other transformers with the same latents and texts."""
 
-    def __init__(self, backbone: Backbone, adapters: Adapters, others: Mapping[str, Home] | None = None) -> None:
-        """``others``: by name, the policies of other transformers than the student's base."""
+    def __init__(
+        self, backbone: Backbone, adapters: Adapters, others: Mapping[str, Home] | None = None, *, together: bool = True
+    ) -> None:
+        """``others``: by name, the policies of other transformers than the student's base. ``together``: frozen
+        policies of one transformer may share a forward."""
         self.backbone = backbone
         self.adapters = adapters
         self.others = others or {}
+        self.together = together
         self._come: HostWeights | None = None  # of the weights on the device, those that would else wait
 
     @property
@@ -82,15 +87,42 @@ class Policies:
         in step. Afterwards the student's adapter is in use: checkpointed blocks run again in its backward pass.
         """
         answers: dict[int, tuple[Tensor, Tensor]] = {}
-        policies = list(dict.fromkeys(request.policy for request in requests))  # as few switches as possible
-        order = list(dict.fromkeys(self.home(policy).backbone for policy in policies))  # and moves of weights
-        for policy in sorted(policies, key=lambda policy: order.index(self.home(policy).backbone)):
-            for i, r in enumerate(requests):
-                if r.policy == policy:
-                    answers[i] = self._ask(policy, r.x, r.sigma, r.conditions, r.guidance)
+        for numbers in self._passes(requests):
+            if len(numbers) == 1:
+                r = requests[numbers[0]]
+                answers[numbers[0]] = self._ask(r.policy, r.x, r.sigma, r.conditions, r.guidance)
+            else:
+                answers |= zip(numbers, self._ask_together([requests[i] for i in numbers]), strict=True)
         if STUDENT in self.adapters.configs:
             self.adapters.use(STUDENT)
         return [answers[i] for i in range(len(requests))]
+
+    def _passes(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The numbers of the requests of each forward, with as few switches and moves of weights as possible."""
+        passes: dict[Backbone, dict[object, list[list[int]]]] = {}  # of a transformer, of a policy or of several
+        for i, request in enumerate(requests):
+            home = self.home(request.policy)
+            own = passes.setdefault(home.backbone, {})
+            if self.together and home.adapters.together([home.adapter]):
+                own.setdefault(_TOGETHER, [[]])[0].append(i)
+            else:
+                own.setdefault(request.policy, []).append([i])
+        return [numbers for own in passes.values() for several in own.values() for numbers in several]
+
+    def _ask_together(self, requests: Sequence[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The answers to requests of one transformer, in one forward where samples may have an adapter each."""
+        counts = [len(request.x) for request in requests]
+        home = self._come_to(self.home(requests[0].policy))
+        names = [self.home(r.policy).adapter for r, count in zip(requests, counts, strict=True) for _ in range(count)]
+        with stage("forward, frozen policies"):
+            found = home.backbone.velocity(
+                torch.cat([request.x for request in requests]),
+                _of_each([request.sigma for request in requests], counts),
+                Conditions.cat([request.conditions for request in requests]),
+                _of_each([request.guidance for request in requests], counts),
+                lambda samples: home.adapters.use_each([names[sample] for sample in samples]),
+            )
+        return zip(*(v.split(counts) for v in found), strict=True)
 
     def _ask(
         self, policy: str | None, x: Tensor, sigma: float | Tensor, conditions: Conditions, guidance: float | Tensor
@@ -100,10 +132,14 @@ class Policies:
 
     def use(self, policy: str | None) -> Home:
         """Make the next velocity of a policy's transformer that policy's."""
-        home = self.home(policy)
+        home = self._come_to(self.home(policy))
+        home.adapters.use(home.adapter)
+        return home
+
+    def _come_to(self, home: Home) -> Home:
+        """Have the weights of a policy's transformer on the device."""
         if home.host is not None and home.host is not self._come:
             self._bring(home.host)
-        home.adapters.use(home.adapter)
         return home
 
     def _bring(self, weights: HostWeights) -> None:
@@ -112,3 +148,10 @@ class Policies:
             self._come.go()
         weights.come()
         self._come = weights
+
+
+def _of_each(values: Sequence[float | Tensor], counts: Sequence[int]) -> float | Tensor:
+    """One number for all rows, or ``[b]`` of them, of what each request says."""
+    if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
+        return values[0]
+    return torch.cat([torch.as_tensor(v, dtype=torch.float64).expand(n) for v, n in zip(values, counts, strict=True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,13 +23,16 @@ FAMILY, LINSPACE = SCHEDULES = "family", "linspace"
 """What the levels are before their shift: the scheduler's own, or evenly spread from 1 to 1 / num_steps."""
 
 
-def flow_levels(scheduler: Any, num_steps: int, mu: float | None = None, schedule: str = FAMILY) -> Tensor:
+def flow_levels(
+    scheduler: Any, num_steps: int, mu: float | None = None, schedule: str | Sequence[float] = FAMILY
+) -> Tensor:
     """``num_steps + 1`` levels, decreasing to 0, float64 on the CPU; ``mu`` is the shift where it is dynamic.
 
     Schedulers of flow matching give the levels of Euler steps, solvers with ``use_flow_sigmas`` (UniPC, DPM++) their
-    own. Those of ``linspace`` are shifted as ``FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=...)`` does it, by
-    the scheduler's shift, whatever its class. ValueError for a scheduler without such levels, and for one that has
-    ``shift`` and ``flow_shift`` and follows the wrong one.
+    own. Those of ``linspace``, and given ones, ``num_steps`` of them, are shifted as
+    ``FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=...)`` does it, by the scheduler's shift, whatever its class.
+    ValueError for a scheduler without such levels, and for one that has ``shift`` and ``flow_shift`` and follows the
+    wrong one.
     """
     config, kind = scheduler.config, type(scheduler)
     matching = kind.__name__.startswith("FlowMatch")
@@ -42,9 +45,10 @@ def flow_levels(scheduler: Any, num_steps: int, mu: float | None = None, schedul
             f"{other} {config[other]:g}, too. Delete the one that is not meant, or set both to one value."
         )
     shift = {} if mu is None else {"mu": mu}
-    if schedule == LINSPACE:
+    if schedule != FAMILY:
+        given = np.linspace(1.0, 1 / num_steps, num_steps).tolist() if schedule == LINSPACE else schedule
         made = FlowMatchEulerDiscreteScheduler.from_config(config, shift=config[own])
-        made.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), **shift)
+        made.set_timesteps(sigmas=given, **shift)
     else:
         made = (FlowMatchEulerDiscreteScheduler if matching else kind).from_config(config)
         made.set_timesteps(num_steps, **shift)

@@ -5,14 +5,15 @@ They differ in their folder's own configuration alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusionopd.models.backbone import Backbone, Defaults, RowSplit
+from diffusionopd.models.backbone import Backbone, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.lora_names import RowSplit, Shapes, count_blocks, in_blocks, renamed, swapped
 from diffusionopd.models.schedules import FAMILY, flow_levels
 
 
@@ -117,40 +118,33 @@ class StableDiffusion3(Backbone):
         return {f"{name.removesuffix('.attn')}.attn.add_q_proj" for name in last}
 
     @classmethod
-    def lora_layers(cls, modules: Collection[str]) -> Mapping[str, RowSplit]:
-        """The names of the original code, which kohya's sd-scripts and ComfyUI use.
-
-        Queries, keys and values are one matrix there, and the modulation before a part without gates has its scale and
-        shift the other way round: diffusers' ``convert_sd3_transformer_checkpoint_to_diffusers``.
-        """
-        found: dict[str, RowSplit] = {}
-        count = sum(name.endswith(".norm1.linear") for name in modules)
-        for i in range(count):
-            ours, theirs = f"transformer_blocks.{i}.", f"joint_blocks_{i}_"
-            for side, layers in _LAYERS.items():
-                found |= {f"{theirs}{side}_{name}": _whole(ours + own) for name, own in layers.items()}
-            for name, own in _FUSED.items():
-                found[theirs + name] = _thirds([ours + n for n in own])
-        last = f"transformer_blocks.{count - 1}.norm1_context.linear"
-        found[f"joint_blocks_{count - 1}_context_block_adaLN_modulation_1"] = _swapped(last)
-        found |= {name: _whole(own) for name, own in _EMBEDDINGS.items()}
-        return found | {"final_layer_adaLN_modulation_1": _swapped("norm_out.linear")}
+    def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
+        """Queries, keys and values are one matrix in the original code, and the modulation before a part without gates
+        has its scale and shift the other way round: diffusers' ``convert_sd3_transformer_checkpoint_to_diffusers``."""
+        last = count_blocks("transformer_blocks", shapes) - 1
+        return {
+            **in_blocks("joint_blocks", "transformer_blocks", _BLOCK, shapes),
+            **renamed(_EMBEDDINGS, shapes),
+            f"joint_blocks_{last}_context_block_adaLN_modulation_1": swapped(
+                f"transformer_blocks.{last}.norm1_context.linear"
+            ),
+            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
+        }
 
 
-_LAYERS = {
-    "x_block": {
-        "attn_proj": "attn.to_out.0", "attn2_proj": "attn2.to_out.0", "mlp_fc1": "ff.net.0.proj", "mlp_fc2": "ff.net.2",
-        "adaLN_modulation_1": "norm1.linear",
-    },
-    "context_block": {
-        "attn_proj": "attn.to_add_out", "mlp_fc1": "ff_context.net.0.proj", "mlp_fc2": "ff_context.net.2",
-        "adaLN_modulation_1": "norm1_context.linear",
-    },
-}  # fmt: skip
-_FUSED = {
-    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+_BLOCK = {
+    "x_block_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block_attn2_qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block_attn_proj": "attn.to_out.0",
+    "x_block_attn2_proj": "attn2.to_out.0",
+    "x_block_mlp_fc1": "ff.net.0.proj",
+    "x_block_mlp_fc2": "ff.net.2",
+    "x_block_adaLN_modulation_1": "norm1.linear",
+    "context_block_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block_attn_proj": "attn.to_add_out",
+    "context_block_mlp_fc1": "ff_context.net.0.proj",
+    "context_block_mlp_fc2": "ff_context.net.2",
+    "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
 _EMBEDDINGS = {
     "context_embedder": "context_embedder",
@@ -160,15 +154,3 @@ _EMBEDDINGS = {
     "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
     "final_layer_linear": "proj_out",
 }
-
-
-def _whole(module: str) -> RowSplit:
-    return lambda rows: {module: rows}
-
-
-def _swapped(module: str) -> RowSplit:
-    return lambda rows: {module: torch.cat(rows.chunk(2)[::-1])}
-
-
-def _thirds(modules: Sequence[str]) -> RowSplit:
-    return lambda rows: dict(zip(modules, rows.chunk(3), strict=False))

@@ -25,10 +25,10 @@ class BaseSettings:
     config: str = key("pretrained.config", None, path=READ)
     """For a single file: folder or hub id of the pipeline that it is made for, which gives the configurations, the
     tokenizers, and the weights that the file does not hold. None: the hub id that diffusers infers from the file."""
-    resolution: int = key("resolution", 768, "[16, inf)")
+    resolution: int = key("resolution", 768, "[16, inf)", from_model="resolution")
     """Height and width in pixels; a multiple of the model's unit."""
-    max_sequence_length: int = key("max_sequence_length", 128, "[1, inf)")
-    """Length in tokens to which T5 prompts are cut or padded."""
+    max_sequence_length: int = key("max_sequence_length", 128, "[1, inf)", from_model="max_sequence_length")
+    """Length in tokens to which prompts are cut, and padded where the family's are (T5's of SD3 and FLUX)."""
 
     @property
     def source(self) -> dict[str, Any]:
@@ -41,7 +41,13 @@ class BaseSettings:
 class MemorySettings:
     """Precision and memory."""
 
-    mixed_precision: str = key("mixed_precision", "fp16", choices=("no", "fp16", "bf16"), resume=FREE)
+    mixed_precision: str = key(
+        "mixed_precision",
+        "fp16",
+        choices=("no", "fp16", "bf16"),
+        resume=FREE,
+        from_model="mixed_precision",
+    )
     """The type in which frozen weights are held and the transformer computes ("no": float32). LoRA weights, the
     optimizer and the loss are float32 in each case. On a CPU "no" is by far the fastest."""
     allow_tf32: bool = key("allow_tf32", True, resume=FREE)
@@ -73,12 +79,19 @@ def _named(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(n, str) and n for n in value)
 
 
+_ONLY_LORA = (
+    "True: the student is a LoRA, because teachers, references and the bare base share its frozen weights, which "
+    "full fine-tuning would change. Weights fine-tuned in full can be a teacher (train.teachers[i].model)"
+)
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The student's adapter."""
 
-    use_lora: bool = key("use_lora", True, choices=(True,))
-    """Must be True: the student is a LoRA on the frozen base."""
+    use_lora: bool = key("use_lora", True, form=(_ONLY_LORA, bool))
+    """Must be True: the student is a LoRA on the frozen base, which its teachers (LoRAs on it), the references and the
+    bare base share. One that is fine-tuned in full would change them all; full weights can be a teacher (`model`)."""
     lora_path: str = key("train.lora_path", None, path=READ)
     """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))

@@ -38,7 +38,8 @@ _FORMS = "Give a pipeline folder, its transformer folder, a .safetensors file or
 
 @dataclass(frozen=True)
 class TeacherModel(ModelInfo):
-    """A transformer that fits beside the base; ``configs`` are the base's, but for its own ``transformer``."""
+    """A transformer that fits beside the base; ``configs`` are the base's, but for its own ``transformer`` and, of a
+    pipeline, ``index``."""
 
     part: Part
 
@@ -67,7 +68,7 @@ class TeacherModel(ModelInfo):
         """
         with _reading(self.model):
             transformer = self.part.load(self._variant, base.dtype)
-        return base.beside(transformer, waits=waits)
+        return base.beside(transformer, index=self.configs["index"], waits=waits)
 
 
 class HostWeights:
@@ -107,7 +108,7 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
             return None
         found, root = _find_part(place, base), place if place.is_dir() else None
         listing = () if Path(source).exists() or found.checkpoint else _fetched(source, root, found, download)
-        model = _described(source, base, found)
+        model = _described(source, base, found, root)
         problems = weight_problems([found], model._variant, listing)
         problems += _differences(model, base, root)
         if unsupported := base.family.unsupported(model.configs):
@@ -169,8 +170,10 @@ def _in_file(file: Path, base: ModelInfo) -> Part:
     )
 
 
-def _described(source: str, base: ModelInfo, part: Part) -> TeacherModel:
+def _described(source: str, base: ModelInfo, part: Part, root: Path | None) -> TeacherModel:
     configs = {**base.configs, "transformer": dict(part.empty().config)}
+    if root and (root / "model_index.json").is_file():  # where a pipeline may say that it is distilled
+        configs["index"] = diffusers.DiffusionPipeline.load_config(root)
     return TeacherModel(source, None, base.family, configs, part, root=base.root)
 
 
@@ -194,10 +197,12 @@ def _differences(model: TeacherModel, base: ModelInfo, root: Path | None) -> lis
 
 
 def _config(root: Path | None, part: str) -> Mapping[str, Any]:
-    """The configuration of a part of a pipeline, empty if that is not there."""
+    """The configuration of a part of a pipeline, empty if that is not there; of a model of text and images, its text
+    model's too."""
     for name in ("config.json", "scheduler_config.json"):
         if root is not None and (file := root / part / name).is_file():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return {**config, **config.get("text_config", {})}
     return {}
 
 

@@ -31,8 +31,8 @@ from diffusionopd.training.setup import Run, merged_note, started
 from diffusionopd.training.stop import Stop, Stopped
 
 _ROUND_MEMORY = (
-    "Lower train.batch_size (and raise train.gradient_accumulation_steps to match: the student that is trained is the "
-    "same), or set activation_checkpointing; then go on with --config.resume_from=auto."
+    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the "
+    "student that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
 )
 _EVALUATION_MEMORY = "Lower sample.test_batch_size; then go on with --config.resume_from=auto."
 
@@ -262,6 +262,7 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "round": completed,
         "num_processes": run.plan.shape.num_processes,
         "written_for": run.resume.written_for,
+        "tasks_per_pass": run.plan.shape.tasks_per_pass,
         "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,10 +39,11 @@ from diffusionopd.config_schema.paths import check_adapter, check_model, check_w
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.loras import read_loras
+from diffusionopd.data.prompts import REFERENCE, PromptError, load_folders
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, fitted_round, round_shape, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
-from diffusionopd.models.backbone import DTYPES, BackboneError, ModelInfo, is_here, read_model
+from diffusionopd.models.backbone import DTYPES, EMBEDDED, BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.schedules import FAMILY
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
@@ -151,9 +153,11 @@ class WatchSettings:
     before round 1, of what the student starts as."""
     eval_num_prompts: int = key("eval_num_prompts", 0, "[0, inf)", resume=FREE)
     """Test prompts per task (all processes together), and folder of it, in such an evaluation; 0 is all."""
-    eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE)
-    """Sampler steps in evaluation (always a first-order ODE)."""
-    eval_guidance_scale: float = key("sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE)
+    eval_num_steps: int = key("sample.eval_num_steps", 40, "[1, inf)", resume=FREE, from_model="num_steps")
+    """Sampler steps in evaluation: of the first-order ODE, of the second-order one where the base's pipeline is."""
+    eval_guidance_scale: float = key(
+        "sample.eval_guidance_scale", 4.5, "[1, inf)", resume=FREE, from_model="guidance_scale"
+    )
     """Classifier-free guidance in evaluation; 1.0 is without."""
     eval_variants: dict = key("eval_variants", {}, form=(_VARIANTS, _are_variants), resume=FREE)
     """Evaluations to make beside each: {name: {"guidance_scale": ..., "num_steps": ...}}, of which one may be left out
@@ -253,6 +257,26 @@ def with_loras(config: ConfigDict) -> ConfigDict:
     return made
 
 
+def with_model_values(config: ConfigDict) -> ConfigDict:
+    """The configuration with what it leaves to the base model: None takes the default of the model's family.
+
+    The small files of a model on the hub are fetched for that. A configuration that is wrong is left as it is, for
+    :func:`check` to report.
+    """
+    values = flatten(with_paths(config))
+    left = SCHEMA.left_to_model(values)
+    own = keys_of(BaseSettings).values()
+    if not left or any(key.name not in values or key.problem(values[key.name]) for key in own):
+        return config
+    try:
+        model = read_model(**read(BaseSettings, values).source)
+    except BackboneError:
+        return config
+    made = config.copy_and_resolve_references()
+    made.update_from_flattened_dict({name: getattr(model.defaults, field) for name, field in left.items()})
+    return made
+
+
 def unsaved(values: Mapping[str, Any]) -> list[str]:
     """Keys without effect on this run that hold what cannot be saved: they are left at their defaults."""
     unused = (name for name in SCHEMA.keys if not is_used(name, values.get("train.algorithm", "")))
@@ -323,6 +347,7 @@ class Plan(RoundPlan):
             ("processes", f"{shape.num_processes}, {shape.batch_size} images per batch in each"),
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
+            ("side by side", self._passes()),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("learning rate", self._rate()),
@@ -352,6 +377,17 @@ class Plan(RoundPlan):
         if shape.rounds_per_step > 1:
             optimizer = f"an optimizer step every {shape.rounds_per_step} rounds"
         return f"{shape.images_per_round} images, {shape.backward_batches} backward batches per process, {optimizer}"
+
+    def _passes(self) -> str:
+        shape = self.shape
+        if shape.tasks_per_round == 1:
+            return ""
+        if not shape.tasks_per_pass:
+            return "as many tasks as fit into memory: known at the start, when the model is here"
+        passes = math.ceil(shape.tasks_per_round / shape.tasks_per_pass)
+        images = shape.tasks_per_pass * shape.backward_size
+        tasks, rows = _count(shape.tasks_per_pass, "task"), _count(images, "image")
+        return f"{tasks}, {rows} in a pass, {_count(passes, 'pass', 'es')} for all tasks"
 
     def _steps(self) -> str:
         sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
@@ -414,12 +450,13 @@ _VISITS = {
 }
 
 
-def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Plan:
+def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model: ModelInfo | None = None) -> Plan:
     """Check everything that can be checked without loading weights, and derive the counts of a round.
 
     ``num_processes`` is the number of processes of the whole run. Without ``sources`` the prompt files, teachers,
-    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. Paths are looked up as
-    of :func:`with_paths`. Nothing is downloaded or written. Raises ConfigError with every problem found.
+    model, folders and packages need not be there: for counting only, ``num_prompts`` may be 0. ``model`` is what is
+    known of a base that need not be here. Paths are looked up as of :func:`with_paths`. Nothing is downloaded or
+    written. Raises ConfigError with every problem found.
     """
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
@@ -436,6 +473,12 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
     if sources:
         _find_runs(values, problems)
         _check_sources(values, problems)
+    model = model or _read_local_model(values, problems)
+    for name, field in SCHEMA.left_to_model(values).items():
+        if model:
+            values[name] = getattr(model.defaults, field)
+        else:
+            problems.add(name, "is None, the base model's own value, and the base is not here", "Set it.")
     tasks, num_prompts = check_tasks(
         values,
         problems,
@@ -446,7 +489,10 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True) -> Pl
         with_test=values.get("eval_freq") != 0,
         scored=_scored(values, algorithm),
     )
-    model = _check_local_model(values, problems)
+    if model:
+        _check_fits(values, tasks, algorithm, model, problems)
+    if model and problems.good("train.teachers"):
+        _check_references(tasks, model, problems)
     own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
     lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
     if problems.good("reward_options"):
@@ -502,24 +548,57 @@ def _scored(values: Mapping[str, Any], algorithm: type[Algorithm]) -> dict[str, 
     return scored | ({"train": None} if algorithm.has_rewards or values.get("monitor_freq") != 0 else {})
 
 
-def _check_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
-    """What the files of a base model here say, of which the resolution must be; nothing is downloaded."""
+def _read_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInfo | None:
+    """What the files of a base model here say; nothing is downloaded."""
     base = _read_good(BaseSettings, values, problems)
     if base is None or unset(base.model):
         return None
     try:
         if not is_here(base.model, base.revision or None, base.config or None):
             return None
-        model = read_model(**base.source, download=False)
+        return read_model(**base.source, download=False)
     except BackboneError as error:
         for problem in error.problems:
             problems.add("pretrained.model", f"is {base.model}: {problem}", "")
         return None
-    try:
-        model.family.shape_of(base.resolution, model.configs)
-    except ValueError as error:
-        problems.add("resolution", f"is {base.resolution}: {error}", "")
-    return model
+
+
+def _check_references(tasks: Sequence[Task], model: ModelInfo, problems: Problems) -> None:
+    """Prompts with an image are for a base that reads images."""
+    for i, task in enumerate(tasks):
+        if not problems.good(*(f"train.teachers[{i}].{name}" for name in ("dataset", "datasets", "prompt_fn"))):
+            continue
+        try:
+            (first, *_), _ = load_folders(task.folders, task.prompt_fn, "train", 1)
+        except PromptError as error:  # of folders that do not go together: each was looked at before
+            problems.add(f"train.teachers[{i}].datasets", f"cannot be used together: {error}", "")
+            continue
+        if first.reference and not model.family.READS_IMAGES:
+            what = f"has prompts with a {REFERENCE}, such as {first.source}, which the base model does not read"
+            problems.add(f"train.teachers[{i}].dataset", what, "Set pretrained.model to an editing model.")
+
+
+def _check_fits(
+    values: Mapping[str, Any], tasks: Sequence[Task], algorithm: type[Algorithm], model: ModelInfo, problems: Problems
+) -> None:
+    """The resolution and every guidance are ones that the base model has."""
+    if problems.good("resolution"):
+        try:
+            model.family.shape_of(values["resolution"], model.configs)
+        except ValueError as error:
+            problems.add("resolution", f"is {values['resolution']}: {error}", "")
+    student = {"sample.guidance_scale": values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0}
+    fields = ["guidance_scale"] * algorithm.uses_teachers(values) + ["eval_guidance_scale"] * bool(values["eval_freq"])
+    own = {f"train.teachers[{i}].{name}": getattr(task, name) for i, task in enumerate(tasks) for name in fields}
+    for name, guidance in {**student, **own}.items():
+        if problems.good(name, "train.teachers") and (problem := model.guidance_problem(guidance)):
+            problems.add(name, f"is {guidance:g}, but {problem}", "Set it to 1.0.")
+    if model.guidance == EMBEDDED and values["train.cfg"] is False:
+        usual = f"{model.defaults.guidance_scale:g} is usual"
+        what = "is False, which is guidance 1, but the base model has guidance as an input: it costs no second forward"
+        problems.add(
+            "train.cfg", what, f"Set it to True, and sample.guidance_scale to what the student is given; {usual}."
+        )
 
 
 def _teachers(values: Mapping[str, Any], algorithm: type[Algorithm], problems: Problems) -> list[tuple[str, Any]]:
@@ -657,6 +736,10 @@ def _check_timeouts(values: Mapping[str, Any], problems: Problems) -> None:
         what = f"is {values[scoring]:g} seconds, not below the {values[waiting]:g} of {waiting}"
         remedy = f"While one process waits for a reward the others wait for it: raise {waiting} above it, or lower it."
         problems.add(scoring, what, remedy)
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _guidance(scale: float) -> str:

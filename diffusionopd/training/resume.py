@@ -75,6 +75,7 @@ class Resume:
     digests: Mapping[str, str] = field(default_factory=dict)  # of prompts and weights, when it was saved
     diversity: Mapping[str, float] = field(default_factory=dict)  # in its first monitored round
     allow_change: bool = False
+    tasks_per_pass: int = 0  # of the rounds before; 0 for a fresh start
     start_rescaled: bool = True  # False: saved by a version that trained a start (train.lora_path) at its own scale
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
@@ -127,12 +128,15 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     saved, scalars = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
     completed, written_for = scalars.get("round", -1), scalars.get("written_for", scalars.get("num_processes", 0))
     digests, before = scalars.get("digests", {}), scalars.get("versions", {})
-    expected = isinstance(completed, int) and isinstance(written_for, int) and completed >= 0 < written_for
+    passes = scalars.get("tasks_per_pass", 1)  # one task after the other, before there was a choice
+    counts = all(isinstance(n, int) for n in (passes, completed, written_for))
+    expected = counts and completed >= 0 < min(passes, written_for)
     if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")
     diversity = scalars.get("diversity", {})
     start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
+    start.tasks_per_pass = passes
     start.start_rescaled = scalars.get("start_rescaled", False) is True
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)

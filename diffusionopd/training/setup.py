@@ -52,7 +52,8 @@ from diffusionopd.training.checkpoint import load_state
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras
+from diffusionopd.training.passes import with_passes
+from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras, with_model_values
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -105,9 +106,12 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     config = with_loras(config)
     accelerator = make_accelerator(config)
     agree(setup_facts(config.to_dict()))
+    config = together(partial(with_model_values, config), "reading the base model's defaults")
     look = partial(_plan, config, accelerator, allow_config_change)
-    _, plan = together(partial(look, held=False), "checking the configuration")
+    resume, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
+        if plan.model or config.train.tasks_per_pass:
+            plan = with_passes(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
@@ -115,6 +119,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
         # Again: until now another process may have written there.
         resume, plan = together(partial(look, held=True), "checking the configuration")
+        plan = with_passes(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
@@ -178,12 +183,13 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     texts = [NEGATIVE]
     for index, task in enumerate(plan.tasks):
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
-        texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
+        texts += [train[task.name][i].key for i in drawn] + [prompt.key for prompt in test.get(task.name, [])]
     text = fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
-    policies = Policies(backbone, adapters, load_teacher_models(plan, backbone, models, loras))
+    others = load_teacher_models(plan, backbone, models, loras)
+    policies = Policies(backbone, adapters, others, together=plan.shape.tasks_per_pass > 1)
     digests |= (weights := weight_digests(plan.teachers, policies))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)

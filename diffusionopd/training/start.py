@@ -36,7 +36,7 @@ def start_from_teachers(
 
 def choose_scale(algorithm: Algorithm, batches: Sequence[Batch], merged: Merged, say: Callable[[str], None]) -> None:
     """Scale the start to the smallest mean loss on the first of ``batches`` of each task. Collective."""
-    first = {batch.rows[0].task: batch for batch in reversed(batches)}
+    first = {tuple(batch.slices): batch for batch in reversed(batches)}
     tried = [replace(batch, wants_images=False) for batch in first.values()]
     losses = {}
     for scale in sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)}):

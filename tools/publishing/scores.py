@@ -18,7 +18,7 @@ from tools.report.evaluated import read_evaluation
 
 BASE, TEACHER, STUDENT = "base", "teacher-", "student"
 _TITLES = {
-    "num_inference_steps": "{} steps of the first-order ODE",
+    "num_inference_steps": "{} steps of the ODE",
     "resolution": "{} pixels",
     "seed": "seed {}",
     "dtype": "{}",

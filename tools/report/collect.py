@@ -22,12 +22,12 @@ from tools.report.plots import Points
 PACKAGES = ("diffusionopd", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-BASE, STUDENT = "base", "student"
+BASE, STUDENT, MERGE = "base", "student", "merge-"
 
 
 @dataclass(frozen=True)
 class Image:
-    """One test prompt as base, teacher and student drew it: files by model, with that image's score."""
+    """One test prompt as base, teacher, merges and student drew it: files by model, with that image's score."""
 
     caption: str
     files: Mapping[str, Path]
@@ -70,8 +70,9 @@ class Report:
 
     @property
     def models(self) -> list[str]:
-        """Base, teachers, student."""
-        return [BASE, *(task.teacher for task in self.tasks), STUDENT]
+        """Base, teachers, merges, student."""
+        found = dict.fromkeys(model for task in self.tasks for model in task.scores)
+        return sorted(found, key=lambda model: (model == STUDENT, model.startswith(MERGE)))
 
 
 class ReportError(ValueError):
@@ -102,7 +103,8 @@ def points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
 
 
 def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_images: int = 6) -> Report:
-    """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`.
+    """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`; `merge-*`, and teachers on other
+    tasks, where they are there.
 
     Args:
         seconds: wall-clock time of the distillation, where known to be more than its rounds together.
@@ -114,13 +116,15 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
     try:
         config, rows = read_run_config(run / "config.json"), read_metrics(run)
         teachers = config["train"]["teachers"]
-        models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), STUDENT]
+        merges = sorted(path.name for path in evaluations.glob(f"{MERGE}*"))
+        models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), *merges, STUDENT]
         tasks = []
         for teacher in teachers:
             name, reward = teacher["name"], next(iter(teacher["proxy_reward"]), "")
             folders = {model: evaluations / model / name for model in models}
-            scores = {model: read_averages(folder / AVERAGES)[reward] for model, folder in folders.items()}
-            shown = {model: folders[model] for model in (BASE, f"teacher-{name}", STUDENT)}
+            shown = {model: folders[model] for model in (BASE, f"teacher-{name}", *merges, STUDENT)}
+            there = [model for model in models if model in shown or folders[model].is_dir()]
+            scores = {model: read_averages(folders[model] / AVERAGES)[reward] for model in there}
             keys = (f"monitor/{name}/{reward}", f"eval/{name}/{reward}", f"loss/{name}")
             monitored, evaluated, loss = (points(rows, key) for key in keys)
             images = _images(shown, reward, num_images)
@@ -212,14 +216,15 @@ def _plots(report: Report) -> list[dict[str, str]]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """The scores as plain numbers: base, teachers by task, student, each by reward; rounds and seconds."""
+    """The scores as plain numbers: base, teachers by task, merges, student, each by reward; rounds and seconds."""
 
     def scores(model: str) -> dict[str, float]:
-        return {task.reward: task.scores[model].mean for task in report.tasks}
+        return {task.reward: task.scores[model].mean for task in report.tasks if model in task.scores}
 
     return {
         "base": scores(BASE),
         "teachers": {task.name: scores(task.teacher) for task in report.tasks},
+        "merges": {model: scores(model) for model in report.models if model.startswith(MERGE)},
         "student": scores(STUDENT),
         "rounds": report.rounds,
         "seconds": round(report.seconds, 1),
@@ -238,15 +243,23 @@ def text_table(report: Report) -> str:
     return aligned(
         [
             ["", *(task.reward for task in report.tasks)],
-            *([label(model), *(f"{t.scores[model].mean:.3f}" for t in report.tasks)] for model in report.models),
+            *([label(model), *(_mean(task, model) for task in report.tasks)] for model in report.models),
             ["gap closed", *(percent(task.gap_closed) for task in report.tasks)],
         ]
     )
 
 
+def _mean(task: Task, model: str) -> str:
+    return f"{task.scores[model].mean:.3f}" if model in task.scores else "–"
+
+
 def label(model: str) -> str:
     """A model's name for people."""
-    return f"teacher {model.removeprefix('teacher-')}" if model.startswith("teacher-") else model
+    kind, _, name = model.partition("-")
+    if model.startswith(MERGE):
+        method, _, scale = name.partition("-")
+        return f"merge by {method}" + (f" x {scale}" if scale else "")
+    return f"{kind} {name}" if name else model
 
 
 def percent(share: float | None) -> str:

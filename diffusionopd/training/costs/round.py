@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffusionopd.training.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
+from diffusionopd.training.costs.models import Pipeline, with_model
 from diffusionopd.training.plan import Plan
-from tools.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
-from tools.costs.models import Pipeline, with_model
 
 MACHINE = 8
 """Processes of a machine, over which a base is sharded."""
+HEADROOM = 0.85
+"""The share of a GPU's memory that a counted step may take: kernels' workspaces, the allocator's losses and the
+decoding of images beside a round are not in the count."""
 
 
 def step_cost(plan: Plan, pipeline: Pipeline, images: int) -> Cost:
@@ -84,6 +87,12 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
         "activations of a step": cost.activations,
     }
     return {name: size for name, size in rows.items() if size}
+
+
+def tasks_that_fit(plan: Plan, cost: Cost, own: Mapping[str, Frozen], free: float, shards: int = 1) -> int:
+    """How many tasks can walk side by side in ``free`` bytes, at least 1; ``cost`` is that of one task's rows."""
+    held = sum(memory(plan, cost, shards, own).values()) - cost.activations
+    return max(1, int((HEADROOM * free - held) // cost.activations))
 
 
 def outside_training(plan: Plan, pipeline: Pipeline) -> dict[str, int]:

@@ -1,0 +1,71 @@
+"""Distillation on FLUX.1 at 512x512: dev, whose guidance is an input of the transformer, and schnell, which has none.
+
+No teachers are released for these bases: name LoRAs of them, of any format in ``docs/loras.md``, with
+``--config.train.teachers[0].lora_path=...``. What is None is the base model's own (``docs/families.md``).
+"""
+
+from ml_collections import ConfigDict
+
+from diffusionopd.training import base_config as _defaults
+
+
+def get_config(name: str) -> ConfigDict:
+    """Return the configuration called ``name``: mopd or schnell."""
+    return globals()[name]()
+
+
+def mopd() -> ConfigDict:
+    """Three teachers, one student, on FLUX.1-dev, with bf16 weights; Krea-dev with ``--config.pretrained.model=...``.
+
+    Command:   CONFIG=config/flux1.py:mopd bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs of 80 GB, one image a pass, activations recomputed; 72 images per round, 24 per task
+    Cost:      python -m tools.cost --config config/flux1.py:mopd --num_processes=8 (computed; not run)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    return _distillation("flux1_mopd", "black-forest-labs/FLUX.1-dev")
+
+
+def schnell() -> ConfigDict:
+    """The same on FLUX.1-schnell, distilled to four steps without guidance.
+
+    Command:   CONFIG=config/flux1.py:schnell bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  as ``mopd``
+    Cost:      less than half of ``mopd``'s: 4 steps, all trained, in the place of 10
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    config = _distillation("flux1_schnell", "black-forest-labs/FLUX.1-schnell")
+    config.sample.num_steps = None
+    config.train.timestep_fraction = 1.0
+    return config
+
+
+def _distillation(run_name: str, model: str) -> ConfigDict:
+    config = _defaults()
+    config.run_name = run_name
+    config.save_freq = config.eval_freq = 30
+    config.resolution = 512
+    config.pretrained.model = model
+    config.max_sequence_length = None
+    config.mixed_precision = None
+    config.activation_checkpointing = True
+
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = None
+    config.sample.teacher_guidance_scale = None
+    config.sample.eval_guidance_scale = None
+    config.sample.eval_num_steps = None
+    config.sample.train_batch_size = 1
+    config.sample.num_batches_per_epoch = 9
+    config.sample.noise_level = 0.0
+
+    config.train.teachers = [
+        {"name": name, "dataset": f"dataset/{name}", "lora_path": "", "proxy_reward": {name: 1.0}, "prompt_fn": form}
+        for name, form in (("pickscore", "general_ocr"), ("ocr", "general_ocr"), ("geneval", "geneval"))
+    ]
+    config.train.batch_size = 1
+    config.train.gradient_accumulation_steps = 9
+    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
+    config.train.ema = True
+    return config

@@ -1,0 +1,42 @@
+"""How many tasks walk side by side: what the configuration says, what a checkpoint keeps, or what fits into memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from diffusionopd.distributed import gather_over_processes, together
+from diffusionopd.models.settings import BaseSettings, MemorySettings
+from diffusionopd.models.sharding import requested_sharding
+from diffusionopd.training.costs.models import read_pipeline
+from diffusionopd.training.costs.round import MACHINE, own_models, step_cost, tasks_that_fit
+from diffusionopd.training.plan import Plan
+from diffusionopd.training.resume import Resume
+
+
+def with_passes(plan: Plan, resume: Resume, device: torch.device) -> Plan:
+    """The plan with ``train.tasks_per_pass`` resolved; the same on every process. Collective."""
+    tasks = plan.shape.tasks_per_round
+    chosen = plan.values["train.tasks_per_pass"] or resume.tasks_per_pass
+    if not chosen:
+        chosen = min(gather_over_processes([together(lambda: _fitting(plan, device), "counting a step's memory")]))
+        chosen = math.ceil(tasks / math.ceil(tasks / chosen))  # passes of about the same size
+    return replace(plan, shape=replace(plan.shape, tasks_per_pass=min(chosen, tasks)))
+
+
+def _fitting(plan: Plan, device: torch.device) -> int:
+    """How many tasks this process can have side by side, at least 1."""
+    memory, tasks = plan.read(MemorySettings), plan.shape.tasks_per_round
+    if memory.teacher_device and len({task.model for task in plan.teachers if task.model}) > 1:
+        return 1  # their weights would move at every step
+    if memory.compile and len(plan.algorithm.steps(plan, (0, 0, 0))) < plan.sampler.trained_steps:
+        return 1  # a batch would have many sizes, each with graphs of its own
+    if device.type != "cuda" or tasks == 1:
+        return tasks
+    pipeline = read_pipeline(**plan.read(BaseSettings).source)
+    cost, own = step_cost(plan, pipeline, plan.shape.backward_size), own_models(plan, pipeline)
+    free, _ = torch.cuda.mem_get_info(device)
+    shards = min(plan.shape.num_processes, MACHINE) if requested_sharding() else 1
+    return min(tasks, tasks_that_fit(plan, cost, own, free, shards))

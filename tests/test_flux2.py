@@ -1,0 +1,44 @@
+"""FLUX.2-dev, whose guidance is an input and whose tokenizer is a processor's."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoTokenizer
+
+from diffusionopd.models.backbone import load_backbone, load_text_encoder, read_model
+from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.teacher_models import read_teacher_model
+
+from .families.common import PROMPTS
+from .families.flux2 import CASE, DEV
+from .test_families import Small, far
+
+
+def test_dev_is_the_stock_pipeline_with_its_processors_tokenizer(tmp_path):
+    """PixtralProcessor needs torchvision, texts its tokenizer alone."""
+    DEV.build(tmp_path)
+    rows = load_text_encoder(str(tmp_path), max_sequence_length=DEV.length)(PROMPTS)
+    small = Small(DEV, tmp_path, rows, Conditions.of(rows[:1]))
+    pipe, backbone = DiffusionPipeline.from_pretrained(tmp_path, tokenizer=None), small.backbone()
+    pipe.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    with torch.no_grad():
+        found = [small.sample(backbone, guidance) for guidance in DEV.guidances]
+        stock = [small.stock(pipe, backbone, guidance) for guidance in DEV.guidances]
+    assert max(map(far, found, stock)) < 1e-5 < 1e-2 < far(*found)
+    assert backbone.evaluations == 2 * 2 * 5
+
+
+def test_a_distilled_teacher_beside_its_base_has_no_guidance(tmp_path):
+    """It is its pipeline that says so."""
+    for name in ("base", "distilled"):
+        CASE.build(tmp_path / name)
+    index = tmp_path / "distilled" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    base = load_backbone(str(tmp_path / "base"))
+    teacher = read_teacher_model(str(tmp_path / "distilled"), read_model(str(tmp_path / "base")))
+    assert base.evaluations_at(4.0) == 2 and teacher.evaluations_at(4.0) == teacher.load(base).evaluations_at(4.0) == 1
+    alone = read_teacher_model(str(tmp_path / "distilled" / "transformer"), read_model(str(tmp_path / "base")))
+    assert alone.evaluations_at(4.0) == 2
