@@ -56,9 +56,9 @@ def right_answers(atom: Atom) -> list[str]:
 
 
 def first_tokens(answers: Sequence[str]) -> frozenset[str]:
-    """The first token of each, as Qwen's tokenizer has them: words are one, digits one each, a blank before them too.
+    """The first token of each, as Qwen's vocabulary has them: these words are one each, and digits, and a blank.
 
-    So of " 4" it is the blank, which officially counts as right. Words are taken to be one token without a check.
+    So of " 4" it is the blank, which officially counts as right, and of "10" the 1.
     """
     return frozenset(re.match(r"\d| (?=\d)|.*", answer)[0] for answer in answers)  # type: ignore[index]
 
