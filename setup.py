@@ -40,12 +40,15 @@ EXTRAS = {
     "ocr": OCR,
     "geneval": SCIPY,
     "hpsv2": ["ftfy>=6.3,<7"],
-    # Of its own environment: it pins numpy and PyYAML below constraints.txt (docs/rewards.md).
+    # Of its own environment: it brings torchvision (scripts/environments).
+    "open_clip": ["ftfy>=6.3,<7", "open_clip_torch>=2.32,<4"],
+    # Of its own environment: it pins numpy and PyYAML below constraints.txt (scripts/environments).
     "paddle": ["paddleocr>=3.7,<4", "paddlepaddle>=3.3,<4", "rapidfuzz>=3.9,<4"],
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.19,<1"],
+    # These two need versions below constraints.txt: environments of their own (scripts/environments).
     "swanlab": ["swanlab>=0.6,<1"],
-    "mlflow": ["mlflow>=2.20,<4"],
+    "mlflow": ["mlflow>=3.10,<4"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["tiny"],
@@ -56,6 +59,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6,<4",
     "ruff>=0.9,<1",
     "mypy>=1.14,<3",
+    "uv>=0.8,<1",  # resolves scripts/environments
 ]
 
 setup(

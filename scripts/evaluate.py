@@ -15,6 +15,7 @@ import argparse
 import ast
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache, partial
@@ -27,7 +28,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.config_schema import redacted, unset
 from diffusionopd.evaluation.job import TIMEOUT, Job, Merge, Model, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
-from diffusionopd.evaluation.testsets import BENCHMARKS, find_benchmark, first
+from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
 from diffusionopd.models.backbone import DTYPES, read_model
@@ -178,6 +179,32 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
     return found
 
 
+def find_benchmarks(
+    flags: argparse.Namespace,
+    config: dict[str, Any],
+    options: dict[str, dict[str, Any]],
+    defaults: Callable[[], Any],
+) -> list[Benchmark]:
+    """The data sets that flags name. EvaluationError that says all that is wrong with them and the rewards' options.
+
+    ``options``: of rewards. ``defaults``: reads those of the base.
+    """
+    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
+    found, problems = [], []
+    for dataset in flags.dataset:
+        try:
+            found.append(find_benchmark(dataset, config, *own, options=options, defaults=defaults))
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        check_options(options, [*flags.rewards, *(name for benchmark in found for name in benchmark.rewards)])
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise EvaluationError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
 def _teacher_loras(teachers: dict[str, dict[str, Any]]) -> list[LoraWeights]:
     """The LoRAs of all teachers, by their scales. EvaluationError for one that is none."""
     if other := [name for name, teacher in teachers.items() if unset(teacher.get("lora_path"))]:
@@ -212,11 +239,8 @@ def make_job(flags: argparse.Namespace) -> Job:
     base = flags.model or pretrained.get("model") or DEFAULT_MODEL
     read_base = cache(partial(read_model, base, **source))
     models = find_models(flags, config, {"model": base, **source})
-    own = flags.rewards, flags.limit, flags.num_inference_steps, flags.guidance_scale
     options = read_options(flags.reward_options, config.get("reward_options", {}))
-    more: dict[str, Any] = {"options": options, "defaults": lambda: read_base().defaults}
-    benchmarks = [find_benchmark(dataset, config, *own, **more) for dataset in flags.dataset]
-    check_options(options, [name for benchmark in benchmarks for name in benchmark.rewards])
+    benchmarks = find_benchmarks(flags, config, options, lambda: read_base().defaults)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
     for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none

@@ -2,7 +2,7 @@
 # Install the dev extra, then check style, types and behaviour.
 #
 #   bash scripts/test.sh                        the short suite
-#   bash scripts/test.sh --all                  the slow tests too
+#   bash scripts/test.sh --all                  the slow tests too, and whether all environments can be resolved
 #   bash scripts/test.sh tests/test_config.py   other arguments go to pytest
 #
 # TEST_PROCESSES  how many processes run the tests (default 2; each uses one thread)
@@ -10,10 +10,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh dev
 
-arguments=()
+arguments=() all=
 for argument in "$@"; do
     if [ "$argument" = --all ]; then
-        arguments=(-m "slow or not slow" "${arguments[@]}")
+        all=1 arguments=(-m "slow or not slow" "${arguments[@]}")
     else
         arguments+=("$argument")
     fi
@@ -22,4 +22,5 @@ done
 ruff check .
 ruff format --check .
 mypy
+[ -z "$all" ] || bash scripts/environments/environment.sh resolve
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -n "${TEST_PROCESSES:-2}" "${arguments[@]}"

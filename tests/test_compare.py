@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,25 @@ def test_the_papers_columns_come_first_and_each_is_of_one_data_set_for_all_rows(
     assert (column.data_set, [column.text(each) for each in models]) == ("pickscore", ["5.00", "5.50"])
     assert [(each.score, each.data_set) for each in comparison.details] == [("aesthetic", "drawbench")]
     assert compare([model(name, geneval={"geneval": 0.5}) for name in "ab"]).main[0].score == "geneval"
+
+
+def test_benchmarks_of_today_have_titles_and_scales_of_their_own():
+    found = {
+        "geneval2": {"geneval2": 0.4567, "geneval2_am": 0.8, "geneval2_count_questions": 2.5, "geneval2_unseen": 0.01},
+        "dpgbench": {"dpgbench": 0.8412}, "wise": {"wise": 0.5, "wise_cultural": 0.25}, "drawbench": {"hpsv3": 10.987},
+        "compbench_color": {"compbench_attribute": 0.81234}, "compbench_complex": {"compbench_complex": 0.37},
+    }  # fmt: skip
+    judged = model("a", **found)
+    asked = {name: replace(each, settings={"rewards": [next(iter(each.scores))]})
+             for name, each in judged.evaluations.items()}  # fmt: skip
+    comparison = compare([replace(judged, evaluations=asked)])
+    shown = {column.title: column.text(comparison.models[0]) for column in comparison.main}
+    assert shown == {"GenEval 2": "45.7", "DPG-Bench": "84.12", "WISE": "0.500", "HPSv3": "10.99",
+                     "CompBench color": "0.8123", "CompBench complex": "0.3700"}  # fmt: skip
+    details = {column.title: column.text(comparison.models[0]) for column in comparison.details}
+    assert details == {"geneval2_am": "80.000", "geneval2_count_questions": "2.500", "geneval2_unseen": "0.010",
+                       "wise_cultural": "0.250"}  # fmt: skip
+    assert any("times 100" in note for note in comparison.notes)
 
 
 def test_averages_over_different_columns_are_not_compared():

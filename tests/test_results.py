@@ -24,6 +24,7 @@ from diffusionopd.evaluation.results import (
     summarise,
 )
 from diffusionopd.files import FolderError
+from diffusionopd.rewards import Weighted
 
 TEXTS = [f"prompt {i}" for i in range(6)]
 
@@ -242,6 +243,25 @@ def test_table_is_aligned():
     assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n"]
     assert table[1].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
     assert len({len(line) for line in table}) == 1 and table[0].index("score") == table[1].index("a ")
+
+
+def test_a_weighted_figure_is_the_share_of_all_questions_with_the_error_of_a_ratio():
+    """As the spread of what resampled prompts would give."""
+    rng = np.random.default_rng(0)
+    asked = rng.integers(1, 9, 400)
+    right = rng.binomial(asked, rng.uniform(0.3, 0.9, 400))
+    records = [
+        Record(i, f"p{i}", {}, {"a": r / n, "n": float(n)}) for i, (r, n) in enumerate(zip(right, asked, strict=True))
+    ]
+    records += [Record(400, "p400", {}, {"a": -10.0, "n": -10.0})]
+    found = summarise(records, {"a": Weighted("a", "n"), "lost": Weighted("b", "n")})
+    assert math.isclose(found["a"].mean, right.sum() / asked.sum()) and found["a"].count == 400 and "lost" not in found
+    drawn = rng.integers(0, 400, (2000, 400))
+    spread = np.std(right[drawn].sum(axis=1) / asked[drawn].sum(axis=1))
+    assert math.isclose(found["a"].standard_error, spread, rel_tol=0.06)
+    twice = [Record(i, f"p{i % 400}", {}, r.scores) for i, r in enumerate([*records[:400], *records[:400]])]
+    again = summarise(twice, {"a": Weighted("a", "n")})["a"]
+    assert math.isclose(again.standard_error, found["a"].standard_error), "images of one prompt count once"
 
 
 def test_a_combined_figure_is_the_plain_mean_of_means():

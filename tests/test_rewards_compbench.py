@@ -31,7 +31,7 @@ from diffusionopd.rewards.compbench.scorers import Attribute, Complex, NonSpatia
 from diffusionopd.rewards.compbench.spatial import Found, frame_scale, load_detector, position_score, spatial_score
 from diffusionopd.tiny.models import clip_tokenizer
 
-from .helpers_rewards import MEAN, STD, save_clip, smooth_images
+from .helpers_rewards import MEAN, STD, assert_same_on_a_gpu, save_clip, smooth_images
 
 SIDE, WIDTH = 48, 32
 WORDS = ["a", "red", "blue", "hat", "bench", "yes", "no", "?", "of", "the"]
@@ -170,6 +170,11 @@ def test_attribute_is_the_official_score(blip, size):
     np.testing.assert_allclose(scores["compbench_attribute"], wanted, atol=1.01e-4)
     assert np.ptp(wanted) > 0.05 and scores["compbench_attribute"].dtype == np.float64
     assert scorer.score([], [], [])["compbench_attribute"].shape == (0,)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(blip):
+    assert_same_on_a_gpu(lambda **given: Attribute(**blip[1] | given), "compbench_attribute", PROMPTS, atol=1e-3)
 
 
 def test_the_configuration_has_the_published_sizes():

@@ -5,6 +5,7 @@ import itertools
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import ftfy
 import numpy as np
@@ -29,6 +30,7 @@ from .helpers_rewards import (
     layer_norm,
     linear,
     random_state,
+    smooth_images,
     with_biases,
 )
 
@@ -150,16 +152,24 @@ def transformer(w: dict, prefix: str, x: torch.Tensor, mask: torch.Tensor | None
     return x
 
 
-def official_score(w: dict[str, torch.Tensor], image: Image.Image, prompt: str) -> float:
-    """One image and one prompt through open_clip's CLIP; `w` is in float64."""
-    patches = F.conv2d(official_pixels(image)[None], w["visual.conv1.weight"], stride=PATCH)[0].flatten(1).T
+def official_picture(w: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    """`encode_image` of open_clip's CLIP for one image."""
+    patches = F.conv2d(pixels[None], w["visual.conv1.weight"], stride=PATCH)[0].flatten(1).T
     x = torch.cat([w["visual.class_embedding"][None], patches]) + w["visual.positional_embedding"]
     x = transformer(w, "visual.transformer.resblocks.", layer_norm(w, "visual.ln_pre", x, 1e-5))
-    picture = layer_norm(w, "visual.ln_post", x[0], 1e-5) @ w["visual.proj"]
-    tokens = official_tokens(prompt)
+    return layer_norm(w, "visual.ln_post", x[0], 1e-5) @ w["visual.proj"]
+
+
+def official_text(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """`encode_text` of open_clip's CLIP for one prompt."""
     x = w["token_embedding.weight"][tokens] + w["positional_embedding"]
     x = transformer(w, "transformer.resblocks.", x, torch.ones(CONTEXT, CONTEXT).tril())
-    text = layer_norm(w, "ln_final", x, 1e-5)[tokens.argmax()] @ w["text_projection"]
+    return layer_norm(w, "ln_final", x, 1e-5)[tokens.argmax()] @ w["text_projection"]
+
+
+def official_score(w: dict[str, torch.Tensor], image: Image.Image, prompt: str) -> float:
+    """One image and one prompt; `w` is in float64."""
+    picture, text = official_picture(w, official_pixels(image)), official_text(w, official_tokens(prompt))
     return float(picture @ text / (picture.norm() * text.norm()))
 
 
@@ -170,6 +180,38 @@ def test_score_is_the_official_cosine(scorer, state):
     sizes = [(64, 64), (75, 48), (41, 64), (20, 11), (SIDE, SIDE), (SIDE, 19)]
     official = partial(official_score, {name: value.double() for name, value in state.items()})
     assert_official_scores(scorer, "hpsv2", official, sizes, PROMPTS, told_apart=0.01)
+
+
+class OpenClipModel(torch.nn.Module):
+    """Stands in for the model that open_clip makes."""
+
+    def load_state_dict(self, state):
+        assert state.keys() == shapes().keys()
+        self.w, self.visual = state, SimpleNamespace(conv1=SimpleNamespace(weight=state["visual.conv1.weight"]))
+
+    def encode_image(self, pixels):
+        return torch.stack([official_picture(self.w, each) for each in pixels])
+
+    def encode_text(self, tokens):
+        return torch.stack([official_text(self.w, each) for each in tokens])
+
+
+def test_open_clip_is_given_what_it_takes_and_says_what_the_default_says(scorer, monkeypatch):
+    with pytest.raises(RewardError, match=r"open_clip.*environment\.sh make open_clip"):
+        monkeypatch.setitem(sys.modules, "open_clip", None)
+        scorer(engine="open_clip")
+    made = []
+    fake = SimpleNamespace(
+        create_model=lambda name, pretrained: made.append((name, pretrained)) or OpenClipModel(),
+        get_tokenizer=lambda name: lambda prompts: torch.stack([official_tokens(prompt) for prompt in prompts]),
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    images = smooth_images(75, 48)
+    theirs, ours = (scorer(engine=engine).score(images, PROMPTS, [{}] * 3) for engine in ("open_clip", "transformers"))
+    np.testing.assert_allclose(theirs["hpsv2"], ours["hpsv2"], atol=1e-5)
+    assert made == [("ViT-H-14", None)] and theirs["hpsv2"].dtype == np.float64
+    with pytest.raises(RewardError, match="'openclip'"):
+        scorer(engine="openclip")
 
 
 def test_prompts_become_the_official_tokens(scorer):

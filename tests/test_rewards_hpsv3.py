@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from diffusionopd.rewards import RewardError, check_prompts, hpsv3
 from diffusionopd.rewards.hpsv3 import Hpsv3, load_hpsv3
 
-from .helpers_rewards import assert_every_form_scores_the_same, smooth_images
+from .helpers_rewards import assert_every_form_scores_the_same, assert_same_on_a_gpu, smooth_images
 
 PIXELS = 4 * 28 * 28  # of the tiny model: four blocks of patches
 PUBLISHED = hpsv3.VISION, hpsv3.TEXT
@@ -117,6 +117,11 @@ def test_every_form_of_images_scores_the_same_and_half_precision_nearly(scorer):
     assert scorer().score([], [], [])["hpsv3"].shape == (0,)
     model = scorer(dtype="bfloat16").model
     assert model.head[0].weight.dtype == torch.float32 and model.language.rotary_emb.inv_freq.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(scorer):
+    assert_same_on_a_gpu(scorer, "hpsv3", PROMPTS, atol=1e-3)
 
 
 def test_images_become_as_many_patches_as_officially():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from diffusionopd.rewards import (
 )
 from diffusionopd.rewards.judges.dpgbench import CATEGORIES, DpgBench
 from diffusionopd.rewards.judges.geneval2 import SKILLS, GenEval2
+from diffusionopd.rewards.judges.questions import load_questions
+from diffusionopd.rewards.judges.server import Answer
 from diffusionopd.rewards.judges.wise import Wise, WiseVerified, read_grades, read_verdict
 
 from .chat import ChatServer, chat, grey, sent_image, sent_text, serving
+from .conftest import ROOT
 
 
 @pytest.fixture
@@ -347,6 +351,14 @@ def test_an_image_with_an_answer_that_cannot_be_read_does_not_apply(server, own)
         rows = [scored(scorer, STYLED[:1])[0] for _ in range(3)]
     assert [row["judge"] for row in rows] == [0.8, NOT_APPLICABLE, 1.0] == [row["judge_q"] for row in rows]
     assert [row["judge_unparsable"] for row in rows] == [0, 1, 0]
+
+
+def test_the_documented_questions_are_read(own):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8"), re.DOTALL)
+    own.write_text(text)
+    shown, quality = load_questions(str(own)).questions
+    assert shown.read(Answer("Yes", {"Yes": 0.5, " yes": 0.25, "No": 0.25})) == 0.75
+    assert [quality.read(Answer(said)) for said in ("Score: 4.5", "Score: 6", "fine")] == [0.875, None, None]
 
 
 BAD = {

@@ -211,7 +211,9 @@ def test_install_is_skipped_when_nothing_changed(project):
 
 
 def test_the_tests_short_and_all(project):
-    _, run = project
+    root, run = project
+    (root / "scripts" / "environments").mkdir()
+    (root / "scripts" / "environments" / "environment.sh").write_text('echo "resolve $@" >&2')
     for arguments, expected in (
         ("", "-n 2"),
         ("tests/test_a.py -k 'one or two'", "-n 2 tests/test_a.py -k one or two"),
@@ -221,3 +223,37 @@ def test_the_tests_short_and_all(project):
         *style, pytest_line = run(f"bash scripts/test.sh {arguments}")[-4:]
         assert pytest_line == f"python -m pytest {expected}"
         assert [line.split()[0] for line in style] == ["ruff", "ruff", "mypy"]
+
+
+FAKE_UV = """#!/usr/bin/env bash
+echo "uv $*" >>"$UV_CALLS"
+while [ $# -gt 0 ]; do [ "$1" = -c ] && cat "$2" >"$UV_CALLS.constraints.$$"; shift; done
+"""
+
+
+def test_environments_name_their_python_and_take_the_other_versions_from_the_constraints(tmp_path):
+    uv, calls = tmp_path / "uv", tmp_path / "calls"
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    script = str(ROOT / "scripts" / "environments" / "environment.sh")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UV_CALLS": str(calls)}
+    run = lambda *given: subprocess.run(["bash", script, *given], env=environment, check=True, timeout=60)  # noqa: E731
+    run("resolve", "paddle")
+    first, *extras = calls.read_text().splitlines()
+    assert "--python-version 3.11" in first and first.endswith("scripts/environments/paddle.txt")
+    assert [re.search(r"--python-version (\S+)", line)[1] for line in extras] == ["3.11", "3.12", "3.13"]
+    given = min((path.read_text() for path in tmp_path.glob("calls.constraints.*")), key=len)
+    freed = set((ROOT / "constraints.txt").read_text().splitlines()) - set(given.splitlines())
+    assert {line.split("==")[0].lower() for line in freed} == {"numpy", "pyyaml"}
+    calls.unlink()
+    run("make", "mmdet", str(tmp_path / "venv"))
+    made, installed = calls.read_text().splitlines()
+    assert made == f"uv venv --python 3.11 {tmp_path / 'venv'}" and installed.endswith("environments/mmdet.txt")
+    extras = (ROOT / "setup.py").read_text()
+    files = sorted((ROOT / "scripts" / "environments").glob("*.txt"))
+    for path in files:
+        text = path.read_text()
+        assert re.search(r"^# python: 3\.1[123]$", text, re.MULTILINE) and "# unconstrained:" in text
+        (extra,) = re.findall(r"^-e .\[(\w+)\]$", text, re.MULTILINE)
+        assert f'"{extra}": [' in extras or f'"{extra}": SCIPY' in extras
+    assert len(files) == 5

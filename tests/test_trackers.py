@@ -10,6 +10,7 @@ import pytest
 from accelerate import PartialState, tracking
 from PIL import Image
 
+from diffusionopd.training import train
 from diffusionopd.training.grids import sample_grid
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.trackers import TRACKERS, as_markdown, evaluation_table
@@ -113,3 +114,18 @@ def test_mlflow_gets_numbers_and_files(monkeypatch, tmp_path, grid):
 
 def test_every_tracker_is_one_of_accelerates():
     assert set(TRACKERS) <= {each.value for each in tracking.LoggerType}
+
+
+@pytest.mark.parametrize("log_images", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_training_shows_its_grids_and_evaluations(tiny_config, tmp_path, log_images):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watched = {"sample_freq": 2, "eval_freq": 2, "eval_num_prompts": 1, "monitor_freq": 0}
+    train(tiny_config(num_epochs=2, run_name="shown", log_with="tensorboard", log_images=log_images, **watched))
+    events = EventAccumulator(str(tmp_path / "logs" / "shown" / "trackers" / "diffusionopd"))
+    events.Reload()
+    grids = [image.step for image in events.Images("samples")] if log_images else []
+    assert (grids, events.Tags()["images"]) == (([1, 2], ["samples"]) if log_images else ([], []))
+    assert {table.step for table in events.Tensors("evaluation/text_summary")} == {0, 2}
+    assert any(tag.startswith("loss/") for tag in events.Tags()["scalars"])

@@ -102,9 +102,10 @@ def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
     try:
         content = path.read_bytes().removeprefix(BOM_UTF8)
     except FileNotFoundError:
+        name = f" {path.parent.name}" if path.parent.parent.name == "dataset" else ""
         raise PromptError(
             f"prompt file {path} does not exist; prompt_fn {prompt_fn!r} reads it: check the path, or fetch the "
-            "published prompts: python -m tools.download datasets"
+            f"published prompts: python -m tools.download datasets{name}"
         ) from None
     except OSError as error:
         raise PromptError(f"prompt file {path} cannot be read: {error}") from error

@@ -5,11 +5,13 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusionopd.rewards.base import RewardError, Scores
 from diffusionopd.rewards.clip import CLIP_H_PROCESSOR, Clip
-from diffusionopd.rewards.images import Images, fit_and_pad
+from diffusionopd.rewards.images import Images, each_uint8, fit_and_pad
 from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPS_v2.1_compressed.pt"
@@ -81,6 +83,49 @@ def load_hps_clip(checkpoint: str, tokenizer: str, device: str, dtype: str) -> C
     return Clip(model.to(device, number), words, prepare=fit_and_pad, clean=clean_prompt)
 
 
+class OpenClip:
+    """CLIP in open_clip itself, for those who want the engine of the official code."""
+
+    def __init__(self, model: Any, tokenize: Any, side: int):
+        self.model, self._tokenize, self._side = model, tokenize, side
+
+    @torch.no_grad()
+    def cosine(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+        """As `Clip.cosine`; open_clip's tokenizer cleans the prompts itself."""
+        weight = self.model.visual.conv1.weight
+        pixels = torch.stack([fit_and_pad(image, self._side) for image in each_uint8(images)])
+        seen = self.model.encode_image(pixels.to(weight.device, weight.dtype)).float()
+        read = self.model.encode_text(self._tokenize(list(prompts)).to(weight.device)).float()
+        return torch.nn.functional.cosine_similarity(seen, read, dim=-1).double().cpu().numpy()
+
+
+@functools.cache
+def load_open_clip(checkpoint: str, device: str, dtype: str) -> OpenClip:
+    """The official file in open_clip's ViT-H-14, once for all scorers in a process.
+
+    Raises:
+        RewardError: as `load_official`; open_clip is not installed, with what installs it; a dtype that is none.
+    """
+    number = scorer_dtype(dtype)
+    try:
+        import open_clip
+    except ImportError as error:
+        raise RewardError(
+            f"reward 'hpsv2' with engine 'open_clip' cannot be imported: {error}. It brings torchvision, and so has an "
+            "environment of its own: bash scripts/environments/environment.sh make open_clip venv/open_clip"
+        ) from error
+
+    def build(file: Mapping[str, StateDict]) -> Any:
+        model = open_clip.create_model("ViT-H-14", pretrained=None)
+        state = {name: value for name, value in file["state_dict"].items() if name != "attn_mask"}
+        buffers = {name: value for name, value in model.state_dict().items() if name == "attn_mask"}
+        model.load_state_dict(state | buffers)
+        return model
+
+    model = load_official("hpsv2", checkpoint, build).to(device, number).requires_grad_(False).eval()
+    return OpenClip(model, open_clip.get_tokenizer("ViT-H-14"), CONFIG.vision_config.image_size)
+
+
 class Hpsv2:
     """`hpsv2`: HPSv2.1's cosine of image and prompt, without logit scale, about 0.2 to 0.35; tables quote it x100.
 
@@ -93,8 +138,24 @@ class Hpsv2:
         dtype: str = "float32",
         checkpoint: str = CHECKPOINT,
         tokenizer: str = CLIP_H_PROCESSOR,
+        engine: str = "transformers",
     ):
-        """Args: `checkpoint`, the official file; `tokenizer`, CLIP's, hub id or folder. Raises as `load_hps_clip`."""
+        """Load the model.
+
+        Args:
+            checkpoint: the official file.
+            tokenizer: CLIP's, hub id or folder; open_clip has its own.
+            engine: "transformers", or "open_clip", which the official code runs on.
+
+        Raises:
+            RewardError: no such engine; as `load_hps_clip` and `load_open_clip`.
+        """
+        if engine not in ("transformers", "open_clip"):
+            raise RewardError(f"reward 'hpsv2': engine must be 'transformers' or 'open_clip', not {engine!r}")
+        self.clip: Clip | OpenClip
+        if engine == "open_clip":
+            self.clip = load_open_clip(checkpoint, device, dtype)
+            return
         import ftfy  # noqa: F401  (missing: said now, not with the first prompt)
 
         self.clip = load_hps_clip(checkpoint, tokenizer, device, dtype)

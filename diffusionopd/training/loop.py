@@ -156,7 +156,7 @@ def _flush(run: Run) -> None:
     if run.is_main:
         run.lock.check()
     row |= scores
-    shown = run.plan.wants_grid(row["round"])
+    shown = run.plan.run.log_images and run.plan.wants_grid(row["round"])
     run.metrics.write(row, run.plan.run.run_dir / "samples" / _grid_of(row["round"]) if shown else None)
     for sign in run.signs.of(row):
         if run.is_main:

@@ -77,6 +77,8 @@ class RunSettings:
     log_with: str = key("log_with", "none", resume=FREE)
     """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb", "swanlab", "mlflow", or several with commas. They
     get the numbers of each round, sample grids (`sample_freq`) and a table of each evaluation (`eval_freq`)."""
+    log_images: bool = key("log_images", True, resume=FREE)
+    """Whether trackers are shown the sample grids, which have prompts below the images."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
     """Project name in the tracker."""
     collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)

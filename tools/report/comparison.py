@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusionopd.evaluation.results import Summary
-from tools.report import published
+from tools.report import benchmarks, published
 from tools.report.evaluated import SCALES, Evaluation, Model
 
 NUMBER = "number of prompts"
 # What the images or the scores depend on. Models are what is compared, and guidance belongs to a model.
 COMPARED_SETTINGS = (
     "num_inference_steps", "resolution", "seed", "max_sequence_length", "dtype", "images_per_prompt", "reward_options",
+    "reward_files",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ class Column:
     @property
     def scale(self) -> float:
         """What files are multiplied with to be shown."""
-        return SCALES.get(self.score, 1.0)
+        return 100.0 if benchmarks.is_percent(self.score) else SCALES.get(self.score, 1.0)
 
     def of(self, model: Model) -> Summary | None:
         """The model's value in the unit shown; None if it has none."""
@@ -130,13 +131,18 @@ def find_columns(models: Sequence[Model]) -> Iterator[Column]:
             taken.add(place)
             yield Column(title, *place, digits, paper=True)
     others = {
-        (score, data_set): Column(score, score, data_set, detail=_is_detail(score, evaluation))
+        (score, data_set): _other_column(score, data_set, detail=_is_detail(score, evaluation))
         for model in measured
         for data_set, evaluation in model.evaluations.items()
         for score in evaluation.scores
         if (score, data_set) not in taken
     }
     yield from sorted(others.values(), key=lambda column: column.detail)
+
+
+def _other_column(score: str, data_set: str, detail: bool) -> Column:
+    title, digits = benchmarks.title_of(score, data_set)
+    return Column(title, score, data_set, digits, detail=detail)
 
 
 def _is_detail(score: str, evaluation: Evaluation) -> bool:
@@ -194,6 +200,8 @@ def _notes(
             yield f"{column.title} is in no average: it takes two rows that differ."
     if any(column.score == "unifiedreward" for column in columns):
         yield "UnifiedReward is shown as its rating of 1 to 5; the files hold a fifth of it."
+    if any(benchmarks.is_percent(column.score) for column in columns):
+        yield "GenEval 2 and DPG-Bench are shown times 100, as they are quoted; the files hold shares of 1."
     if any(model.source for model in models):
         yield (
             f"Published rows are those of {published.SOURCE}, to its digits. In brackets: the paper's own average, "

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from diffusionopd.rewards.base import UnfitPromptError
+import numpy as np
+
+from diffusionopd.rewards.base import NOT_APPLICABLE, UnfitPromptError
 from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question
 
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -32,3 +34,8 @@ def ask_each(server: JudgeServer, questions: Sequence[Sequence[Question]]) -> li
 def yes_or_no(answer: Answer) -> bool | None:
     """Whether the first word is yes; None if it is neither yes nor no."""
     return {"yes": True, "no": False}.get(answer.word())
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """The mean of the values; `NOT_APPLICABLE` without any."""
+    return float(np.mean(values)) if len(values) else NOT_APPLICABLE

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, Scores, UnfitPromptError, Weighted, unfit
 from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.judges.ask import ask_each, yes_or_no
+from diffusionopd.rewards.judges.ask import ask_each, mean, yes_or_no
 from diffusionopd.rewards.judges.server import JudgeServer, Question, data_url
 
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")
@@ -107,17 +107,13 @@ class DpgBench(JudgeServer):
 def _row(propositions: Sequence[Proposition], verdicts: Sequence[bool | None]) -> dict[str, float]:
     """The scores of one image."""
     readable, yes = None not in verdicts, [bool(verdict) for verdict in verdicts]
-    row = {"dpgbench": _mean(counted(propositions, yes)) if readable else NOT_APPLICABLE}
+    row = {"dpgbench": mean(counted(propositions, yes)) if readable else NOT_APPLICABLE}
     for category in CATEGORIES:
         own = [
             answer
             for answer, each in zip(yes, propositions, strict=True)
             if each.category.split("-")[0].strip().lower() == category
         ]
-        row[f"dpgbench_{category}"] = _mean(own) if readable else NOT_APPLICABLE
+        row[f"dpgbench_{category}"] = mean(own) if readable else NOT_APPLICABLE
         row[f"dpgbench_{category}_questions"] = (float(len(own)) or NOT_APPLICABLE) if readable else NOT_APPLICABLE
-    return row | {"dpgbench_unparsable": _mean([verdict is None for verdict in verdicts])}
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return float(np.mean(values)) if len(values) else NOT_APPLICABLE
+    return row | {"dpgbench_unparsable": mean([verdict is None for verdict in verdicts])}

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, Scores, UnfitPromptError, Weighted, unfit
 from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.judges.ask import ask_each
+from diffusionopd.rewards.judges.ask import ask_each, mean
 from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question, data_url
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
@@ -56,9 +56,9 @@ def right_answers(atom: Atom) -> list[str]:
 
 
 def first_tokens(answers: Sequence[str]) -> frozenset[str]:
-    """The first token of each, as Qwen's tokenizer has them: words are one, digits one each, a blank before them too.
+    """The first token of each, as Qwen's vocabulary has them: these words are one each, and digits, and a blank.
 
-    So of " 4" it is the blank, which officially counts as right. Words are taken to be one token without a check.
+    So of " 4" it is the blank, which officially counts as right, and of "10" the 1.
     """
     return frozenset(re.match(r"\d| (?=\d)|.*", answer)[0] for answer in answers)  # type: ignore[index]
 
@@ -122,14 +122,10 @@ def _row(atoms: Sequence[Atom], answers: Sequence[Answer], atom_count: Any) -> d
     ]  # so that "YES" counts too
     with np.errstate(divide="ignore"):
         geometric = float(np.exp(np.mean(np.log(soft)))) if len(soft) else NOT_APPLICABLE
-    row = {"geneval2": geometric, "geneval2_am": _mean(soft), "geneval2_tifa": _mean(hard)}
+    row = {"geneval2": geometric, "geneval2_am": mean(soft), "geneval2_tifa": mean(hard)}
     for skill in SKILLS:
         own = [p for p, atom in zip(soft, atoms, strict=True) if atom.skill == skill]
-        row[f"geneval2_{skill}"] = _mean(own)
+        row[f"geneval2_{skill}"] = mean(own)
         row[f"geneval2_{skill}_questions"] = float(len(own)) or NOT_APPLICABLE
     row |= {f"geneval2_atoms_{n}": geometric if atom_count == n else NOT_APPLICABLE for n in ATOMS}
-    return row | {"geneval2_unseen": _mean([not seen for _, seen in found])}
-
-
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else NOT_APPLICABLE
+    return row | {"geneval2_unseen": mean([not seen for _, seen in found])}
