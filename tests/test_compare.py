@@ -175,7 +175,7 @@ def test_evaluations_are_found(runs, tmp_path):
     assert [(m.name, list(m.evaluations)) for m in models] == [
         ("base", both), ("student", both), ("one", ["scene"]), ("mopd", both), ("ocr", ["ocr"]), ("named", ["ocr"]),
     ]  # fmt: skip
-    assert models[0].evaluations["compose"].scores["tiny_compose"] == Summary(0.6, pytest.approx(0.4), 2)
+    assert models[0].evaluations["compose"].scores["tiny_compose"] == Summary(0.6, pytest.approx(0.4), 2, 2)
 
 
 def test_unequal_settings_are_named_once(tmp_path):

@@ -55,7 +55,7 @@ def test_standard_error_counts_prompts_not_images():
     """Images of one text count once, whether made for one line of the test set or for several."""
     records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
     two = summarise(records)["a"]
-    assert two.count == 4 and two.mean == 0.5
+    assert (two.count, two.prompts, two.mean) == (4, 2, 0.5)
     assert math.isclose(two.standard_error, np.std([0, 1], ddof=1) / math.sqrt(2))
     assert summarise(records[:1])["a"].standard_error == 0.0
 
@@ -240,8 +240,8 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
 
 def test_table_is_aligned():
     table = format_table({"ocr": summarise([record(0, 1.0), record(1, 2.0)])}).splitlines()
-    assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n"]
-    assert table[1].split() == ["ocr", "a", "1.5000", "0.5000", "2"]
+    assert table[0].split() == ["dataset", "score", "mean", "s.e.", "n", "prompts"]
+    assert table[1].split() == ["ocr", "a", "1.5000", "0.5000", "2", "2"]
     assert len({len(line) for line in table}) == 1 and table[0].index("score") == table[1].index("a ")
 
 

@@ -1,7 +1,7 @@
 """The files of an evaluation: one line a sample as it is scored, then the averages.
 
     <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line
-    <folder>/average_scores.json         mean of each score; "counts" and "standard_errors" beside them
+    <folder>/average_scores.json         mean of each score; "counts", "prompts" and "standard_errors" beside them
     <folder>/evaluation_settings.json    what the images depend on, so that two evaluations are not mixed; beside it
                                          "images_saved": of samples below this number the evaluation may write images
     <folder>/images/%05d.jpg             by sample_id, when images are saved
@@ -50,11 +50,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """A score over the `count` samples of an evaluation to which it applies."""
+    """A score over the `count` samples of an evaluation to which it applies, of so many different `prompts`."""
 
     mean: float
     standard_error: float
     count: int
+    prompts: int = 0  # where it is not known
 
 
 def read_records(path: Path) -> list[Record]:
@@ -105,7 +106,7 @@ def summarise(records: Sequence[Record], combined: Combined | None = None) -> di
             found = [summaries[part] for part in parts]
             mean = math.fsum(part.mean for part in found) / len(found)
             error = math.sqrt(math.fsum(part.standard_error**2 for part in found)) / len(found)
-            summaries[name] = Summary(mean, error, sum(part.count for part in found))
+            summaries[name] = Summary(mean, error, sum(part.count for part in found), sum(p.prompts for p in found))
     return summaries
 
 
@@ -127,13 +128,14 @@ def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
     values = [value for values in values_by_prompt for value in values]
     prompts = [sum(values) / len(values) for values in values_by_prompt]
     error = float(np.std(prompts, ddof=1)) / math.sqrt(len(prompts)) if len(prompts) > 1 else 0.0
-    return Summary(mean=math.fsum(values) / len(values), standard_error=error, count=len(values))
+    return Summary(math.fsum(values) / len(values), error, len(values), len(prompts))
 
 
 def averages_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """Upstream's flat `{score: mean}`, with counts and standard errors under keys of their own."""
+    """Upstream's flat `{score: mean}`, with counts, prompts and standard errors under keys of their own."""
     means: dict[str, Any] = {name: summary.mean for name, summary in summaries.items()}
     means["counts"] = {name: summary.count for name, summary in summaries.items()}
+    means["prompts"] = {name: summary.prompts for name, summary in summaries.items()}
     means["standard_errors"] = {name: summary.standard_error for name, summary in summaries.items()}
     return means
 
@@ -146,18 +148,22 @@ def read_averages(path: Path) -> dict[str, Summary]:
     """
     try:
         means = json.loads(path.read_text(encoding="utf-8"))
-        counts, errors = means.pop("counts", {}), means.pop("standard_errors", {})
-        return {name: Summary(float(m), errors.get(name, 0.0), counts.get(name, 0)) for name, m in means.items()}
+        counts, prompts, errors = (means.pop(key, {}) for key in ("counts", "prompts", "standard_errors"))
+        return {
+            name: Summary(float(mean), errors.get(name, 0.0), counts.get(name, 0), prompts.get(name, 0))
+            for name, mean in means.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read as average scores: {error}") from error
 
 
 def format_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
-    """Text table of every dataset's scores: mean, standard error, number of samples."""
-    rows = [f"{'dataset':16} {'score':32} {'mean':>10} {'s.e.':>10} {'n':>8}"]
+    """Text table of every dataset's scores: mean, standard error, number of samples and of different prompts."""
+    rows = [f"{'dataset':16} {'score':32} {'mean':>10} {'s.e.':>10} {'n':>8} {'prompts':>8}"]
     for dataset, scores in summaries.items():
         for name, summary in scores.items():
-            rows.append(f"{dataset:16} {name:32} {summary.mean:10.4f} {summary.standard_error:10.4f} {summary.count:8}")
+            numbers = f"{summary.mean:10.4f} {summary.standard_error:10.4f} {summary.count:8} {summary.prompts:8}"
+            rows.append(f"{dataset:16} {name:32} {numbers}")
     return "\n".join(rows)
 
 

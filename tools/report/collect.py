@@ -165,7 +165,8 @@ def _run_facts(config: Mapping[str, Any], tasks: Sequence[Task], rounds: int, se
         ("Teachers", ", ".join(teachers)),
         ("Distillation", f"{rounds} rounds in {duration(seconds)}, learning rate {train['learning_rate']:g}"),
         ("Sampling", f"{sample['num_steps']} steps in training, {sample['eval_num_steps']} in evaluation"),
-        ("Test prompts", ", ".join(f"{task.scores[STUDENT].count} {task.name}" for task in tasks)),
+        ("Test images", ", ".join(f"{t.scores[STUDENT].count} {t.name}" for t in tasks)),
+        ("Different test prompts", ", ".join(f"{t.scores[STUDENT].prompts or '?'} {t.name}" for t in tasks)),
     ]
 
 

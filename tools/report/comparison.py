@@ -43,7 +43,7 @@ class Column:
         found = model.score(self.score, self.data_set)
         if found is None or (model.source and not self.paper):
             return None
-        return Summary(self.scale * found.mean, self.scale * found.standard_error, found.count)
+        return Summary(self.scale * found.mean, self.scale * found.standard_error, found.count, found.prompts)
 
     def text(self, model: Model) -> str:
         """The model's value for people: a published one with the digits of its source."""
