@@ -44,6 +44,8 @@ EXTRAS = {
     "paddle": ["paddleocr>=3.7,<4", "paddlepaddle>=3.3,<4", "rapidfuzz>=3.9,<4"],
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb>=0.19,<1"],
+    "swanlab": ["swanlab>=0.6,<1"],
+    "mlflow": ["mlflow>=2.20,<4"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["tiny"],

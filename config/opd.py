@@ -87,7 +87,7 @@ def mopd_merged() -> ConfigDict:
     Command:   CONFIG=config/opd.py:mopd_merged bash scripts/single_node/mopd.sh
     Hardware:  8 GPUs; 72 images per round, 24 per task
     Cost:      not measured here
-    Expected:  not measured here; in the tiny world a tenth of the rounds
+    Expected:  not measured here; in the tiny world see the arms "start" of experiments/claims
     """
     config = _distillation("mopd_merged", [PICKSCORE, OCR, GENEVAL])
     config.train.student_init = "teachers"

@@ -2,7 +2,8 @@
 Stable Diffusion 3 at 512x512.
 
 No teachers of it are released with this project: any LoRA of the base is one, published or trained with
-``config/teacher.py`` (``--config.pretrained.model=Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers``).
+``config/teacher.py`` (``--config.pretrained.model=Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers``). Folders of
+SANA 1.0 in bf16 hold their weights as a variant: ``--config.pretrained.variant=bf16``.
 """
 
 from ml_collections import ConfigDict

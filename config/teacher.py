@@ -114,8 +114,8 @@ def tiny_compose() -> ConfigDict:
     Command:   CONFIG=config/teacher.py:tiny_compose bash scripts/single_node/teacher.sh
     Hardware:  1 CPU core; 16 images per round, 8 of each of 2 prompts, two optimizer steps
     Cost:      2 to 4 minutes (measured on an AMD EPYC that did other work too, 2026-11-23)
-    Expected:  tiny_compose .94, .94 and .91 (measured, seeds 42, 7 and 1, 384 held-out lines; base model .35, shipped
-               teacher .99)
+    Expected:  tiny_compose .94, .94 and .91 (measured, seeds 42, 7 and 1; 119 different held-out prompts; base model
+               .35, shipped teacher .99)
     """
     return _tiny("compose", "geneval")
 

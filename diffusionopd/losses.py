@@ -60,6 +60,7 @@ def policy_gradient_loss(
     v_old: Tensor,
     v_teacher: Tensor,
     clip_range: float,
+    baseline: bool = False,
 ) -> Tensor:
     """The PPO-style surrogate of paper §3.3, the baseline of the closed-form KL: ``[B]``.
 
@@ -67,12 +68,16 @@ def policy_gradient_loss(
     ``A = sum_dims [log p_teacher(x_next) - log p_old(x_next)]``, detached; the ratio is the exponential of the mean
     log-density difference over dimensions (the Flow-GRPO convention). At ratio 1 the expected gradient is that of the
     mean-reduced KL; around it fluctuates the score-function noise ``KL eps/std dmu`` that the closed form has not.
-    (An advantage without the sample's own part, ``-KL(x)``, would have gradient 0 in expectation.)
+    (An advantage without the sample's own part, ``-KL(x)``, would have gradient 0 in expectation: with ``baseline`` it
+    is subtracted, which leaves the expectation and takes that noise away.)
 
     All tensors ``[B, ...]``. Raises ValueError for a deterministic step, which has no density.
     """
     log_old = transition.log_prob(x_next, x, v_old.detach())
-    advantage = (transition.log_prob(x_next, x, v_teacher) - log_old).detach() * x[0].numel()
+    advantage = (transition.log_prob(x_next, x, v_teacher) - log_old).detach()
+    if baseline:
+        advantage = advantage + transition.kl(v_old, v_teacher).detach()
+    advantage = advantage * x[0].numel()
     ratio = torch.exp(transition.log_prob(x_next, x, v_student) - log_old)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)

@@ -1,4 +1,4 @@
-"""The comparisons' driver: what is run in which order, and one experiment from end to end in its short form."""
+"""The comparisons' driver: worlds whose prompts are apart, what is run in which order, and runs from end to end."""
 
 import json
 import subprocess
@@ -7,51 +7,95 @@ from dataclasses import asdict
 
 import pytest
 
-from diffusionopd.evaluation.results import Summary
+from diffusionopd.data.prompts import load_prompts
 from diffusionopd.files import write_atomically
+from diffusionopd.tiny.grammar import captions
 from diffusionopd.training import check, load_config
-from experiments.claims.curves import ClaimsError, Result
-from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
+from experiments.claims import run as driver
+from experiments.claims.arms import OPD_ROUNDS, TEACHER_ROUNDS
+from experiments.claims.config import arms_of
+from experiments.claims.results import ClaimsError, Result
 from experiments.claims.run import Run, Runner, plan, run_all
+from experiments.claims.worlds import SPLITS, TINY, WORLDS, split_captions
 
 from .conftest import ROOT
 
 
-def test_teachers_come_before_their_students_and_once():
-    names = [run.name for run in plan(["opd", "teacher_ocr", "sft"], [1, 2])]
-    first = ["teacher_compose-seed1", "teacher_ocr-seed1", "teacher_scene-seed1", "opd-seed1", "sft-seed1"]
+def test_prompts_of_the_splits_are_apart_and_the_bases_own_are_not_for_test():
+    for grammar in ("compose", "ocr", "scene"):
+        splits = {split: {caption.text for caption in found} for split, found in split_captions(grammar).items()}
+        everything = [text for texts in splits.values() for text in texts]
+        known = {caption.text for split in ("train", "test") for caption in captions(grammar, split)}
+        assert len(everything) == len(set(everything)) == len(known) and set(everything) == known
+        assert {caption.text for caption in captions(grammar, "test")} <= splits["test"], "the base has not seen these"
+
+    def pairs(split: str) -> set[frozenset]:
+        include = [caption.metadata["include"] for caption in split_captions("compose")[split]]
+        return {frozenset((t["color"], t["class"]) for t in things) for things in include if len(things) == 2}
+
+    assert not pairs("train") & pairs("test") and not pairs("train") & pairs("validation")
+    counts = TINY.counts()
+    assert all(counts[task]["test"] >= least for task, least in {"compose": 200, "ocr": 400, "scene": 30}.items())
+
+
+def test_files_are_read_as_the_splits(tmp_path):
+    for world in WORLDS.values():
+        world.write_prompts(tmp_path)
+        for task in world.tasks:
+            for split in SPLITS:
+                name = "train" if split == "train" else "test"
+                found = load_prompts(tmp_path / world.folder(task, split), task.prompt_fn, name)
+                assert list(dict.fromkeys(prompt.text for prompt in found)) == [c.text for c in task.captions(split)]
+
+
+def test_what_others_need_comes_before_them_and_once():
+    names = [run.name for run in plan("tiny", ["opd_0.001", "strength_opd_24_2"], [1, 2])]
+    tasks = ("compose", "ocr", "scene")
+    first = [f"teacher_{task}{stage}-seed1" for task in tasks for stage in (".early", "")]
+    first += ["opd_0.001-seed1", "strength_opd_24_2-seed1"]
     assert names == first + [name.replace("seed1", "seed2") for name in first]
+    assert [each.name for each in Run("tiny", "paper_0.001", "", 1).needs][-1] == "paper_0.001.80-seed1"
+    early = Run("tiny", "strength_opd_24_2", "", 3).teachers
+    assert [each.name for each in early] == [f"teacher_{task}.early-seed3" for task in tasks]
+    assert [run.name for run in plan("tiny", ["strength_opd_60_1", "folded_opd_at2"], [1])][-2:] == [
+        "folded_opd-seed1",
+        "folded_opd_at2-seed1",
+    ]
 
 
 @pytest.mark.slow
-def test_every_experiment_is_a_sound_configuration(monkeypatch):
+def test_every_arm_is_a_sound_configuration_and_rivals_cost_the_same(monkeypatch):
     monkeypatch.chdir(ROOT)
-    trained = [name for name in LABELS if Run(name, 1).trained]
-    assert len(trained) == 19
-    plans = {name: check(load_config(f"experiments/claims/config.py:{name}"), 1) for name in trained}
-
-    def forwards(name: str) -> int:
-        nfe, rounds = plans[name].nfe_per_round, plans[name].shape.num_rounds
-        return (nfe.student + nfe.teacher + nfe.sampling + nfe.base) * rounds
-
-    teachers = sum(forwards(f"teacher_{task}") for task in TASKS)
-    for baseline in BASELINES:
-        assert forwards(baseline) == pytest.approx(teachers + forwards("opd"), rel=0.02)
-    for rates in RATES.values():
-        configs = {rate: load_config(f"experiments/claims/config.py:{name}") for rate, name in rates.items()}
-        assert [config.train.learning_rate for config in configs.values()] == [float(rate) for rate in rates]
-        assert len({config.num_epochs for config in configs.values()}) == 1
+    for name in ("tiny", "opposed"):
+        world = WORLDS[name]
+        world.write_prompts(ROOT)
+        arms = arms_of(world)
+        costs = {}
+        for arm in arms.values():
+            if arm.trained:
+                nfe = check(load_config(f"experiments/claims/config.py:{name}/{arm.name}"), 1).nfe_per_round
+                costs[arm.name] = 3 * nfe.student + nfe.teacher + nfe.sampling + nfe.base
+        teachers = sum(TEACHER_ROUNDS * costs[f"teacher_{task}"] for task in world.names)
+        student = OPD_ROUNDS * costs["opd_0.001"]
+        for rival in ("multitask_nft_0.001", "multitask_guard_0.001"):
+            stages = arms[rival].stages(len(world.names))
+            wanted = {"alone": student, "teachers": teachers, "": teachers + student}
+            assert {stage: rounds * costs[rival] for stage, rounds in stages.items()} == pytest.approx(wanted)
 
 
 def result(run: Run, rounds: int) -> Result:
-    final = dict.fromkeys(TASKS, Summary(0.5, 0.0, 6))
-    return Result(run.experiment, "", run.seed, "short", rounds, 1.0, 1.0, 0.0, [], final, "none", "2026-01-01")
+    scores = dict.fromkeys(WORLDS[run.world].names, 0.5)
+    test = {task: [0.5, 0.6] for task in scores}
+    facts = run.world, run.arm, run.stage, run.seed, True, TINY.digest(), rounds, 1.0, 1.0, 1.0, 0.0, 0.0
+    return Result(*facts, [(0, scores)], test, "none", "2026-01-01")
 
 
-def finish(runner: Runner, run: Run, rounds: int = 3) -> None:
-    """Leave what a finished run leaves, in the driver's order and as atomically: it is read while others still run."""
-    write_atomically(runner.folder(run) / "checkpoints" / "latest", "checkpoint-3")
-    write_atomically(runner.result_file(run), json.dumps(asdict(result(run, rounds))))
+def finish(runner: Runner, run: Run) -> None:
+    """Leave what a finished run leaves."""
+    if run.rounds:
+        runner.lora(run).mkdir(parents=True, exist_ok=True)
+    rounds = runner.rounds(run) if run.rounds else 0
+    write_atomically(runner.file(run), json.dumps(asdict(result(run, rounds))))
 
 
 @pytest.fixture
@@ -60,78 +104,81 @@ def driven(tmp_path, monkeypatch):
     done, failing = [], set()
 
     def do(self, run):
-        if run.experiment in failing:
+        if run.arm in failing:
             raise RuntimeError("out of luck")
-        done.append(run.experiment)
+        done.append(run.name.removesuffix("-seed1"))
         finish(self, run)
 
     monkeypatch.setattr(Runner, "do", do)
-    return Runner(tmp_path, tmp_path, short=True), done, failing
+    return Runner(tmp_path / "logs", tmp_path / "results", quick=True), done, failing
 
 
 def test_a_failure_is_told_and_the_others_go_on(driven):
     runner, done, failing = driven
     failing.add("teacher_ocr")
-    failures = run_all(plan(["opd", "guard_scene"], [1]), runner, jobs=2)
-    assert sorted(done) == ["guard_scene", "teacher_compose", "teacher_scene"]
-    assert failures == ["teacher_ocr-seed1: out of luck", "opd-seed1: its teachers are missing"]
+    failures = run_all(plan("tiny", ["opd_0.001", "guard_scene"], [1]), runner, jobs=2)
+    assert "guard_scene" in done and "teacher_scene" in done and "opd_0.001" not in done
+    assert [line.split(": ")[0] for line in failures] == [
+        "tiny teacher_ocr.early-seed1",
+        "tiny teacher_ocr-seed1",
+        "tiny opd_0.001-seed1",
+    ]
 
 
-def test_a_teacher_without_its_folder_is_trained_again(driven):
+def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(driven):
     runner, done, _ = driven
-    runs = plan(["opd"], [1])
-    assert run_all(runs, runner, jobs=1) == []
-    assert done == ["teacher_compose", "teacher_ocr", "teacher_scene", "opd"]
-    (runner.folder(runs[1]) / "checkpoints" / "latest").write_text("checkpoint-0")  # cut short
-    assert run_all(runs, runner, jobs=1) == [] and len(done) == 4  # nobody needs it
-    runner.result_file(runs[3]).unlink()
-    assert run_all(runs, runner, jobs=1) == [] and done[4:] == ["teacher_ocr", "opd"]
+    runs = plan("tiny", ["opd_0.001"], [1])
+    assert run_all(runs, runner, jobs=1) == [] and len(done) == 7
+    ocr = next(run for run in runs if run.name == "teacher_ocr-seed1")
+    runner.lora(ocr).rmdir()
+    assert run_all(runs, runner, jobs=1) == [] and len(done) == 7, "nobody needs it"
+    runner.file(runs[-1]).unlink()
+    runner.lora(runs[-1]).rmdir()
+    assert run_all(runs, runner, jobs=1) == [] and done[7:] == ["teacher_ocr", "opd_0.001"]
+    write_atomically(runner.file(runs[-1]), json.dumps(asdict(result(runs[-1], 40))))
+    assert not runner.is_done(runs[-1]), "of another length"
+    runner.file(runs[-1]).write_text("{")
+    with pytest.raises(ClaimsError, match=r"opd_0\.001-seed1\.json"):
+        runner.is_done(runs[-1])
 
 
-def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch):
-    calls = []
-    for name in ("_train", "_evaluate"):
-        monkeypatch.setattr(Runner, name, lambda self, run, name=name: calls.append(name))
-    monkeypatch.setattr(Runner, "_result", lambda self, run: result(run, 60))
-    runner, run = Runner(tmp_path, tmp_path, short=False), Run("teacher_ocr", 1)
-    for expected in (["_train", "_evaluate"], ["_train", "_evaluate", "_train"]):
-        runner.do(run)
-        assert calls == expected
-
-
-def test_a_result_of_another_length_is_none(tmp_path):
-    runner, run = Runner(tmp_path, tmp_path, short=False), Run("opd", 1)
-    for rounds in (40, 80):
-        finish(runner, run, rounds)
-        assert runner.is_done(run) == (rounds == 80)
-    runner.result_file(run).write_text("{")
-    with pytest.raises(ClaimsError, match=r"opd-seed1\.json"):
-        runner.is_done(run)
+def test_the_screen_distils_nothing_and_asks_no_test_prompt():
+    runs = driver.chosen_runs(driver.parse(["screen", "--worlds", "opposed", "--seeds", "1"]))
+    assert {run.what.kind for run in runs} == {"base", "nft", "merge"}
+    assert {run.stage for run in runs if run.arm.startswith("multitask")} == {"alone", "teachers"}
+    with pytest.raises(ClaimsError, match="nonesuch"):
+        driver.chosen_runs(driver.parse(["--arms", "nonesuch"]))
 
 
 @pytest.mark.slow
-def test_the_short_form_from_rewards_to_the_report(tmp_path):
-    """Three teachers from rewards, their student, all evaluated; then what is shown of them."""
-    script = str(ROOT / "experiments" / "claims" / "run.py")
-    command = [sys.executable, script, "base", "opd", "--short", "--jobs", "1", "--logs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=880)
+def test_the_quick_form_from_rewards_to_the_report(tmp_path):
+    """Three teachers from rewards, their student, a merge; said beforehand, done, shown, and not repeated."""
+    arms = ["base", "opd_0.001", "merge_rewarded_sum_1", "folded_opd_at2"]
+    script = [sys.executable, str(ROOT / "experiments" / "claims" / "run.py")]
+    command = [*script, "--worlds", "tiny", "--quick", "--jobs", "1", "--logs", str(tmp_path), "--arms", *arms]
+    said = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert "core-hours" in said.stdout and not list(tmp_path.iterdir()), said.stderr
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = tmp_path / "short" / "results"
-    teacher = json.loads((results / "teacher_scene-seed1.json").read_text())
-    assert (teacher["rounds"], teacher["evaluations"], teacher["backwards"]) == (3, 3 * 192, 3 * 48)
-    assert teacher["final"]["compose"]["count"] == 6
-    assert teacher["curve"][0]["round"] == 3 and 0 <= teacher["curve"][0]["scores"]["scene"] <= 1
-    base = json.loads((results / "base-seed1.json").read_text())
-    (start,) = base["curve"]
-    assert start["round"] == 0 and start["scores"].keys() == set(TASKS)
-    lines = (tmp_path / "short" / "base-seed1" / "evaluation-0" / "scene" / "evaluation_results.jsonl").read_text()
-    scores = [json.loads(line)["scores"]["tiny_scene"] for line in lines.splitlines()]
-    assert start["scores"]["scene"] == pytest.approx(sum(scores[:4]) / 4) and len(scores) == 6
-    student = json.loads((results / "opd-seed1.json").read_text())
-    assert (student["evaluations"], student["teacher_evaluations"]) == (3 * 216, 3 * 3 * 192)
-    used = json.loads((tmp_path / "short" / "opd-seed1" / "config.json").read_text())["train"]["teachers"]
-    own = [tmp_path / "short" / f"teacher_{task}-seed1" / "checkpoints" / "checkpoint-3" / "lora" for task in TASKS]
+    results = tmp_path / "quick" / "results" / "tiny"
+    found = {path.name.removesuffix("-seed1.json"): json.loads(path.read_text()) for path in results.iterdir()}
+    teachers = {f"teacher_{task}{stage}" for task in TINY.names for stage in ("", ".early")}
+    assert found.keys() == {*arms, *teachers, "folded_opd"}
+    teacher, student = found["teacher_scene"], found["opd_0.001"]
+    assert (teacher["rounds"], teacher["forwards"], teacher["backwards"]) == (4, 4 * 192, 4 * 48)
+    assert [number for number, _ in teacher["curve"]] == [0, 2, 4] and list(teacher["curve"][0][1]) == ["scene"]
+    assert (student["forwards"], student["backwards"]) == (2 * 216, 2 * 108)
+    assert (student["teacher_forwards"], student["teacher_backwards"]) == (3 * 4 * 192, 3 * 4 * 48)
+    assert {len(scores) for scores in student["test"].values()} <= {1, 2, 4}
+    assert found["folded_opd_at2"]["test"] != found["folded_opd"]["test"]
+    used = json.loads((tmp_path / "quick" / "tiny" / "opd_0.001-seed1" / "config.json").read_text())["train"][
+        "teachers"
+    ]
+    own = [
+        tmp_path / "quick" / "tiny" / f"teacher_{t}-seed1" / "checkpoints" / "checkpoint-4" / "lora" for t in TINY.names
+    ]
     assert [teacher["lora_path"] for teacher in used] == list(map(str, own))
-    text = (results / "claims.md").read_text()
-    assert "Short form" in text and "| DiffusionOPD | 1 |" in text and "no run of multitask_nft" in text
-    assert (results / "methods.png").is_file() and "One student reaches each of its teachers" in done.stdout
+    text = (tmp_path / "quick" / "results" / "claims.md").read_text()
+    assert "Quick form" in text and "One student reaches each of its teachers" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert again.returncode == 0 and "0.0 core-hours (estimated)" in again.stdout

@@ -129,7 +129,7 @@ def test_a_bad_value_is_one_problem_that_names_key_and_value(folder):
         ("train.lora_target_modules", "attn.to_q"),
         ("train.loss", "mse"),
         ("train.steps_per_rollout", 10),
-        ("log_with", "mlflow"),
+        ("log_with", "comet"),
         ("cache_dir", ""),
         ("vae_device", "gpu0"),
         ("text_encoder_device", 3),

@@ -46,7 +46,7 @@ SHAPES = pytest.mark.parametrize("config", [SMALL, NORMALISED, DUAL], ids=["plai
 def counted(config: dict, targets=TARGETS, resolution: int = SIDE, **options) -> Cost:
     """Of an SD3 whose VAE does not reduce, and whose prompts have three tokens of CLIP and two of T5."""
     index = read_pipeline(MEDIUM).configs["index"]
-    configs = {"index": index, "transformer": config, "vae": {"block_out_channels": [32]}}
+    configs = {"index": index, "transformer": config, "vae": {"block_out_channels": [32]}, "scheduler": {}}
     encoders = {"text_encoder": CLIPTextConfig(max_position_embeddings=3)}
     pipeline = Pipeline("small", None, StableDiffusion3, configs, encoders)
     return measure(pipeline, resolution, LENGTH - 3, rank=4, targets=targets, **options)
@@ -124,12 +124,14 @@ def gpu_kernels(monkeypatch):
         ("stabilityai/stable-diffusion-3-medium-diffusers", 2_028_328_000, 191),
         pytest.param(MEDIUM, 2_243_171_520, 191, marks=pytest.mark.slow),
         ("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, 303),
+        ("black-forest-labs/FLUX.2-klein-4B", 3_875_544_576, 80),
+        ("Tongyi-MAI/Z-Image", 6_154_908_736, 136),
     ],
 )
 def test_parameters_of_the_published_models(name, parameters, layers):
     transformer = read_pipeline(name).backbone(torch.bfloat16).transformer
     assert values(transformer.parameters()) == parameters
-    trained = adapted(transformer, rank=32)
+    trained = adapted(transformer, rank=32, targets=read_pipeline(name).family.LORA_TARGETS)
     assert len(trained) / 2 == layers
     if name == MEDIUM:
         cost = measure(read_pipeline(name), 64, 128, rank=32)
@@ -332,7 +334,8 @@ def test_every_shipped_configuration_has_a_cost(monkeypatch, capsys, tiny_config
     monkeypatch.setattr(command, "step_cost", lambda *_: cost)
     monkeypatch.setattr(command, "outside_training", lambda *_: {})
     monkeypatch.chdir(ROOT)
-    files = {file: (ROOT / f"config/{file}.py").read_text() for file in ("opd", "teacher", "tiny")}
+    names = ("opd", "teacher", "tiny", "flux1", "flux2", "z_image", "sana")
+    files = {file: (ROOT / f"config/{file}.py").read_text() for file in names}
     presets = [(file, name) for file, text in files.items() for name in re.findall(r"^def ([a-z]\w+)\(\)", text, re.M)]
     assert len(presets) > 12
     for file, name in presets:

@@ -25,7 +25,7 @@ from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
 
 from .families import CASES
-from .families.common import PROMPTS, STEPS, Case
+from .families.common import STEPS, Case
 
 TEACHER = "teacher"
 
@@ -64,7 +64,7 @@ class Small:
     def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:
         """The same by diffusers."""
         common = {
-            "prompt": list(PROMPTS), "num_inference_steps": STEPS, "output_type": "latent",
+            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": "latent",
             "height": self.case.resolution, "width": self.case.resolution, "max_sequence_length": self.case.length,
         }  # fmt: skip
         return self.case.stock(pipe, self.noise(backbone), guidance, common)
@@ -82,7 +82,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(case.family) / "model"
     case.build(folder)
     encode = load_text_encoder(str(folder), max_sequence_length=case.length)
-    rows = encode([*PROMPTS, NEGATIVE])
+    rows = encode([*case.prompts(folder), NEGATIVE])
     return Small(case, folder, list(rows[:2]), Conditions.of(rows[2:]))
 
 
@@ -163,6 +163,30 @@ def test_a_student_learns_in_every_module_but_the_inert(small):
     backbone.transformer.enable_gradient_checkpointing()
     again = gradients()
     assert again.keys() == plain.keys() and all(far(again[name], plain[name]) < 1e-5 for name in plain)
+
+
+def test_frozen_policies_share_a_forward(small):
+    """Two teachers and the bare base, at guidances of their own, together as each alone."""
+    backbone, adapters = with_student(small)
+    folders = {"one": 0.1, "other": -0.2}
+    for name, scale in folders.items():
+        adapters.add_copy(name, STUDENT)
+        for parameter in adapters.parameters(name):
+            parameter.data *= scale
+        adapters._teachers.append(name)
+    x, policies = small.noise(backbone), Policies(backbone, adapters)
+    asked = [
+        Request(policy, x, sigma, small.texts, guidance)
+        for policy, sigma, guidance in (("one", 0.8, 1.0), (None, 0.5, small.case.guidances[-1]), ("other", 0.3, 1.0))
+    ]
+    calls = []
+    hook = backbone.transformer.register_forward_pre_hook(lambda *_: calls.append(None))
+    together = policies.frozen(asked)
+    hook.remove()
+    alone = [policies.frozen([request])[0] for request in asked]
+    assert len(calls) == 1 if backbone.PADDABLE else len(calls) == backbone.evaluations / 2
+    for found, expected in zip(together, alone, strict=True):
+        assert far(found[0], expected[0]) < 1e-5 and far(found[1], expected[1]) < 1e-5
 
 
 def test_inert_modules_are_those_that_no_gradient_reaches(small):

@@ -345,7 +345,7 @@ def test_checkpoints_of_another_content(saved, data):
 
 @fuzz(data=st.data())
 def test_text_caches(tmp_path_factory, data):
-    cache = TextCache(tmp_path_factory.getbasetemp() / "text", "model", 3, torch.float32, memory_items=0)
+    cache = TextCache(tmp_path_factory.getbasetemp() / "text", "model", 3, torch.float32, memory_bytes=0)
     row = {"tokens": torch.ones(3, 4), "pooled": torch.ones(2)}
     content = safetensors_bytes(row | {"crc32": torch.tensor([1910909584])}, {"prompt": '"a"'})
     end = 8 + struct.unpack("<Q", content[:8])[0]

@@ -110,6 +110,8 @@ def test_what_never_could_be_written_is_said_at_the_end(tmp_path):
 class Accelerator:
     """Records what reaches the trackers; fails on request."""
 
+    name = "wandb"
+
     def __init__(self, failing=""):
         self.failing, self.calls, self.trackers = failing, [], [self]
 
@@ -123,6 +125,12 @@ class Accelerator:
 
     def log(self, values, step=None):
         self._called("log", (step, values))
+
+    def log_images(self, values, step=None):
+        self._called("log_images", step)
+
+    def log_table(self, name, columns, data, step=None):
+        self._called("log_table", (name, columns, data, step))
 
     def finish(self):
         self._called("finish")
@@ -145,6 +153,27 @@ def test_trackers_get_the_numbers_and_a_failing_one_is_reported_once(tmp_path):
             assert [call for call in accelerator.calls if call != ("log", (8, {}))] == (calls if trackers else [])
         assert [method for method, _ in accelerator.calls].count(failing) == bool(failing)
         assert accelerator.trackers == [] or not trackers, "accelerate would end it again"
+
+
+def test_trackers_are_shown_grids_and_evaluations_and_may_fail_at_these_alone(tmp_path):
+    grid = sample_grid(np.zeros((2, 16, 16, 3), np.uint8), ["a", "b"], tmp_path / "grid.png")
+    row = {"round": 3, "loss": 1.0, "eval/ocr/ocr": 0.5, "eval/ocr@fast/ocr": math.nan, "eval/scene/a/b": 1.0}
+    table = ("evaluation", ["task", "ocr", "a/b"], [["ocr", 0.5, None], ["scene", None, 1.0]], 3)
+    for failing in ("", "log_images", "log_table"):
+        accelerator = Accelerator(failing)
+        writer = MetricsWriter(tmp_path / f"{failing}.jsonl", ["wandb"], accelerator)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            writer.write(row, grid)
+            writer.write({"round": 4, "loss": 1.0}, tmp_path / "not there.png")
+            writer.write({"round": 5, "loss": 1.0}, grid)
+        methods = [method for method, _ in accelerator.calls]
+        assert methods.count("log") == 3 and len(said) == bool(failing), "numbers go on without pictures"
+        assert methods.count("log_images") == {"": 2, "log_images": 1, "log_table": 0}[failing]
+        assert ("log_table", table) in accelerator.calls
+    other = Accelerator()
+    MetricsWriter(None, ["wandb"], other).write(row, grid)
+    assert [method for method, _ in other.calls] == ["log"], "pictures are the first process's alone"
 
 
 def test_a_grid_shows_the_images_where_they_belong(tmp_path):

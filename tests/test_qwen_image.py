@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
 from PIL import Image
 from safetensors.torch import save_file
+from tools.costs.count import UncountableError, measure_frozen
+from tools.costs.models import read_pipeline
 
 from diffusionopd.models.backbone import BackboneError, load_backbone, read_model
 from diffusionopd.models.latents import unpack
@@ -118,3 +120,10 @@ def test_a_teacher_is_not_refused_for_what_never_trains(folder, tmp_path):
             torch.nn.init.normal_(layer.lora_B["student"].weight, std=0.1)
     adapters.save_diffusers("student", tmp_path)
     assert fit(load_lora(tmp_path), read_model(str(folder)).empty_transformer()).b
+
+
+def test_a_model_whose_cost_cannot_be_counted_is_named(tmp_path):
+    """Its transformer looks at a mask to find its sequence."""
+    qwen_image21.build(tmp_path)
+    with pytest.raises(UncountableError, match="repeat_interleave"):
+        measure_frozen(read_pipeline(str(tmp_path)), 64, 8)

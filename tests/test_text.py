@@ -121,7 +121,8 @@ def test_the_encoder_is_freed(tmp_path):
 
 
 def test_memory_holds_a_few_prompts_and_what_is_not_there_is_named(tmp_path):
-    store = cache(tmp_path, memory_items=2)
+    two = sum(sum(part.nbytes for part in row.values()) for row in encoded(PROMPTS[-2:]))
+    store = cache(tmp_path, memory_bytes=two)
     store.fill(PROMPTS, Encoder)
     store.get(PROMPTS)
     for path in files(tmp_path):
@@ -202,7 +203,7 @@ def test_crash_at_any_write_leaves_no_half_file(tmp_path, monkeypatch):
             cache(tmp_path).fill(PROMPTS, Encoder)
         assert files(tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
-    with pytest.raises(TextCacheError, match="1,000 free"):  # told before anything is written
+    with pytest.raises(TextCacheError, match=rf"1,000 free.* {len(PROMPTS)} prompts"):  # before anything is written
         cache(tmp_path).fill(PROMPTS, Encoder, batch_size=2)
     assert files(tmp_path) == []
     (tmp_path / "file").write_text("in the way")

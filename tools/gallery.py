@@ -131,7 +131,7 @@ def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtyp
                 generate = ImageGenerator(backbone, cache, benchmark.num_steps, guidance, job.resolution, seed)
                 for start in range(0, len(numbered), job.batch_size):
                     batch = numbered[start : start + job.batch_size]
-                    drawn = generate([prompt.text for _, prompt in batch], [(number, 0) for number, _ in batch])
+                    drawn = generate([prompt.key for _, prompt in batch], [(number, 0) for number, _ in batch])
                     images |= {(batch[i][0], place): image for i, image in enumerate(to_uint8(drawn))}
                     bar.update(len(batch))
             yield Drawn(model.name, [images[key] for key in sorted(images)], f"guidance {guidance:g}")

@@ -49,6 +49,9 @@ class OpdSettings(ComparisonSettings, ClipSettings, ReferenceSettings):
     """What is minimised: "kl", the closed-form KL of student and teacher steps (ODE: half the squared distance of their
     means), or "policy_gradient", the PPO-style surrogate, whose advantage is minus the KL as the sampled next state
     shows it (needs noise)."""
+    baseline: bool = key("train.baseline", False)
+    """Of the surrogate "policy_gradient": subtract the advantage's known mean over the step's noise, minus the KL at
+    the state. The gradient is the same in expectation, with much less noise."""
     conditional_weight: float = key("train.conditional_weight", 0.0, "[0, inf)")
     """Weight of the same loss between the conditional velocities, before guidance, beside that between the guided ones:
     under guidance the latter alone leaves open how the two branches share the change. No further forward; student and
@@ -119,7 +122,8 @@ class Opd(Algorithm):
             loss = distillation_loss(tr, v.guided, target.v.guided, s.target, s.self_normalize)
         else:
             old = visit.v.guided.detach()
-            loss = policy_gradient_loss(tr, visit.x, visit.x_next, v.guided, old, target.v.guided, s.clip_range)
+            there = tr, visit.x, visit.x_next
+            loss = policy_gradient_loss(*there, v.guided, old, target.v.guided, s.clip_range, s.baseline)
         if s.conditional_weight > 0:
             branch = distillation_loss(tr, v.conditional, target.v.conditional, s.target, s.self_normalize)
             loss = loss + s.conditional_weight * branch
@@ -165,9 +169,9 @@ class Opd(Algorithm):
 
     @classmethod
     def notes(cls, settings: OpdSettings, changed: Sequence[str]) -> list[str]:
-        """The surrogate has no choice of what is compared."""
-        ignored = [name for name in changed if name in ("train.target", "train.self_normalize")]
-        return [f"{name} is ignored: train.loss is {POLICY_GRADIENT}" for name in ignored] * (settings.loss != KL)
+        """The surrogate has no choice of what is compared, the closed form needs no baseline."""
+        of_other = ("train.baseline",) if settings.loss == KL else ("train.target", "train.self_normalize")
+        return [f"{name} is ignored: train.loss is {settings.loss}" for name in changed if name in of_other]
 
     @classmethod
     def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:

@@ -189,7 +189,7 @@ class Batches:
             drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
             return drawn.to(self.device, non_blocking=True)
 
-        text = self.text.get([prompt.text for prompt in prompts], dtype=self.dtype)
+        text = self.text.get([prompt.key for prompt in prompts], dtype=self.dtype)
         target = (own.adapter, own.guidance_scale, own.strength, own.reference_adapter)
         steps = self.steps(index, task)
         rows = [Row(own.name, i, p, *target, weight, steps) for i, p in zip(samples, prompts, strict=True)]

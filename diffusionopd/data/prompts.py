@@ -1,7 +1,8 @@
 """Prompt files: what is accepted, what is refused and how.
 
 Two file formats, named as upstream names them: "general_ocr" is one prompt a line (`{train,test}.txt`); "geneval" is
-one JSON object a line with a "prompt" key (`{train,test}_metadata.jsonl`), and the whole object goes to the scorer.
+one JSON object a line with a "prompt" key (`{train,test}_metadata.jsonl`), and the whole object goes to the scorer. Its
+"reference_image" is the path of the image that an editing model edits, from the file's folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffusionopd.files import write_atomically
+from diffusionopd.models.conditions import Reference
+
+REFERENCE = "reference_image"
 
 
 class PromptError(ValueError):
@@ -28,6 +34,12 @@ class Prompt:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     source: str = field(default="", compare=False)
+    reference: Reference | None = None  # the image beside it
+
+    @property
+    def key(self) -> str:
+        """What its conditions are encoded and looked up by: its text, with its image if it has one."""
+        return self.reference.beside(self.text) if self.reference else self.text
 
 
 def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt]:
@@ -81,6 +93,7 @@ def load_folders(
         own = with_trigger(load_prompts(folder, prompt_fn, split)[:most], trigger)
         places[Path(folder).name] = range(len(prompts), len(prompts) + len(own))
         prompts += own
+    _refuse_mixed(prompts)
     return prompts, places
 
 
@@ -100,11 +113,12 @@ def read_prompts(path: Path, prompt_fn: str) -> list[Prompt]:
         source = f"{path}, line {number}"
         try:
             if text := line.decode().strip():
-                prompts.append(FORMATS[prompt_fn][1](text, source))
+                prompts.append(_with_reference(FORMATS[prompt_fn][1](text, source), path.parent))
         except (ValueError, RecursionError) as error:
             bad.append(f"{source}: no prompt as {prompt_fn!r} has them, in UTF-8: {error}")
     if bad:
         raise PromptError(bad[0] if len(bad) == 1 else f"{path} has {len(bad)} bad lines:\n{listed(bad)}")
+    _refuse_mixed(prompts)
     if not prompts:
         raise PromptError(f"{path} holds no prompt: it is empty or has blank lines only")
     if all("\t" in prompt.text for prompt in prompts) and prompt_fn == "general_ocr":
@@ -119,6 +133,29 @@ def listed(lines: Sequence[str], most: int = 10) -> str:
     """The lines below each other, indented, those beyond the first few as a number."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(f"    {line}" for line in [*lines[:most], *more])
+
+
+def _with_reference(prompt: Prompt, folder: Path) -> Prompt:
+    """A prompt with the image that its metadata name. ValueError unless that is there, and square as what is drawn."""
+    if (name := prompt.metadata.get(REFERENCE)) is None:
+        return prompt
+    try:
+        with Image.open(folder / name) as image:
+            width, height = image.size
+        reference = Reference.to(folder / name)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"its {REFERENCE} {name!r} cannot be read: {error}") from error
+    if width != height:
+        raise ValueError(f"its {REFERENCE} {folder / name} has {width} x {height} pixels: crop it to a square")
+    return replace(prompt, reference=reference)
+
+
+def _refuse_mixed(prompts: Sequence[Prompt]) -> None:
+    """Prompts of a task are batched, and those with an image do not fit beside others."""
+    kinds = {prompt.reference is None: prompt for prompt in prompts}
+    if len(kinds) > 1:
+        places = f"{kinds[False].source} has a {REFERENCE}, {kinds[True].source} has none"
+        raise PromptError(f"{places}: make a data set and a task of each kind")
 
 
 def _parse_text(line: str, source: str) -> Prompt:

@@ -55,7 +55,7 @@ def score_samples(
             samples = [divmod(sample_id, images_per_prompt) for sample_id in ids]
             batch = [prompts[index] for index, _ in samples]
             texts = [prompt.text for prompt in batch]
-            images = to_uint8(generate(texts, samples))
+            images = to_uint8(generate([prompt.key for prompt in batch], samples))
             try:
                 scores = score_all(scorers, images, texts, [prompt.metadata for prompt in batch])
             except RewardUnavailableError:
@@ -187,7 +187,7 @@ def _then_idle(batches: Batches, generate: Generate, prompts: Sequence[Prompt]) 
 
     def idle() -> Batches:
         while True:
-            yield [], to_uint8(generate([prompts[0].text], [(0, 0)]))[:0]
+            yield [], to_uint8(generate([prompts[0].key], [(0, 0)]))[:0]
 
     return chain(batches, idle())
 

@@ -209,7 +209,7 @@ def load_models(
     length = job.max_sequence_length
     cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
     load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
-    texts = [NEGATIVE, *(prompt.text for benchmark in job.benchmarks for prompt in benchmark.prompts)]
+    texts = [NEGATIVE, *(prompt.key for benchmark in job.benchmarks for prompt in benchmark.prompts)]
     together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)

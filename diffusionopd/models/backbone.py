@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusionopd.config_schema import is_device
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row, TextEncoder
+from diffusionopd.models.conditions import Conditions, Row, TextEncoder, split_reference
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.pipeline_files import (
@@ -53,6 +53,7 @@ FAMILIES = {
     "Flux2Pipeline": "diffusionopd.models.flux2:Flux2",
     "Flux2KleinPipeline": "diffusionopd.models.flux2:Flux2",
     "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
+    "QwenImageEditPlusPipeline": "diffusionopd.models.qwen_image_edit:QwenImageEdit",
     "QwenImage21Pipeline": "diffusionopd.models.qwen_image21:QwenImage21",
     "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
     "SanaPipeline": "diffusionopd.models.sana:Sana",
@@ -120,6 +121,8 @@ class Backbone(ABC):
     """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
+    READS_IMAGES: ClassVar[bool] = False
+    """Whether a prompt may have a reference image. Its pipeline then encodes with the VAE, too."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that text encoding never needs."""
     MAY_LACK: ClassVar[tuple[str, ...]] = ()
@@ -284,12 +287,11 @@ class Backbone(ABC):
         if not guided:
             v = self._evaluate(x, sigma, conditions, guidance, range(rows), prepare)
             return v, v
-        if self.negative is None:
-            raise ValueError(f"guidance {guidance} needs the conditions of the negative prompt: set backbone.negative")
+        own = conditions if len(guided) == rows else conditions.index(guided)
         v = self._evaluate(
             torch.cat([take(x, guided), x]),
             torch.cat([take(sigma, guided), sigma]),
-            Conditions.cat([self.negative.expand(len(guided)), conditions]),
+            Conditions.cat([self._negatives(own), conditions]),
             torch.cat([take(guidance, guided), guidance]) if isinstance(guidance, Tensor) else guidance,
             [*guided, *range(rows)],
             prepare,
@@ -302,6 +304,12 @@ class Backbone(ABC):
         if others:
             v_guided = put([(guided, v_guided), (others, take(conditional, others))])
         return v_guided, conditional
+
+    def _negatives(self, conditions: Conditions) -> Conditions:
+        """What the second branch of each sample sees under guidance."""
+        if self.negative is None:
+            raise ValueError("guidance needs the conditions of the negative prompt: set backbone.negative")
+        return self.negative.expand(len(conditions))
 
     def _evaluate(
         self,
@@ -645,6 +653,8 @@ def load_text_encoder(
     with _loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
+        if info.family.READS_IMAGES:
+            loaded["vae"] = found.parts["vae"].load(variant, torch.float32)
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
         parts = info.family.text_parts(found.root)
@@ -662,7 +672,7 @@ def load_text_encoder(
             if part.checkpoint is not None:
                 getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor
                 check_loaded(name, getattr(pipeline, name))
-    for name in encoders:
+    for name in {**encoders, **loaded}:
         getattr(pipeline, name).to(device).requires_grad_(False).eval()
     length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
     readers = {name: getattr(pipeline, name) for name in info.family.TEXT if name not in encoders}
@@ -670,6 +680,8 @@ def load_text_encoder(
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
+        if not info.family.READS_IMAGES and any(split_reference(prompt)[1] for prompt in prompts):
+            raise _refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
         with quiet_pipeline(pipeline):
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
@@ -680,10 +692,10 @@ def load_text_encoder(
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
-    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor.
-    For a hub id: the repository and the commit that ``revision`` resolves to. For a single file: the beginning of every
-    tensor of its text encoders, and what holds for its ``config``. For all, the variant and the major versions of the
-    libraries that encode.
+    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
+    and of the VAE if that encodes images. For a hub id: the repository and the commit that ``revision`` resolves to.
+    For a single file: the beginning of every tensor of its text encoders, and what holds for its ``config``. For all,
+    the variant and the major versions of the libraries that encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
@@ -700,9 +712,10 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
             index = Path(hf_hub_download(source, "model_index.json", revision=revision))
             digest.update(f"{source}@{index.parent.name}".encode())
             return digest.hexdigest()[:16]
-    for file in sorted(
-        p for pattern in ("text_encoder*", "tokenizer*", "processor") for p in root.glob(f"{pattern}/*")
-    ):
+        name = diffusers.DiffusionPipeline.load_config(root).get("_class_name")
+    images = name in FAMILIES and pkgutil.resolve_name(FAMILIES[name]).READS_IMAGES
+    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if images else []))
+    for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]
 

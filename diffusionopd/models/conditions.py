@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,36 @@ from diffusionopd.rows import take
 NEGATIVE = "\0negative"
 """Stands for the base model's own negative prompt among prompts: not always the empty one, nor encoded like others."""
 
+_REFERENCE = "\0reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image file beside a prompt, as it was when the prompt was read."""
+
+    path: str
+    size: int  # in bytes
+    modified: int  # in nanoseconds
+
+    @staticmethod
+    def to(file: Path) -> Reference:
+        """To a file that is there."""
+        status = file.stat()
+        return Reference(str(file.resolve()), status.st_size, status.st_mtime_ns)
+
+    def beside(self, text: str) -> str:
+        """What stands for a prompt with this image among prompts."""
+        return _REFERENCE + json.dumps([text, *astuple(self)])
+
+
+def split_reference(prompt: str) -> tuple[str, Path | None]:
+    """Text and image of what stands for a prompt; None without an image."""
+    if not prompt.startswith(_REFERENCE):
+        return prompt, None
+    text, path, *_ = json.loads(prompt.removeprefix(_REFERENCE))
+    return text, Path(path)
+
+
 Row = Mapping[str, Tensor]
 """The conditions of one prompt, as they are cached: tensors without batch dimension and without padding.
 
@@ -21,7 +53,8 @@ Those whose name begins with ``tokens`` are sequences ``[L, ...]``, all of one l
 """
 
 TextEncoder = Callable[[Sequence[str]], list[Row]]
-"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt."""
+"""B prompts to B rows, in order; :data:`NEGATIVE` stands for the model's negative prompt, what :class:`Reference` makes
+for a prompt with an image."""
 
 
 @dataclass(frozen=True)

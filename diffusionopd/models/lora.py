@@ -249,6 +249,20 @@ class Adapters:
                 parameter.requires_grad_(not own.inference_mode)
 
 
+def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
+    """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
+
+    In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
+    """
+    linear, targets = linear_layers(transformer), list[str]()
+    modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
+    for end in ends:
+        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
+        layers = hit & linear.keys()
+        targets += sorted(layers) if layers and hit != layers else [end]
+    return targets
+
+
 def _stacked(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
     """``A`` ``[n + 1, r, in]`` and ``s B`` ``[n + 1, r, out]`` of a layer's adapters, zeros where it has none."""
     own = [name for name in names if name in layer.lora_A]
@@ -263,20 +277,6 @@ def _stacked(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor] | 
             stack[names.index(name), : len(tensor)] = tensor
         stacks.append(stack)
     return stacks[0], stacks[1]
-
-
-def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
-    """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
-
-    In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
-    """
-    linear, targets = linear_layers(transformer), list[str]()
-    modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
-    for end in ends:
-        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
-        layers = hit & linear.keys()
-        targets += sorted(layers) if layers and hit != layers else [end]
-    return targets
 
 
 def _config_of(weights: LoraWeights) -> LoraConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,9 @@ from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import as_frame, linear_mu, pack, side_of, unpack
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
-_VARIANTS = {
-    "zero_cond_t": "an editing model (Qwen-Image-Edit-2511)",
-    "use_additional_t_cond": "a model of layers (Qwen-Image-Layered)",
-    "use_layer3d_rope": "a model of layers (Qwen-Image-Layered)",
-}
-"""Options of a transformer, each of which makes it no text-to-image model."""
+LAYERED = dict.fromkeys(("use_additional_t_cond", "use_layer3d_rope"), "a model of layers (Qwen-Image-Layered)")
+EDITING = {"zero_cond_t": "an editing model (Qwen-Image-Edit-2511), which is used by its own pipeline"}
+"""Options of a transformer -> what model each makes of it."""
 
 
 class QwenImage(Backbone):
@@ -42,14 +39,16 @@ class QwenImage(Backbone):
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
+    VARIANTS: ClassVar[Mapping[str, str]] = {**LAYERED, **EDITING}
+    """Those of the options that it does not have."""
+
     @classmethod
     def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
-        """Variants that draw with more than a prompt have the same transformer class."""
-        found = {name: what for name, what in _VARIANTS.items() if configs["transformer"].get(name)}
+        """Models for other uses have the same transformer class."""
+        found = {name: what for name, what in cls.VARIANTS.items() if configs["transformer"].get(name)}
         if not found:
             return ""
-        what = " and ".join(dict.fromkeys(found.values()))
-        return f"its transformer has {', '.join(found)}: {what}, not a text-to-image model"
+        return f"its transformer has {', '.join(found)}: {' and '.join(dict.fromkeys(found.values()))}"
 
     @classmethod
     def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
@@ -72,15 +71,16 @@ class QwenImage(Backbone):
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
+        seen = [x, conditions["image"]] if "image" in conditions.parts else [x]
         (velocity,) = self.transformer(
-            hidden_states=pack(x),
+            hidden_states=torch.cat([pack(image) for image in seen], 1),
             timestep=self._rounded_time(x, sigma),  # times 1000 in its embedding
             encoder_hidden_states=conditions["tokens"],
             encoder_hidden_states_mask=conditions.mask(),
-            img_shapes=[[(1, h // 2, w // 2)]] * len(x),
+            img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in seen]] * len(x),
             return_dict=False,
         )
-        return unpack(velocity, h, w)
+        return unpack(velocity[:, : h * w // 4], h, w)
 
     def _guide(self, conditional: Tensor, negative: Tensor, guidance: float | Tensor) -> Tensor:
         """As long as the conditional velocity, token by token."""

@@ -14,8 +14,8 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import safetensors.torch
 import torch
@@ -39,14 +39,20 @@ class TextCache:
     """The conditions of prompts under one folder, for one text model, token length and dtype."""
 
     def __init__(
-        self, folder: str | Path, model_key: str, max_sequence_length: int, dtype: torch.dtype, memory_items: int = 64
+        self,
+        folder: str | Path,
+        model_key: str,
+        max_sequence_length: int,
+        dtype: torch.dtype,
+        memory_bytes: int = 2**27,
     ) -> None:
-        """``model_key`` names the encoders' weights; ``memory_items`` prompts (1.7 MB each for SD3.5) stay in RAM."""
+        """``model_key`` names the encoders' weights. The prompts that were read last stay in RAM, as many as fit into
+        ``memory_bytes``: 80 of SD3.5, 8 of FLUX.2-dev."""
         self.folder = Path(folder)
         self.model_key = model_key
         self.max_sequence_length = max_sequence_length
         self.dtype = dtype
-        self._load = lru_cache(memory_items)(self._read)  # safe for the thread that makes batches beside evaluations
+        self._load = _Recent(self._read, memory_bytes)
 
     def path(self, prompt: str) -> Path:
         """Where the file of a prompt is or will be."""
@@ -88,7 +94,9 @@ class TextCache:
                     batch = missing[start : start + batch_size]
                     files = self._encoded(encoder, batch)
                     if start == 0:
-                        self._check_space(sum(map(len, files)) * len(missing) * world // len(files))
+                        each, count = sum(map(len, files)) // len(files), len(missing) * world
+                        self._check_space(each, count)
+                        progress.set_description(f"encoding prompts, {each * count / 1e9:.2g} GB in all")
                     for prompt, content in zip(batch, files, strict=True):
                         # No fsync: losing a file to a power cut costs one encoding, and the checksum tells.
                         write_atomically(self.path(prompt), content)
@@ -128,13 +136,15 @@ class TextCache:
             files.append(safetensors.torch.save(stored | {_CHECKSUM: _checksum(stored)}, metadata))
         return files
 
-    def _check_space(self, needed: int) -> None:
-        """Stop before the first write if the job cannot fit; ``needed`` bytes over all processes that share it."""
+    def _check_space(self, each: int, count: int) -> None:
+        """Stop before the first write if the job cannot fit: so many prompts over all processes, ``each`` in bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if each * count > free:
             raise TextCacheError(
-                f"the text cache {self.folder} needs about {needed:,} bytes more, its disk has {free:,} free. {_REMEDY}"
+                f"the text cache {self.folder} needs about {each * count:,} bytes more, its disk has {free:,} free. "
+                f"Move it (cache_dir), free some space, or use shorter prompt files: {count} prompts are to be "
+                f"encoded, {free // each} fit, at {each:,} bytes each."
             )
 
     def _is_complete(self, path: Path) -> bool:
@@ -161,6 +171,39 @@ class TextCache:
                 f"the file of prompt {prompt!r} was damaged and is removed, run again: {error}"
             ) from None
         return row
+
+
+class _Recent:
+    """Rows that were read last, up to ``limit`` bytes of them; for several threads."""
+
+    def __init__(self, read: Callable[[str], Row], limit: int) -> None:
+        self._read, self._limit, self._lock = read, limit, Lock()
+        self._rows: dict[str, Row] = {}  # the newest at the end
+        self._bytes = 0
+
+    def __call__(self, prompt: str) -> Row:
+        with self._lock:
+            if prompt in self._rows:
+                row = self._rows[prompt] = self._rows.pop(prompt)
+                return row
+        row = self._read(prompt)
+        with self._lock:
+            if prompt not in self._rows:
+                self._rows[prompt] = row
+                self._bytes += _size(row)
+            while self._bytes > self._limit:
+                self._bytes -= _size(self._rows.pop(next(iter(self._rows))))
+        return row
+
+    def clear(self) -> None:
+        """Forget them."""
+        with self._lock:
+            self._rows.clear()
+            self._bytes = 0
+
+
+def _size(row: Row) -> int:
+    return sum(part.nbytes for part in row.values())
 
 
 def _discard(path: Path, problem: Exception) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusionopd.models.conditions import NEGATIVE, Row, TextEncoder
+from diffusionopd.models.conditions import NEGATIVE, Row, TextEncoder, split_reference
 
 
 def cut_tokens(tokenizers: Mapping[str, Any], prompts: Sequence[str], max_sequence_length: int) -> dict[str, str]:
     """Prompts that are cut -> how many tokens each tokenizer loses. CLIP's limit is its own, others' is given."""
     losses: dict[str, dict[str, list[str]]] = {}
-    texts = [prompt for prompt in prompts if prompt != NEGATIVE]
+    texts = [split_reference(prompt)[0] for prompt in prompts if prompt != NEGATIVE]
     for name, tokenizer in tokenizers.items():
         limit = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else max_sequence_length
         for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids if texts else (), strict=True):

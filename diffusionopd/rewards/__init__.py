@@ -55,6 +55,7 @@ REGISTRY: dict[str, str] = {
     "ocr": "diffusionopd.rewards.ocr:Ocr",
     "pickscore": "diffusionopd.rewards.clip:PickScore",
     "tiny_compose": "diffusionopd.tiny.scorers:TinyCompose",
+    "tiny_dull": "diffusionopd.tiny.scorers:TinyDull",
     "tiny_ocr": "diffusionopd.tiny.scorers:TinyOcr",
     "tiny_scene": "diffusionopd.tiny.scorers:TinyScene",
     "unifiedreward": "diffusionopd.rewards.unifiedreward:UnifiedReward",
@@ -66,7 +67,7 @@ REGISTRY: dict[str, str] = {
 EXTRAS: dict[str, str] = {
     **{name: name for name in ("geneval", "hpsv2", "ocr")},
     **dict.fromkeys(("compbench_attribute", "compbench_complex", "compbench_spatial"), "compbench"),
-    **dict.fromkeys(("tiny_compose", "tiny_ocr", "tiny_scene"), "tiny"),
+    **dict.fromkeys(("tiny_compose", "tiny_dull", "tiny_ocr", "tiny_scene"), "tiny"),
 }
 """Reward name -> the extra of this package that installs what the scorer imports."""
 

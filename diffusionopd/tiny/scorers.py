@@ -208,3 +208,11 @@ class TinyScene:
         spread = np.linalg.norm(opponents.std(axis=(2, 3)), axis=0)
         offset = np.linalg.norm(opponents.mean(axis=(2, 3)), axis=0)
         return {"tiny_scene": np.minimum(1.0, (spread + 0.3 * offset) / _FULL_COLOURFULNESS)}
+
+
+class TinyDull(TinyScene):
+    """`tiny_dull`: the opposite of `tiny_scene`, for worlds in which tasks fight."""
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
+        """1 less the colourfulness."""
+        return {"tiny_dull": 1 - super().score(images, prompts, metadata)["tiny_scene"]}

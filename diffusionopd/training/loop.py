@@ -156,10 +156,16 @@ def _flush(run: Run) -> None:
     if run.is_main:
         run.lock.check()
     row |= scores
-    run.metrics.write(row)
+    shown = run.plan.wants_grid(row["round"])
+    run.metrics.write(row, run.plan.run.run_dir / "samples" / _grid_of(row["round"]) if shown else None)
     for sign in run.signs.of(row):
         if run.is_main:
             warnings.warn(f"round {row['round']}: {sign}; look at the samples, lower the learning rate", stacklevel=2)
+
+
+def _grid_of(number: int) -> str:
+    """Name of the file with the images of a round."""
+    return f"round-{number:06d}.png"
 
 
 def _monitor(run: Run, number: int, result: Result) -> None:
@@ -170,7 +176,7 @@ def _monitor(run: Run, number: int, result: Result) -> None:
         for task, rows in batch.slices.items()
     ]
     if monitored:
-        grid = f"round-{number:06d}.png" if run.plan.wants_grid(number) and run.is_main else ""
+        grid = _grid_of(number) if run.plan.wants_grid(number) and run.is_main else ""
         with stage("monitoring"):
             scored = run.plan.wants_scores(number)
             run.monitor.watch(monitored, score=scored, grid=grid, title=f"images of round {number}")

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from diffusionopd.files import force_to_disk, write_atomically
+from diffusionopd.training.trackers import evaluation_table, names_for, show_grid, show_table
 
 
 class MetricsWriter:
     """Writes one JSON object per round, and its numbers to the trackers of an `accelerate.Accelerator`.
 
-    A tracker that fails is reported once and dropped: the file is the record, trackers are a convenience. Lines that
-    cannot be written are kept, and written when they can be.
+    Trackers that fail are reported once and dropped, or only their pictures if it is these that fail: the file is the
+    record, trackers are a convenience. Lines that cannot be written are kept, and written when they can be.
     """
 
     def __init__(self, path: str | Path | None, log_with: Sequence[str] = (), accelerator: Any = None) -> None:
         """`path` None writes no file (processes other than the first); `log_with` names the trackers in use."""
         self._path = None if path is None else Path(path)
         self._log_with, self._accelerator = log_with, accelerator
-        self._tracking = bool(log_with)  # until a tracker fails
+        self._tracking = {"numbers": bool(log_with), "pictures": bool(log_with)}  # until a tracker fails
         self._unwritten: list[str] = []
         self._failing = False  # and so said
         if self._path is not None:
@@ -33,17 +34,25 @@ class MetricsWriter:
 
     def start_trackers(self, project: str, config: dict[str, Any]) -> None:
         """`accelerator.init_trackers`, called by every process; a tracker that cannot start is reported and dropped."""
-        if self._tracking:
-            self._try(lambda: self._accelerator.init_trackers(project, config=config))
+        self._try(lambda: self._accelerator.init_trackers(project, config=config))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Write a round's row, which has its number as `round`; a value that is not finite becomes null."""
+    def write(self, row: dict[str, Any], grid: Path | None = None) -> None:
+        """Write a round's row, which has its number as `round`; a value that is not finite becomes null.
+
+        ``grid``: the file of the round's sample images, which trackers are shown if it is there, as they are the table
+        of an evaluation that is in the row.
+        """
         strict = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self._unwritten.append(json.dumps(strict) + "\n")
         self._flush()
-        if self._tracking:
-            numbers = {name: float(v) for name, v in row.items() if name != "round" and isinstance(v, int | float)}
-            self._try(lambda: self._accelerator.log(numbers, step=row["round"]))
+        numbers = {name: float(v) for name, v in row.items() if name != "round" and isinstance(v, int | float)}
+        self._try(lambda: self._each(lambda tracker: tracker.log(names_for(tracker, numbers), step=row["round"])))
+        if self._path is None:
+            return  # what follows is the first process's alone
+        if table := evaluation_table(strict):
+            self._try(lambda: self._each(lambda tracker: show_table(tracker, table, row["round"])), "pictures")
+        if grid is not None and grid.is_file():
+            self._try(lambda: self._each(lambda tracker: show_grid(tracker, grid, row["round"])), "pictures")
 
     def sync(self) -> None:
         """Force the file to the disk; called at a checkpoint, so that a checkpoint never outlives its metrics."""
@@ -57,7 +66,7 @@ class MetricsWriter:
         if self._log_with:
             trackers, self._accelerator.trackers = self._accelerator.trackers, []  # `end_training` would end them again
             for tracker in trackers:
-                self._try(tracker.finish)
+                self._try(tracker.finish, always=True)
 
     def truncate_after(self, round_index: int) -> None:
         """Drop the lines of later rounds, and a line that a crash cut short; called when resuming after that round."""
@@ -86,14 +95,23 @@ class MetricsWriter:
             warnings.warn(f"{self._path} is written again, no round is missing", stacklevel=3)
         self._failing = False
 
-    def _try(self, call: Callable[[], object]) -> None:
+    def _each(self, call: Callable[[Any], object]) -> None:
+        for tracker in self._accelerator.trackers:
+            call(tracker)
+
+    def _try(self, call: Callable[[], object], what: str = "numbers", always: bool = False) -> None:
+        """Call unless trackers, or their pictures, have failed; ``always``: then too, and silently if it fails."""
+        tracking = self._tracking[what] and self._tracking["numbers"]
+        if not (tracking or always):
+            return
         try:
             call()
         except Exception as error:  # noqa: BLE001 - trackers raise whatever their client library raises
-            if self._tracking:
-                off = f"tracker {', '.join(self._log_with)} failed and is off from here on"
-                warnings.warn(f"{off}: {error!r}; metrics.jsonl goes on", stacklevel=3)
-            self._tracking = False
+            if tracking:
+                named = f"tracker {', '.join(self._log_with)}"
+                off = f"{named} failed and is off" if what == "numbers" else f"{named} failed: its pictures are off"
+                warnings.warn(f"{off} from here on: {error!r}; metrics.jsonl goes on", stacklevel=3)
+            self._tracking[what] = False
 
 
 def _append(lines: str, path: Path) -> None:

@@ -39,6 +39,7 @@ from diffusionopd.config_schema.paths import check_adapter, check_model, check_w
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.loras import read_loras
+from diffusionopd.data.prompts import REFERENCE, PromptError, load_folders
 from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, fitted_round, round_shape, tasks_per_round
 from diffusionopd.data.tasks import FIELDS, Task, TaskSettings, check_tasks, is_name, loss_weights
 from diffusionopd.files import looked_in
@@ -49,9 +50,9 @@ from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings, Lor
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
 from diffusionopd.training.checkpoint import CheckpointError, locate
+from diffusionopd.training.trackers import TRACKERS
 
 T = TypeVar("T")
-TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class RunSettings:
     """Where to start from: None or "" afresh, the path of a checkpoint folder or of a run (its latest checkpoint), or
     "auto": the newest checkpoint of the run folder, afresh if there is none."""
     log_with: str = key("log_with", "none", resume=FREE)
-    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb" or "wandb,tensorboard"."""
+    """Trackers besides metrics.jsonl: "none", "tensorboard", "wandb", "swanlab", "mlflow", or several with commas. They
+    get the numbers of each round, sample grids (`sample_freq`) and a table of each evaluation (`eval_freq`)."""
     run_project: str = key("run_project", "diffusionopd", resume=FREE)
     """Project name in the tracker."""
     collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)
@@ -110,7 +112,7 @@ class RunSettings:
                     what = there if folder.is_dir() else f"does not exist{looked_in(folder)}"
                     problems.add("resume_from", f"is {folder}, which {what}", remedy)
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
-            remedy = 'Use "none", "tensorboard", "wandb" or "wandb,tensorboard".'
+            remedy = f'Use "none", or some of {", ".join(TRACKERS)} with commas.'
             problems.add("log_with", f"names {', '.join(map(repr, unknown))}", remedy)
         elif missing := [name for name in self.trackers if find_spec(name) is None]:
             problems.add("log_with", f"needs {', '.join(missing)}", f"pip install -e '.[{','.join(missing)}]'")
@@ -487,6 +489,8 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     )
     if model:
         _check_fits(values, tasks, algorithm, model, problems)
+    if model and problems.good("train.teachers"):
+        _check_references(tasks, model, problems)
     own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
     lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
     if problems.good("reward_options"):
@@ -555,6 +559,21 @@ def _read_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInf
         for problem in error.problems:
             problems.add("pretrained.model", f"is {base.model}: {problem}", "")
         return None
+
+
+def _check_references(tasks: Sequence[Task], model: ModelInfo, problems: Problems) -> None:
+    """Prompts with an image are for a base that reads images."""
+    for i, task in enumerate(tasks):
+        if not problems.good(*(f"train.teachers[{i}].{name}" for name in ("dataset", "datasets", "prompt_fn"))):
+            continue
+        try:
+            (first, *_), _ = load_folders(task.folders, task.prompt_fn, "train", 1)
+        except PromptError as error:  # of folders that do not go together: each was looked at before
+            problems.add(f"train.teachers[{i}].datasets", f"cannot be used together: {error}", "")
+            continue
+        if first.reference and not model.family.READS_IMAGES:
+            what = f"has prompts with a {REFERENCE}, such as {first.source}, which the base model does not read"
+            problems.add(f"train.teachers[{i}].dataset", what, "Set pretrained.model to an editing model.")
 
 
 def _check_fits(

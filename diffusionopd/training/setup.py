@@ -183,7 +183,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     texts = [NEGATIVE]
     for index, task in enumerate(plan.tasks):
         drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
-        texts += [train[task.name][i].text for i in drawn] + [prompt.text for prompt in test.get(task.name, [])]
+        texts += [train[task.name][i].key for i in drawn] + [prompt.key for prompt in test.get(task.name, [])]
     text = fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)

@@ -1,8 +1,8 @@
-"""The runs as the paper's Table 1, as plots, and as verdicts on its claims.
+"""The results as tables, plots, and verdicts on the paper's claims, world by world.
 
     python experiments/claims/report.py [--results DIR] [--output DIR]
 
-Writes claims.md, claims.json and the plots. Runs that are not there yet are named, not needed.
+Writes claims.md, claims.json and the plots. Runs that are not there yet are counted, not needed.
 """
 
 # ruff: noqa: E402
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,150 +23,126 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from experiments.claims.curves import ClaimsError, Runs, read_results
-from experiments.claims.experiments import BASELINES, LABELS, RATES, TASKS
+from experiments.claims.arms import GROUPS, Arm
+from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.verdicts import (
-    Claim,
-    Part,
-    averages,
-    beside_teachers,
-    claims,
-    lead_over_the_best,
-    standard_error,
-)
+from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to
+from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
+from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
 RESULTS = Path(__file__).with_name("results")
-CAPTIONS = {
-    "methods.png": "Distillation beside RL on all rewards, by rounds and by evaluations; bands from the lowest to the "
-    "highest seed.",
-    "noise.png": "Noise of the student's rollouts, with the paper's loss.",
-    "estimators.png": "Closed form (solid) and PPO-style surrogate (dashed) at equal noise.",
-    "teachers.png": "Teachers from rewards.",
-}
+COST_NOTE = (
+    "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
+    "Average: base 0, each task's NFT teacher 1. Passes: forward passes of single images, in thousands; cost: these "
+    "and two more for each backward pass; and with the teachers' own."
+)
 
 
-def table(runs: Runs) -> list[dict[str, Any]]:
-    """A row per experiment, in the order of their list: means over its seeds.
-
-    ``spreads`` are standard deviations of the seeds' means; ``average`` is that of the min-max normalised means, over
-    the columns in which rows differ. None for what is not defined.
-    """
-    order = [*(name for name in LABELS if name in runs), *sorted(runs.keys() - LABELS.keys())]
-    means = {name: {task: fmean(r.final[task].mean for r in runs[name].values()) for task in TASKS} for name in order}
-    columns = {task: [row[task] for row in means.values()] for task in TASKS}
-    ranges = {task: (min(column), max(column)) for task, column in columns.items() if min(column) < max(column)}
-    rows = []
-    for name in order:
-        results = list(runs[name].values())
-        normalised = [(means[name][task] - low) / (high - low) for task, (low, high) in ranges.items()]
-        counted = [result.backwards for result in results if result.backwards is not None]
-        row = {"experiment": name, "label": results[0].label, "seeds": sorted(runs[name]), "means": means[name]}
-        row["spreads"] = {t: stdev(r.final[t].mean for r in results) if len(results) > 1 else None for t in TASKS}
-        row["average"] = sum(normalised) / len(normalised) if normalised else None
-        for cost in ("rounds", "evaluations", "with_teachers"):
-            row[cost] = fmean(getattr(result, cost) for result in results)
-        rows.append(row | {"backwards": fmean(counted) if counted else None})
-    return rows
-
-
-def missing(runs: Runs) -> list[str]:
-    """Known experiments without a run of a seed that others have."""
-    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
-    return [f"{name}-seed{seed}" for name in LABELS for seed in seeds if seed not in runs.get(name, {})]
-
-
-def markdown(runs: Runs, found: Sequence[Claim], variance: Mapping[str, Any] | None, plots: Sequence[str]) -> str:
-    """The report as Markdown, by the template beside this file."""
-    finals = [summary for by_seed in runs.values() for result in by_seed.values() for summary in result.final.values()]
-    # Whether the tasks fight decides how much there is to win by distilling
-    fights = {name: beside_teachers(runs, name) for name in ("multitask_nft", "multitask_guard")}
-    leads = {name: lead_over_the_best(runs, name) for name in BASELINES}  # of claim 3, by luckier baselines
-    rates = [(name, rate, averages(runs, run)) for name, by_rate in RATES.items() for rate, run in by_rate.items()]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"part_cells": _part_cells, "state_cells": _state_cells}
-    return environment.get_template("claims.md.j2").render(
-        short={result.form for by_seed in runs.values() for result in by_seed.values()} == {"short"},
-        claims=found,
-        tasks=TASKS,
-        scores=map(_score_cells, table(runs)),
-        counts=sorted({summary.count for summary in finals}),
-        variance=variance,
-        conflicts=[
-            [LABELS[name], *(f"{fmean(v.values()):+.3f} ({_each(v, '+')})" for v in by_task.values())]
-            for name, by_task in fights.items()
-            if all(by_task.values())
-        ],
-        leads=[[LABELS[n], f"{fmean(v.values()):+.3f}", _each(v, "+")] for n, v in leads.items() if v],
-        rates=[
-            [LABELS[name], rate, _with_spread(fmean(v.values()), standard_error([*v.values()])), _each(v)]
-            for name, rate, v in rates
-            if v
-        ],
-        plots={name: CAPTIONS[name] for name in plots},
-        runs=runs,
-        missing=missing(runs),
-    )
+def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A line for each arm of a group, and each of its stages, that has test scores."""
+    arms, found = arms_of(world), []
+    names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
+    if group != "claims":  # the method by itself comes first, with our loss, then with the paper's
+        names = [(arms["opd_0.001"], ""), (arms["paper_0.001"], "80"), *names]
+    reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else "opd_0.001"
+    for arm, stage in names:
+        name = f"{arm.name}.{stage}" if stage else arm.name
+        results = [result for result in runs.get(name, {}).values() if result.test]
+        if not results:
+            continue
+        row = {
+            "name": name,
+            "label": f"{arm.label}{f', {results[0].rounds} rounds' if stage else ''}",
+            "chosen": chosen.get(arm.choice) == arm.name,
+            "scores": {task: contrast(runs, task, [(1.0, name, task)]) for task in world.names},
+            "average": lead(runs, world, "", name, "base"),
+            "lead": lead(runs, world, "", name, reference) if reference and name != reference else None,
+            "rounds": fmean(r.rounds for r in results),
+            "seconds": fmean(r.seconds for r in results) / max(1, results[0].rounds),
+        }
+        for cost in ("forwards", "cost", "cost_with_teachers"):
+            row[cost] = fmean(getattr(result, cost) for result in results) / 1000
+        if group == "start":
+            shares = (0.9, 0.95)
+            row["reached"] = {s: [_reached(runs, name, task, s, arm) for task in world.names] for s in shares}
+        found.append(row)
+    return found
 
 
-def _score_cells(row: Mapping[str, Any]) -> list[object]:
-    scores = [_with_spread(row["means"][task], row["spreads"][task]) for task in TASKS]
-    average = "–" if row["average"] is None else f"{row['average']:.3f}"
-    costs = [row[key] for key in ("rounds", "evaluations", "with_teachers", "backwards")]
-    return [row["label"], len(row["seeds"]), *scores, average, *(f"{cost:,.0f}" if cost else "–" for cost in costs)]
+def _reached(runs: Runs, name: str, task: str, share: float, arm: Arm) -> str:
+    """Rounds until the validation curve has a share of the teacher's gain: mean over seeds; or where it is outside."""
+    teacher = f"shipped_{task}" if arm.teachers == "shipped" else f"teacher_{task}"
+    shared = sorted(set(runs[name]) & set(runs.get(teacher, {})) & set(runs.get("base", {})))
+    numbers = []
+    for seed in shared:
+        start, goal = runs["base"][seed].validation[task], runs[teacher][seed].validation[task]
+        number, _ = rounds_to(runs[name][seed].curve, task, start + share * (goal - start))
+        if number is None:
+            return f"> {runs[name][seed].rounds}"
+        numbers.append(number)
+    return f"{fmean(numbers):.0f}" if numbers else "–"
 
 
-def _part_cells(part: Part) -> list[str]:
-    wanted = f"{part.relation} {part.limit:g}"
+def measured(part: Part) -> str:
+    """A score for people: mean, error over prompts, spread over seeds."""
     if part.mean is None:
-        return [part.name, "–", wanted, "–", f"{part.verdict}: {part.why_none}"]
-    seeds = f"{part.seeds_that_hold} of {len(part.values)}: {_each(part.values)}"
-    if part.undefined:
-        seeds += f"; undefined in seed {', '.join(map(str, part.undefined))}"
-    verdict = part.verdict + (", but by less than the standard error" if part.is_close else "")
-    return [part.name, _with_spread(part.mean, part.standard_error), wanted, seeds, verdict]
+        return "–"
+    spread = "" if part.seed_error is None else f" / {part.seed_error * len(part.values) ** 0.5:.3f}"
+    return f"{part.mean:.3f} ± {part.prompt_error:.3f}{spread}"
 
 
-def _state_cells(s: Mapping[str, Any]) -> list[object]:
-    noise, predicted = s["variance"], s["predicted"]
-    ratios = (noise / s["closed_squared"], noise / predicted, s["score_function"] / predicted)
-    return [s["noise"], s["step"], *(f"{v:.3g}" for v in (s["kl"], *ratios, 1 + noise / s["between_pictures"]))]
+def difference(part: Part | None) -> str:
+    """A difference for people: mean, 95% bound, whether it is one."""
+    if part is None or part.mean is None:
+        return "–"
+    bound = f" ± {part.bound:.3f}" if part.seed_error is not None else ""
+    return f"{part.mean:+.3f}{bound}" + ("" if abs(part.mean) > part.bound else " (undecided)")
 
 
-def _with_spread(mean: float, spread: float | None) -> str:
-    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+def part_cells(part: Part) -> list[str]:
+    """A line of a claim's table."""
+    if part.mean is None:
+        return [part.name, "–", "–", "–", f"{part.verdict}: {part.why_none}"]
+    seeds = ", ".join(f"{value:+.3f}" for value in part.values.values())
+    verdict = f"**{part.verdict}**" + (f": {part.open_because}" if part.open_because else "")
+    if part.verdict == "undecided" and not part.open_because:
+        more = (
+            f"{part.seeds_needed} seeds would decide it" if part.seeds_needed else "more than 20 seeds would be needed"
+        )
+        verdict += ": one seed" if part.seed_error is None else f": {more}, if mean and spread stay"
+    error = "–" if part.seed_error is None else f"{part.seed_error:.3f}"
+    return [part.name, f"{part.mean:+.3f}", f"{part.prompt_error:.3f} / {error}", seeds, verdict]
 
 
-def _each(values: Mapping[int, float], sign: str = "") -> str:
-    return ", ".join(f"{value:{sign}.3f}" for value in values.values())
-
-
-def as_json(runs: Runs, found: Sequence[Claim]) -> dict[str, Any]:
-    """The same as plain values."""
-    judged = [asdict(claim) | {"verdict": claim.verdict, "parts": list(map(_values, claim.parts))} for claim in found]
-    return {"table": table(runs), "claims": judged, "missing": missing(runs)}
-
-
-def _values(part: Part) -> dict[str, Any]:
-    return {**asdict(part), "mean": part.mean, "standard_error": part.standard_error, "verdict": part.verdict}
-
-
-def read_variance(file: Path) -> dict[str, Any] | None:
-    """The content of a ``variance.json``; None if there is none. Raises ClaimsError for a file that is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    runs, chosen = read_results(folder, world)
+    if not any(result.test for by_seed in runs.values() for result in by_seed.values()):
         return None
-    except ValueError as error:
-        raise ClaimsError(
-            f"{file} cannot be read ({error}); make it again: python experiments/claims/variance.py"
-        ) from None
+    results = [result for by_seed in runs.values() for result in by_seed.values()]
+    known = sum(len(arm.rounds) or 1 for arm in arms_of(world).values() if arm.kind != "same")
+    return {
+        "world": world,
+        "runs": runs,
+        "quick": results[0].quick,
+        "claims": claims(runs, world, variance),
+        "fights": fights(runs, world),
+        "tables": {title: found for group, title in GROUPS.items() if (found := rows(runs, world, group, chosen))},
+        "chosen": chosen,
+        "seeds": sorted({result.seed for result in results}),
+        "there": len({result.name for result in results}),
+        "known": known,
+        "plots": figures(runs, world),
+    }
+
+
+def as_json(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts and numbers as plain values."""
+
+    def claim(one: Claim) -> dict[str, Any]:
+        parts = [{**asdict(p), "mean": p.mean, "seed_error": p.seed_error, "verdict": p.verdict} for p in one.parts]
+        return {"statement": one.statement, "rule": one.rule, "verdict": one.verdict, "parts": parts}
+
+    return [{"world": w["world"].name, "chosen": w["chosen"], "claims": list(map(claim, w["claims"]))} for w in found]
 
 
 def write(results: Path, output: Path) -> list[str]:
@@ -174,21 +150,62 @@ def write(results: Path, output: Path) -> list[str]:
 
     Raises ClaimsError for results that cannot be read or put side by side.
     """
-    runs, variance = read_results(results), read_variance(results / "variance.json")
+    variance = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("variance-seed*.json"))]
+    found = [one for world in WORLDS.values() if (one := _world(results, world, variance))]
+    if not found:
+        raise ClaimsError(f"{results} holds no results with test scores; make some: python experiments/claims/run.py")
     output.mkdir(parents=True, exist_ok=True)
-    found, drawn = claims(runs, variance), figures(runs)
-    for name, figure in drawn.items():
-        figure.savefig(output / name, dpi=110, metadata={"Software": None})
-    (output / "claims.md").write_text(markdown(runs, found, variance, list(drawn)), encoding="utf-8")
-    (output / "claims.json").write_text(json.dumps(as_json(runs, found), indent=1) + "\n", encoding="utf-8")
-    verdicts = [f"{number}. {claim.verdict:17s} {claim.statement}" for number, claim in enumerate(found, 1)]
-    return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and {len(drawn)} plots"]
+    for one in found:
+        for name, figure in one["plots"].items():
+            figure.savefig(output / f"{one['world'].name}-{name}", dpi=110, metadata={"Software": None})
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"measured": measured, "difference": difference, "part_cells": part_cells}
+    page = environment.get_template("claims.md.j2").render(worlds=found, variance=variance, note=COST_NOTE)
+    (output / "claims.md").write_text(page, encoding="utf-8")
+    (output / "claims.json").write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    verdicts = [
+        f"{one['world'].name}: {number}. {claim.verdict:17s} {claim.statement}"
+        for one in found
+        for number, claim in enumerate(one["claims"], 1)
+    ]
+    return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and the plots"]
+
+
+def screen(results: Path) -> list[str]:
+    """For each candidate world, how far multi-task RL and the sum of the teachers are behind each teacher.
+
+    Validation scores, mean over seeds; of several rates or scales the best one that is there. Multi-task RL at the
+    teachers' cost: a world in which it is .10 behind on some task is one in which tasks fight.
+    """
+    lines = [f"{'world':10} {'model':28} minus each task's teacher, validation"]
+    for world in CANDIDATES:
+        runs, _ = read_results(results, world)
+        for choice, stage in (("multitask_nft", ".teachers"), ("sum_rewarded", "")):
+            names = [arm.name + stage for arm in arms_of(world).values() if arm.choice == choice]
+            if there := [name for name in names if name in runs]:
+                best = max(there, key=lambda name: fmean(overall(each, world) for each in runs[name].values()))
+                behind = ", ".join(f"{task} {_behind(runs, best, task)}" for task in world.names)
+                lines.append(f"{world.name:10} {best:28} {behind}")
+    return lines
+
+
+def _behind(runs: Runs, name: str, task: str) -> str:
+    teachers = runs.get(f"teacher_{task}", {})
+    found = [runs[name][s].validation[task] - teachers[s].validation[task] for s in set(runs[name]) & set(teachers)]
+    return f"{fmean(found):+.3f}" if found else "–"
 
 
 def main() -> None:
     """Flags to files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs' files and variance.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the worlds' results")
     parser.add_argument("--output", type=Path, help="default: the folder of the results")
     flags = parser.parse_args()
     try:

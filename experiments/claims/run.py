@@ -1,16 +1,14 @@
-"""Run the paper's comparisons in the tiny world, keep every result, write the table, the plots and the verdicts.
+"""Run the comparisons in the tiny world and in a world in which tasks fight; keep every result; write the report.
 
-    python experiments/claims/run.py                       all, seeds 1 2 3: hours; can be interrupted and resumed
-    python experiments/claims/run.py opd sft --seeds 1     some of them (and the teachers that they need)
-    python experiments/claims/run.py --short               three rounds each, to see that everything runs
+    python experiments/claims/run.py --dry_run             what there is to do, and its cost in core-hours
+    python experiments/claims/run.py                       all of it, seeds 1 2 3; the same command continues it
+    python experiments/claims/run.py claims start --worlds tiny --seeds 1    some groups of arms, and what they need
+    python experiments/claims/run.py --arms opd_0.001      some arms
+    python experiments/claims/run.py --quick               two rounds each on a few prompts, to see that everything runs
+    python experiments/claims/run.py screen                which world has tasks that fight: validation alone
 
-A finished run is one file in results/, and is not run again unless its configuration now has another number of rounds;
-a run that was interrupted, or is to be longer, goes on from its checkpoint where that is still there. After another
-change of a configuration remove the run's file and its folder.
-Evaluations (NFE) are forward passes of the transformer for one image; those that are backpropagated too are counted
-beside them ("backwards"), because the methods differ in their share.
---jobs runs at once, one thread each. The report comes from the results that are there, also when runs failed;
-python experiments/claims/report.py writes it alone.
+A finished stage of an arm is one file in results/<world>/ and is not repeated; an interrupted training goes on from its
+checkpoint in --logs. After a change of an arm remove its files and its folder. --jobs runs at once, one thread each.
 """
 
 # ruff: noqa: E402
@@ -34,120 +32,198 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusionopd.config_schema import redacted
-from diffusionopd.evaluation.results import read_averages, read_records
+from diffusionopd.evaluation.results import read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
-from experiments.claims.curves import ClaimsError, Point, Result, read_result
-from experiments.claims.experiments import DISTILLED, LABELS, TASKS, TEACHERS
-from experiments.claims.report import RESULTS, write
+from diffusionopd.training.plan import Plan
+from experiments.claims.arms import GROUPS, REWARDED, SHIPPED, Arm
+from experiments.claims.config import SHIPPED_LORA, arms_of
+from experiments.claims.report import screen, write
+from experiments.claims.results import ClaimsError, Result, read_result
+from experiments.claims.worlds import CANDIDATES, FIGHTING, TINY, WORLDS
+from tools.report.collect import read_metrics
 
 CONFIG = "experiments/claims/config.py"
-DATASETS = dict(zip(TASKS, ("compose", "tiny_ocr", "scene"), strict=True))
-SHORT = {"num_epochs": 3, "save_freq": 2, "eval_freq": 3, "eval_num_prompts": 4}
-"""Settings of the short form."""
+RESULTS = Path(__file__).with_name("results")
+SCREEN = "screen"
+"""A run of the candidates for the second world, on validation prompts."""
+QUICK = {"save_freq": 2, "eval_freq": 2, "eval_num_prompts": 2}
+QUICK_ROUNDS, QUICK_LINES = 2, 4
+SECONDS = {"pass": 0.0047, "image": 0.07, "start": 12.0}
+"""On one core of an AMD EPYC: a pass of one image (a backward pass is two), an image drawn and scored, a start."""
 
 
 @cache
-def settings(experiment: str) -> ConfigDict:
-    """The configuration of an experiment that trains."""
-    return load_config(f"{CONFIG}:{experiment}")
+def arms_in(world: str) -> dict[str, Arm]:
+    """The arms of a world."""
+    return arms_of(WORLDS[world])
+
+
+@cache
+def planned(world: str, arm: str) -> Plan:
+    """The checked configuration of an arm that trains."""
+    return check(load_config(f"{CONFIG}:{world}/{arm}"), num_processes=1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment with one seed."""
+    """One stage of one arm with one seed in one world."""
 
-    experiment: str
+    world: str
+    arm: str
+    stage: str
     seed: int
 
     @property
+    def what(self) -> Arm:
+        """Its arm."""
+        return arms_in(self.world)[self.arm]
+
+    @property
     def name(self) -> str:
-        """Of its files: ``<experiment>-seed<n>``."""
-        return f"{self.experiment}-seed{self.seed}"
+        """Of its result's file."""
+        return f"{self.arm}{'.' + self.stage if self.stage else ''}-seed{self.seed}"
 
     @property
-    def needs(self) -> tuple[Run, ...]:
-        """Runs whose LoRAs this one takes as teachers."""
-        return tuple(Run(teacher, self.seed) for teacher in TEACHERS) if self.experiment in DISTILLED else ()
+    def rounds(self) -> int:
+        """At its end."""
+        return self.what.stages(len(WORLDS[self.world].tasks)).get(self.stage, 0)
 
     @property
-    def trained(self) -> bool:
-        """Whether there is anything to train: the base and the shipped teachers are only evaluated."""
-        return self.experiment != "base" and not self.experiment.startswith("shipped_")
+    def teachers(self) -> list[Run]:
+        """The runs whose LoRAs it takes."""
+        if self.what.teachers != REWARDED:
+            return []
+        stage = next(
+            s for s, n in arms_in(self.world)[self._teacher(0)].rounds.items() if n == self.what.teacher_rounds
+        )
+        return [Run(self.world, self._teacher(i), stage, self.seed) for i in range(len(WORLDS[self.world].tasks))]
+
+    @property
+    def needs(self) -> list[Run]:
+        """Runs that come before it: teachers, the stage before, the run that is scored again."""
+        stages = list(self.what.rounds)
+        before = stages[: stages.index(self.stage)][-1:] if stages else []
+        again = [Run(self.world, self.what.of, "", self.seed)] if self.what.kind == "again" else []
+        return [*self.teachers, *(Run(self.world, self.arm, stage, self.seed) for stage in before), *again]
+
+    def _teacher(self, index: int) -> str:
+        return f"teacher_{WORLDS[self.world].names[index]}"
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Where runs happen, where results go, and how long they are."""
+    """Where runs happen and where results go; ``quick``: a few rounds; ``test``: whether test prompts are scored."""
 
     logs: Path
     results: Path
-    short: bool
+    quick: bool = False
+    test: bool = True
 
-    def result_file(self, run: Run) -> Path:
+    def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
-        return self.results / f"{run.name}.json"
+        return self.results / run.world / f"{run.name}.json"
 
     def folder(self, run: Run) -> Path:
-        """The run folder that training writes."""
-        return self.logs / run.name
+        """The run folder of its training: one for all stages of an arm."""
+        arm = run.what.of if run.what.kind == "again" else run.arm
+        return self.logs / run.world / f"{arm}-seed{run.seed}"
+
+    def rounds(self, run: Run) -> int:
+        """At its end."""
+        stages = list(run.what.rounds)
+        return QUICK_ROUNDS * (1 + stages.index(run.stage)) if self.quick and run.rounds else run.rounds
+
+    def lora(self, run: Run) -> Path:
+        """The student at the end of a run."""
+        again = Run(run.world, run.what.of, "", run.seed) if run.what.kind == "again" else run
+        return self.folder(run) / "checkpoints" / f"checkpoint-{self.rounds(again)}" / "lora"
 
     def is_done(self, run: Run) -> bool:
-        """Whether there is a result of as many rounds as the configuration has."""
-        file = self.result_file(run)
-        return file.is_file() and read_result(file).rounds == self._rounds(run)
+        """Whether there is a result of as many rounds, with test scores where these are wanted."""
+        if not self.file(run).is_file():
+            return False
+        result = read_result(self.file(run))
+        return result.rounds == (self.rounds(run) if run.rounds else 0) and (bool(result.test) or not self.test)
 
     def can_teach(self, run: Run) -> bool:
-        """Whether the run's last LoRA is here: results are kept with the code, run folders may be gone or half made."""
-        return self.is_done(run) and self._latest(run) == f"checkpoint-{self._rounds(run)}"
+        """Whether its LoRA is here: results are kept with the code, run folders may be gone."""
+        return self.lora(run).is_dir()
 
     def do(self, run: Run) -> None:
-        """Train, evaluate, write the result. Raises RuntimeError with the end of the log of what failed.
-
-        A run that has a result is only trained again, for its LoRA.
-        """
-        if run.trained:
+        """Train, score, write the result. Raises RuntimeError with the end of the log of what failed."""
+        if run.rounds and not self.can_teach(run):
             self._train(run)
         if not self.is_done(run):
-            self._evaluate(run)
-            write_atomically(self.result_file(run), json.dumps(asdict(self._result(run)), indent=1) + "\n")
+            scores = {split: self._evaluate(run, split) for split in self._splits(run)}
+            write_atomically(self.file(run), json.dumps(asdict(self._result(run, scores))) + "\n")
 
-    def _rounds(self, run: Run) -> int:
-        if not run.trained:
-            return 0
-        return SHORT["num_epochs"] if self.short else settings(run.experiment).num_epochs
+    def cost(self, run: Run) -> float:
+        """Estimated seconds on one core of what ``do`` would have to do now."""
+        seconds, world = 0.0, WORLDS[run.world]
+        if run.rounds and not self.can_teach(run):
+            nfe, plan = planned(run.world, run.arm).nfe_per_round, planned(run.world, run.arm)
+            before = sum(self.rounds(each) for each in run.needs if each.arm == run.arm)
+            rounds = self.rounds(run) - before
+            passes = 3 * nfe.student + nfe.teacher + nfe.sampling + nfe.base
+            lines = sum(len(t.lines("validation")) for t in world.tasks if run.what.task in ("", t.name))
+            lines = 2 * len(world.tasks) if self.quick else lines
+            scored = lines * (1 + rounds // plan.watch.eval_freq)
+            seconds += SECONDS["start"] + rounds * passes * SECONDS["pass"] + scored * SECONDS["image"]
+        if not self.is_done(run):
+            for split in self._splits(run):
+                images = sum(QUICK_LINES if self.quick else len(task.lines(split)) for task in world.tasks)
+                seconds += SECONDS["start"] + images * SECONDS["image"] * (2 if run.what.guidance > 1 else 1)
+        return seconds
 
-    def _latest(self, run: Run) -> str:
-        file = self.folder(run) / "checkpoints" / "latest"
-        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    def _splits(self, run: Run) -> list[str]:
+        """Which prompts it is scored on at its end; validation comes with a training."""
+        return [*([] if run.rounds else ["validation"]), *(["test"] if self.test else [])]
 
     def _train(self, run: Run) -> None:
-        changes = {"seed": run.seed, "save_dir": self.folder(run), "resume_from": "auto"}
-        for i, teacher in enumerate(run.needs):
-            lora = self.folder(teacher) / "checkpoints" / self._latest(teacher) / "lora"
+        changes = {"num_epochs": self.rounds(run), "seed": run.seed, "resume_from": "auto"}
+        changes["save_dir"] = self.folder(run)
+        for i, lora in enumerate(self._teacher_loras(run)):
             changes[f"train.teachers[{i}].lora_path"] = lora
-        flags = [f"--config.{key}={value}" for key, value in (changes | (SHORT if self.short else {})).items()]
-        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.experiment}", *flags)
+        flags = [f"--config.{key}={value}" for key, value in (changes | (QUICK if self.quick else {})).items()]
+        # A stage that is longer than the one before it is the same experiment
+        flags.append("--allow_config_change")
+        self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.world}/{run.arm}", *flags)
 
-    def _evaluate(self, run: Run) -> None:
-        which = ["--checkpoint_path", str(self.folder(run))]
-        if run.experiment == "base":
-            which = ["--base", "--config", f"{CONFIG}:opd"]
-        elif not run.trained:
-            which = ["--teacher", run.experiment.removeprefix("shipped_"), "--config", "config/tiny.py:mopd"]
-        flags = ["--output_dir", str(self._evaluation(run)), "--limit", "6" if self.short else "128"]
-        flags += ["--seed", str(run.seed), "--num_inference_steps", "10", "--dataset", *DATASETS.values(), "--resume"]
-        self._start(run, "evaluate", "scripts/evaluate.py", *which, *flags)
+    def _teacher_loras(self, run: Run) -> list[str]:
+        if run.what.teachers == SHIPPED:
+            return [SHIPPED_LORA.format(task.shipped) for task in WORLDS[run.world].tasks]
+        return [str(self.lora(teacher)) for teacher in run.teachers]
 
-    def _evaluation(self, run: Run) -> Path:
-        return self.folder(run) / f"evaluation-{self._rounds(run)}"
+    def _evaluate(self, run: Run, split: str) -> dict[str, list[float]]:
+        """Task -> score of each different prompt."""
+        arm, world, output = run.what, WORLDS[run.world], self.logs / run.world / "scores" / run.name / split
+        if arm.kind == "base":
+            which = ["--base"]
+        elif arm.kind == "merge":
+            which = ["--merge", arm.merge[0], "--merge_scale", str(arm.merge[1]), "--lora", *self._teacher_loras(run)]
+        elif arm.kind == "lora":
+            which = ["--lora", SHIPPED_LORA.format(next(t.shipped for t in world.tasks if t.name == arm.task))]
+        else:
+            which = ["--lora", str(self.lora(run))]
+        flags = ["--output_dir", str(output), "--seed", str(run.seed), "--num_inference_steps", "10", "--resume"]
+        flags += ["--limit", str(QUICK_LINES)] if self.quick else []
+        flags += ["--guidance_scale", str(arm.guidance), "--dataset", *world.names]
+        self._start(run, split, "scripts/evaluate.py", *which, "--config", f"{CONFIG}:{run.world}/{split}", *flags)
+        found = {}
+        for task in world.tasks:
+            folder = output / task.name if len(world.tasks) > 1 else output
+            by_prompt: dict[str, list[float]] = {}
+            for record in read_records(folder / "evaluation_results.jsonl"):
+                by_prompt.setdefault(record.prompt, []).append(record.scores[task.reward])
+            found[task.name] = [round(fmean(values), 5) for values in by_prompt.values()]
+        return found
 
     def _start(self, run: Run, what: str, *command: str) -> None:
-        log = self.logs / f"{run.name}.{what}.log"
+        log = self.logs / run.world / f"{run.name}.{what}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         environment |= {"TRANSFORMERS_VERBOSITY": "error"}
@@ -157,66 +233,80 @@ class Runner:
             end = log.read_text(encoding="utf-8")[-1500:]
             raise RuntimeError(f"{what} ended with status {done.returncode}; the end of {log}:\n{end}")
 
-    def _result(self, run: Run) -> Result:
-        """The result of a run from the files of its training and evaluation."""
-        folders = {task: self._evaluation(run) / dataset for task, dataset in DATASETS.items()}
-        rows, curve, evaluations, backwards = [], [], 0.0, 0
-        if run.trained:
-            text = (self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8")
-            # Without round 0, the evaluation of the start: the curves begin with the base's.
-            rows = [row for line in text.splitlines() if (row := json.loads(line))["round"]]
-            backwards = check(settings(run.experiment), num_processes=1).nfe_per_round.student * len(rows)
-        else:  # a curve of one point, on the test prompts that trainings are monitored on: the first, with their noise
-            count = SHORT["eval_num_prompts"] if self.short else settings("opd").eval_num_prompts
-            records = {task: read_records(folder / "evaluation_results.jsonl") for task, folder in folders.items()}
-            first = {
-                task: [r.scores[f"tiny_{task}"] for r in rs if r.sample_id < count] for task, rs in records.items()
-            }
-            curve = [Point(0, 0.0, {task: fmean(scores) for task, scores in first.items()})]
-        for row in rows:
-            evaluations += row["evaluations"]
-            if seen := {t: row[f"eval/{t}/tiny_{t}"] for t in TASKS if f"eval/{t}/tiny_{t}" in row}:
-                curve.append(Point(row["round"], evaluations, seen))
-        averages = {task: read_averages(folder / "average_scores.json") for task, folder in folders.items()}
+    def _result(self, run: Run, scores: dict[str, dict[str, list[float]]]) -> Result:
+        world, rows, curve, backwards = WORLDS[run.world], [], [], 0
+        rewards = {task.name: f"eval/{task.name}/{task.reward}" for task in world.tasks}
+        if run.rounds:
+            rows = [row for row in read_metrics(self.folder(run)) if row["round"] <= self.rounds(run)]
+            backwards = planned(run.world, run.arm).nfe_per_round.student
+            for row in rows:
+                if seen := {task: row[key] for task, key in rewards.items() if key in row}:
+                    curve.append((row["round"], seen))
+            rows = [row for row in rows if row["round"]]  # round 0 is the evaluation of the start
+        else:
+            curve = [(0, {task: fmean(values) for task, values in scores["validation"].items()})]
+        teachers = [read_result(self.file(teacher)) for teacher in run.teachers]
         return Result(
-            experiment=run.experiment,
-            label=LABELS[run.experiment],
+            world=run.world,
+            arm=run.arm,
+            stage=run.stage,
             seed=run.seed,
-            form="short" if self.short else "full",
+            quick=self.quick,
+            digest=world.digest(),
             rounds=len(rows),
             seconds=round(sum(row["seconds"] for row in rows), 1),
-            evaluations=evaluations,
-            teacher_evaluations=sum(read_result(self.result_file(teacher)).evaluations for teacher in run.needs),
+            forwards=sum(row["evaluations"] for row in rows),
+            backwards=float(backwards * len(rows)),
+            teacher_forwards=sum(teacher.forwards for teacher in teachers),
+            teacher_backwards=sum(teacher.backwards for teacher in teachers),
             curve=curve,
-            final={task: averages[task][f"tiny_{task}"] for task in TASKS},
+            test=scores.get("test", {}),
             machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             date=datetime.date.today().isoformat(),
-            backwards=backwards,
         )
 
 
-def plan(experiments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """The runs, each once, teachers before what needs them; seed by seed, so that complete comparisons come early."""
-    wanted = [Run(experiment, seed) for seed in seeds for experiment in experiments]
-    return list(dict.fromkeys(each for run in wanted for each in (*run.needs, run)))
+def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence[str] = ()) -> list[Run]:
+    """The runs, each once, what others need before them; seed by seed, so that complete comparisons come early.
+
+    ``stages``: of the arms that have them, only these.
+    """
+    found: dict[Run, None] = {}
+
+    def add(run: Run) -> None:
+        for each in run.needs:
+            add(each)
+        found.setdefault(run)
+
+    for seed in seeds:
+        for name in arms:
+            arm = arms_in(world)[name]
+            if arm.kind == "same":
+                name = arm.of.removesuffix(".80")
+                arm = arms_in(world)[name]
+            for stage in [s for s in arm.rounds if s in stages] or arm.rounds or ("",):
+                add(Run(world, name, stage, seed))
+    return list(found)
 
 
 def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     """Do what has no result yet, ``jobs`` at a time; returns the messages of what failed."""
-    wanted = {run for run in runs if not runner.is_done(run)}
-    # A teacher whose folder is gone is trained again, to the same weights, for the students that still need it.
-    wanted |= {teacher for run in wanted for teacher in run.needs if not runner.can_teach(teacher)}
+    wanted = dict.fromkeys(run for run in runs if not runner.is_done(run))
+    # What a run builds on is made again, to the same weights, where its folder is gone.
+    for run in reversed(runs):
+        if run in wanted and not (run.rounds and runner.can_teach(run)):
+            wanted |= dict.fromkeys(each for each in run.needs if not runner.can_teach(each))
     started: dict[Run, Future] = {}
 
     def do(run: Run) -> None:
-        wait([started[teacher] for teacher in run.needs if teacher in started])
+        wait([started[each] for each in run.needs if each in started])
         if not all(map(runner.can_teach, run.needs)):
-            raise RuntimeError("its teachers are missing")
-        bar.set_postfix_str(run.name)
+            raise RuntimeError("what it builds on is missing")
+        bar.set_postfix_str(f"{run.world} {run.name}")
         runner.do(run)
 
     with tqdm(total=len(runs), initial=len(runs) - len(wanted), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
-        for run in filter(wanted.__contains__, runs):  # teachers are started before those that wait for them
+        for run in filter(wanted.__contains__, runs):  # what others wait for is started before them
             started[run] = pool.submit(do, run)
         try:
             for _ in as_completed(started.values()):
@@ -225,28 +315,91 @@ def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     errors = {run: future.exception() for run, future in started.items()}
-    return [redacted(f"{run.name}: {error}") for run, error in errors.items() if error]
+    return [redacted(f"{run.world} {run.name}: {error}") for run, error in errors.items() if error]
+
+
+def measure_variance(runner: Runner, seed: int) -> str:
+    """The estimators' variance of one seed, where it is not there yet; returns what failed."""
+    file = runner.results / f"variance-seed{seed}.json"
+    if file.is_file():
+        return ""
+    quick = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0"] if runner.quick else []
+    command = [sys.executable, "experiments/claims/variance.py", "--seed", str(seed), "--output", str(file), *quick]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return f"variance-seed{seed}: {done.stderr[-1500:]}" if done.returncode else ""
+
+
+def forecast(runs: Sequence[Run], runner: Runner) -> str:
+    """What is left to do and its cost, by world and group."""
+    rows, total = [], 0.0
+    for world in dict.fromkeys(run.world for run in runs):
+        for group in GROUPS:
+            own = [run for run in runs if run.world == world and run.what.group == group]
+            left, hours = sum(not runner.is_done(run) for run in own), sum(map(runner.cost, own)) / 3600
+            total += hours
+            if own:
+                rows.append(f"  {world:10} {group:9} {len(own):4} runs, {left:4} to do  {hours:7.1f} core-hours")
+    return "\n".join([*rows, f"  in all {total:.1f} core-hours (estimated)"])
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, SCREEN, []], help="default: all but the screen")
+    parser.add_argument("--arms", nargs="+", default=[], help="some arms of the groups")
+    parser.add_argument(
+        "--worlds", nargs="+", choices=list(WORLDS), help="default: the tiny world and the one that fights"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="runs at once")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done and what it costs, and stop")
+    parser.add_argument("--quick", action="store_true", help="two rounds a stage, seed 1, results in --logs")
+    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "claims", help="run folders")
+    return parser.parse_args(arguments)
+
+
+def chosen_runs(flags: argparse.Namespace) -> list[Run]:
+    """The runs that the flags ask for. ClaimsError for an arm that no world has."""
+    screen, seeds = flags.groups == [SCREEN], flags.seeds[:1] if flags.quick else flags.seeds
+    worlds = flags.worlds or ([w.name for w in CANDIDATES] if screen else [TINY.name, *FIGHTING])
+    if unknown := [name for name in flags.arms if not any(name in arms_in(world) for world in worlds)]:
+        raise ClaimsError(
+            f"no arm {', '.join(unknown)} in {', '.join(worlds)}; there are {', '.join(arms_in(worlds[0]))}"
+        )
+    runs = []
+    for world in worlds:
+        arms = [arm for arm in arms_in(world).values() if not flags.arms or arm.name in flags.arms]
+        if screen:
+            runs += plan(world, [arm.name for arm in arms if _screens(arm)], seeds, ("teachers",))
+        else:
+            groups = flags.groups or list(GROUPS)
+            runs += plan(world, [arm.name for arm in arms if arm.group in groups], seeds)
+    return runs
+
+
+def _screens(arm: Arm) -> bool:
+    """Teachers, what their sum is worth, and multi-task RL at their cost: no distillation."""
+    return arm.name == "base" or arm.choice in ("multitask_nft", "sum_rewarded") or arm.name.startswith("teacher_")
 
 
 def main() -> None:
     """Flags to results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", choices=[*LABELS, []], help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 * 2), help="runs at once")
-    parser.add_argument("--short", action="store_true", help="three rounds each, results in --logs")
-    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "claims", help="run folders")
-    flags = parser.parse_args()
-    logs = (flags.logs / "short" if flags.short else flags.logs).resolve()
+    flags = parse()
+    logs = (flags.logs / "quick" if flags.quick else flags.logs).resolve()
     os.chdir(ROOT)  # configurations name files from there
-    runner = Runner(logs, logs / "results" if flags.short else RESULTS, flags.short)
-    seeds = flags.seeds[:1] if flags.short else flags.seeds
-    runs = plan(flags.experiments or list(LABELS), seeds)
-    print(f"{len(runs)} runs; folders in {runner.logs}, results in {runner.results}")
+    runner = Runner(logs, logs / "results" if flags.quick else RESULTS, flags.quick, test=flags.groups != [SCREEN])
     try:
+        runs = chosen_runs(flags)
+        for world in dict.fromkeys(run.world for run in runs):
+            WORLDS[world].write_prompts(ROOT)
+        print(f"{len(runs)} runs; folders in {runner.logs}, results in {runner.results}\n{forecast(runs, runner)}")
+        if flags.dry_run:
+            return
         failures = run_all(runs, runner, flags.jobs)
-        if any(map(runner.is_done, runs)):
-            print("\n".join(write(runner.results, runner.results)))
+        if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
+            failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
+        lines = write(runner.results, runner.results) if runner.test else screen(runner.results)
+        print("\n".join(lines))
     except ClaimsError as error:
         sys.exit(f"error: {error}")
     print("\n".join(failures) or "all done")

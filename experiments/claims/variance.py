@@ -1,6 +1,6 @@
 """How noisy the PPO-style surrogate's gradient is beside the closed form's, at the same visited states.
 
-    python experiments/claims/variance.py [--draws 64]      a minute or two on one core; writes results/variance.json
+    python experiments/claims/variance.py --seed 1          two minutes on one core; writes results/variance-seed1.json
 
 At a state that the student visits, the closed form (eq. 11) has one gradient, whatever noise the step draws. That of
 the surrogate (section 3.3) is a random vector with the same mean. Over draws of the step's noise this measures, in the
@@ -10,9 +10,10 @@ the Jacobian ``J`` of ``v_S`` in the LoRA, one image's gradient is ``b / (s D) (
 
     mean = b / (s D) J^T d,      variance = (b / (s D))^2 ((KL^2 + |d|^2) |J|_F^2 + |J^T d|^2).
 
-``KL^2`` is the score-function noise of which the paper speaks; the rest comes from the advantage's own dependence on
-the sample. ``|J|_F^2`` is estimated with random vectors of its own, so that the prediction shares no draw with the
-measurement. Variances are traces of covariances; those of a batch of B images are for the mean over the batch.
+``KL^2`` is the score-function noise of which the paper speaks, and what the baseline ``-KL`` takes away ("centred");
+the rest comes from the advantage's own dependence on the sample. ``|J|_F^2`` is estimated with random vectors of its
+own, so that the prediction shares no draw with the measurement. Variances are traces of covariances; those of a batch
+of B images are for the mean over the batch.
 """
 
 # ruff: noqa: E402
@@ -53,7 +54,7 @@ from diffusionopd.tiny.models import CONTEXT
 from diffusionopd.tiny.render import RESOLUTION
 from diffusionopd.transitions import Transition, schedule
 
-OUTPUT = Path(__file__).with_name("results") / "variance.json"
+OUTPUT = Path(__file__).with_name("results")
 CLIP_RANGE = 1e-4
 NUM_STEPS = 10
 DRAW, PROBE = 0, 1  # what random numbers are for
@@ -86,8 +87,8 @@ def measure(
         leaf = old.clone().requires_grad_()
         return torch.autograd.grad(loss(leaf).mean(), leaf)[0]
 
-    def surrogate(x_next: Tensor) -> Tensor:
-        return of_loss(lambda v: policy_gradient_loss(transition, x, x_next, v, old, v_teacher, CLIP_RANGE))
+    def surrogate(x_next: Tensor, centred: bool) -> Tensor:
+        return of_loss(lambda v: policy_gradient_loss(transition, x, x_next, v, old, v_teacher, CLIP_RANGE, centred))
 
     # The closed form's gradient, each image's part by itself: the batch with zeros in the place of all others
     closed_form = of_loss(lambda v: distillation_loss(transition, v, v_teacher))
@@ -95,15 +96,22 @@ def measure(
     parts = torch.stack([pulled_back(mask * closed_form) for mask in alone])
     closed = parts.sum(0)
 
-    # The surrogate's, over draws
-    total, squares, cosine = torch.zeros_like(closed), 0.0, {}
-    for k in range(1, draws + 1):
-        gradient = pulled_back(surrogate(transition.sample(x, old, draw(DRAW, k - 1))))
-        total += gradient
-        squares += gradient.square().sum().item()
-        if k & (k - 1) == 0 or k == draws:  # powers of two, and all of them
-            cosine[k] = torch.nn.functional.cosine_similarity(total, closed, dim=0).item()
-    mean = total / draws
+    def over_draws(centred: bool) -> dict[str, Any]:
+        total, squares, cosine = torch.zeros_like(closed), 0.0, {}
+        for k in range(1, draws + 1):
+            gradient = pulled_back(surrogate(transition.sample(x, old, draw(DRAW, k - 1)), centred))
+            total += gradient
+            squares += gradient.square().sum().item()
+            if k & (k - 1) == 0 or k == draws:  # powers of two, and all of them
+                cosine[k] = torch.nn.functional.cosine_similarity(total, closed, dim=0).item()
+        mean = total / draws
+        return {
+            "variance": (squares - draws * mean.square().sum().item()) / (draws - 1),
+            "predicted": in_all_directions(squared.sqrt()) + along + (0.0 if centred else score_function),
+            # draws x |mean of the draws - closed form|^2, whose expectation is the variance
+            "error": draws * (mean - closed).square().sum().item(),
+            "cosine": cosine,  # number of draws -> cosine of their mean with the closed form
+        }
 
     # The formula
     distance = (transition.b * (old - v_teacher) / transition.std).flatten(1).double()
@@ -121,13 +129,10 @@ def measure(
         "kl": 0.5 * squared.mean().item(),  # of an image, summed over dimensions
         "closed_squared": closed.square().sum().item(),  # squared norm of the closed form's gradient
         "between_pictures": parts.var(0).sum().item() * len(x),  # its variance over prompts and initial noise
-        # Variance of the surrogate's gradient over draws, measured and by the formula, and the latter's part with KL^2
-        "variance": (squares - draws * mean.square().sum().item()) / (draws - 1),
-        "predicted": score_function + in_all_directions(squared.sqrt()) + along,
-        "score_function": score_function,
-        # draws x |mean of the draws - closed form|^2, whose expectation is the variance
-        "error": draws * (mean - closed).square().sum().item(),
-        "cosine": cosine,  # number of draws -> cosine of their mean with the closed form
+        "score_function": score_function,  # the part with KL^2 of the plain surrogate's variance, by the formula
+        # The surrogate's gradient over draws of the step's noise
+        "plain": over_draws(centred=False),
+        "centred": over_draws(centred=True),
     }
 
 
@@ -142,8 +147,9 @@ def main() -> None:
     parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.7], help="noise levels")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="of the 10 of a trajectory")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help="default: results/variance-seed<seed>.json")
     args = parser.parse_args()
+    args.output = args.output or OUTPUT / f"variance-seed{args.seed}.json"
     torch.set_num_threads(1)
     started = time.perf_counter()
     algorithm, batch = build(args)

@@ -34,6 +34,8 @@ class Case:
     length: int = 28  # tokens
     latents: Callable[[Backbone, Tensor], Tensor] = lambda backbone, x: x
     """What the stock pipeline calls latents, of ours."""
+    prompts: Callable[[Path], list[str]] = lambda folder: list(PROMPTS)
+    """What it draws, with the files beside them in the folder."""
     parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
     """What diffusers is given, and does not load from the folder."""
     refused: tuple[tuple[str, dict[str, Any]], ...] = ()

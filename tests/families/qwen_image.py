@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffusionopd.models.latents import pack, unpack
 
 from .common import Case, dynamic_scheduler, qwen_tokenizer, randomised
 
 
-def build(folder: Path) -> None:
-    """Write the pipeline's folder."""
-    tokenizer = qwen_tokenizer()
+def components(tokenizer: Qwen2Tokenizer, **options: Any) -> dict[str, Any]:
+    """What the pipeline is made of; ``options`` are the transformer's."""
     torch.manual_seed(1)
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -28,24 +27,30 @@ def build(folder: Path) -> None:
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
+    image = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **image)
+    encoder = Qwen2_5_VLForConditionalGeneration(config)
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **options,
     )  # fmt: skip
     torch.manual_seed(2)
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[-0.7, 0.1, 0.3, 1.5],
         latents_std=[2.8, 1.4, 2.3, 2.6],
     )  # fmt: skip
-    QwenImagePipeline(
-        scheduler=dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
-        vae=vae.eval(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ).eval(),
-        tokenizer=tokenizer,
-        transformer=randomised(transformer),
-    ).save_pretrained(folder)
+    return {
+        "scheduler": dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        "vae": vae.eval(),
+        "text_encoder": encoder.eval(),
+        "tokenizer": tokenizer,
+        "transformer": randomised(transformer),
+    }
+
+
+def build(folder: Path) -> None:
+    """Write the pipeline's folder."""
+    QwenImagePipeline(**components(qwen_tokenizer())).save_pretrained(folder)
 
 
 def stock(pipe: Any, x: Tensor, guidance: float, common: dict[str, Any]) -> Tensor:

@@ -17,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -88,9 +92,13 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(grads[0])
 
 
+class UncountableError(ValueError):
+    """Raised for a model whose shapes depend on values, which fake tensors do not have."""
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Fake CPU tensors that go through a GPU's kernels."""
+    """Fake CPU tensors that go through a GPU's kernels. UncountableError where these cannot be followed."""
     layer_norm = F.layer_norm
 
     def wide_layer_norm(x: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -102,7 +110,10 @@ def as_on_a_gpu() -> Iterator[None]:
         patch.object(F, "layer_norm", wide_layer_norm),
         patch.object(F, "rms_norm", lambda x, *_, **__: _RmsNorm.apply(x)),
     ):
-        yield
+        try:
+            yield
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UncountableError(f"its shapes depend on values ({error.func}), so its cost is not known") from error
 
 
 def count_decode(pipeline: Pipeline, resolution: int, images: int) -> Tally:

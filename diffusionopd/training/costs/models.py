@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pkgutil
 from collections.abc import Mapping
@@ -17,9 +18,9 @@ from diffusionopd.models.backbone import FAMILIES, Backbone, ModelInfo, part_cla
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.teacher_models import read_teacher_model
 
-_PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-PUBLISHED: dict[str, dict[str, Any]] = _PUBLISHED["transformers"]
-"""Hub id -> its transformer's configuration. The models share the autoencoder, two CLIPs and T5 v1.1 XXL."""
+_FILE = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+PUBLISHED: dict[str, dict[str, Any]] = {name: model.get("transformer", {}) for name, model in _FILE["models"].items()}
+"""Hub id -> what its transformer's configuration has beside the defaults of its class."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Pipeline(ModelInfo):
         """Of tensors on the meta device, the transformer in ``dtype``."""
         index = self.configs["index"]
         with torch.device("meta"):
-            transformer = part_class(index, "transformer").from_config(self.configs["transformer"])
-            vae = part_class(index, "vae").from_config(self.configs["vae"])
+            transformer, vae = _made(self.configs, "transformer"), _made(self.configs, "vae")
+        scheduler = _made(self.configs, "scheduler")
         transformer = transformer.bfloat16() if dtype == torch.bfloat16 else transformer
-        return self.family(transformer, vae, part_class(index, "scheduler")(), index=index, dtype=dtype, device="meta")
+        return self.family(transformer, vae, scheduler, index=index, dtype=dtype, device="meta")
 
     def conditions(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> Conditions:
         """What the transformer sees of so many prompts at their longest: zeros."""
@@ -53,14 +54,37 @@ class Pipeline(ModelInfo):
 def read_pipeline(model: str, **source: Any) -> Pipeline:
     """The configurations of a base model; arguments and error as of `read_model`."""
     if model in PUBLISHED and not Path(model).is_dir():
-        index = _PUBLISHED["index"]
-        configs = {"index": index, "transformer": PUBLISHED[model], "vae": _PUBLISHED["vae"], "scheduler": {}}
-        encoders = {name: AutoConfig.for_model(**config) for name, config in _PUBLISHED["text_encoders"].items()}
-        return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[index["_class_name"]]), configs, encoders)
+        return _published(model)
     info = read_model(model, **source)
     names = [name for name in info.configs if name in info.family.TEXT]
     encoders = {name: AutoConfig.for_model(**info.configs[name]) for name in names}
     return Pipeline(model, None, info.family, info.configs, encoders, root=info.root)
+
+
+def _published(model: str) -> Pipeline:
+    own, shared = _FILE["models"][model], _FILE["pipelines"][_FILE["models"][model]["pipeline"]]
+    configs = {
+        "index": {"_class_name": own["pipeline"], **shared["index"], **own.get("index", {})},
+        "transformer": PUBLISHED[model],
+        "vae": shared["vae"],
+        "scheduler": {**shared.get("scheduler", {}), **own.get("scheduler", {})},
+    }
+    names = {**shared["text_encoders"], **own.get("text_encoders", {})}
+    encoders = {name: AutoConfig.for_model(**_FILE["text_encoders"][encoder]) for name, encoder in names.items()}
+    for part in ("transformer", "vae", "scheduler"):  # families also ask for what is left to the class
+        configs[part] = _defaults(part_class(configs["index"], part)) | configs[part]
+    return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[own["pipeline"]]), configs, encoders)
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters
+    return {
+        name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty
+    }
+
+
+def _made(configs: Mapping[str, Any], part: str) -> Any:
+    return part_class(configs["index"], part).from_config(configs[part])
 
 
 def with_model(pipeline: Pipeline, source: str) -> Pipeline:

@@ -1,0 +1,86 @@
+"""Distillation on FLUX.2 at 512x512: klein base (4 B and 9 B), klein (distilled, four steps) and dev (32 B).
+
+No teachers are released for these bases: name LoRAs of them, of any format in ``docs/loras.md``, with
+``--config.train.teachers[0].lora_path=...``. What is None is the base model's own (``docs/families.md``).
+
+A prompt takes 7.9 MB (klein 4B), 12.6 MB (9B) or 15.7 MB (dev) in the text cache, whatever its length: its padding is
+attended too. 10 000 prompts are 79 to 157 GB, so shorten the prompt files where the disk is smaller (``head -n 2000``).
+"""
+
+from ml_collections import ConfigDict
+
+from diffusionopd.training import base_config as _defaults
+
+
+def get_config(name: str) -> ConfigDict:
+    """Return the configuration called ``name``: klein_base, klein or dev."""
+    return globals()[name]()
+
+
+def klein_base() -> ConfigDict:
+    """Three teachers, one student, on FLUX.2-klein-base-4B; 9B with ``--config.pretrained.model=...``.
+
+    Command:   CONFIG=config/flux2.py:klein_base bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 11 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
+    Cost:      55 PFLOP per round, 43 s on 8 H200 at 20% of their peak (computed, python -m tools.cost; not run)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    return _distillation("flux2_klein_base", "black-forest-labs/FLUX.2-klein-base-4B")
+
+
+def klein() -> ConfigDict:
+    """The same on FLUX.2-klein-4B, distilled to four steps without guidance, all of them trained.
+
+    Command:   CONFIG=config/flux2.py:klein bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 11 GB each
+    Cost:      12 PFLOP per round, 10 s (computed, as ``klein_base``'s)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    config = _distillation("flux2_klein", "black-forest-labs/FLUX.2-klein-4B")
+    config.sample.num_steps = None
+    config.train.timestep_fraction = 1.0
+    return config
+
+
+def dev() -> ConfigDict:
+    """The same on FLUX.2-dev, whose guidance is an input: 64 GB of weights in bf16, so sharded over the GPUs.
+
+    Command:   ENGINE=fsdp2 CONFIG=config/flux2.py:dev bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 20 GB each; its text encoder alone is 48 GB in every process while prompts are encoded
+    Cost:      232 PFLOP per round, 183 s (computed, as ``klein_base``'s)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    return _distillation("flux2_dev", "black-forest-labs/FLUX.2-dev")
+
+
+def _distillation(run_name: str, model: str) -> ConfigDict:
+    config = _defaults()
+    config.run_name = run_name
+    config.save_freq = config.eval_freq = 30
+    config.resolution = 512
+    config.pretrained.model = model
+    config.max_sequence_length = None
+    config.mixed_precision = None
+    config.activation_checkpointing = True
+
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = None
+    config.sample.teacher_guidance_scale = None
+    config.sample.eval_guidance_scale = None
+    config.sample.eval_num_steps = None
+    config.sample.train_batch_size = 1
+    config.sample.num_batches_per_epoch = 9
+    config.sample.noise_level = 0.0
+
+    config.train.teachers = [
+        {"name": name, "dataset": f"dataset/{name}", "lora_path": "", "proxy_reward": {name: 1.0}, "prompt_fn": form}
+        for name, form in (("pickscore", "general_ocr"), ("ocr", "general_ocr"), ("geneval", "geneval"))
+    ]
+    config.train.batch_size = 1
+    config.train.gradient_accumulation_steps = 9
+    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
+    config.train.ema = True
+    return config

@@ -1,0 +1,72 @@
+"""Distillation on Z-Image at 512x512: the base, and Turbo, which is distilled to eight steps without guidance.
+
+No teachers are released for these bases: name LoRAs of them, of any format in ``docs/loras.md``, with
+``--config.train.teachers[0].lora_path=...``. What is None is the base model's own (``docs/families.md``); its guidance
+is one more than what the pipeline calls so.
+"""
+
+from ml_collections import ConfigDict
+
+from diffusionopd.training import base_config as _defaults
+
+
+def get_config(name: str) -> ConfigDict:
+    """Return the configuration called ``name``: mopd or turbo."""
+    return globals()[name]()
+
+
+def mopd() -> ConfigDict:
+    """Three teachers, one student, on Z-Image (6.15 B parameters).
+
+    Command:   CONFIG=config/z_image.py:mopd bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 16 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
+    Cost:      99 PFLOP per round, 78 s on 8 H200 at 20% of their peak (computed, python -m tools.cost; not run)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    return _distillation("z_image_mopd", "Tongyi-MAI/Z-Image")
+
+
+def turbo() -> ConfigDict:
+    """The same on Z-Image-Turbo: 8 steps, all trained, without guidance.
+
+    Command:   CONFIG=config/z_image.py:turbo bash scripts/single_node/mopd.sh
+               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 15 GB each
+    Cost:      44 PFLOP per round, 35 s (computed, as ``mopd``'s)
+    Expected:  not published and not measured; a student is compared with its own teachers
+    """
+    config = _distillation("z_image_turbo", "Tongyi-MAI/Z-Image-Turbo")
+    config.sample.num_steps = None
+    config.train.timestep_fraction = 1.0
+    return config
+
+
+def _distillation(run_name: str, model: str) -> ConfigDict:
+    config = _defaults()
+    config.run_name = run_name
+    config.save_freq = config.eval_freq = 30
+    config.resolution = 512
+    config.pretrained.model = model
+    config.max_sequence_length = None
+    config.mixed_precision = None
+    config.activation_checkpointing = True
+
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = None
+    config.sample.teacher_guidance_scale = None
+    config.sample.eval_guidance_scale = None
+    config.sample.eval_num_steps = None
+    config.sample.train_batch_size = 1
+    config.sample.num_batches_per_epoch = 9
+    config.sample.noise_level = 0.0
+
+    config.train.teachers = [
+        {"name": name, "dataset": f"dataset/{name}", "lora_path": "", "proxy_reward": {name: 1.0}, "prompt_fn": form}
+        for name, form in (("pickscore", "general_ocr"), ("ocr", "general_ocr"), ("geneval", "geneval"))
+    ]
+    config.train.batch_size = 1
+    config.train.gradient_accumulation_steps = 9
+    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
+    config.train.ema = True
+    return config

@@ -1,0 +1,208 @@
+"""What is compared: each arm is a change of one of the tiny world's configurations, or a model that needs no training.
+
+Lengths are chosen for equal cost. A round costs its forward passes of single images, a backward pass counted as two:
+DiffusionNFT 192 + 2 x 48 = 288, GRPO-Guard 144 + 2 x 48 = 240, and the distillation 216 + 2 x 108 = 432 for three tasks
+(144 a task). So with T tasks the T teachers of 60 NFT rounds cost as much as 60 T rounds of NFT or 72 T of GRPO-Guard,
+and the 80 rounds of the distillation as much as 40 T or 48 T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+TEACHER_ROUNDS, EARLY_TEACHER_ROUNDS = 60, 24
+OPD_ROUNDS = 80
+REWARDED, SHIPPED = "rewarded", "shipped"
+OURS = {"train.target": "velocity", "train.self_normalize": True}
+PAPER = {"train.target": "mean", "train.self_normalize": False}
+LOSSES = {"opd": ("our loss", OURS), "paper": ("the paper's loss", PAPER)}
+REFERENCES = {"opd": "opd_0.001", "paper": "paper_0.001.80"}
+"""Of each loss, the run of 80 rounds at the rate of all other arms."""
+GROUPS = {
+    "claims": "The paper's claims",
+    "strength": "Targets short of the teachers and beyond them",
+    "folding": "Guidance folded into the student",
+    "start": "A start from the teachers' sum",
+    "mixed": "Rewards and teachers together",
+    "steps": "Which steps count, and which noise levels",
+    "merges": "Merging without training",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table.
+
+    ``kind``: how it is made: ``nft``, ``guard`` (from rewards), ``opd`` (from teachers), ``merge``, ``lora`` (a teacher
+    that is there), ``base``; ``again``: the run of arm ``of``, scored at another guidance; ``same``: its very result.
+    ``rounds``: name of each stage at which it is scored -> rounds, the last its end, in a world with T tasks times T
+    where ``per_task``. ``changes``: flat keys of the configuration.
+    """
+
+    name: str
+    label: str
+    group: str
+    kind: str
+    rounds: Mapping[str, int] = field(default_factory=dict)
+    per_task: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    teachers: str = ""
+    teacher_rounds: int = TEACHER_ROUNDS
+    task: str = ""  # of a teacher
+    guidance: float = 1.0  # of evaluations
+    merge: tuple[str, float] = ("", 1.0)  # method, scale
+    of: str = ""
+    choice: str = ""  # of these, validation chooses one, which then has this name
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has rounds."""
+        return bool(self.rounds)
+
+    def stages(self, num_tasks: int) -> dict[str, int]:
+        """Stage -> rounds in a world of so many tasks."""
+        return {stage: rounds * (num_tasks if self.per_task else 1) for stage, rounds in self.rounds.items()}
+
+
+def arms(tasks: Sequence[str], shipped: Sequence[str]) -> dict[str, Arm]:
+    """Every arm of a world with these tasks, of which some have a teacher that is shipped."""
+    kinds = (REWARDED, SHIPPED) if shipped else (REWARDED,)
+    every = [
+        *_models(tasks, shipped),
+        *_rivals(),
+        *_distilled(),
+        *_estimators(),
+        *_strengths(),
+        *_folded(),
+        *(arm for teachers in kinds for arm in _starts(teachers)),
+        *_mixed(),
+        *_steps(),
+        *(arm for teachers in kinds for arm in _merges(teachers)),
+    ]
+    assert len({arm.name for arm in every}) == len(every)
+    return {arm.name: arm for arm in every}
+
+
+def _opd(name: str, label: str, group: str, changes: Mapping[str, Any], rounds: int = OPD_ROUNDS, **more: Any) -> Arm:
+    return Arm(name, label, group, "opd", {"": rounds}, changes=changes, **{"teachers": REWARDED, **more})
+
+
+def _models(tasks: Sequence[str], shipped: Sequence[str]) -> Iterator[Arm]:
+    group, rounds = "claims", {"early": EARLY_TEACHER_ROUNDS, "": TEACHER_ROUNDS}
+    yield Arm("base", "base", group, "base")
+    yield from (Arm(f"teacher_{t}", f"NFT teacher, {t}", group, "nft", rounds, task=t) for t in tasks)
+    yield from (Arm(f"shipped_{t}", f"shipped teacher, {t}", group, "lora", task=t) for t in shipped)
+    yield Arm(f"guard_{tasks[-1]}", f"GRPO-Guard teacher, {tasks[-1]}", group, "guard", {"": 60}, task=tasks[-1])
+
+
+def _rivals() -> Iterator[Arm]:
+    """One student from all rewards. As many learning rates for each method; the teachers' own is 2e-3."""
+    turns, one_by_one = {"train.task_order": "alternate"}, {"train.task_order": "cascade"}
+    nft, guard = {"alone": 40, "teachers": 60, "": 100}, {"alone": 48, "teachers": 72, "": 120}
+    for name, label, kind, rounds, changes in (
+        ("multitask_nft", "multi-task NFT", "nft", nft, turns),
+        ("multitask_guard", "multi-task GRPO-Guard", "guard", guard, turns),
+        ("cascade_nft", "cascade NFT", "nft", {"": 100}, one_by_one),
+        ("cascade_alone", "cascade NFT at the distillation's cost", "nft", {"": 40}, one_by_one),
+    ):
+        for rate in (3e-4, 5e-4, 1e-3) if kind == "guard" else (5e-4, 1e-3, 2e-3):
+            own = {**changes, "train.learning_rate": rate}
+            yield Arm(f"{name}_{rate:g}", f"{label}, rate {rate:g}", "claims", kind, rounds, True, own, choice=name)
+
+
+def _distilled() -> Iterator[Arm]:
+    """The method with both losses, and supervision."""
+    for loss, (label, changes) in LOSSES.items():
+        rounds = {"": OPD_ROUNDS} if loss == "opd" else {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
+        for rate in (5e-4, 1e-3, 2e-3):
+            own = {**changes, "train.learning_rate": rate, "eval_freq": 5}
+            text = f"DiffusionOPD, {label}, rate {rate:g}"
+            yield Arm(f"{loss}_{rate:g}", text, "claims", "opd", rounds, changes=own, teachers=REWARDED, choice=loss)
+    yield _opd("sft", "SFT on the teachers' samples", "claims", {"train.algorithm": "sft"})
+
+
+def _estimators() -> Iterator[Arm]:
+    """Noise and estimators, with the paper's loss, all at one rate."""
+    yield Arm("closed_0", "the paper's loss, closed form, ODE", "claims", "same", of="paper_0.001")
+    surrogate = {"train.loss": "policy_gradient"}
+    for noise in (0.3, 0.7):
+        common, text = {**PAPER, "sample.noise_level": noise, "eval_freq": 5}, f"noise {noise:g}"
+        stages = {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
+        label = f"the paper's loss, closed form, {text}"
+        yield Arm(f"closed_{noise:g}", label, "claims", "opd", stages, changes=common, teachers=REWARDED)
+        yield _opd(f"plain_{noise:g}", f"PPO-style, {text}", "claims", common | surrogate)
+        own = common | surrogate | {"train.baseline": True}
+        yield _opd(f"centred_{noise:g}", f"PPO-style, baseline subtracted, {text}", "claims", own)
+
+
+def _strengths() -> Iterator[Arm]:
+    for loss, (label, changes) in LOSSES.items():
+        for rounds in (EARLY_TEACHER_ROUNDS, TEACHER_ROUNDS):
+            for strength in (0.75, 1.0, 1.25, 1.5, 2.0):
+                name = f"strength_{loss}_{rounds}_{strength:g}"
+                text = f"{label}, teachers of {rounds} rounds, strength {strength:g}"
+                if (strength, rounds) == (1.0, TEACHER_ROUNDS):
+                    yield Arm(name, text, "strength", "same", of=REFERENCES[loss])
+                else:
+                    own = {**changes, "strength": strength}
+                    yield _opd(name, text, "strength", own, teacher_rounds=rounds)
+
+
+def _folded() -> Iterator[Arm]:
+    guided = {"train.cfg": True, "sample.guidance_scale": 2.0}
+    for loss, (label, changes) in LOSSES.items():
+        for name, text, own in (
+            ("unfolded", "student and teachers at guidance 2", guided),
+            ("folded", "student without guidance, teachers at 2", {}),
+        ):
+            text = f"{label}, {text}"
+            yield _opd(f"{name}_{loss}", f"{text}, used at 1", "folding", {**changes, **own, "guidance_scale": 2.0})
+            again = f"{name}_{loss}_at2"
+            yield Arm(again, f"{text}, used at 2", "folding", "again", of=f"{name}_{loss}", guidance=2.0)
+
+
+def _starts(teachers: str) -> Iterator[Arm]:
+    for loss, (label, changes) in LOSSES.items():
+        for rank, scale in ((48, None), (8, 0.0), (16, 0.0), (48, 0.0), (48, 0.5), (48, 1.0)):
+            own = {**changes, "eval_freq": 2, "train.lora_rank": rank, "train.lora_alpha": 2 * rank}
+            name, text = f"fresh_{teachers}_{loss}", f"{label}, {teachers} teachers, fresh, rank {rank}"
+            if scale is not None:
+                own |= {"train.student_init": "teachers", "train.student_init_scale": scale}
+                how = f"times {scale:g}" if scale else "scale by the loss"
+                name = f"summed_{teachers}_{loss}_{rank}_{scale:g}"
+                text = f"{label}, {teachers} teachers, their sum, rank {rank}, {how}"
+            if loss == "opd" or rank == 48 and not scale:
+                yield _opd(name, text, "start", own, rounds=40, teachers=teachers)
+
+
+def _mixed() -> Iterator[Arm]:
+    for loss, (label, changes) in LOSSES.items():
+        for weight in (0.1, 1.0, 10.0) if loss == "opd" else (1.0,):
+            own = {**changes, "train.distill_weight": weight, "train.task_order": "alternate"}
+            text = f"multi-task NFT + {weight:g} x distillation, {label}"
+            own["train.learning_rate"] = 1e-3
+            yield Arm(f"mixed_{loss}_{weight:g}", text, "mixed", "nft", {"": 20}, True, own, REWARDED)
+
+
+def _steps() -> Iterator[Arm]:
+    three, late = {"train.steps_per_rollout": 3}, {"train.step_weighting": "beta(5, 2)"}
+    every: dict[str, tuple[str, dict[str, Any]]] = {
+        "uniform": ("3 of 9 steps, uniformly", three),
+        "late": ("3 of 9 steps, near the data", three | late),
+        "early": ("3 of 9 steps, near the noise", three | {"train.step_weighting": "beta(2, 5)"}),
+        "corrected": ("3 of 9 steps, near the data, corrected", three | late | {"train.step_correction": True}),
+        "linspace": ("all steps, levels of linspace", {"sample.schedule": "linspace"}),
+    }
+    for loss, (label, changes) in LOSSES.items():
+        for name, (text, own) in every.items():
+            yield _opd(f"steps_{loss}_{name}", f"{label}, {text}", "steps", {**changes, **own})
+
+
+def _merges(teachers: str) -> Iterator[Arm]:
+    for method, scales in {"sum": (0.2, 0.4, 0.6, 0.8, 1.0), "ties": (0.5, 1.0, 2.0), "dare": (0.5, 1.0)}.items():
+        for scale in scales:
+            name, text = f"merge_{teachers}_{method}_{scale:g}", f"{method} of the {teachers} teachers, times {scale:g}"
+            choice = f"{method}_{teachers}"
+            yield Arm(name, text, "merges", "merge", teachers=teachers, merge=(method, scale), choice=choice)

@@ -1,0 +1,126 @@
+"""Finished runs as they stand in their files: scores by prompt, scores along training, costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from experiments.claims.config import arms_of
+from experiments.claims.worlds import World
+
+REMEDY = "python experiments/claims/run.py"
+
+
+class ClaimsError(ValueError):
+    """Results that cannot be read or put side by side; the message says what, where and the remedy."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm at one of its stages with one seed. Passes are of single images through the transformer."""
+
+    world: str
+    arm: str
+    stage: str
+    seed: int
+    quick: bool
+    digest: str  # of the world's prompts
+    rounds: int
+    seconds: float  # of the training
+    forwards: float
+    backwards: float
+    teacher_forwards: float  # of the runs that made its teachers
+    teacher_backwards: float
+    curve: Sequence[tuple[int, Mapping[str, float]]]  # round -> task -> score on validation prompts
+    test: Mapping[str, Sequence[float]]  # task -> score of each different prompt, in file order; none in a screen
+    machine: str
+    date: str
+
+    @property
+    def name(self) -> str:
+        """Arm and stage."""
+        return f"{self.arm}.{self.stage}" if self.stage else self.arm
+
+    @property
+    def cost(self) -> float:
+        """Forward passes, and two more for each backward pass."""
+        return self.forwards + 2 * self.backwards
+
+    @property
+    def cost_with_teachers(self) -> float:
+        """That of the training and of its teachers'."""
+        return self.cost + self.teacher_forwards + 2 * self.teacher_backwards
+
+    @property
+    def validation(self) -> Mapping[str, float]:
+        """Task -> score at the end."""
+        return self.curve[-1][1] if self.curve else {}
+
+    def score(self, task: str) -> float:
+        """Mean over the different test prompts."""
+        return fmean(self.test[task])
+
+
+Runs = dict[str, dict[int, Result]]
+"""Arm or ``arm.stage`` -> seed -> result."""
+
+
+def read_result(file: Path) -> Result:
+    """The result in a file; ClaimsError if it is none."""
+    try:
+        return Result(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and run {REMEDY} again") from error
+
+
+def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
+    """Every result of a world, also under the names of choices, and which arm each of these is.
+
+    Of several arms of one choice that have the same seeds, the one with the best mean over tasks and seeds at its end,
+    on validation prompts. ClaimsError for a file that is none, for other prompts, and for quick runs among others.
+    """
+    runs: Runs = {}
+    for file in sorted((folder / world.name).glob("*-seed*.json")):
+        result = read_result(file)
+        if result.digest != world.digest():
+            raise ClaimsError(f"{file} was measured on other prompts; move it elsewhere and run {REMEDY} again")
+        runs.setdefault(result.name, {})[result.seed] = result
+    if len({result.quick for by_seed in runs.values() for result in by_seed.values()}) > 1:
+        raise ClaimsError(f"{folder} mixes quick runs with others; move one kind elsewhere")
+    arms, chosen = arms_of(world), dict[str, str]()
+    for arm in arms.values():
+        if arm.kind == "same" and arm.of in runs:
+            runs[arm.name] = runs[arm.of]
+    for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
+        among = [arm for arm in arms.values() if arm.choice == choice]
+        seeds = set.intersection(*(set(runs.get(arm.name, {})) for arm in among))
+        if not seeds:
+            continue
+        best = max(among, key=lambda arm: fmean(overall(runs[arm.name][seed], world) for seed in sorted(seeds)))
+        chosen[choice] = best.name
+        for stage in best.rounds or ("",):
+            suffix = f".{stage}" if stage else ""
+            if best.name + suffix in runs:
+                runs[choice + suffix] = runs[best.name + suffix]
+    return runs, chosen
+
+
+def overall(result: Result, world: World) -> float:
+    """Mean over the tasks at its end, on validation."""
+    return fmean(result.validation[task] for task in world.names)
+
+
+def rounds_to(curve: Sequence[tuple[int, Mapping[str, float]]], task: str, level: float) -> tuple[float | None, bool]:
+    """Rounds, with fraction, at which the linearly interpolated curve first has a level (None: never), and whether
+    that is seen: not when it is there at the start or before the first evaluation after it."""
+    points = [(number, scores[task]) for number, scores in curve]
+    for i, (number, score) in enumerate(points):
+        if score >= level:
+            if i == 0:
+                return float(number), False
+            before, low = points[i - 1]
+            return before + (level - low) / (score - low) * (number - before), i > 1
+    return None, False
