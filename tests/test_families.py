@@ -279,3 +279,24 @@ def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_a
         configs = with_another(part, changes)
         defaults = backbone.defaults_of(configs)
         assert (backbone.guidance_of(configs), defaults.num_steps, defaults.guidance_scale) == expected
+
+
+def test_each_sample_has_its_own_lora_in_one_forward(small):
+    """Of several ranks, beside the base and with the negative prompt's branch, as in forwards of their own."""
+    backbone, guidance = small.backbone(), small.case.guidances[-1]
+    adapters, x, asked = Adapters(backbone.transformer, backbone.inert_modules()), small.noise(backbone), []
+    for rank in (2, 3):
+        adapters.add_student(f"{rank}", rank=rank, alpha=8, target_modules=backbone.LORA_TARGETS, seed=rank)
+        adapters._teachers.append(f"{rank}")
+        for parameter in adapters.parameters(f"{rank}"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    policies = Policies(backbone, adapters)
+    for name, row, scale in (("2", 0, guidance), (None, 1, guidance), ("3", 1, 1.0), ("2", 1, guidance)):
+        asked.append(Request(name, x[row : row + 1], 0.6, Conditions.of([small.rows[row]]), scale))
+    forwards, found = [], {}
+    backbone.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for policies.together in (True, False):
+        found[policies.together] = torch.cat([v for v, _ in policies.frozen(asked)])
+        assert not policies.together or len(forwards) == (1 if backbone.PADDABLE else backbone.evaluations)
+    assert far(found[True], found[False]) < 1e-5
+    assert far(found[True][1:2], found[True][3:4]) > 1e-3, "the LoRA has an effect"

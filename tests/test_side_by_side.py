@@ -17,6 +17,10 @@ from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.rows import put, runs, take
 from diffusionopd.training import check, train
+from diffusionopd.training.costs.models import read_pipeline
+from diffusionopd.training.costs.round import HEADROOM, memory, step_cost
+from diffusionopd.training.passes import with_passes
+from diffusionopd.training.resume import Resume
 
 from .helpers import (
     assert_bitwise,
@@ -218,3 +222,22 @@ def test_the_number_is_chosen_once_printed_and_kept(tiny_config, capsys):
         assert line.split()[3] == str(expected)
     with pytest.raises(ConfigError, match=r"train\.tasks_per_pass"):
         check(tiny_config(**{TASKS: -1}), 1)
+
+
+def test_as_many_tasks_as_memory_allows(tiny_config, shared, monkeypatch):
+    """On a GPU, by the counted bytes; one where teachers' models or graphs would be many."""
+    five = [{**shared[0][0], "name": name} for name in "abcde"]
+    options = {"train__teachers": five, "sample__num_batches_per_epoch": 5, STEPS: 5}
+    plan = check(tiny_config(**options), 1)
+    resume, cuda = Resume(plan.values, plan.values, 1), torch.device("cuda")
+    pipeline = read_pipeline(plan.values["pretrained.model"])
+    cost = step_cost(plan, pipeline, plan.shape.backward_size)
+    fixed = sum(memory(plan, cost, 1).values()) - cost.activations
+    for room, expected in ((0.5, 1), (2.1, 2), (3.1, 3), (4.1, 3), (99, 5)):  # 4 and 1 are no fewer passes than 3 and 2
+        free = (fixed + room * cost.activations) / HEADROOM
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert with_passes(plan, resume, cuda).shape.tasks_per_pass == expected, room
+    assert with_passes(plan, resume, CPU).shape.tasks_per_pass == 5
+    assert with_passes(plan, dataclasses.replace(resume, tasks_per_pass=2), cuda).shape.tasks_per_pass == 2
+    drawn = check(tiny_config(**options, compile=True, train__steps_per_rollout=1), 1)
+    assert with_passes(drawn, resume, cuda).shape.tasks_per_pass == 1

@@ -79,6 +79,8 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
         "VAE, float32": 0 if values["vae_device"] else 4 * cost.vae_parameters,
         "student: LoRA, gradient, optimizer, EMA": states * cost.lora_parameters,
         "teachers": loras * 4 * cost.lora_parameters + merged * item * cost.adapted_parameters,
+        # In each layer, in the base's type, so that each row of a pass can have its own.
+        "teachers side by side": 0 if merged or plan.shape.tasks_per_pass == 1 else loras * item * cost.lora_parameters,
         # Of those that wait on the host, one at a time is here.
         "teachers' own models": max(models, default=0) if values["teacher_device"] else sum(models),
         "other frozen adapters": nfe.extra_adapters * 4 * cost.lora_parameters,
