@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from diffusionopd.models.backbone import part_class
 from diffusionopd.tiny import models
-from tools.costs.models import read_pipeline
+from diffusionopd.training.costs.models import read_pipeline
 
 _KL = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 _FLUX2 = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 48}
