@@ -82,7 +82,7 @@ def test_images_of_another_form_are_refused(images, problem):
 
 def test_names_of_the_upstream_release_are_known():
     upstream = {"geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward"}
-    tiny = {"tiny_compose", "tiny_ocr", "tiny_scene"}
+    tiny = {"tiny_compose", "tiny_dull", "tiny_ocr", "tiny_scene"}
     assert upstream | tiny | {"jpeg_compressibility", "jpeg_incompressibility"} <= set(REGISTRY)
 
 
