@@ -34,7 +34,7 @@ from benchmarks.full_size_config import FOLDER, PROMPTS, SHAPES, TASKS
 from benchmarks.random_pipelines import random_pipeline
 from benchmarks.world import RANDOM, random_lora, random_model
 from diffusionopd.files import write_atomically
-from diffusionopd.models.backbone import family_of
+from diffusionopd.models.loading import family_of
 from diffusionopd.models.lora import Adapters
 from diffusionopd.tiny import models
 

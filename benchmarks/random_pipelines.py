@@ -13,7 +13,7 @@ import diffusers
 import transformers
 from tokenizers import pre_tokenizers
 
-from diffusionopd.models.backbone import part_class
+from diffusionopd.models.loading import part_class
 from diffusionopd.tiny import models
 from diffusionopd.training.costs.models import read_pipeline
 

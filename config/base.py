@@ -1,6 +1,6 @@
 """The defaults of every configuration key; ``docs/configuration.md`` has them with what they do.
 
-Each key is declared beside the code that reads it (``diffusionopd/training/plan.py`` assembles them). The other files
+Each key is declared beside the code that reads it (``diffusionopd/training/keys.py`` assembles them). The other files
 here start from these defaults and set what differs. Any key can be set on the command line too:
 ``--config config/opd.py:mopd --config.train.learning_rate=1e-4 --config.train.teachers[0].guidance_scale=1.0``.
 """

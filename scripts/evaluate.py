@@ -31,7 +31,7 @@ from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
 from diffusionopd.files import located, user_path
-from diffusionopd.models.backbone import DTYPES, read_model
+from diffusionopd.models.loading import DTYPES, read_model
 from diffusionopd.models.lora_files import WEIGHTS, LoraWeights, load_lora
 from diffusionopd.models.merging import METHODS
 from diffusionopd.models.teacher_models import read_teacher_model
@@ -40,7 +40,7 @@ from diffusionopd.signals import end_at_signals
 from diffusionopd.training import load_config
 from diffusionopd.training.checkpoint import find_lora, locate
 from diffusionopd.training.command import plain_warnings
-from diffusionopd.training.plan import with_paths
+from diffusionopd.training.keys import with_paths
 from diffusionopd.training.resume import read_run_config
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"

@@ -21,8 +21,9 @@ import torch
 from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 
-from diffusionopd.models.backbone import Backbone, load_backbone
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.tiny import models

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch._dynamo.utils import counters
 
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
-from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.merged import MergedTeachers

@@ -9,8 +9,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
 
@@ -109,7 +109,7 @@ def test_using_restores_the_previous_adapter(adapters):
 def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters, tmp_path):
     """The diffusers file, loaded by the stock pipeline, draws what our backbone draws."""
     from diffusionopd.evaluation.sampling import sample_images
-    from diffusionopd.models.backbone import load_text_encoder
+    from diffusionopd.models.loading import load_text_encoder
 
     with torch.no_grad():
         for p in adapters.parameters("student"):

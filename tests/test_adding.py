@@ -13,7 +13,7 @@ from diffusionopd import config_schema
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import FREE, REFUSE, ConfigError, Problems, Schema, flatten, key, keys_of, read
 from diffusionopd.training import check, train
-from diffusionopd.training.plan import COMMON, SCHEMA
+from diffusionopd.training.keys import COMMON, SCHEMA
 from diffusionopd.training.resume import ResumeError
 
 from .helpers import assert_bitwise, metrics, state

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder, read_model, text_key
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model, text_key
 
 PROMPTS = ["a photo of a red circle", 'a sign that says "347"']
 

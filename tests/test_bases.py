@@ -19,15 +19,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.models.backbone import (
-    BackboneError,
-    is_here,
-    load_backbone,
-    load_text_encoder,
-    read_model,
-    text_key,
-)
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.loading import BackboneError, is_here, load_backbone, load_text_encoder, read_model, text_key
 from diffusionopd.models.schedules import flow_levels
 from diffusionopd.tiny import models
 from diffusionopd.training import check

@@ -11,8 +11,9 @@ import pytest
 
 from diffusionopd.config_schema import ConfigError, Key, flatten, keys_of
 from diffusionopd.training import agreement, base_config, check, load_config
-from diffusionopd.training.plan import SCHEMA, ema_repeats, is_used, tracker_names, with_paths
+from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used, with_paths
 from diffusionopd.training.resume import find_start
+from diffusionopd.training.settings import tracker_names
 
 from .conftest import ROOT
 
@@ -432,9 +433,9 @@ def test_resume_from(folder):
 
 def test_trackers_must_be_installed(folder, monkeypatch):
     config = load_config(f"{OPD}:mopd", [("log_with", "wandb,tensorboard")])
-    monkeypatch.setattr("diffusionopd.training.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("diffusionopd.training.settings.find_spec", lambda name: None)
     problem_of(config, "log_with", "[wandb,tensorboard]")
-    monkeypatch.setattr("diffusionopd.training.plan.find_spec", lambda name: name)
+    monkeypatch.setattr("diffusionopd.training.settings.find_spec", lambda name: name)
     check(config, 8)
 
 

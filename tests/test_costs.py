@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig
 
-from diffusionopd.models.backbone import BackboneError, load_text_encoder
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.loading import BackboneError, load_text_encoder
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.training import check, load_config, train

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.models.backbone import BackboneError, encoder_place, find_device
+from diffusionopd.models.loading import BackboneError, encoder_place, find_device
 from diffusionopd.training import setup, train
 
 from .helpers import assert_bitwise, student

@@ -11,7 +11,8 @@ import pytest
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.rounds import BatchSettings, round_shape
 from diffusionopd.training import train
-from diffusionopd.training.plan import check, load_config
+from diffusionopd.training.checks import check
+from diffusionopd.training.keys import load_config
 
 LITE = {"sample.num_steps": 2, "sample.train_batch_size": 1, "train.batch_size": 1, "train.timestep_fraction": 1.0}
 LITE |= {"sample.num_batches_per_epoch": 2, "train.gradient_accumulation_steps": 2, "monitor_freq": 0, "sample_freq": 0}

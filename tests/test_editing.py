@@ -14,8 +14,8 @@ from PIL import Image
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.batches import Batch, Row, side_by_side
 from diffusionopd.data.prompts import Prompt, PromptError, load_folders, load_prompts
-from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder, text_key
 from diffusionopd.models.conditions import NEGATIVE, Conditions, split_reference
+from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, text_key
 from diffusionopd.training import check, train
 
 from .conftest import ROOT

@@ -24,8 +24,8 @@ from diffusionopd.evaluation.job import Job, Model
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_images
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
-from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.loading import load_text_encoder
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, to_uint8

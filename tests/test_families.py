@@ -17,8 +17,9 @@ from torch import Tensor
 from diffusionopd.evaluation.sampling import sample_latents
 from diffusionopd.losses import distillation_loss
 from diffusionopd.models.acceleration import choose_attention, compile_blocks
-from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone, load_backbone, load_text_encoder
+from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.loading import load_backbone, load_text_encoder
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies, Request

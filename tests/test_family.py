@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.policies import STUDENT

@@ -7,9 +7,9 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, ZImagePipeline
 from diffusers.loaders import single_file_utils
 
-from diffusionopd.models.backbone import read_model
 from diffusionopd.models.flux1 import Flux1
 from diffusionopd.models.flux2 import Flux2
+from diffusionopd.models.loading import read_model
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.lora_fit import fit, linear_layers
 from diffusionopd.models.z_image import ZImage

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.models.acceleration import compile_blocks
-from diffusionopd.models.backbone import Backbone, load_backbone
+from diffusionopd.models.backbone import Backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import setup, train
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
-from diffusionopd.models.backbone import load_backbone, load_text_encoder, read_model
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.loading import load_backbone, load_text_encoder, read_model
 from diffusionopd.models.teacher_models import read_teacher_model
 
 from .families.common import PROMPTS

@@ -15,7 +15,7 @@ from diffusionopd.data.prompts import Prompt
 from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.launch import worker_environments
 from diffusionopd.models import sharding as engine
-from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
 from diffusionopd.training import check, loop, setup, train

@@ -11,8 +11,8 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from benchmarks.upstream import restore_layers
-from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm, fuse_norms
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 
 from .conftest import TARGETS

@@ -10,8 +10,8 @@ import torch
 
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.models import backbone as models
-from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards.images import to_uint8

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from diffusionopd.models.acceleration import ATTENTION_BACKENDS, choose_attention, compile_blocks
-from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.training import train

@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from diffusionopd.config_schema import keys_of
-from diffusionopd.training.plan import SCHEMA
+from diffusionopd.training.keys import SCHEMA
 
 from .conftest import ROOT
 

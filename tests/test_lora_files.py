@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusionopd.config_schema import ConfigError
-from diffusionopd.models.backbone import load_backbone, read_model
+from diffusionopd.models.loading import load_backbone, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.lora_fit import find_all, fit, is_of_another_base

@@ -13,7 +13,8 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.merging import DENSITY, merge
 from diffusionopd.training import train
-from diffusionopd.training.plan import check, load_config
+from diffusionopd.training.checks import check
+from diffusionopd.training.keys import load_config
 
 from .conftest import TARGETS
 

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation.testsets import find_benchmark
-from diffusionopd.models.backbone import load_backbone
 from diffusionopd.models.flux1 import Flux1
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.training import check, load_config, train
-from diffusionopd.training.plan import SCHEMA
+from diffusionopd.training.keys import SCHEMA
 
 from .conftest import ROOT
 from .families import flux1

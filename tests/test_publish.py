@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.evaluation.job import lora_hash
-from diffusionopd.models.backbone import load_backbone
+from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from tools.publish import main

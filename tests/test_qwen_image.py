@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, QwenImagePipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusionopd.models.backbone import BackboneError, load_backbone, read_model
 from diffusionopd.models.latents import unpack
+from diffusionopd.models.loading import BackboneError, load_backbone, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.lora_fit import fit

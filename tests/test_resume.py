@@ -17,7 +17,7 @@ from diffusionopd.config_schema import FREE, REFUSE, REWARDS, ROUND, TEACHERS, f
 from diffusionopd.data.tasks import FIELDS
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.training import check, checkpoint, load_config, resume, train
-from diffusionopd.training.plan import SCHEMA, ema_repeats, is_used
+from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used
 from diffusionopd.training.resume import (
     ResumeError,
     RunError,
@@ -308,7 +308,7 @@ def test_another_experiment_is_refused_before_weights_load(finished, capsys, mon
     folder, config = finished("opd", num_epochs=4, train__target="x0", train__learning_rate=1e-4)
     before = (folder / "metrics.jsonl").read_bytes(), (folder / "config.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+        patch.setattr("diffusionopd.training.loading.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
         for dry_run in (True, False):
             with pytest.raises(ResumeError) as caught:
                 train(config, dry_run=dry_run)

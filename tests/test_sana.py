@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from diffusionopd.evaluation.sampling import sample_latents
-from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder, read_model
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model
 
 from .families.sana import build, scheduler, stock
 

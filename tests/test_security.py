@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusionopd.config_schema import ConfigError, find_secrets, redacted
 from diffusionopd.evaluation.results import Record, Summary, averages_json, summarise
-from diffusionopd.models.backbone import BackboneError, load_backbone, load_text_encoder
+from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 from diffusionopd.rewards import RewardError, build_scorer, check_options

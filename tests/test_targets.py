@@ -13,7 +13,8 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.batches import choose_steps, step_chances
 from diffusionopd.losses import extrapolated
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.training.plan import check, load_config
+from diffusionopd.training.checks import check
+from diffusionopd.training.keys import load_config
 from diffusionopd.transitions import KERNELS, schedule
 
 from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb, with_rows

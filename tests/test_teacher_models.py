@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation import job as evaluation
 from diffusionopd.evaluation.results import SETTINGS
-from diffusionopd.models.backbone import BackboneError, read_model
+from diffusionopd.models.loading import BackboneError, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Home, Policies, Request
 from diffusionopd.models.teacher_models import HostWeights, read_teacher_model

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from diffusionopd.files import FolderError
-from diffusionopd.models.backbone import load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.loading import load_text_encoder
 from diffusionopd.models.text_cache import TextCache, TextCacheError
 
 from .forked import fork

@@ -238,7 +238,7 @@ def test_one_process_equals_two(tiny_config, tmp_path):
 def test_a_complete_text_cache_never_loads_an_encoder(finished, monkeypatch):
     _, config = finished("opd", rounds=2)
     monkeypatch.setattr(
-        "diffusionopd.training.setup.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
+        "diffusionopd.training.loading.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
     )
     assert train(config) is not None
 
@@ -271,7 +271,8 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(finished, monkeypatc
 
 
 def test_dry_run_loads_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusionopd.training.setup.load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    place = "diffusionopd.training.loading.load_backbone"
+    monkeypatch.setattr(place, lambda *a, **k: pytest.fail("weights were loaded"))
     assert train(tiny_config(), dry_run=True) is None
     assert "dry run" in capsys.readouterr().out
     assert not (tmp_path / "logs" / "run").exists()

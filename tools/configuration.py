@@ -16,8 +16,9 @@ from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import Key, Schema, keys_of
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.tasks import Task
-from diffusionopd.models.backbone import FAMILIES, Defaults
-from diffusionopd.training.plan import COMMON
+from diffusionopd.models.backbone import Defaults
+from diffusionopd.models.loading import FAMILIES
+from diffusionopd.training.keys import COMMON
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _HEADER = "| key | default | values | on resume | |\n| --- | --- | --- | --- | --- |"

@@ -29,7 +29,8 @@ from diffusionopd.training.costs.round import (
     tasks_that_fit,
     work,
 )
-from diffusionopd.training.plan import Plan, with_paths
+from diffusionopd.training.keys import with_paths
+from diffusionopd.training.plan import Plan
 
 
 def main() -> None:

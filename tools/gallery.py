@@ -30,15 +30,16 @@ from diffusionopd.evaluation.results import EvaluationError
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark, first
 from diffusionopd.files import ensure_writable, located, path_flag, write_atomically
-from diffusionopd.models.backbone import DTYPES, is_here, read_model
+from diffusionopd.models.loading import DTYPES, is_here, read_model
 from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards.images import to_uint8
 from diffusionopd.training.checkpoint import find_lora, locate
 from diffusionopd.training.command import plain_warnings
-from diffusionopd.training.plan import SCHEMA, WatchSettings, with_paths
+from diffusionopd.training.keys import SCHEMA, with_paths
 from diffusionopd.training.resume import read_run_config
+from diffusionopd.training.settings import WatchSettings
 from tools.publishing import public, run_of
 from tools.report import Drawn, render_gallery
 from tools.report.collect import machine_facts

@@ -30,8 +30,8 @@ from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import load_folders
 from diffusionopd.data.tasks import Task
 from diffusionopd.files import path_flag, write_atomically, write_json
-from diffusionopd.models.backbone import DTYPES
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.merging import merge
 from diffusionopd.models.policies import STUDENT, Policies, Request
@@ -39,9 +39,9 @@ from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.rewards.images import to_uint8
 from diffusionopd.training import check
 from diffusionopd.training.checkpoint import locate
+from diffusionopd.training.loading import fill_text_cache, load_loras, load_models
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import read_run_config
-from diffusionopd.training.setup import fill_text_cache, load_loras, load_models
 from diffusionopd.transitions import transition
 from tools.report import Drawn, render_gallery
 from tools.report.pages import aligned

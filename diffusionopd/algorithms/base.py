@@ -21,7 +21,7 @@ from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import any_process, by_rank, gather_over_processes, mean_over_processes
 from diffusionopd.losses import extrapolated
-from diffusionopd.models.backbone import ModelInfo
+from diffusionopd.models.loading import ModelInfo
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.models.schedules import FAMILY, SCHEDULES
 from diffusionopd.rewards import RewardWorker

@@ -1,6 +1,6 @@
 """The machinery of configurations: declaring keys, reading files and command lines, collecting what is wrong.
 
-The keys themselves are declared beside the code that reads them; ``diffusionopd.training.plan`` assembles them.
+The keys themselves are declared beside the code that reads them; ``diffusionopd.training.keys`` assembles them.
 """
 
 from diffusionopd.config_schema.keys import (

@@ -19,7 +19,8 @@ from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import ensure_writable
 from diffusionopd.locks import Lock, hold, refuse_if_held
-from diffusionopd.models import backbone as models
+from diffusionopd.models import loading as models
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
@@ -241,10 +242,10 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
     return found
 
 
-def _load_policies(job: Job, backbone: models.Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
+def _load_policies(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
     """Every model as a policy; transformers of other weights than the base's wait on the host until they are asked."""
     adapters = Adapters(backbone.transformer, backbone.inert_modules())
-    beside: dict[str, tuple[models.Backbone, Adapters]] = {}
+    beside: dict[str, tuple[Backbone, Adapters]] = {}
     homes: dict[str, Home] = {}
     waits = backbone.sharding is None
     for model in job.models:

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from diffusionopd.models.backbone import ModelInfo, family_of
+from diffusionopd.models.loading import ModelInfo, family_of
 from diffusionopd.models.lora_files import AdapterError, LoraWeights, load_lora, refuse
 
 

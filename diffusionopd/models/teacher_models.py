@@ -18,7 +18,8 @@ import diffusers
 import torch
 from torch import nn
 
-from diffusionopd.models.backbone import Backbone, BackboneError, ModelInfo, part_class
+from diffusionopd.models.backbone import Backbone
+from diffusionopd.models.loading import BackboneError, ModelInfo, part_class
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,

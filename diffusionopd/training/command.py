@@ -13,7 +13,7 @@ from typing import Any
 from diffusionopd.config_schema import ConfigError, redacted, split_arguments
 from diffusionopd.locks import HeldError
 from diffusionopd.signals import STOPPED
-from diffusionopd.training.plan import load_config
+from diffusionopd.training.keys import load_config
 from diffusionopd.training.resume import RunError
 from diffusionopd.training.stop import Stopped
 

@@ -38,7 +38,8 @@ from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
 from diffusionopd.locks import refuse_if_held
 from diffusionopd.models.policies import Policies
 from diffusionopd.training import checkpoint
-from diffusionopd.training.plan import SCHEMA, RunSettings, ema_repeats, is_used, unsaved, with_paths
+from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used, unsaved, with_paths
+from diffusionopd.training.settings import RunSettings
 
 # In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
 _BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)

@@ -11,50 +11,49 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
-from diffusionopd.config_schema import is_number, unset
+from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.distributed import LONGEST_TIMEOUT, TIMEOUT, set_timeout, together
+from diffusionopd.distributed import TIMEOUT, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.locks import Lock, hold
-from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
-from diffusionopd.models.backbone import (
-    DTYPES,
-    Backbone,
-    encoder_place,
-    find_device,
-    load_backbone,
-    load_text_encoder,
-    read_model,
-    text_key,
-)
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import AdapterError, LoraWeights
-from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.models.policies import STUDENT, Home, Policies
+from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
-from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
-from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
+from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
+from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
+from diffusionopd.training.loading import (
+    check_devices,
+    fill_text_cache,
+    find_teacher_models,
+    load_loras,
+    load_models,
+    load_teacher_models,
+)
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
 from diffusionopd.training.passes import with_passes
-from diffusionopd.training.plan import Plan, check, ema_repeats, tracker_names, with_loras, with_model_values
+from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
+from diffusionopd.training.settings import tracker_names
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
 _RUN_FOLDER = "Choose another with --config.save_dir, or free space."
@@ -230,145 +229,6 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     )  # fmt: skip
 
 
-def check_devices(plan: Plan, device: torch.device) -> None:
-    """The devices, compilers and engine that the configuration needs are there: said before anything is loaded.
-
-    Raises BackboneError, AccelerationError or EngineError.
-    """
-    memory = plan.read(MemorySettings)
-    find_device(memory.text_encoder_device, device, "text_encoder_device")
-    find_device(memory.vae_device, device, "vae_device")
-    if memory.compile:
-        check_compiler(device)
-    if memory.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise EngineError("compile does not go with DeepSpeed: set it to False, or start with ENGINE=fsdp2")
-    find_sharding(plan)
-    if any(task.model for task in plan.teachers) and requested_sharding() is not None:
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise EngineError("a teacher with a model of its own does not go with DeepSpeed: start with ENGINE=fsdp2")
-        if memory.teacher_device:
-            raise EngineError("teacher_device 'cpu' does not go with a sharded base: leave it empty, or use no engine")
-
-
-def find_sharding(plan: Plan) -> Sharding | None:
-    """How the launcher wants the base sharded, if at all; EngineError for what cannot be."""
-    sharding = requested_sharding()
-    if sharding is not None and _merges(plan):
-        raise EngineError("train.merge_teachers needs a whole base in every process: set it to False, or use no engine")
-    return sharding if plan.shape.num_processes > 1 else None
-
-
-def find_teacher_models(plan: Plan) -> dict[str, TeacherModel]:
-    """The models of teachers that have their own, by the tasks' ``model``, those of the hub too. BackboneError."""
-    wanted = dict.fromkeys(task.model for task in plan.teachers if task.model)
-    found = dict(plan.teacher_models)
-    for source in (source for source in wanted if source not in found):
-        base = read_model(**plan.read(BaseSettings).source)
-        model = read_teacher_model(source, base)
-        assert model is not None  # it was downloaded
-        model.family.shape_of(plan.read(BaseSettings).resolution, model.configs)
-        found[source] = model
-    return found
-
-
-def load_loras(plan: Plan, models: Mapping[str, TeacherModel], rescale: bool = True) -> dict[str, LoraWeights]:
-    """The LoRAs of a run by adapter, those of the hub too; AdapterError that names each that cannot be used.
-
-    ``models``: those of teachers that have their own. The start of the student has the scale of a fresh one,
-    ``lora_alpha / lora_rank``, unless ``rescale`` is False.
-    """
-    base, lora = plan.read(BaseSettings), plan.read(LoraSettings)
-    sources: dict[str, dict[str, str]] = {"": {}}
-    for task in plan.teachers:
-        if task.has_lora:
-            sources.setdefault(task.model, {})[task.adapter] = task.lora_path
-        if task.reference_adapter:
-            sources[""][task.reference_adapter] = task.reference
-    if not unset(lora.lora_path):
-        sources[""][STUDENT] = lora.lora_path
-    found: dict[str, LoraWeights] = {}
-    problems: list[str] = []
-    for source, named in sources.items():
-        model = models[source] if source else plan.model or (read_model(**base.source) if named else None)
-        own, wrong, _ = find_all(named, source or base.model, model)
-        found |= own
-        problems += wrong.values()
-    if problems:
-        raise AdapterError("\n".join(problems))
-    found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in plan.teachers if task.has_lora}
-    if STUDENT in found and rescale:
-        found[STUDENT] = found[STUDENT].rescaled(lora.lora_alpha, lora.lora_rank)
-    return found
-
-
-def load_models(
-    plan: Plan, device: torch.device, dtype: torch.dtype, loras: Mapping[str, LoraWeights]
-) -> tuple[Backbone, Adapters]:
-    """The base model with the student and the teachers that are LoRAs on it; to be sharded yet, if at all.
-
-    ``loras``: the teachers by adapter, and what the student starts from, if anything.
-    """
-    base, memory, lora = plan.read(BaseSettings), plan.read(MemorySettings), plan.read(LoraSettings)
-    backbone = load_backbone(
-        **base.source,
-        dtype=dtype,
-        device=device,
-        vae_device=find_device(memory.vae_device, device, "vae_device"),
-        sharding=find_sharding(plan),
-    )
-    if memory.activation_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()
-    adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer, backbone.inert_modules())
-    if STUDENT in loras:
-        adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
-    else:
-        adapters.add_student(
-            STUDENT,
-            rank=lora.lora_rank,
-            alpha=lora.lora_alpha,
-            target_modules=lora.lora_target_modules or backbone.LORA_TARGETS,
-            seed=plan.values["seed"],
-        )
-    for task in plan.teachers:
-        if not task.model:
-            adapters.add_teacher(task.adapter, loras[task.adapter])
-        if task.reference_adapter:
-            adapters.add_teacher(task.reference_adapter, loras[task.reference_adapter])
-    _accelerate(backbone, memory)
-    return backbone, adapters
-
-
-def _accelerate(backbone: Backbone, memory: MemorySettings) -> None:
-    if memory.attention_backend:
-        kernel = memory.attention_backend
-        choose_attention(backbone.transformer, kernel, dtype=backbone.dtype, device=backbone.device)
-    if memory.compile:
-        compile_blocks(backbone.blocks())
-
-
-def load_teacher_models(
-    plan: Plan, base: Backbone, models: Mapping[str, TeacherModel], loras: Mapping[str, LoraWeights]
-) -> dict[str, Home]:
-    """The teachers that have models of their own, by adapter; each model is loaded once. To be sharded yet, if at all.
-
-    ``base`` has its negative prompt. ``loras``: by adapter, those on these models among them.
-    """
-    memory, homes = plan.read(MemorySettings), {}
-    waits = memory.teacher_device == "cpu"
-    for source, model in models.items():
-        backbone = model.load(base, waits=waits)
-        adapters = Adapters(backbone.transformer, backbone.inert_modules())
-        tasks = [task for task in plan.teachers if task.model == source]
-        for task in tasks:
-            if task.has_lora:
-                adapters.add_teacher(task.adapter, loras[task.adapter])
-        _accelerate(backbone, memory)
-        host = HostWeights(backbone.transformer, backbone.device) if waits else None
-        for task in tasks:
-            homes[task.adapter] = Home(backbone, adapters, task.adapter if task.has_lora else None, host)
-    return homes
-
-
 def merged_note(adapters: Adapters) -> str:
     """What merged teachers take, for the line that a run begins with; empty without any."""
     if not isinstance(adapters, MergedTeachers):
@@ -399,10 +259,6 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
         raise RunError(
             f"{folder} is not the state of such a run ({error!r}); resume from another checkpoint"
         ) from error
-
-
-def _merges(plan: Plan) -> bool:
-    return bool(plan.teachers) and plan.values["train.merge_teachers"]
 
 
 def _load_prompts(
@@ -508,17 +364,3 @@ def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dic
             closing.callback(worker.close, cancel=True)
             scorers.setdefault(task.name, {})[name] = worker
     return scorers
-
-
-def fill_text_cache(
-    plan: Plan, texts: Sequence[str], accelerator: Accelerator | PartialState, dtype: torch.dtype
-) -> TextCache:
-    """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
-    base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
-    length = base.max_sequence_length
-    place, precision = encoder_place(memory.text_encoder_device, accelerator.device, dtype)
-    load = partial(load_text_encoder, **base.source, dtype=precision, device=place, max_sequence_length=length)
-    cache = TextCache(memory.cache_dir, text_key(**base.source), length, dtype)
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    together(lambda: cache.fill(texts, load, **share), "encoding the prompts", LONGEST_TIMEOUT)
-    return cache

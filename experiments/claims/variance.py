@@ -47,8 +47,8 @@ from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import load_prompts
 from diffusionopd.files import write_atomically
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
-from diffusionopd.models.backbone import load_backbone, load_text_encoder
 from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.loading import load_backbone, load_text_encoder
 from diffusionopd.tiny.grammar import PROMPT_FN
 from diffusionopd.tiny.models import CONTEXT
 from diffusionopd.tiny.render import RESOLUTION

@@ -16,7 +16,7 @@ from diffusionopd.data.tasks import single_task
 from diffusionopd.evaluation.testsets import first
 from diffusionopd.models.lora_files import DIFFUSERS_WEIGHTS
 from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
-from diffusionopd.training.plan import WatchSettings
+from diffusionopd.training.settings import WatchSettings
 from tools.publishing.content import METRICS, PICTURE, Student, picture_of
 from tools.publishing.public import public
 from tools.publishing.scores import Scores

@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from diffusionopd.models.backbone import FAMILIES, Backbone, ModelInfo, part_class, read_model
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.loading import FAMILIES, ModelInfo, part_class, read_model
 from diffusionopd.models.teacher_models import read_teacher_model
 
 _FILE = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))

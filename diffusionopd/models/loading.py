@@ -1,0 +1,417 @@
+"""Loading base models: what their small files say before any weights load, then transformer, VAE and text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import pkgutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from diffusionopd.config_schema import is_device
+from diffusionopd.models.backbone import NO_GUIDANCE, Backbone, Defaults
+from diffusionopd.models.conditions import Row, TextEncoder, split_reference
+from diffusionopd.models.pipeline_files import (
+    CONFIGS,
+    Part,
+    check_loaded,
+    default_config,
+    fetch_weights,
+    find_checkpoint,
+    find_folder,
+    from_checkpoint,
+    hub_remedy,
+    is_checkpoint,
+    part_digest,
+    text_digest,
+    weight_problems,
+)
+from diffusionopd.models.schedules import flow_levels
+from diffusionopd.models.sharding import Sharding
+from diffusionopd.models.token_limits import MeasuringEncoder, quiet_pipeline
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": "diffusionopd.models.sd3:StableDiffusion3",
+    "FluxPipeline": "diffusionopd.models.flux1:Flux1",
+    "Flux2Pipeline": "diffusionopd.models.flux2:Flux2",
+    "Flux2KleinPipeline": "diffusionopd.models.flux2:Flux2",
+    "QwenImagePipeline": "diffusionopd.models.qwen_image:QwenImage",
+    "QwenImageEditPlusPipeline": "diffusionopd.models.qwen_image_edit:QwenImageEdit",
+    "QwenImage21Pipeline": "diffusionopd.models.qwen_image21:QwenImage21",
+    "ZImagePipeline": "diffusionopd.models.z_image:ZImage",
+    "SanaPipeline": "diffusionopd.models.sana:Sana",
+}
+"""``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""``mixed_precision`` -> the type in which the frozen transformer is held."""
+
+
+class BackboneError(ValueError):
+    """Raised for a base model that cannot be loaded, and for a device that is not there.
+
+    ``problems`` lists what is wrong with a base model, each with its remedy.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems) or (message,)
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the small files of a base model say, before any weights load.
+
+    ``configs``: model_index.json as ``index``, and those of the ``transformer``, the ``vae``, the ``scheduler`` and the
+    text encoders.
+    """
+
+    model: str
+    revision: str | None
+    family: type[Backbone]
+    configs: Mapping[str, Mapping[str, Any]]
+    root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
+
+    def evaluations_at(self, guidance: float) -> int:
+        """NFE of one velocity at ``guidance``: 1 or 2."""
+        return self.family.evaluations_of(guidance, self.configs)
+
+    @property
+    def defaults(self) -> Defaults:
+        """For keys that a configuration leaves to the model."""
+        return self.family.defaults_of(self.configs)
+
+    @property
+    def guidance(self) -> str:
+        """:meth:`Backbone.guidance_of` this model."""
+        return self.family.guidance_of(self.configs)
+
+    def guidance_problem(self, guidance: float) -> str:
+        """Why it cannot be asked at ``guidance``; empty if it can."""
+        if self.guidance == NO_GUIDANCE and guidance != 1.0:
+            return "the base model is distilled and takes no guidance"
+        return ""
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer without weights, on the meta device. Raises BackboneError."""
+        with _loading(self.model), torch.device("meta"):
+            return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
+
+
+def family_of(transformer: nn.Module) -> type[Backbone] | None:
+    """The family that a transformer belongs to, by its class."""
+    families = map(pkgutil.resolve_name, FAMILIES.values())
+    return next((family for family in families if type(transformer).__name__ in family.MODELS["transformer"]), None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A base model on this machine: the folder of its configurations, its parts with weights, its scheduler."""
+
+    info: ModelInfo
+    root: Path
+    checkpoint: Path | None
+    parts: Mapping[str, Part]
+    scheduler: Any
+
+
+def part_class(index: Mapping[str, Any], part: str) -> Any:
+    """The class of a transformer, VAE or scheduler: one of diffusers itself, other libraries may stand for code."""
+    library, name = (index.get(part) or (None, ""))[:2]
+    found = getattr(diffusers, str(name), None) if library == "diffusers" else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin | diffusers.SchedulerMixin)):
+        raise ValueError(f"its model_index.json asks for {library}.{name} as {part}")
+    return found
+
+
+def _refusal(model: str, problems: Sequence[str]) -> BackboneError:
+    what = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+    return BackboneError(f"the base model {model!r} cannot be loaded: {what}", problems)
+
+
+@contextmanager
+def _loading(model: str, source: str | None = None) -> Iterator[None]:
+    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into BackboneError with the
+    remedy."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
+        here = "The folder must be a complete diffusers pipeline folder; download or build it again."
+        remedy = here if Path(source or model).exists() else hub_remedy()
+        raise _refusal(model, [f"{str(error).rstrip('.')}. {remedy}"]) from error
+
+
+def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:
+    """Whether the configurations of a base model are on this machine, so that it can be read without a download."""
+    with _loading(model):
+        checkpoint = find_checkpoint(model, revision, download=False) if is_checkpoint(model) else None
+        if is_checkpoint(model) and checkpoint is None:
+            return False
+        source = config if checkpoint else model
+        root = find_folder(source, None if checkpoint else revision) if source else Path()
+        return root is not None and (not source or (root / "model_index.json").is_file())
+
+
+def read_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    download: bool = True,
+) -> ModelInfo:
+    """The family and configurations of a base model: a diffusers folder, a hub id, or a single .safetensors file.
+
+    The weights that are here are checked by their headers. Without ``download`` the base must be here
+    (:func:`is_here`).
+
+    Args:
+        variant: of the weight files, such as ``"fp16"``.
+        config: folder or hub id of the pipeline that a single file is made for; None: diffusers infers a hub id.
+
+    Raises:
+        BackboneError: naming all that is wrong, each with its remedy.
+    """
+    return _find(model, revision, variant, config, "configs" if download else "").info
+
+
+def _find(model: str, revision: str | None, variant: str | None, config: str | None, fetch: str) -> _Found:
+    """A base model, with everything checked that can be before weights load.
+
+    ``fetch``: what may be downloaded: nothing (""), "configs", also the weights of the family's "models", or "all".
+    """
+    checkpoint, source = None, model
+    if is_checkpoint(model):
+        with _loading(model):
+            checkpoint = find_checkpoint(model, revision, download=bool(fetch))
+            assert checkpoint is not None
+            source = config or default_config(checkpoint)
+    elif config:
+        raise _refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
+    with _loading(model, source):
+        inferred = checkpoint is not None and not config
+        root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch and not inferred else None)
+        if root is None:
+            what = f"diffusers takes it for one of {source}, whose configurations are not here"
+            remedy = "Set pretrained.config to the pipeline (folder or hub id) that it is made for"
+            raise _refusal(model, [f"{what}. {remedy}"])
+        index = diffusers.DiffusionPipeline.load_config(root)
+        name = index.get("_class_name")
+        if name not in FAMILIES:
+            raise ValueError(f"its model_index.json names {name}, which is none of {', '.join(FAMILIES)}")
+        family, local = pkgutil.resolve_name(FAMILIES[name]), Path(source).is_dir()
+        unusable = _index_problems(index, family, root, complete=local or bool(fetch))
+        parts = _parts(index, family, root, {*unusable, *_absent_encoders(index, family)})
+        if checkpoint is not None:
+            for name, part in parts.items():
+                try:
+                    parts[name] = from_checkpoint(part, checkpoint, *family.IN_CHECKPOINT.get(name, ("", ())))
+                except ValueError as error:
+                    unusable[name] = str(error)
+        parts = {name: part for name, part in parts.items() if name not in unusable}
+        scheduler: Any
+        scheduler, problems = _scheduler(index, root) if "scheduler" not in unusable else (None, [])
+        problems += unusable.values()
+        needed = [part for name, part in parts.items() if fetch == "all" or fetch == "models" and name in family.MODELS]
+        listing = () if local else fetch_weights(source, root, needed, variant)
+        problems += weight_problems(parts.values() if local else needed, variant, listing)
+        if not local:  # of what lies in the cache already
+            problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
+        if problems:
+            raise _refusal(model, problems)
+        configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
+        info = ModelInfo(model, revision, family, configs, root=root)
+        if problem := family.unsupported(info.configs):
+            raise ValueError(problem)
+    return _Found(info, root, checkpoint, parts, scheduler)
+
+
+def _scheduler(index: Mapping[str, Any], root: Path) -> tuple[Any, list[str]]:
+    """The pipeline's scheduler, and what is wrong with its noise levels."""
+    try:
+        scheduler = part_class(index, "scheduler").from_pretrained(root, subfolder="scheduler")
+        flow_levels(scheduler, 4, 1.0 if scheduler.config.get("use_dynamic_shifting") else None)
+    except Exception as error:  # whatever a scheduler raises for options that do not go together
+        return None, [str(error)]
+    return scheduler, []
+
+
+def _index_problems(index: Mapping[str, Any], family: type[Backbone], root: Path, complete: bool) -> dict[str, str]:
+    """What is wrong with the parts that an index names, by part: classes that do not belong there, which may stand for
+    code, and folders that did not come along."""
+    problems, the_index = {}, "its model_index.json"
+    for name in (*family.MODELS, "scheduler"):
+        try:
+            kind = part_class(index, name).__name__
+            if kind not in family.MODELS.get(name, (kind,)):
+                problems[name] = f"its {name} is {kind}; {family.__name__} takes {' or '.join(family.MODELS[name])}"
+        except ValueError as error:
+            problems[name] = str(error)
+    for name in dict.fromkeys([*family.TEXT, *(n for n in index if n.startswith(("text_encoder", "tokenizer")))]):
+        library, kind = (index.get(name) or (None, None))[:2]
+        if not library and not kind:
+            if name in family.TEXT and name not in family.MAY_LACK:
+                problems[name] = f"{the_index} has no {name}"
+        elif library != "transformers" or kind not in family.TEXT.get(name, ()):
+            problems[name] = f"{the_index} asks for {library}.{kind} as {name}"
+    for name in (*family.MODELS, "scheduler", *family.TEXT) if complete else ():
+        if name not in problems and any(index.get(name) or ()) and not (root / name).is_dir():
+            without = f", or set {' and '.join(family.MAY_LACK)} to [null, null] there to go without"
+            remedy = f"Download it{without if name in family.MAY_LACK else ''}"
+            problems[name] = f"{the_index} lists {name}, but {root / name} is not there. {remedy}"
+    return problems
+
+
+def _parts(index: Mapping[str, Any], family: type[Backbone], root: Path, without: Collection[str]) -> dict[str, Part]:
+    """Transformer, VAE and text encoders in the folders of a pipeline."""
+    kinds = {name: part_class(index, name) for name in family.MODELS if name not in without}
+    encoders = [name for name in family.TEXT if name.startswith("text_encoder") and name not in without]
+    kinds |= {name: getattr(transformers, index[name][1]) for name in encoders}
+    return {name: Part(name, kind, root / name) for name, kind in kinds.items()}
+
+
+def _absent_encoders(index: Mapping[str, Any], family: type[Backbone]) -> tuple[str, ...]:
+    """The family's ``MAY_LACK`` if the index is without one of them."""
+    return family.MAY_LACK if any(not any(index.get(name) or ()) for name in family.MAY_LACK) else ()
+
+
+def load_backbone(
+    model: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vae_device: torch.device | str | None = None,
+    sharding: Sharding | None = None,
+) -> Backbone:
+    """Load transformer, VAE and scheduler of a base model; arguments and error as of :func:`read_model`.
+
+    ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
+    """
+    found = _find(model, revision, variant, config, "models")
+    with _loading(model):
+        transformer, vae = (
+            found.parts[name].load(variant, kept) for name, kept in (("transformer", dtype), ("vae", torch.float32))
+        )
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "vae_device": vae_device, "sharding": sharding}
+    return found.info.family(transformer, vae, found.scheduler, index=found.info.configs["index"], **placed)
+
+
+def load_text_encoder(
+    model: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    max_sequence_length: int | None = None,
+) -> TextEncoder:
+    """Load the text encoders and tokenizers of a base model alone; rows are on the CPU.
+
+    ``max_sequence_length`` None is the family's. Arguments and error as of :func:`read_model`.
+    """
+    # All weights are fetched: what is wrong with the transformer is said before prompts are encoded.
+    found = _find(model, revision, variant, config, "all")
+    device, info, index = torch.device(device), found.info, found.info.configs["index"]
+    encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
+    with _loading(model):
+        transformer = info.empty_transformer()  # some pipelines read its configuration
+        loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
+        if info.family.READS_IMAGES:
+            loaded["vae"] = found.parts["vae"].load(variant, torch.float32)
+        # What is absent must be passed as None.
+        absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
+        parts = info.family.text_parts(found.root)
+        # Diffusers refuses another class than the index names: such a part comes afterwards.
+        known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
+        given = {"transformer": transformer, **absent, **loaded, **known}
+        kind = getattr(diffusers, index["_class_name"])
+        if len(loaded) < len(encoders):
+            pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
+        else:
+            pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+        for name, reader in parts.items():
+            setattr(pipeline, name, reader)
+        for name, part in encoders.items():
+            if part.checkpoint is not None:
+                getattr(pipeline, name).tie_weights()  # diffusers fills one name of those that share a tensor
+                check_loaded(name, getattr(pipeline, name))
+    for name in {**encoders, **loaded}:
+        getattr(pipeline, name).to(device).requires_grad_(False).eval()
+    length = max_sequence_length or info.family.DEFAULTS.max_sequence_length
+    readers = {name: getattr(pipeline, name) for name in info.family.TEXT if name not in encoders}
+    tokenizers = {n: getattr(reader, "tokenizer", reader) for n, reader in readers.items() if reader is not None}
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> list[Row]:
+        if not info.family.READS_IMAGES and any(split_reference(prompt)[1] for prompt in prompts):
+            raise _refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
+        with quiet_pipeline(pipeline):
+            rows = info.family.encode(pipeline, list(prompts), device, length)
+        return [{name: part.cpu() for name, part in row.items()} for row in rows]
+
+    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
+
+
+def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
+    """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
+
+    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
+    and of the VAE if that encodes images. For a hub id: the repository and the commit that ``revision`` resolves to.
+    For a single file: the beginning of every tensor of its text encoders, and what holds for its ``config``. For all,
+    the variant and the major versions of the libraries that encode.
+    """
+    versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
+    digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
+    source = model
+    with _loading(model):
+        if is_checkpoint(model):
+            checkpoint = find_checkpoint(model, revision, download=True)
+            assert checkpoint is not None
+            source, revision = config or default_config(checkpoint), None
+            family = read_model(model, revision, variant=variant, config=config).family
+            text_digest(digest, checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
+        root = Path(source)
+        if not root.is_dir():
+            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
+            digest.update(f"{source}@{index.parent.name}".encode())
+            return digest.hexdigest()[:16]
+        name = diffusers.DiffusionPipeline.load_config(root).get("_class_name")
+    images = name in FAMILIES and pkgutil.resolve_name(FAMILIES[name]).READS_IMAGES
+    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if images else []))
+    for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
+        part_digest(digest, str(file.relative_to(root)), file)
+    return digest.hexdigest()[:16]
+
+
+def find_device(name: str | None, default: torch.device, key: str) -> torch.device:
+    """The device that the setting ``key`` names; ``default`` for none. BackboneError for one that is not there."""
+    if not name:
+        return default
+    if not is_device(name):
+        raise BackboneError(f"{key} is {name!r}, which is no device. Use cpu, cuda or cuda:<n>.")
+    device = torch.device(name)
+    present = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= present:
+        raise BackboneError(f"{key} is {name!r}, but this process sees {present} GPUs: name another, or none.")
+    return device
+
+
+def encoder_place(name: str | None, default: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the text encoders; float32 on a CPU beside a GPU, which is slow in half precision."""
+    device = find_device(name, default, "text_encoder_device")
+    return device, torch.float32 if device.type == "cpu" and default.type != "cpu" else dtype
