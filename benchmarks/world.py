@@ -26,8 +26,8 @@ from diffusionopd.data.noise import noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import BatchSettings, round_shape
 from diffusionopd.files import write_atomically
-from diffusionopd.models.backbone import Backbone, TextEncoder
-from diffusionopd.models.conditions import NEGATIVE, Conditions
+from diffusionopd.models.backbone import Backbone
+from diffusionopd.models.conditions import NEGATIVE, Conditions, TextEncoder
 from diffusionopd.models.loading import load_backbone, load_text_encoder
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
@@ -22,7 +23,6 @@ import torch
 
 from benchmarks.world import World, add_flags, write_figures
 from diffusionopd.losses import distillation_loss
-from diffusionopd.rollout import rollout
 
 EPSILON = 1e-8
 
@@ -37,20 +37,16 @@ def main() -> None:
     torch.manual_seed(0)
     world, gaps = World(args), []
     algorithm, batches = world.setup()
-    transitions = algorithm.transitions[: world.sampler.trained_steps]
-    if args.random:  # one step of middling length stands for the round: all steps of a CPU run would take half an hour
-        transitions = [transitions[(args.steps - 1) // 2]]
-    optimizer, policies, trained = algorithm.optimizer, (algorithm.student, algorithm.teacher), range(len(transitions))
-    for batch in batches:
-        walked = rollout(
-            batch.noise, transitions, *(p(batch) for p in policies), trained=trained, draw_noise=batch.step_noise
-        )
-        for visit in walked:
-            v, v_teacher = visit.v_student, visit.v_teacher
-            assert v_teacher is not None
-            loss = distillation_loss(visit.transition, v, v_teacher).mean()
-            optimizer.backward(loss / (len(batches) * len(transitions)))
-            gaps.append(((v - v_teacher).norm() / v_teacher.norm()).item())
+    optimizer, steps = algorithm.optimizer, batches[0].steps
+    if args.random:  # the first step stands for the round: all steps of a CPU run would take half an hour
+        steps = steps[:1]
+        batches = [replace(b, rows=tuple(replace(row, steps=steps) for row in b.rows)) for b in batches]
+    for _, visit in (trained for batch in batches for trained in algorithm.rollout(batch)):
+        assert visit.target is not None
+        v, v_teacher = visit.v.guided, visit.target.v_teacher
+        loss = distillation_loss(visit.transition, v, v_teacher).mean()
+        optimizer.backward(loss / (len(batches) * len(steps)))
+        gaps.append(((v - v_teacher).norm() / v_teacher.norm()).item())
     # A fresh student's lora_A has no gradient yet (lora_B is zero): it must not dilute the figure.
     gradients = torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None and p.grad.any()])
     rms = gradients.double().square().mean().sqrt().item() / optimizer.loss_scale

@@ -149,6 +149,7 @@ class RoundPlan:
     shape: RoundShape
     tasks: tuple[Task, ...]
     model: ModelInfo | None  # where the base model is a folder here
+    teacher_models: Mapping[str, ModelInfo]  # by the tasks' `model`, those that are here
 
     def steps_after(self, completed: int) -> int:
         """Optimizer steps of so many rounds."""
@@ -162,8 +163,13 @@ class RoundPlan:
     def target_nfe(self, visits: int) -> tuple[int, int]:
         """Forward passes of teachers, and of what targets start from, for so many supervised states of each task."""
         share = visits * self.shape.tasks_per_round / len(self.tasks)
-        counts = [(self.nfe(task.guidance_scale), task.strength != 1.0) for task in self.tasks]
-        return round(share * sum(n for n, _ in counts)), round(share * sum(n for n, moved in counts if moved))
+        moved = (self.nfe(task.guidance_scale) for task in self.tasks if task.strength != 1.0)
+        return round(share * sum(map(self.teacher_nfe, self.tasks))), round(share * sum(moved))
+
+    def teacher_nfe(self, task: Task) -> int:
+        """Forward passes of one velocity of a task's teacher, which may be on a model of its own."""
+        own = self.teacher_models.get(task.model)
+        return own.evaluations_at(task.guidance_scale) if own else self.nfe(task.guidance_scale)
 
 
 @dataclass(frozen=True)

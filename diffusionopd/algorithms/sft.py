@@ -61,7 +61,7 @@ class Sft(Algorithm):
         """The teachers sample, the student is trained at every trained step."""
         shape, sampler = plan.shape, plan.sampler
         visits = shape.images_per_round * sampler.trained_steps
-        teachers = sum(plan.nfe(task.guidance_scale) for task in plan.tasks) * shape.tasks_per_round / len(plan.tasks)
+        teachers = sum(map(plan.teacher_nfe, plan.tasks)) * shape.tasks_per_round / len(plan.tasks)
         return Nfe(
             student=visits * plan.nfe(sampler.guidance) * sampler.num_inner_epochs,
             teacher=round(shape.images_per_task * sampler.num_steps * teachers),

@@ -32,6 +32,12 @@ class Problems:
         if not key.endswith(self._ignored):
             self.found.append(f"{key} {what}. {remedy}".rstrip())
 
+    def add_together(self, keys: list[str], what: str, remedy: str, said: bool = True) -> None:
+        """Note that several keys are unusable for one reason, ``what`` they are, in one line, or in none."""
+        self._bad.update(keys)
+        if said:
+            self.found.append(f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} {what}. {remedy}".rstrip())
+
     def good(self, *keys: str) -> bool:
         """Whether nothing has been found wrong with any of ``keys``, so that checks may build on their values."""
         return not self._bad.intersection(keys)

@@ -71,11 +71,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
         _find_runs(values, problems)
         _check_sources(values, problems)
     model = model or _read_local_model(values, problems)
-    for name, field in SCHEMA.left_to_model(values).items():
-        if model:
-            values[name] = getattr(model.defaults, field)
-        else:
-            problems.add(name, "is None, the base model's own value, and the base is not here", "Set it.")
+    _fill(values, model, problems)
     tasks, num_prompts = check_tasks(
         values,
         problems,
@@ -86,11 +82,11 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
         with_test=values.get("eval_freq") != 0,
         scored=_scored(values, algorithm),
     )
-    if model:
-        _check_fits(values, tasks, algorithm, model, problems)
     if model and problems.good("train.teachers"):
         _check_references(tasks, model, problems)
     own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
+    if model:
+        _check_fits(values, tasks, algorithm, model, own, problems)
     lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
     if problems.good("reward_options"):
         try:
@@ -121,7 +117,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     notes = (*_notes(values, sampler, algorithm, settings, shape), *lora_notes)
-    return Plan(settings, sampler, shape, tasks, model, values, algorithm, run, watch, num_prompts, notes, own)
+    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, notes)
 
 
 def _notes(
@@ -187,20 +183,40 @@ def _check_references(tasks: Sequence[Task], model: ModelInfo, problems: Problem
             problems.add(f"train.teachers[{i}].dataset", what, "Set pretrained.model to an editing model.")
 
 
+def _fill(values: dict[str, Any], model: ModelInfo | None, problems: Problems) -> None:
+    """Put what a configuration leaves to the base model; one problem where the base is not here."""
+    left = SCHEMA.left_to_model(values)
+    if model:
+        values |= {name: getattr(model.defaults, field) for name, field in left.items()}
+    elif left:
+        known = problems.good("pretrained.model")  # else that is said, and enough
+        remedy = f"Set {'it' if len(left) == 1 else 'them'}, or name a base that is here." if known else ""
+        problems.add_together(list(left), "None, the base model's own value, and the base is not here", remedy, known)
+
+
 def _check_fits(
-    values: Mapping[str, Any], tasks: Sequence[Task], algorithm: type[Algorithm], model: ModelInfo, problems: Problems
+    values: Mapping[str, Any],
+    tasks: Sequence[Task],
+    algorithm: type[Algorithm],
+    model: ModelInfo,
+    own: Mapping[str, ModelInfo],
+    problems: Problems,
 ) -> None:
-    """The resolution and every guidance are ones that the base model has."""
+    """The resolution and every guidance are ones that the base model has, or a teacher's own."""
     if problems.good("resolution"):
         try:
             model.family.shape_of(values["resolution"], model.configs)
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
-    student = {"sample.guidance_scale": values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0}
-    fields = ["guidance_scale"] * algorithm.uses_teachers(values) + ["eval_guidance_scale"] * bool(values["eval_freq"])
-    own = {f"train.teachers[{i}].{name}": getattr(task, name) for i, task in enumerate(tasks) for name in fields}
-    for name, guidance in {**student, **own}.items():
-        if problems.good(name, "train.teachers") and (problem := model.guidance_problem(guidance)):
+    asked = [("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)]
+    for i, task in enumerate(tasks):
+        place = f"train.teachers[{i}]."
+        if algorithm.uses_teachers(values):
+            asked.append((f"{place}guidance_scale", task.guidance_scale, own.get(task.model, model)))
+        if values["eval_freq"]:
+            asked.append((f"{place}eval_guidance_scale", task.eval_guidance_scale, model))
+    for name, guidance, of in asked:
+        if problems.good(name, "train.teachers") and (problem := of.guidance_problem(guidance)):
             problems.add(name, f"is {guidance:g}, but {problem}", "Set it to 1.0.")
     if model.guidance == EMBEDDED and values["train.cfg"] is False:
         usual = f"{model.defaults.guidance_scale:g} is usual"

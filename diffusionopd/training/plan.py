@@ -33,7 +33,7 @@ class Plan(RoundPlan):
     watch: WatchSettings
     num_prompts: tuple[int, ...]  # training prompts of each task
     notes: tuple[str, ...]  # settings that are accepted but change nothing
-    teacher_models: Mapping[str, TeacherModel]  # by the tasks' `model`, those that are here
+    teacher_models: Mapping[str, TeacherModel]
 
     @property
     def teachers(self) -> tuple[Task, ...]:

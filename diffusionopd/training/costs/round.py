@@ -44,7 +44,7 @@ def _teacher_forward(plan: Plan, cost: Cost, own: Mapping[str, Frozen]) -> float
     # A merged teacher is a base; another's LoRA is taken to be as large as the student's.
     lora = cost.forward if plan.values["train.merge_teachers"] else cost.forward + cost.lora_forward
     flops = [own[task.model].forward if task.model else lora for task in plan.tasks]
-    passes = [plan.nfe(task.guidance_scale) for task in plan.tasks]
+    passes = list(map(plan.teacher_nfe, plan.tasks))
     return sum(n * f for n, f in zip(passes, flops, strict=True)) / sum(passes)
 
 
