@@ -20,7 +20,7 @@ from diffusionopd.models.acceleration import compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
-from diffusionopd.training import setup, train
+from diffusionopd.training import loading, train
 
 from .conftest import ROOT
 from .families import CASES
@@ -107,8 +107,8 @@ def test_every_kernel_and_algorithm_trains(world, tmp_path):
 
 def test_what_saves_memory_or_time_trains_the_same_student(world, tmp_path, monkeypatch):
     """Merged teachers, recomputed activations, compiled blocks, and nearly so bfloat16; other targets do not."""
-    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
-    monkeypatch.setattr(setup, "compile_blocks", lambda blocks: compile_blocks(blocks, backend="eager"))
+    monkeypatch.setattr(loading, "check_compiler", lambda device: None)
+    monkeypatch.setattr(loading, "compile_blocks", lambda blocks: compile_blocks(blocks, backend="eager"))
     plain = world.run(tmp_path, "plain")
     for name in ("train__merge_teachers", "activation_checkpointing", "compile"):
         assert_equal_rounds(world.run(tmp_path, name, **{name: True}), plain)

@@ -16,7 +16,7 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.files import FolderError, ensure_writable
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.training import checkpoint, setup, train
+from diffusionopd.training import checkpoint, loading, setup, train
 
 from .helpers import metrics
 
@@ -39,7 +39,7 @@ def assert_latest_loads(run: Path, name: str) -> None:
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(setup, "load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from diffusionopd.models import sharding as engine
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.sharding import EngineError, requested_sharding
 from diffusionopd.rewards import RewardError
-from diffusionopd.training import check, loop, setup, train
+from diffusionopd.training import check, loading, loop, train
 
 from .conftest import ROOT
 from .forked import fork
@@ -140,7 +140,7 @@ def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch, tiny_config)
         ask(**variables)
         for name in changed.keys() - variables.keys():
             monkeypatch.delenv(name)
-    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
+    monkeypatch.setattr(loading, "check_compiler", lambda device: None)
     own = {**tiny_config().train.teachers[0], "model": tiny_config().pretrained.model, "lora_path": ""}
     for variables, fact, changes in (
         (FSDP, "train.merge_teachers", {"train__merge_teachers": True}),
@@ -152,7 +152,7 @@ def test_what_cannot_be_run_as_it_says_is_refused(ask, monkeypatch, tiny_config)
         with pytest.raises(EngineError, match=fact), monkeypatch.context() as without:
             for name in {*FSDP, *ZERO3} - variables.keys():
                 without.delenv(name, raising=False)
-            setup.check_devices(check(tiny_config(**changes), 1), torch.device("cpu"))
+            loading.check_devices(check(tiny_config(**changes), 1), torch.device("cpu"))
     monkeypatch.setattr(engine, "is_deepspeed_available", lambda: False)
     with pytest.raises(EngineError, match="pip install deepspeed"):  # before accelerate, which would name no remedy
         train(tiny_config())

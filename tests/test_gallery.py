@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from diffusionopd.evaluation.sampling import ImageGenerator
-from diffusionopd.models import backbone as models
 from diffusionopd.models.conditions import NEGATIVE
-from diffusionopd.models.loading import load_backbone
+from diffusionopd.models.loading import load_backbone, text_key
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards.images import to_uint8
@@ -48,7 +47,7 @@ def by_hand(base, cache, lora, scale, guidance):
 def test_every_image_is_that_of_its_model_prompt_and_seed(run, pipeline_folder, shared):
     job = make_job(parse_flags([*run, "--scales", "0", "-0.5", "1", "--teachers", "--batch_size", "3"]))
     columns = list(draw(job, SEEDS, torch.device("cpu"), torch.float32))
-    cache = TextCache(job.cache_dir, models.text_key(**job.source), job.max_sequence_length, torch.float32)
+    cache = TextCache(job.cache_dir, text_key(**job.source), job.max_sequence_length, torch.float32)
     student, (first, second) = load_lora(f"{run[0]}/checkpoints/checkpoint-3"), shared[0]
     teachers = [(load_lora(task["lora_path"]), 1.0, task["guidance_scale"]) for task in (first, second)]
     expected = [(None, 1.0, 1.0), *teachers, (student, -0.5, 1.0), (student, 1.0, 1.0)]

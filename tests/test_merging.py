@@ -92,7 +92,7 @@ def test_a_run_starts_at_the_scale_with_the_smallest_loss(tmp_path, capsys):
     """Its first loss is the smallest that was tried, and it goes on from there."""
     overrides = {"save_dir": tmp_path / "run", "cache_dir": tmp_path / "text", "num_epochs": 1}
     overrides |= {"sample.num_steps": 3, "sample.train_batch_size": 2, "train.batch_size": 2, "train.lora_rank": 8}
-    overrides |= {"monitor_freq": 0, "sample_freq": 0}
+    overrides |= {"monitor_freq": 0, "sample_freq": 0, "train.student_init_scale": 0.0}
     config = load_config("config/tiny.py:mopd_merged", [(name, str(value)) for name, value in overrides.items()])
     train(config)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "times the sum" in line]

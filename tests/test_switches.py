@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusionopd.models.acceleration import compile_blocks
-from diffusionopd.training import setup, train
+from diffusionopd.training import loading, train
 
 from .helpers import metrics, state
 
@@ -46,8 +46,8 @@ def plain(make_config, tmp_path_factory):
 )
 def test_rounds_are_those_of_the_plain_run(tiny_config, plain, switch, monkeypatch):
     # Graphs of forward and backward as they are traced, without the minutes that generating code for them takes.
-    monkeypatch.setattr(setup, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
-    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
+    monkeypatch.setattr(loading, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(loading, "check_compiler", lambda device: None)
     rows, tensors = plain
     assert rows[-1]["loss"] < 0.98 * rows[0]["loss"], "the rounds must train something"
     last = train(tiny_config(**(COMMON | switch)))

@@ -70,8 +70,10 @@ def test_a_round_pulls_to_the_target(backbone, adapters, text, monkeypatch, refe
 
 
 def test_strength_one_costs_and_changes_nothing(backbone, adapters, text, monkeypatch):
-    learner, asked, original = make_opd(backbone, adapters, text), collections.Counter(), backbone.velocity
-    monkeypatch.setattr(backbone, "velocity", lambda *a: asked.update([adapters.active]) or original(*a))
+    learner, asked = make_opd(backbone, adapters, text), collections.Counter()
+    student, frozen = learner.policies.student, learner.policies.frozen
+    monkeypatch.setattr(learner.policies, "student", lambda *a: asked.update([STUDENT]) or student(*a))
+    monkeypatch.setattr(learner.policies, "frozen", lambda rs: asked.update(r.policy for r in rs) or frozen(rs))
     for strength, base in ((1.0, 0), (0.75, TRAINED)):
         asked.clear()
         result = learner.round(with_rows(make_batches(backbone, text, tasks="a"), strength=strength), step=False)
