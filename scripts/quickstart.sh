@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 main() {
     local short=false fresh=false folder=logs/quickstart overrides=() limit=()
-    local scale=0.4 # the sum of the teachers that the student starts from, in config/tiny.py:mopd_merged
+    local scale=0.6 # the sum of the teachers that the student starts from, in config/tiny.py:mopd_merged
     while [ $# -gt 0 ]; do
         case $1 in
             --short) short=true ;;

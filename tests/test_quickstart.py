@@ -51,7 +51,7 @@ def test_everything_in_order_also_in_the_short_form(checkout):
         "mopd.sh config/tiny.py:mopd_merged --config.save_dir=logs/quickstart/run --config.run_name=quickstart "
         "--config.resume_from=auto --config.seed=7",
         "eval.sh  --config logs/quickstart/run/config.json --base --teacher compose --teacher ocr --teacher scene "
-        "--own_task --merge sum --merge_scale 0.4 --checkpoint_path logs/quickstart/run --dataset compose ocr scene ",
+        "--own_task --merge sum --merge_scale 0.6 --checkpoint_path logs/quickstart/run --dataset compose ocr scene ",
         "python -m tools.quickstart_report --run logs/quickstart/run",
     )
     for call, start in zip(calls, expected, strict=True):
