@@ -59,9 +59,12 @@ def mopd_beyond() -> ConfigDict:
 
 
 def mopd_merged() -> ConfigDict:
-    """``mopd`` from the sum of its teachers: the repair of a merge, tried with a tenth of ``mopd``'s rounds.
+    """``mopd`` from the sum of its teachers: the repair of a merge, with a fifth of ``mopd``'s rounds.
 
     Command:   CONFIG=config/tiny.py:mopd_merged NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
+    Hardware:  2 CPU cores; 24 images per round, 8 per task
+    Cost:      1 minute (measured, 2026-11-27)
+    Expected:  tiny_compose .98, tiny_ocr 1.00, tiny_scene .88 (measured, one seed, 384 held-out lines per task)
     """
     config = mopd()
     config.run_name = "tiny-mopd-merged"
