@@ -6,7 +6,7 @@ No teachers are released for these bases: name LoRAs of them, of any format in `
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import base_config as _defaults
+from diffusionopd.training import distillation_of, teacher_of
 
 
 def get_config(name: str) -> ConfigDict:
@@ -42,30 +42,5 @@ def schnell() -> ConfigDict:
 
 
 def _distillation(run_name: str, model: str) -> ConfigDict:
-    config = _defaults()
-    config.run_name = run_name
-    config.save_freq = config.eval_freq = 30
-    config.resolution = 512
-    config.pretrained.model = model
-    config.max_sequence_length = None
-    config.mixed_precision = None
-    config.activation_checkpointing = True
-
-    config.sample.num_steps = 10
-    config.sample.guidance_scale = None
-    config.sample.teacher_guidance_scale = None
-    config.sample.eval_guidance_scale = None
-    config.sample.eval_num_steps = None
-    config.sample.train_batch_size = 1
-    config.sample.num_batches_per_epoch = 9
-    config.sample.noise_level = 0.0
-
-    config.train.teachers = [
-        {"name": name, "dataset": f"dataset/{name}", "lora_path": "", "proxy_reward": {name: 1.0}, "prompt_fn": form}
-        for name, form in (("pickscore", "general_ocr"), ("ocr", "general_ocr"), ("geneval", "geneval"))
-    ]
-    config.train.batch_size = 1
-    config.train.gradient_accumulation_steps = 9
-    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
-    config.train.ema = True
-    return config
+    tasks = [teacher_of(name) for name in ("pickscore", "ocr", "geneval")]
+    return distillation_of(run_name, model, tasks, batch=1, batches=9)

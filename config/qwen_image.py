@@ -6,22 +6,8 @@ No teachers of them are released with this project: any LoRA of the base is one,
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import base_config as _defaults
+from diffusionopd.training import distillation_of, teacher_of
 
-PICKSCORE = {
-    "name": "pickscore",
-    "dataset": "dataset/pickscore",
-    "lora_path": "",
-    "proxy_reward": {"pickscore": 1.0},
-    "prompt_fn": "general_ocr",
-}
-OCR = {
-    "name": "ocr",
-    "dataset": "dataset/ocr",
-    "lora_path": "",
-    "proxy_reward": {"ocr": 1.0},
-    "prompt_fn": "general_ocr",
-}
 EDIT = {
     "name": "edit",
     "dataset": "dataset/edit",  # of your own
@@ -71,32 +57,11 @@ def edit() -> ConfigDict:
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     config = _distillation("qwen_image_edit", "Qwen/Qwen-Image-Edit-2511")
-    config.train.teachers = [dict(OCR), dict(EDIT)]
+    config.train.teachers = [teacher_of("ocr"), dict(EDIT)]
     return config
 
 
 def _distillation(run_name: str, model: str) -> ConfigDict:
-    config = _defaults()
-    config.run_name = run_name
-    config.save_freq = 30
-    config.eval_freq = 30
-    config.activation_checkpointing = True
-    config.resolution = 512
-    config.pretrained.model = model
-
-    config.sample.num_steps = 10
-    config.sample.train_batch_size = 3
+    config = distillation_of(run_name, model, [teacher_of("pickscore"), teacher_of("ocr")], batch=3, batches=2)
     config.sample.test_batch_size = 4
-    config.sample.num_batches_per_epoch = 2
-    config.sample.noise_level = 0.0
-
-    config.train.teachers = [dict(PICKSCORE), dict(OCR)]
-    config.train.batch_size = 3
-    config.train.gradient_accumulation_steps = 2
-    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
-    config.train.ema = True
-
-    # The model's own: bf16, length of prompts, steps of an evaluation, guidance.
-    config.mixed_precision = config.max_sequence_length = config.sample.eval_num_steps = None
-    config.sample.guidance_scale = config.sample.teacher_guidance_scale = config.sample.eval_guidance_scale = None
     return config

@@ -8,22 +8,7 @@ The folders of SANA 1.0 in bf16 hold their weights as a variant: ``--config.pret
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import base_config as _defaults
-
-PICKSCORE = {
-    "name": "pickscore",
-    "dataset": "dataset/pickscore",
-    "lora_path": "",
-    "proxy_reward": {"pickscore": 1.0},
-    "prompt_fn": "general_ocr",
-}
-OCR = {
-    "name": "ocr",
-    "dataset": "dataset/ocr",
-    "lora_path": "",
-    "proxy_reward": {"ocr": 1.0},
-    "prompt_fn": "general_ocr",
-}
+from diffusionopd.training import distillation_of, teacher_of
 
 
 def get_config(name: str = "mopd") -> ConfigDict:
@@ -40,26 +25,9 @@ def mopd() -> ConfigDict:
     Cost:      7.7 PFLOP per round, 6 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
-    config = _defaults()
-    config.run_name = "sana_mopd"
-    config.save_freq = 30
-    config.eval_freq = 30
+    model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
+    config = distillation_of("sana_mopd", model, [teacher_of("pickscore"), teacher_of("ocr")], batch=3, batches=2)
     config.resolution = 1024
-    config.pretrained.model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
-
-    config.sample.num_steps = 10
-    config.sample.train_batch_size = 3
+    config.activation_checkpointing = False
     config.sample.test_batch_size = 16
-    config.sample.num_batches_per_epoch = 2
-    config.sample.noise_level = 0.0
-
-    config.train.teachers = [dict(PICKSCORE), dict(OCR)]
-    config.train.batch_size = 3
-    config.train.gradient_accumulation_steps = 2
-    config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
-    config.train.ema = True
-
-    # The model's own: bf16, 300 tokens, 20 steps, guidance 4.5.
-    config.mixed_precision = config.max_sequence_length = config.sample.eval_num_steps = None
-    config.sample.guidance_scale = config.sample.teacher_guidance_scale = config.sample.eval_guidance_scale = None
     return config
