@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
-from benchmarks.upstream import restore_layers, upstream_round
+from benchmarks.upstream import stock, upstream_round
 from benchmarks.world import World, add_flags, write_figures
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch, choose_steps, side_by_side
@@ -138,10 +138,16 @@ def few_steps(count: int) -> Callable[[Opd, list[Batch]], object]:
     return round_
 
 
-def compiled(backbone: Backbone) -> None:
+def compiled(backbone: Backbone, mode: str | None = None) -> None:
     """Blocks through torch.compile; AccelerationError without a compiler."""
     check_compiler(backbone.device)
-    compile_blocks(backbone.blocks())
+    compile_blocks(backbone.blocks(), mode=mode)
+
+
+def by_default(backbone: Backbone) -> None:
+    """Blocks compiled where a long run has them compiled: on a GPU."""
+    if backbone.device.type == "cuda":
+        compiled(backbone)
 
 
 WAYS = {
@@ -151,26 +157,40 @@ WAYS = {
         upstream_round,
     ),
     "three passes": Way(
-        "rollout, teacher, training one after the other; else the default", way(three_passes, separate=True)
+        "rollout, teacher, training one after the other; else the default",
+        way(three_passes, change=by_default, separate=True),
     ),
-    "default": Way("one fused pass, all tasks side by side, base in half precision on a GPU", way()),
-    "separate": Way("a pass of its own for each task (train.tasks_per_pass = 1)", way(separate=True)),
-    "merged": Way("teachers merged into copies of the adapted matrices", way(adapters=MergedTeachers)),
-    "compiled": Way("blocks through torch.compile", way(change=compiled)),
-    "merged, compiled": Way("both", way(change=compiled, adapters=MergedTeachers)),
+    "default": Way(
+        "one fused pass, all tasks side by side; on a GPU the base in half precision and its blocks compiled",
+        way(change=by_default),
+    ),
+    "uncompiled": Way("the same with compile = False, as on a CPU", way()),
+    "compiled": Way("the same with compile = True, as on a GPU", way(change=compiled)),
+    "graphs": Way("compiled, each block a CUDA graph", way(change=partial(compiled, mode="reduce-overhead"))),
+    "separate": Way(
+        "a pass of its own for each task (train.tasks_per_pass = 1)", way(change=by_default, separate=True)
+    ),
+    "separate graphs": Way("both", way(change=partial(compiled, mode="reduce-overhead"), separate=True)),
+    "merged": Way(
+        "teachers merged into copies of the adapted matrices", way(change=by_default, adapters=MergedTeachers)
+    ),
     "stock layers": Way(
         "diffusers' norms and PEFT's LoRA layers instead of the fused ones",
-        way(change=lambda backbone: restore_layers(backbone.transformer)),
+        way(change=stock),
     ),
-    "plain AdamW": Way("the optimizer one tensor after the other", way(fused_optimizer=False)),
+    "plain AdamW": Way("the optimizer one tensor after the other", way(change=by_default, fused_optimizer=False)),
     "checkpointing": Way(
         "activations computed again in the backward pass",
         way(change=lambda backbone: backbone.transformer.enable_gradient_checkpointing()),
     ),
-    "3 steps": Way("train.steps_per_rollout = 3", way(few_steps(3)), exact="in expectation"),
-    "1 step": Way("train.steps_per_rollout = 1", way(few_steps(1)), exact="in expectation"),
-    "floor": Way("bare forwards and backwards", way(bare, separate=True), exact="-"),
-    "merged floor": Way("the same, with merged teachers", way(bare, separate=True, adapters=MergedTeachers), exact="-"),
+    "3 steps": Way("train.steps_per_rollout = 3, not compiled", way(few_steps(3)), exact="in expectation"),
+    "1 step": Way("train.steps_per_rollout = 1, not compiled", way(few_steps(1)), exact="in expectation"),
+    "floor": Way("bare forwards and backwards", way(bare, change=by_default, separate=True), exact="-"),
+    "merged floor": Way(
+        "the same, with merged teachers",
+        way(bare, change=by_default, separate=True, adapters=MergedTeachers),
+        exact="-",
+    ),
 }
 REFERENCES = ("upstream", "default", "floor")
 

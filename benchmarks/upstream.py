@@ -8,7 +8,6 @@ they come, adapters switched by ``set_adapter``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -17,8 +16,9 @@ from torch import nn
 
 from benchmarks.three_pass import three_pass
 from benchmarks.world import World
+from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
-from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm
+from diffusionopd.models.fused import FusedLoraLinear
 from diffusionopd.models.lora import Adapters
 
 
@@ -28,10 +28,18 @@ def restore_layers(transformer: nn.Module) -> None:
         if isinstance(parent, FusedLoraLinear):
             parent.__class__ = Linear
         for name, norm in parent.named_children():
-            if isinstance(norm, FusedRMSNorm):
+            if type(norm) is nn.RMSNorm:
                 stock = RMSNorm(norm.normalized_shape, eps=norm.eps)
                 stock.weight = norm.weight
                 setattr(parent, name, stock)
+
+
+def stock(backbone: Backbone) -> None:
+    """:func:`restore_layers`, and on a GPU the transformer under autocast, as LoRAs in float32 need it there."""
+    restore_layers(backbone.transformer)
+    if backbone.device.type == "cuda":
+        forward = backbone.transformer.forward
+        backbone.transformer.forward = torch.autocast("cuda", torch.bfloat16)(forward)
 
 
 class PeftSwitching(Adapters):
@@ -50,9 +58,7 @@ def upstream_round(world: World) -> Callable[[], None]:
     """Build it on a model of its own."""
     algorithm, batches = world.setup(dtype=torch.float32, adapters=PeftSwitching, fused_optimizer=False)
     backbone = algorithm.policies.backbone
-    restore_layers(backbone.transformer)
-    if backbone.device.type == "cuda":  # the backbone itself uses autocast for a base in half precision only
-        backbone._autocast = partial(torch.autocast, "cuda", world.half)  # type: ignore[method-assign]
+    stock(backbone)
     encoder = None if world.args.random else world.text_encoder()
 
     def round_() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -75,9 +75,8 @@ def forward(transformer: SD3Transformer2DModel, rows: int, half: bool = False) -
     dtype, c = (torch.bfloat16 if half else torch.float32), transformer.config
     x = torch.randn(rows, c.in_channels, SIDE, SIDE, dtype=dtype)
     text, pooled = torch.randn(rows, LENGTH, c.joint_attention_dim), torch.randn(rows, c.pooled_projection_dim)
-    with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-        time = torch.full((rows,), 500.0)
-        return transformer(x, text.to(dtype), pooled.to(dtype), time, return_dict=False)[0].float()
+    time = torch.full((rows,), 500.0)
+    return transformer(x, text.to(dtype), pooled.to(dtype), time, return_dict=False)[0].float()
 
 
 def values(tensors) -> int:
@@ -103,12 +102,11 @@ class RmsNorm(torch.autograd.Function):
 
 @pytest.fixture
 def gpu_kernels(monkeypatch):
-    """Real tensors through layers that keep what a GPU's keep; call it with whether autocast is on."""
-    plain, stack = F.layer_norm, ExitStack()
+    """Real tensors through layers that keep what a GPU's keep, once it is called."""
+    stack = ExitStack()
 
-    def use(half: bool) -> None:
+    def use() -> None:
         monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: RmsNorm.apply(x, weight, eps))
-        monkeypatch.setattr(F, "layer_norm", lambda x, *a, **k: plain(x.float() if half else x, *a, **k))
         stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
 
     with stack:
@@ -228,7 +226,7 @@ def saved_bytes(transformer: SD3Transformer2DModel, rows: int, half: bool) -> in
 @SHAPES
 def test_kept_bytes_are_those_that_autograd_saves(gpu_kernels, config, half):
     cost = counted(config, rows=2, half=half)
-    gpu_kernels(half)
+    gpu_kernels()
     assert cost.kept == pytest.approx(saved_bytes(real(config, TARGETS, half), 2, half), rel=0.01)
 
 
@@ -264,7 +262,7 @@ def test_the_peak_of_a_step_is_what_an_allocator_sees(gpu_kernels, half, checkpo
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    gpu_kernels(half)
+    gpu_kernels()
     forward(transformer, 2, half).sum().backward()  # what is allocated once
     seen = peak_bytes(lambda: forward(transformer, 2, half).sum().backward())
     # A CPU's products of bf16 have workspaces, which are not counted.

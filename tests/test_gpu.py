@@ -65,7 +65,7 @@ def run(tiny_config, tmp_path, use):
 
 
 def assert_near(rows, others, rel):
-    assert len(rows) == len(others) == 3
+    assert len(rows) == len(others) >= 3  # an evaluation of the start is a row, too
     for mine, other in zip(rows, others, strict=True):
         assert mine.keys() == other.keys()
         for key in mine.keys() - {"seconds"}:

@@ -46,8 +46,8 @@ class Backbone(ABC):
     ``x = (1 - sigma) x_0 + sigma noise``; a velocity is ``noise - x_0``; guidance is ``g`` in ``v- + g (v+ - v-)``, of
     which 1 is none. A model that has guidance as an input is given ``g`` as such.
 
-    The transformer's weights are held in ``dtype``, as loaded; in half precision it runs under autocast, so that
-    float32 LoRA weights take part, and velocities come back in float32. The VAE decodes in float32.
+    The transformer's weights are held in ``dtype``, as loaded, and it computes in it; LoRA weights are float32 and take
+    part as copies in that dtype. Velocities come back in float32. The VAE decodes in float32.
     """
 
     # --- what a family says ------------------------------------------------------------------------------------------
@@ -272,16 +272,15 @@ class Backbone(ABC):
         self.evaluations += len(x)
         prepare = prepare or (lambda samples: None)
         x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.PADDABLE:
-                prepare(samples)
-                return self._forward(x, sigma, conditions, guidance).float()
-            scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
-            found = []
-            for sample, *alone in zip(samples, x.split(1), sigma.split(1), conditions.each(), scales, strict=True):
-                prepare([sample])
-                found.append(self._forward(*alone))
-            return torch.cat(found).float()
+        if self.PADDABLE:
+            prepare(samples)
+            return self._forward(x, sigma, conditions, guidance).float()
+        scales = guidance.split(1) if isinstance(guidance, Tensor) else [guidance] * len(x)
+        found = []
+        for sample, *alone in zip(samples, x.split(1), sigma.split(1), conditions.each(), scales, strict=True):
+            prepare([sample])
+            found.append(self._forward(*alone))
+        return torch.cat(found).float()
 
     def _each(self, x: Tensor, value: float | Tensor) -> Tensor:
         """``value`` for each sample of ``x``, float32 ``[B]`` on the device; a tensor of them may be on the host."""

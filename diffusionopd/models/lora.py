@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusionopd.models.fused import Chosen, FusedLoraLinear, fuse_lora
+from diffusionopd.models.fused import Chosen, FusedLoraLinear, fuse_lora, narrow
 from diffusionopd.models.lora_files import (
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
@@ -55,6 +55,8 @@ class Adapters:
         self._places: dict[str | None, int] | None = None  # of the frozen adapters, once they are side by side
         self._stacked_on = torch.device("cpu")
         self.configs: dict[str, LoraConfig] = {}
+        self._narrowed: dict[str, list[FusedLoraLinear]] = {}  # layers of each adapter on a base in half precision
+        transformer.register_forward_pre_hook(lambda *_: self._narrow())
 
     def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
         """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base.
@@ -137,7 +139,7 @@ class Adapters:
     def _side_by_side(self) -> dict[str | None, int]:
         """The places of the frozen teachers in what each layer holds of all of them; the last one is empty.
 
-        They are held in the type of the base, to which autocast would narrow them in every forward.
+        They are held in the type of the base.
         """
         if self._places is not None:
             return self._places
@@ -150,6 +152,16 @@ class Adapters:
             if layer.stacked is not None:
                 self._stacked_on = layer.stacked[0].device
         return self._places
+
+    def _narrow(self) -> None:
+        """Before each forward on a base in half precision: the weights of the adapter in use, in its dtype."""
+        for name in self._active:
+            if name not in self._narrowed:  # finding layers takes longer than a forward may wait
+                layers = [layer for _, layer in self._layers(name) if isinstance(layer, FusedLoraLinear)]
+                half = layers and layers[0].get_base_layer().weight.dtype != torch.float32
+                self._narrowed[name] = layers if half else []
+            if self._narrowed[name]:
+                narrow(self._narrowed[name], name)
 
     @property
     def active(self) -> str | None:

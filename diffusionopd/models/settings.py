@@ -68,9 +68,11 @@ class MemorySettings:
     )
     """CUDA kernel of the attention layers: "flash", "efficient", "cudnn" or "math"; "" lets torch choose, which in half
     precision on a GPU is flash or cudnn already."""
-    compile: bool = key("compile", False, resume=FREE)
+    compile: bool | None = key(
+        "compile", None, optional=True, form=("True, False or None", lambda value: isinstance(value, bool)), resume=FREE
+    )
     """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
-    """
+    None: where that is worth it, on a GPU and for 100 rounds or more; `--dry_run` says which."""
     cache_dir: str = key("cache_dir", ".cache/text", path=WRITE, resume=FREE)
     """Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length)."""
 

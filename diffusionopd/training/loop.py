@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.failures import memory_advice
 from diffusionopd.files import write_json
+from diffusionopd.models.acceleration import no_new_graphs
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.rewards import RewardError
@@ -192,7 +193,8 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
     scores: dict[str, float] = {}
     tasks = {task.name: task for task in run.plan.tasks}
     variants = {"": {}, **{f"@{name}": own for name, own in run.plan.watch.eval_variants.items()}}
-    with run.averaged(), run.adapters.using(STUDENT):
+    graphs = no_new_graphs() if run.plan.values["compile"] else nullcontext()
+    with graphs, run.averaged(), run.adapters.using(STUDENT):
         for (name, scorers), (variant, own) in product(run.scorers.items(), variants.items()):
             generate = ImageGenerator(
                 run.backbone,

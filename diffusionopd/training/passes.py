@@ -1,4 +1,4 @@
-"""How many tasks walk side by side: what the configuration says, what a checkpoint keeps, or what fits into memory."""
+"""What a configuration leaves to the machine: whether blocks are compiled, how many tasks walk side by side."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.distributed import gather_over_processes, together
+from diffusionopd.models.acceleration import AccelerationError, check_compiler
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.training.costs.count import UncountableError
@@ -15,6 +17,44 @@ from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import MACHINE, own_models, step_cost, tasks_that_fit
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume
+
+ROUNDS_WORTH_COMPILING = 100
+"""Compiling takes minutes and saves about a second of each round."""
+
+
+def resolved(plan: Plan, resume: Resume, device: torch.device) -> Plan:
+    """The plan with what it leaves open decided; the same on every process. Collective."""
+    return with_passes(_with_compile(plan, device), resume, device)
+
+
+def _with_compile(plan: Plan, device: torch.device) -> Plan:
+    """``compile``, where it is None: on a GPU, unless something speaks against it. Collective."""
+    if plan.values["compile"] is not None:
+        return plan
+    reasons = gather_over_processes([_why_not_compile(plan, device)])
+    reason = next(filter(None, reasons), "")
+    notes = plan.notes + ((f"blocks are not compiled: {reason}",) if reason and device.type == "cuda" else ())
+    return replace(plan, values={**plan.values, "compile": not reason}, notes=notes)
+
+
+def _why_not_compile(plan: Plan, device: torch.device) -> str:
+    if device.type != "cuda":
+        return "there is no GPU"
+    if plan.shape.num_rounds < ROUNDS_WORTH_COMPILING:
+        return f"fewer than {ROUNDS_WORTH_COMPILING} rounds would not pay for it (--config.compile=True)"
+    if _draws_steps(plan):
+        return "train.steps_per_rollout draws steps: passes have many sizes, each with graphs of its own"
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed has no compiled blocks"
+    try:
+        check_compiler(device)
+    except AccelerationError as error:
+        return str(error)
+    return ""
+
+
+def _draws_steps(plan: Plan) -> bool:
+    return len(plan.algorithm.steps(plan, (0, 0, 0))) < plan.sampler.trained_steps
 
 
 def with_passes(plan: Plan, resume: Resume, device: torch.device) -> Plan:
@@ -32,7 +72,7 @@ def _fitting(plan: Plan, device: torch.device) -> int:
     memory, tasks = plan.read(MemorySettings), plan.shape.tasks_per_round
     if memory.teacher_device and len({task.model for task in plan.teachers if task.model}) > 1:
         return 1  # their weights would move at every step
-    if memory.compile and len(plan.algorithm.steps(plan, (0, 0, 0))) < plan.sampler.trained_steps:
+    if memory.compile and _draws_steps(plan):
         return 1  # a batch would have many sizes, each with graphs of its own
     if device.type != "cuda" or tasks == 1:
         return tasks

@@ -74,6 +74,7 @@ class Plan(RoundPlan):
             ("per round", self._round()),
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
             ("side by side", self._passes()),
+            ("blocks", "compiled: the first round takes minutes longer" if self.values["compile"] else ""),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("learning rate", self._rate()),

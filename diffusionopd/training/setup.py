@@ -50,7 +50,7 @@ from diffusionopd.training.loading import (
 )
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.passes import with_passes
+from diffusionopd.training.passes import resolved
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.settings import tracker_names
@@ -110,7 +110,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     resume, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
         if plan.model or config.train.tasks_per_pass:
-            plan = with_passes(plan, resume, accelerator.device)
+            plan = resolved(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
@@ -118,7 +118,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
         # Again: until now another process may have written there.
         resume, plan = together(partial(look, held=True), "checking the configuration")
-        plan = with_passes(plan, resume, accelerator.device)
+        plan = resolved(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
@@ -136,7 +136,7 @@ def _plan(config: ConfigDict, accelerator: Accelerator, allow_config_change: boo
 
 
 def make_accelerator(config: ConfigDict) -> Accelerator:
-    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights under autocast)."""
+    """Processes and trackers. Mixed precision is the backbone's own (frozen half weights, LoRAs in float32)."""
     seconds, log_with = config.get("collective_timeout"), config.get("log_with")
     if not is_number(seconds) or seconds <= 0:
         seconds = TIMEOUT  # until check() refuses the configured one

@@ -1,7 +1,7 @@
 """FLOPs and bytes of a model, counted while it runs on tensors without values, at its full size and on any machine.
 
-Tensors are torch's fake ones: shapes and dtypes of CPU tensors, under its autocast. Where a GPU computes otherwise, the
-count follows the GPU: attention and RMS norms in one kernel each, layer norms in float32 under autocast.
+Tensors are torch's fake ones: shapes and dtypes of CPU tensors. Where a GPU computes otherwise, the count follows the
+GPU: attention and RMS norms in one kernel each.
 """
 
 from __future__ import annotations
@@ -99,15 +99,9 @@ class UncountableError(ValueError):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Fake CPU tensors that go through a GPU's kernels. UncountableError where these cannot be followed."""
-    layer_norm = F.layer_norm
-
-    def wide_layer_norm(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
-
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-        patch.object(F, "layer_norm", wide_layer_norm),
         patch.object(F, "rms_norm", lambda x, *_, **__: _RmsNorm.apply(x)),
     ):
         try:
@@ -194,7 +188,7 @@ def measure(
         max_sequence_length: as the key of this name.
         targets: modules that the LoRA adapts; None for the family's own.
         rows: forward passes of single images in the step, two per image under guidance.
-        half: bf16 or fp16 under autocast on a GPU, else float32.
+        half: bf16 or fp16, else float32.
         checkpointing: compute activations again in the backward pass.
     """
     dtype = torch.bfloat16 if half else torch.float32

@@ -1,0 +1,235 @@
+"""What one GPU makes of a round at the size of SD3.5-Medium: seconds, utilisation, peak memory, precision.
+
+    python benchmarks/gpu.py --json gpu.json             about five minutes on an H100, of which compiling takes half
+    python benchmarks/gpu.py --tiny                      the same script, small, on a CPU
+
+One process on one model with random weights, so that each shape is compiled once; ``benchmarks/round.py`` has more ways
+to do a round. A line is printed, and written, as soon as it is known: a limit of time loses what comes later only.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.round import compiled, matrix_peak
+from benchmarks.upstream import stock, upstream_round
+from benchmarks.world import World, add_flags
+from diffusionopd.algorithms.base import Models
+from diffusionopd.algorithms.opd import Opd, OpdSettings
+from diffusionopd.data.batches import Batch, Row, side_by_side
+from diffusionopd.data.noise import noise
+from diffusionopd.data.prompts import Prompt
+from diffusionopd.files import write_atomically
+from diffusionopd.models.policies import STUDENT
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A round: ``batches`` of ``images`` for each of ``tasks``, ``together`` of them in a pass."""
+
+    name: str
+    tasks: int
+    images: int
+    resolution: int
+    guidance: float
+    batches: int = 1
+    together: int = 1
+
+    @property
+    def all_images(self) -> int:
+        """Of a round."""
+        return self.tasks * self.images * self.batches
+
+
+PUBLISHED = Setting("published round", 3, 3, 512, 4.5, together=3)
+SETTINGS = [
+    Setting("12 images in a pass", 1, 12, 512, 4.5, batches=3),
+    Setting("64 at 384, guidance 4.5", 1, 16, 384, 4.5, batches=4),
+    Setting("64 at 384, no guidance", 1, 32, 384, 1.0, batches=2),  # as many samples in a pass: the same graphs
+    Setting("one task in a pass", 3, 3, 512, 4.5),
+]
+TINY = {"random": "small", "device": "cpu", "steps": 3, "resolution": 64}
+
+
+@dataclass
+class Bench:
+    """The model, and the figures so far."""
+
+    args: argparse.Namespace
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    exact: tuple[Tensor, Tensor] | None = None  # the student's answers in float32
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.world = World(self.args)
+        self.peak = matrix_peak(self.args.device, self.world.half)
+        name = "CPU" if self.args.device == "cpu" else torch.cuda.get_device_name(self.args.device)
+        self.facts |= {"machine": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        self.facts["matrix_flops_per_second"] = self.peak
+        self.algorithm, _ = self.world.setup()
+        self.backbone = self.algorithm.policies.backbone
+        # SDPA's kernels have formulas of their own: the plain products are counted.
+        self.flops = {r: self._flops_of_a_step(r) for r in {s.resolution for s in [PUBLISHED, *SETTINGS]}}
+
+    def _flops_of_a_step(self, resolution: int) -> int:
+        """Of an image's state without guidance: teacher forward without LoRA, student forward and backward."""
+        algorithm, (batch,) = self.round_of(replace(PUBLISHED, tasks=1, images=1, resolution=resolution, guidance=1.0))
+        sigma = algorithm.transitions[0].sigma
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            algorithm.base(batch)(batch.noise, sigma)
+            algorithm.student(batch)(batch.noise, sigma).sum().backward()
+        algorithm.optimizer.discard()
+        algorithm.velocities.clear()
+        return counter.get_total_flops()
+
+    def round_of(self, setting: Setting) -> tuple[Opd, list[Batch]]:
+        """The algorithm of a setting on the one model, and the batches of a round."""
+        before = self.algorithm
+        sampler = replace(before.sampler, guidance_scale=setting.guidance)
+        resolution = setting.resolution // (8 if self.args.tiny else 1)
+        sigmas = self.backbone.sigmas(self.args.steps, resolution)
+        models = Models(before.policies, before.optimizer)
+        shape, steps = self.backbone.latent_shape(resolution), tuple(range(sampler.trained_steps))
+        batches = []
+        for number in range(setting.batches):
+            of_tasks = []
+            for task in range(setting.tasks):
+                seeds = [(task, number, i) for i in range(setting.images)]
+                rows = [
+                    Row(f"task {task}", i, Prompt(""), f"teacher_{task}", setting.guidance, steps=steps)
+                    for i in range(setting.images)
+                ]
+                text = self.world._texts[task].index([0] * setting.images)
+                x = noise(shape, seeds).to(self.args.device)
+                of_tasks.append(Batch(tuple(rows), x, text, draw=lambda stream, step: torch.zeros(())))
+            batches += side_by_side(of_tasks, setting.together)
+        return Opd(models, OpdSettings(), sampler, sigmas, before.shape), batches
+
+    def time(self, setting: Setting, what: str, repeats: int, round_: Any = None) -> None:
+        """Warm up, measure and print a line."""
+        if time.perf_counter() - self.started > self.args.seconds:
+            print(f"{setting.name}, {what}: left out, time is up", flush=True)
+            return
+        if round_ is None:
+            algorithm, batches = self.round_of(setting)
+            round_ = lambda: algorithm.round(batches)  # noqa: E731
+        first, *seconds = [self._seconds(round_) for _ in range(1 + repeats)]
+        needed = self.flops[setting.resolution] * setting.all_images * self.algorithm.sampler.trained_steps
+        needed *= 2 if setting.guidance > 1 else 1
+        median = statistics.median(seconds)
+        row = {"setting": setting.name, "what": what, "first_seconds": first, "seconds": median, "all": seconds}
+        row |= {"tflop": needed / 1e12, "utilisation": needed / median / self.peak}
+        row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.args.device != "cpu" else 0.0}
+        self.rows.append(row)
+        print(
+            f"[{time.perf_counter() - self.started:4.0f} s] {setting.name:24} {what:14} {median:8.3f} s  "
+            f"{row['utilisation']:6.1%} of peak  {row['peak_gib']:6.2f} GiB  (first {first:.1f} s)",
+            flush=True,
+        )
+        self.write()
+
+    def _seconds(self, round_: Any) -> float:
+        on_gpu = self.args.device != "cpu"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        round_()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def answers(self, transformer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The student's velocity at a state of the published round, and the gradient of its mean square."""
+        own, self.backbone.transformer, self.backbone.dtype = self.backbone.transformer, transformer, dtype
+        algorithm, batches = self.round_of(PUBLISHED)
+        self.algorithm.policies.adapters.use(STUDENT)
+        text = batches[0].text.to(self.args.device, dtype)
+        v, _ = self.backbone.velocity(batches[0].noise, 0.7, text, PUBLISHED.guidance)
+        v.square().mean().backward()
+        trained = [p for p in transformer.parameters() if p.requires_grad]
+        gradient = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+        for parameter in trained:
+            parameter.grad = None
+        self.backbone.transformer, self.backbone.dtype = own, self.world.half
+        return v.detach(), gradient
+
+    def copied(self) -> nn.Module:
+        """A copy of the transformer with the student in use."""
+        self.algorithm.policies.adapters.use(STUDENT)
+        for module in self.backbone.transformer.modules():
+            if hasattr(module, "narrowed"):
+                module.narrowed.clear()
+        return copy.deepcopy(self.backbone.transformer)
+
+    def compare(self, what: str, transformer: nn.Module) -> None:
+        """Print how far the student's velocity and gradient are from float32's."""
+        if self.exact is None:
+            self.exact = self.answers(self.copied().float(), torch.float32)
+        mine = self.answers(transformer, self.world.half)
+        far = [((a - b).norm() / b.norm()).item() for a, b in zip(mine, self.exact, strict=True)]
+        self.facts[f"{what}, from float32"] = dict(zip(("velocity", "gradient"), far, strict=True))
+        print(f"{what}: velocity {far[0]:.2%}, gradient {far[1]:.2%} from float32", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """The figures so far."""
+        if self.args.json:
+            write_atomically(self.args.json, json.dumps(self.facts | {"rows": self.rows}, indent=2) + "\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--tiny", action="store_true", help="small, on a CPU, nothing compiled")
+    parser.add_argument("--seconds", type=float, default=600.0, help="after these nothing new is begun")
+    parser.set_defaults(random="sd35", device="cuda", resolution=512, batch_size=3, guidance_scale=4.5)
+    args = parser.parse_args(arguments)
+    if args.tiny:
+        vars(args).update(TINY)
+    return args
+
+
+def main() -> None:
+    """All of it, the most wanted first."""
+    bench = Bench(parse())
+    print(f"{bench.facts['machine']}: matrix products {bench.peak / 1e12:.0f} TFLOP/s", flush=True)
+    bench.time(PUBLISHED, "not compiled", 2)
+    bench.compare("not compiled", bench.backbone.transformer)
+    stocked = bench.copied()
+    bench.backbone.transformer, own = stocked, bench.backbone.transformer
+    stock(bench.backbone)
+    bench.backbone.transformer = own
+    bench.compare("stock layers, autocast", stocked)
+    del stocked
+    if not bench.args.tiny:
+        compiled(bench.backbone)
+    bench.compare("default", bench.backbone.transformer)  # of the same weights as before
+    bench.time(PUBLISHED, "default", 3)
+    bench.time(PUBLISHED, "upstream", 2, upstream_round(bench.world))
+    for setting in SETTINGS:
+        bench.time(setting, "default", 2)
+
+
+if __name__ == "__main__":
+    main()
