@@ -138,10 +138,10 @@ def few_steps(count: int) -> Callable[[Opd, list[Batch]], object]:
     return round_
 
 
-def compiled(backbone: Backbone, mode: str | None = None) -> None:
+def compiled(backbone: Backbone) -> None:
     """Blocks through torch.compile; AccelerationError without a compiler."""
     check_compiler(backbone.device)
-    compile_blocks(backbone.blocks(), mode=mode)
+    compile_blocks(backbone.blocks())
 
 
 def by_default(backbone: Backbone) -> None:
@@ -166,11 +166,9 @@ WAYS = {
     ),
     "uncompiled": Way("the same with compile = False, as on a CPU", way()),
     "compiled": Way("the same with compile = True, as on a GPU", way(change=compiled)),
-    "graphs": Way("compiled, each block a CUDA graph", way(change=partial(compiled, mode="reduce-overhead"))),
     "separate": Way(
         "a pass of its own for each task (train.tasks_per_pass = 1)", way(change=by_default, separate=True)
     ),
-    "separate graphs": Way("both", way(change=partial(compiled, mode="reduce-overhead"), separate=True)),
     "merged": Way(
         "teachers merged into copies of the adapted matrices", way(change=by_default, adapters=MergedTeachers)
     ),

@@ -30,18 +30,17 @@ class AccelerationError(ValueError):
     """A way to be faster that this machine does not have; the message says what is missing and the remedy."""
 
 
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor", mode: str | None = None) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile each block of a backbone by itself, for the shapes that it meets; called after adapters are injected.
 
     Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
-    shape; merged teachers are one adapter. ``mode`` is the backend's. Raises nothing here: compilation happens at the
-    first forward.
+    shape; merged teachers are one adapter. Raises nothing here: compilation happens at the first forward.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
     for block in blocks:
-        block.compile(backend=backend, mode=mode, dynamic=False)
+        block.compile(backend=backend, dynamic=False)
 
 
 def no_new_graphs() -> AbstractContextManager[object]:
