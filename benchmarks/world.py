@@ -125,7 +125,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, default=1, help="batches per task in a round")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of student and teachers")
-    parser.add_argument("--max_sequence_length", type=int, help="of T5; by default 14 at 64 pixels, else 128")
+    parser.add_argument(
+        "--max_sequence_length", type=int, help="of T5; by default the tiny world's 14 at 64 pixels, else 128"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -165,7 +167,7 @@ class World:
     @property
     def text_length(self) -> int:
         """Tokens of T5."""
-        return self.args.max_sequence_length or (14 if self.args.resolution == 64 else 128)
+        return self.args.max_sequence_length or (14 if self.args.resolution == 64 and not self.args.random else 128)
 
     def setup(self, *, dtype: torch.dtype | None = None, **switches: Any) -> tuple[Opd, list[Batch]]:
         """Student and teachers, and the batches of each task; ``switches`` are those of :func:`assemble`."""
