@@ -69,7 +69,7 @@ class Preset:
 
 PRESETS = {
     "verl-omni": Preset(
-        flags={"random": "sd35", "tasks": 1, "batch_size": 16, "batches": 4, "resolution": 384, "steps": 10}
+        flags={"random": "sd35", "tasks": 1, "batch_size": 8, "batches": 8, "resolution": 384, "steps": 10}
         | {"max_sequence_length": 256},
         ways=("upstream", "default", "3 steps", "floor"),
         published={1.0: 24.3, 4.5: 36.2},
@@ -82,7 +82,7 @@ PRESETS = {
         ),
     ),
 }
-REDUCED = {"batch_size": 1, "resolution": 64, "max_sequence_length": 14, "repeats": 2}
+REDUCED = {"batch_size": 1, "batches": 2, "resolution": 64, "max_sequence_length": 14, "repeats": 2}
 """Of a preset with ``--random small``: seconds on a CPU."""
 
 
