@@ -3,6 +3,7 @@
     python benchmarks/round.py --json round.json                                    the tiny world, on a CPU
     python benchmarks/round.py --random sd35 --resolution 512 --device cuda --json round.json    SD3.5-M's shape
     python benchmarks/round.py --random small --ways upstream default merged floor  the same script, small, anywhere
+    python benchmarks/round.py --preset verl-omni --guidance_scale 4.5 --device cuda    a setting with published seconds
 
 Figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all alike. Every
 way has a model of its own. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one
@@ -55,6 +56,36 @@ class Way:
     exact: str = "yes"  # whether it trains the default's student
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A setting for which others have published seconds."""
+
+    flags: Mapping[str, Any]
+    ways: Sequence[str]
+    published: Mapping[float, float]  # guidance -> seconds a round
+    gpus: int
+    remarks: Sequence[str]  # whose round that is, and where it differs
+
+
+PRESETS = {
+    "verl-omni": Preset(
+        flags={"random": "sd35", "tasks": 1, "batch_size": 8, "batches": 8, "resolution": 384, "steps": 10}
+        | {"max_sequence_length": 256},
+        ways=("upstream", "default", "3 steps", "floor"),
+        published={1.0: 24.3, 4.5: 36.2},
+        gpus=4,
+        remarks=(
+            "SD3.5-M, 64 images at 384 pixels, one teacher: https://github.com/verl-project/verl-omni/issues/498",
+            "one GPU each for student, rollout, teacher and judge, of a type that is not stated. Their step also sends",
+            "weights to the rollout, decodes and judges. 10 sampling steps and 256 text tokens are of their recipe,",
+            "which trains a window of 3 steps, with noise: see '3 steps'. Whether the figures are of it is not stated.",
+        ),
+    ),
+}
+REDUCED = {"batch_size": 1, "batches": 2, "resolution": 64, "max_sequence_length": 14, "repeats": 2}
+"""Of a preset with ``--random small``: seconds on a CPU."""
+
+
 def main() -> None:
     """Measure, print the table, and write ``--json``."""
     args = parse()
@@ -67,6 +98,9 @@ def main() -> None:
     print(table(result, world))
     machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
+    if args.preset:
+        preset = PRESETS[args.preset]
+        result["published"] = {"seconds": preset.published, "gpus": preset.gpus, "remarks": preset.remarks}
     write_figures(args, result | {"torch": torch.__version__, "all_s": seconds})
 
 
@@ -77,6 +111,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.epilog = "\n".join(["ways:", *(f"  {name:<18}{way.what}" for name, way in WAYS.items())])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--preset", choices=list(PRESETS), help="the setting of others' published figures; flags win")
+    given = parser.parse_known_args(arguments)[0]
+    if given.preset:
+        preset = PRESETS[given.preset]
+        parser.set_defaults(ways=list(preset.ways), **preset.flags)
+        parser.set_defaults(**REDUCED if given.random == "small" else {})
     return parser.parse_args(arguments)
 
 
@@ -287,9 +327,10 @@ def summarise(
 def table(result: Mapping[str, Any], world: World) -> str:
     """The figures for people."""
     args = world.args
+    images = f"{args.batch_size} images" if args.batches == 1 else f"{args.batches} x {args.batch_size} images"
     tasks, model = (args.tasks, args.random) if args.random else (len(args.teachers), Path(args.model).parent.name)
     lines = [
-        f"{model}: {tasks} tasks x {args.batch_size} images x {world.sampler.trained_steps} trained steps at "
+        f"{model}: {tasks} tasks x {images} x {world.sampler.trained_steps} trained steps at "
         f"{args.resolution} pixels, guidance {args.guidance_scale:g}, {args.device}; median of {args.repeats}",
         f"needed: {result['needed_flops'] / 1e12:.4g} TFLOP a round; a matrix product reaches "
         f"{result['matrix_flops_per_second'] / 1e12:.4g} TFLOP/s here",
@@ -300,7 +341,19 @@ def table(result: Mapping[str, Any], world: World) -> str:
         used = f"{figures['utilisation']:.1%}" if "utilisation" in figures else ""
         peak = f"{figures['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in figures else ""
         lines.append(_line(name, f"{figures['seconds']:.3f}", *ratios, used, peak, WAYS[name].exact))
-    return "\n".join(lines)
+    return "\n".join(lines + (beside(args) if args.preset else []))
+
+
+def beside(args: argparse.Namespace) -> list[str]:
+    """The figures that others have published for the preset, and what of its setting the command line has changed."""
+    preset = PRESETS[args.preset]
+    lines = [
+        _line(f"{args.preset} at {scale:g}", f"{seconds:.3f}", "", "", "", "", f"published: on {preset.gpus} GPUs")
+        for scale, seconds in preset.published.items()
+    ]
+    lines += ["Published figures are of other machines and were not measured here.", *preset.remarks]
+    changed = [f"{name} {getattr(args, name)}" for name, value in preset.flags.items() if getattr(args, name) != value]
+    return lines + ([f"What was measured is NOT that setting: {', '.join(changed)}."] if changed else [])
 
 
 def _line(name: str, *cells: str) -> str:

@@ -8,6 +8,7 @@ they come, adapters switched by ``set_adapter``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -62,9 +63,9 @@ def upstream_round(world: World) -> Callable[[], None]:
     encoder = None if world.args.random else world.text_encoder()
 
     def round_() -> None:
-        for task, batch in enumerate(batches):
+        for prompt, batch in zip(cycle(world.prompts), batches, strict=False):
             if encoder:
-                encoder([world.prompts[task]] * len(batch.rows))
+                encoder([prompt] * len(batch.rows))
                 encoder([NEGATIVE])
         three_pass(algorithm, batches)
         algorithm.optimizer.step()

@@ -80,24 +80,29 @@ def assemble(
     sigmas: Tensor,
     *,
     seed: int = 0,
+    batches: int = 1,
     adapters: type[Adapters] = Adapters,
     fused_optimizer: bool = True,
 ) -> tuple[Opd, list[Batch]]:
-    """A fresh student with a teacher and a batch per task: text ``[B, ...]`` and noise ``[B, C, h, w]`` of each."""
+    """A fresh student with a teacher per task: text ``[B, ...]`` and noise ``[B, C, h, w]`` of each.
+
+    The images of a task are a round's, in so many ``batches``; those of different tasks stand next to each other.
+    """
     loras = adapters(backbone.transformer, backbone.inert_modules())
     loras.add_student(STUDENT, rank=RANK, alpha=2 * RANK, target_modules=TARGETS, seed=seed)
     for task, teacher in enumerate(teachers):
         loras.add_teacher(f"teacher_{task}", teacher)
     settings = OptimizerSettings(learning_rate=1e-3, adam_weight_decay=0.0, fused_optimizer=fused_optimizer)
     models = Models(Policies(backbone, loras), StudentOptimizer(loras.parameters(STUDENT), settings))
-    size, tasks = len(noises[0]), len(noises)
-    shape = round_shape(BatchSettings(size, tasks, 1, size, tasks), tasks, num_processes=1, num_rounds=1)
+    images, tasks = len(noises[0]), len(noises)
+    size, count = images // batches, tasks * batches
+    shape = round_shape(BatchSettings(size, count, 1, size, count), tasks, num_processes=1, num_rounds=1)
     steps = tuple(range(sampler.trained_steps))
-    batches = [
+    whole = [
         Batch(
             tuple(
                 Row(f"task {task}", i, Prompt(""), f"teacher_{task}", sampler.guidance, steps=steps)
-                for i in range(size)
+                for i in range(images)
             ),
             x,
             text,
@@ -105,7 +110,8 @@ def assemble(
         )
         for task, (x, text) in enumerate(zip(noises, texts, strict=True))
     ]
-    return Opd(models, OpdSettings(), sampler, sigmas, shape), batches
+    parts = [batch.select(range(start, start + size)) for start in range(0, images, size) for batch in whole]
+    return Opd(models, OpdSettings(), sampler, sigmas, shape), parts
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +121,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random", choices=list(RANDOM), help="random weights of this shape instead of --model")
     parser.add_argument("--tasks", type=int, default=3, help="with --random: how many teachers")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=6, help="images per task, and of a backward pass")
+    parser.add_argument("--batch_size", type=int, default=6, help="images of a backward pass")
+    parser.add_argument("--batches", type=int, default=1, help="batches per task in a round")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of student and teachers")
+    parser.add_argument(
+        "--max_sequence_length", type=int, help="of T5; by default the tiny world's 14 at 64 pixels, else 128"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -154,8 +164,13 @@ class World:
         """One per task of the tiny world."""
         return list(islice(cycle(PROMPTS), len(self.args.teachers)))
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of T5."""
+        return self.args.max_sequence_length or (14 if self.args.resolution == 64 and not self.args.random else 128)
+
     def setup(self, *, dtype: torch.dtype | None = None, **switches: Any) -> tuple[Opd, list[Batch]]:
-        """Student and teachers, and one batch per task; ``switches`` are those of :func:`assemble`."""
+        """Student and teachers, and the batches of each task; ``switches`` are those of :func:`assemble`."""
         args = self.args
         backbone = self._backbone(dtype or self.half)
         teachers = args.teachers
@@ -163,14 +178,16 @@ class World:
             teachers = [random_lora(backbone.transformer, seed) for seed in range(args.tasks)]
         *texts, backbone.negative = self._texts
         shape = backbone.latent_shape(args.resolution)
-        noises = [noise(shape, [(t, i) for i in range(args.batch_size)]).to(args.device) for t in range(len(texts))]
+        images = args.batch_size * args.batches
+        noises = [noise(shape, [(t, i) for i in range(images)]).to(args.device) for t in range(len(texts))]
         sigmas = backbone.sigmas(args.steps, args.resolution)
+        switches["batches"] = args.batches
         return assemble(backbone, teachers, texts, noises, self.sampler, sigmas, **switches)
 
     def text_encoder(self) -> TextEncoder:
         """The model's own text encoders."""
-        length = 14 if self.args.resolution == 64 else 128
-        return load_text_encoder(self.args.model, dtype=self.half, device=self.args.device, max_sequence_length=length)
+        placed: dict[str, Any] = {"dtype": self.half, "device": self.args.device}
+        return load_text_encoder(self.args.model, max_sequence_length=self.text_length, **placed)
 
     def _backbone(self, dtype: torch.dtype) -> Backbone:
         placed: dict[str, Any] = {"dtype": dtype, "device": self.args.device}
@@ -189,9 +206,9 @@ class World:
         args, own = self.args, torch.Generator().manual_seed(1)
         if args.random:
             configs = {"transformer": RANDOM[args.random], "text_encoder": {"max_position_embeddings": 77}}
-            shapes = StableDiffusion3.row_shapes(128, configs)
+            shapes = StableDiffusion3.row_shapes(self.text_length, configs)
             rows = [{n: torch.randn(s, generator=own) for n, s in shapes.items()} for _ in range(args.tasks + 1)]
         else:
             rows = self.text_encoder()([*self.prompts, NEGATIVE])
         found = [Conditions.of([row]).to(args.device, self.half) for row in rows]
-        return [*(text.expand(args.batch_size) for text in found[:-1]), found[-1]]
+        return [*(text.expand(args.batch_size * args.batches) for text in found[:-1]), found[-1]]

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.round import WAYS, parse, time_all
-from benchmarks.world import World
+from benchmarks.peers.flow_factory import check, padded
+from benchmarks.round import PRESETS, WAYS, beside, parse, time_all
+from benchmarks.world import RANK, TINY_TEACHERS, World
 
 from .conftest import ROOT
 
@@ -31,8 +34,18 @@ def start(script: str, *options: str, cwd=ROOT, timeout: int = 200, **environmen
     ("script", "options", "keys"),
     [
         ("benchmarks/round.py", [*TINY, "separate", "merged", "floor"], ("needed_flops", "matrix_flops_per_second")),
+        (
+            "benchmarks/round.py",
+            [*TINY, "floor", "--batches", "2", "--teachers", *TINY_TEACHERS[:2]],
+            ("needed_flops",),
+        ),
         # what is meant for a GPU, on the same architecture, small
         ("benchmarks/round.py", [*TINY, "checkpointing", "floor", *SMALL, "--tasks", "1"], ("needed_flops",)),
+        (
+            "benchmarks/round.py",
+            ["--preset", "verl-omni", "--random", "small", "--repeats", "1", "--steps", "4"],
+            ("needed_flops",),
+        ),
         ("experiments/gradient_scale.py", ["--steps", "2", "--batch_size", "1"], ("gradient_rms", "relative_gap")),
     ],
 )
@@ -44,6 +57,52 @@ def test_script_writes_its_figures(tmp_path, script, options, keys):
     assert all(figures[key] > 0 for key in keys) and str(ROOT) not in file.read_text()
     for way in figures.get("ways", {}).values():
         assert all(way[key] > 0 for key in ("seconds", "to_default", "to_upstream", "to_floor"))
+
+
+def test_a_preset_is_the_published_setting_and_flags_win():
+    preset = PRESETS["verl-omni"]
+    args = parse(["--preset", "verl-omni"])
+    assert (args.random, args.tasks, args.batch_size * args.batches) == ("sd35", 1, 64)
+    assert (args.resolution, args.steps, args.max_sequence_length) == (384, 10, 256)
+    assert all(any(str(seconds) in line for line in beside(args)) for seconds in preset.published.values())
+    args = parse(["--steps", "4", "--preset", "verl-omni", "--resolution", "512", "--ways", "default"])
+    assert (args.steps, args.resolution, args.ways) == (4, 512, ["default"])
+    changed = beside(args)[-1]  # is told, so that nobody compares it
+    assert "steps 4" in changed and "resolution 512" in changed and "tasks" not in changed
+
+
+def test_several_batches_are_the_round_of_one():
+    """The same images, whole or in parts: the same mean loss and gradient, before the optimizer's step."""
+    found = []
+    for sizes in ("--batch_size 4", "--batch_size 2 --batches 2", "--batch_size 1 --batches 4"):
+        flags = f"--random small --tasks 2 --steps 3 --resolution 32 {sizes}".split()
+        algorithm, batches = World(parse(flags)).setup()
+        result = algorithm.round(batches)
+        found.append((result.losses.mean, result.grad_norm))
+    assert found[0][1] > 0
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_peers_checkout_must_be_one(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        check(tmp_path)
+    assert str(tmp_path) in str(error.value) and "opd/trainer.py" in str(error.value)
+
+
+def test_a_padded_teacher_has_the_same_effect(tmp_path):
+    def effects(folder):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        sides = [{n: t.double() for n, t in tensors.items() if f".lora_{side}." in n} for side in "AB"]
+        scale = config["lora_alpha"] / config["r"]
+        return {n: scale * sides[1][n.replace(".lora_A.", ".lora_B.")] @ a for n, a in sides[0].items()}, config["r"]
+
+    teacher = Path(TINY_TEACHERS[1])
+    (before, rank), (after, wide) = effects(teacher), effects(padded(teacher, tmp_path / "wide"))
+    assert rank < wide == RANK and before.keys() == after.keys()
+    for name, effect in before.items():
+        torch.testing.assert_close(after[name], effect)
 
 
 def test_an_interrupt_keeps_what_was_measured():

@@ -1,0 +1,1 @@
+"""Other projects' trainers beside ours, from checkouts of theirs; see README.md here."""
