@@ -112,8 +112,8 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         if plan.model or config.train.tasks_per_pass:
             plan = with_passes(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
-        if accelerator.is_main_process:
-            print(*memory_lines(plan, accelerator.device), sep="\n")
+        for line in memory_lines(plan, accelerator.device) if accelerator.is_main_process else ():
+            print(line)
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return
