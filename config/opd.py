@@ -3,6 +3,7 @@
 ``mopd`` distils three teachers (aesthetics, text rendering, composition) into one student; ``sopd_*`` one teacher each.
 The teachers are the released LoRAs. The prompt files go to ``dataset/`` (see ``dataset/README.md``).
 
+``mopd_24gb``, ``mopd_40gb`` and ``mopd_80gb`` are the rounds of ``mopd`` on one GPU of that memory.
 ``sd3_medium_mopd`` and ``sd35_large_mopd`` do the same on the family's other sizes, for which no teachers are released:
 ``config/teacher.py`` trains them with ``--config.pretrained.model=...``.
 """
@@ -39,7 +40,8 @@ GENEVAL = {
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return the configuration called ``name``: mopd, mopd_{fold,beyond,merged}, sopd_{pickscore,ocr,geneval}, ..."""
+    """Return the one called ``name``: mopd, mopd_{24gb,40gb,80gb,fold,beyond,merged}, sopd_{pickscore,ocr,geneval},
+    sd3_medium_mopd, sd35_large_mopd."""
     return globals()[name]()
 
 
@@ -54,6 +56,41 @@ def mopd() -> ConfigDict:
                0.63, 0.59, 22.34, 0.285, 0.279, 5.36, 0.85, 3.03)
     """
     return _distillation("mopd", [PICKSCORE, OCR, GENEVAL])
+
+
+def mopd_24gb() -> ConfigDict:
+    """``mopd`` on one GPU of 24 GB, where the rewards' models wait on the CPU.
+
+    Command:   CONFIG=config/opd.py:mopd_24gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
+    Hardware:  1 GPU, 21 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
+    Cost:      8.8 PFLOP per round, 56 s on an H200 at 20% of its peak (computed, python -m tools.cost, as the memory)
+    Expected:  the student of ``mopd``; not run
+    """
+    config = _one_process("mopd_24gb", batch=4)
+    config.reward_options = {reward: {"device": "cpu"} for reward in ("pickscore", "geneval")}
+    return config
+
+
+def mopd_40gb() -> ConfigDict:
+    """``mopd`` on one GPU of 40 GB.
+
+    Command:   CONFIG=config/opd.py:mopd_40gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
+    Hardware:  1 GPU, 35 GB at the peak with the rewards' models, 6 images in a pass; 72 images per round, 24 per task
+    Cost:      as ``mopd_24gb``
+    Expected:  as ``mopd_24gb``
+    """
+    return _one_process("mopd_40gb", batch=6)
+
+
+def mopd_80gb() -> ConfigDict:
+    """``mopd`` on one GPU of 80 GB.
+
+    Command:   CONFIG=config/opd.py:mopd_80gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
+    Hardware:  1 GPU, 58 GB at the peak with the rewards' models, 12 images in a pass; 72 images per round, 24 per task
+    Cost:      as ``mopd_24gb``
+    Expected:  as ``mopd_24gb``
+    """
+    return _one_process("mopd_80gb", batch=4)
 
 
 def mopd_fold() -> ConfigDict:
@@ -151,6 +188,15 @@ def sd35_large_mopd() -> ConfigDict:
     """
     config = _sibling("sd35_large_mopd", "stabilityai/stable-diffusion-3.5-large")
     config.mixed_precision = "bf16"
+    return config
+
+
+def _one_process(run_name: str, batch: int) -> ConfigDict:
+    """The published rounds in one process: the same images in an optimizer step, and the same moving average."""
+    config = _distillation(run_name, [PICKSCORE, OCR, GENEVAL])
+    config.sample.train_batch_size = config.train.batch_size = batch
+    config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 72 // batch
+    config.train.ema_repeats = 3  # as with the published three batches of a process
     return config
 
 

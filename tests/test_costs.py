@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -15,17 +16,21 @@ import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, Mask2FormerForUniversalSegmentation
 
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.loading import BackboneError, load_text_encoder
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.rewards.geneval.convert import swin_small_config
 from diffusionopd.training import check, load_config, train
+from diffusionopd.training.costs import ladder
 from diffusionopd.training.costs.count import Cost, count_decode, measure
-from diffusionopd.training.costs.models import Pipeline, read_pipeline
-from diffusionopd.training.costs.round import memory, step_cost, work
+from diffusionopd.training.costs.models import REWARDS, Pipeline, read_pipeline
+from diffusionopd.training.costs.round import HEADROOM, memory, scorers, step_cost, work
+from diffusionopd.training.keys import ema_repeats
+from diffusionopd.training.passes import memory_lines
 from tools import cost as command
 
 from .conftest import ROOT, TARGETS
@@ -324,6 +329,100 @@ def test_a_published_round():
     assert sharded < peak < sum(memory(merged, cost, 1).values())
 
 
+# ---- The ladder ------------------------------------------------------------------------------------------------------
+
+ONE_GPU = pytest.mark.parametrize("size", [24, 40, 80])
+
+
+def test_rungs_are_smaller_passes_of_the_same_round(tiny_config, monkeypatch):
+    """Each is counted as its configuration is, and a GPU that it just fits into is offered that configuration."""
+    options = {"train__ema": True, "train__ema_repeats": 0, "mixed_precision": "bf16"}
+    plan, pipeline = check(tiny_config(**options), 1), read_pipeline(tiny_config().pretrained.model)
+    counted_once = functools.cache(lambda again: step_cost(with_checkpointing(plan, again), pipeline, 2))
+    monkeypatch.setattr(ladder, "step_cost", lambda plan, *_: counted_once(plan.values["activation_checkpointing"]))
+    found = list(ladder.rungs(plan, pipeline))
+    passes = [(2, 2), (1, 2), (1, 1)]
+    assert [(r.tasks, r.batch_size, r.checkpointing) for r in found] == [(*p, c) for c in (False, True) for p in passes]
+    for rung in found:
+        config = tiny_config(**options, train__tasks_per_pass=rung.tasks)
+        config.update_from_flattened_dict(ladder.changed(plan, rung))
+        its = check(config, 1)
+        assert (its.shape.images_per_task, ema_repeats(its.values)) == (plan.shape.images_per_task, 2)
+        assert its.shape.backward_batches == its.shape.batches_per_step, "one optimizer step"
+        if rung == found[-1]:
+            assert sum(memory(its, step_cost(its, pipeline, 1), 1).values()) == pytest.approx(rung.size, rel=0.02)
+        room = rung.size / HEADROOM + 1
+        first = next(other for other in found if other.fits(room))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, room))
+        line = memory_lines(plan, torch.device("cuda"))[1]
+        assert all(f"--config.{name}={value}" in line for name, value in ladder.changed(plan, first).items())
+    assert len(memory_lines(plan, torch.device("cpu"))) == 1 + len(ladder.GPUS)
+    assert memory_lines(check(tiny_config(), 1), torch.device("cpu")) == [], "a run for this CPU"
+
+
+def with_checkpointing(plan, again: bool):
+    return replace(plan, values={**plan.values, "activation_checkpointing": again})
+
+
+@ONE_GPU
+def test_one_gpu_has_the_published_round(size):
+    published = check(load_config(f"{ROOT}/config/opd.py:mopd"), 8, sources=False)
+    own = check(load_config(f"{ROOT}/config/opd.py:mopd_{size}gb"), 1, sources=False)
+    for counted_ in (
+        lambda plan: (plan.shape.images_per_task, plan.shape.groups_per_task, plan.shape.num_tasks),
+        lambda plan: (plan.shape.backward_batches // plan.shape.batches_per_step, plan.shape.rounds_per_step),
+        lambda plan: (plan.nfe_per_round, plan.sampler, ema_repeats(plan.values), plan.tasks),
+    ):
+        assert counted_(own) == counted_(published)
+    sizes = {name for name in published.values if own.values[name] != published.values[name]}
+    assert sizes <= {
+        "run_name", "reward_options", "sample.train_batch_size", "train.batch_size", "sample.num_batches_per_epoch",
+        "train.gradient_accumulation_steps", "train.ema_repeats",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@ONE_GPU
+def test_one_gpu_holds_its_rounds(size):
+    """With the passes that its preset has, and with room left for what is not counted."""
+    config = load_config(f"{ROOT}/config/opd.py:mopd_{size}gb")
+    plan = check(config, 1, sources=False)
+    for rung in ladder.rungs(plan, read_pipeline(MEDIUM)):
+        if rung.fits(ladder.GPUS[f"{size} GB"]):
+            break
+    assert not set(ladder.changed(plan, rung)), "its batch, without checkpointing"
+
+
+def test_models_of_rewards_are_counted_once(tiny_config):
+    """CLIP ViT-L/14 of two, on the training device, in their type."""
+    with torch.device("meta"):
+        detector = Mask2FormerForUniversalSegmentation(swin_small_config())
+        sizes = {"mask2former": values(detector.parameters()), "clip_l": values(clip(768, 1024, 12, 24).parameters())}
+        assert REWARDS["pickscore"]["parameters"] == {"pickscore": values(clip(1024, 1280, 24, 32).parameters())}
+    assert REWARDS["geneval"]["parameters"] == sizes
+    weights = {"geneval": 1.0, "clipscore": 1.0, "jpeg_compressibility": 1.0}
+    options = {"train__teachers": [dict(task, proxy_reward=weights) for task in tiny_config().train.teachers]}
+    plans = [
+        check(tiny_config(**options, **more), 1, sources=False)
+        for more in (
+            {"monitor_freq": 1},
+            {"monitor_freq": 1, "reward_options": {"geneval": {"device": "cpu"}, "clipscore": {"dtype": "float16"}}},
+            {"monitor_freq": 0, "eval_freq": 0},
+        )
+    ]
+    assert [scorers(plan) for plan in plans] == [4 * sum(sizes.values()), 2 * sizes["clip_l"], 0]
+
+
+def clip(text: int, vision: int, text_layers: int, vision_layers: int) -> CLIPModel:
+    """Of published sizes: heads of 64 and 80 values, four times as wide in between."""
+    sides = [
+        {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 16}
+        for width, layers in ((text, text_layers), (vision, vision_layers))
+    ]
+    vision_config = sides[1] | {"patch_size": 14}
+    return CLIPModel(CLIPConfig(text_config=sides[0], vision_config=vision_config, projection_dim=text))
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +430,7 @@ def test_every_shipped_configuration_has_a_cost(monkeypatch, capsys, tiny_config
     cost = costs_of(tiny_config())[1]  # the same for all: what a step costs is tested above
     monkeypatch.setattr(command, "step_cost", lambda *_: cost)
     monkeypatch.setattr(command, "outside_training", lambda *_: {})
+    monkeypatch.setattr(ladder, "step_cost", lambda *_: cost)
     monkeypatch.chdir(ROOT)
     names = ("opd", "teacher", "tiny", "flux1", "flux2", "z_image", "sana")
     files = {file: (ROOT / f"config/{file}.py").read_text() for file in names}

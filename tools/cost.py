@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
@@ -19,6 +20,8 @@ from diffusionopd.config_schema import flatten, read, redacted, split_arguments
 from diffusionopd.files import path_flag, write_json
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
+from diffusionopd.training.costs import ladder
+from diffusionopd.training.costs.ladder import giga
 from diffusionopd.training.costs.models import Pipeline, read_pipeline
 from diffusionopd.training.costs.round import (
     MACHINE,
@@ -41,9 +44,7 @@ def main() -> None:
         parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
         parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
         parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
-        parser.add_argument(
-            "--gpu_gb", type=float, default=80.0, help="memory of a GPU, for tasks that walk side by side"
-        )
+        parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in GB of 1024^3 bytes")
         parser.add_argument("--json", type=path_flag, help="write the figures to this file")
         args = parser.parse_args(rest)
         if source is None:
@@ -60,10 +61,11 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
     """Print what ``plan`` costs and write it to ``args.json``."""
     shape = plan.shape
     cost, own = step_cost(plan, pipeline, shape.backward_size), own_models(plan, pipeline)
-    fitting = tasks_that_fit(plan, cost, own, args.gpu_gb * 1e9)
+    fitting = tasks_that_fit(plan, cost, own, args.gpu_gb * 2**30)
     tasks = min(shape.tasks_per_pass or fitting, shape.tasks_per_round)
     if tasks > 1:
         cost = step_cost(plan, pipeline, tasks * shape.backward_size)
+    unresolved, plan = plan, replace(plan, shape=replace(shape, tasks_per_pass=tasks))
     kinds = work(plan, cost, own)
     nfe, flops = (sum(column) for column in zip(*kinds.values(), strict=True))
     seconds = flops / (shape.num_processes * args.peak_tflops * 1e12 * args.utilisation)
@@ -92,6 +94,7 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
         ("peak of a training step", *(giga(sum(rows.values())) for rows in held.values())),
         *((name, *[giga(size)] * len(held)) for name, size in outside.items()),
     )
+    print(*ladder.lines(unresolved, pipeline, {**ladder.GPUS, f"{args.gpu_gb:g} GB": args.gpu_gb * 2**30}), sep="\n")
     if args.json:
         figures = {
             "parameters": cost.parameters,
@@ -118,11 +121,6 @@ def print_table(*rows: tuple[str, ...]) -> None:
 def tera(flops: float) -> str:
     """FLOPs in units that fit."""
     return f"{flops / 1e15:.2f} PFLOP" if flops >= 1e15 else f"{flops / 1e12:.3g} TFLOP"
-
-
-def giga(size: float) -> str:
-    """Bytes in units that fit."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.distributed import gather_over_processes, together
 from diffusionopd.models.acceleration import AccelerationError, check_compiler
+from diffusionopd.models.loading import BackboneError
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.models.sharding import requested_sharding
+from diffusionopd.training.costs import ladder
 from diffusionopd.training.costs.count import UncountableError
 from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import MACHINE, own_models, step_cost, tasks_that_fit
@@ -82,5 +84,24 @@ def _fitting(plan: Plan, device: torch.device) -> int:
     except UncountableError:
         return 1
     free, _ = torch.cuda.mem_get_info(device)
-    shards = min(plan.shape.num_processes, MACHINE) if requested_sharding() else 1
-    return min(tasks, tasks_that_fit(plan, cost, own, free, shards))
+    return min(tasks, tasks_that_fit(plan, cost, own, free, _shards(plan)))
+
+
+def _shards(plan: Plan) -> int:
+    return min(plan.shape.num_processes, MACHINE) if requested_sharding() else 1
+
+
+def memory_lines(plan: Plan, device: torch.device) -> list[str]:
+    """For people: the peak of a resolved plan, and what fits into this GPU or, without one, into common ones. Nothing
+    for a run on a CPU, and for a model that is not here or cannot be counted."""
+    rooms, chosen = dict[str, float](ladder.GPUS), plan.shape.tasks_per_pass
+    if device.type == "cuda":
+        rooms = {"this GPU": torch.cuda.mem_get_info(device)[0]}
+    elif plan.read(MemorySettings).mixed_precision == "no":
+        return []
+    elif not plan.values["train.tasks_per_pass"] and chosen == plan.shape.tasks_per_round:
+        plan = replace(plan, shape=replace(plan.shape, tasks_per_pass=0))  # a GPU would choose
+    try:
+        return ladder.lines(plan, read_pipeline(**plan.read(BaseSettings).source), rooms, _shards(plan))
+    except (BackboneError, UncountableError):
+        return []

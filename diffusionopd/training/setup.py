@@ -50,7 +50,7 @@ from diffusionopd.training.loading import (
 )
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.passes import resolved
+from diffusionopd.training.passes import memory_lines, resolved
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.settings import tracker_names
@@ -112,6 +112,8 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         if plan.model or config.train.tasks_per_pass:
             plan = resolved(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
+        for line in memory_lines(plan, accelerator.device) if accelerator.is_main_process else ():
+            print(line)
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return

@@ -22,6 +22,8 @@ from diffusionopd.models.teacher_models import read_teacher_model
 _FILE = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 PUBLISHED: dict[str, dict[str, Any]] = {name: model.get("transformer", {}) for name, model in _FILE["models"].items()}
 """Hub id -> what its transformer's configuration has beside the defaults of its class."""
+REWARDS: dict[str, dict[str, Any]] = _FILE["rewards"]
+"""Reward -> the dtype that its models have by default, and their numbers of parameters."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diffusionopd.training.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
-from diffusionopd.training.costs.models import Pipeline, with_model
+from diffusionopd.training.costs.models import REWARDS, Pipeline, with_model
 from diffusionopd.training.plan import Plan
 
 MACHINE = 8
 """Processes of a machine, over which a base is sharded."""
 HEADROOM = 0.85
-"""The share of a GPU's memory that a counted step may take: kernels' workspaces, the allocator's losses and the
-decoding of images beside a round are not in the count."""
+"""The share of a GPU's memory that a counted step and the rewards' models may take: kernels' workspaces, the
+allocator's losses and the decoding of an image beside a round are not in the count."""
 
 
 def step_cost(plan: Plan, pipeline: Pipeline, images: int) -> Cost:
@@ -91,19 +91,38 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
     return {name: size for name, size in rows.items() if size}
 
 
+def scorers(plan: Plan) -> int:
+    """Bytes of the models of known rewards that stay on the training device, beside every training step."""
+    watch = plan.watch
+    if not (plan.algorithm.has_rewards or watch.monitor_freq or watch.eval_freq):
+        return 0
+    held = dict[tuple[str, int], int]()
+    for name in {name for task in plan.tasks for name in task.proxy_reward} & REWARDS.keys():
+        options = {"device": "cuda", "dtype": REWARDS[name]["dtype"]} | dict(watch.reward_options.get(name, {}))
+        if options["device"] == "cuda":
+            item = 4 if options["dtype"] == "float32" else 2
+            # Rewards share models.
+            held |= {(part, item): size * item for part, size in REWARDS[name]["parameters"].items()}
+    return sum(held.values())
+
+
 def tasks_that_fit(plan: Plan, cost: Cost, own: Mapping[str, Frozen], free: float, shards: int = 1) -> int:
     """How many tasks can walk side by side in ``free`` bytes, at least 1; ``cost`` is that of one task's rows."""
-    held = sum(memory(plan, cost, shards, own).values()) - cost.activations
+    held = sum(memory(plan, cost, shards, own).values()) - cost.activations + scorers(plan)
     return max(1, int((HEADROOM * free - held) // cost.activations))
 
 
 def outside_training(plan: Plan, pipeline: Pipeline) -> dict[str, int]:
     """Bytes that a GPU holds at other moments: beside the step while images are decoded, and before any of it."""
-    decoded = count_decode(pipeline, plan.values["resolution"], plan.shape.backward_size).peak
-    return {
-        "decoding images, on top": 0 if plan.values["vae_device"] else decoded,
+    decoded = 0
+    if not plan.values["vae_device"]:  # beside training one at a time
+        decoded = count_decode(pipeline, plan.values["resolution"], 1).peak
+    rows = {
+        "rewards' models, on top": scorers(plan),
+        "decoding an image, on top": decoded,
         "text encoders, at the start": _item(plan) * pipeline.encoder_parameters(),
     }
+    return {name: size for name, size in rows.items() if size}
 
 
 def _item(plan: Plan) -> int:
