@@ -23,7 +23,7 @@ def klein_base() -> ConfigDict:
     Command:   CONFIG=config/flux2.py:klein_base bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 11 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
-    Cost:      55 PFLOP per round, 43 s on 8 H200 at 20% of their peak (computed, python -m tools.cost; not run)
+    Cost:      55 PFLOP per round, 18 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _distillation("flux2_klein_base", "black-forest-labs/FLUX.2-klein-base-4B")

@@ -62,8 +62,8 @@ def mopd_24gb() -> ConfigDict:
     """``mopd`` on one GPU of 24 GB, where the rewards' models wait on the CPU.
 
     Command:   CONFIG=config/opd.py:mopd_24gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 21 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
-    Cost:      8.8 PFLOP per round, 56 s on an H200 at 20% of its peak (computed, python -m tools.cost, as the memory)
+    Hardware:  1 GPU, 18 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
+    Cost:      8.8 PFLOP per round, 24 s on an H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost, as the memory)
     Expected:  the student of ``mopd``; not run
     """
     config = _one_process("mopd_24gb", batch=4)
@@ -75,7 +75,7 @@ def mopd_40gb() -> ConfigDict:
     """``mopd`` on one GPU of 40 GB.
 
     Command:   CONFIG=config/opd.py:mopd_40gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 35 GB at the peak with the rewards' models, 6 images in a pass; 72 images per round, 24 per task
+    Hardware:  1 GPU, 30 GB at the peak with the rewards' models, 6 images in a pass; 72 images per round, 24 per task
     Cost:      as ``mopd_24gb``
     Expected:  as ``mopd_24gb``
     """
@@ -86,11 +86,11 @@ def mopd_80gb() -> ConfigDict:
     """``mopd`` on one GPU of 80 GB.
 
     Command:   CONFIG=config/opd.py:mopd_80gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 58 GB at the peak with the rewards' models, 12 images in a pass; 72 images per round, 24 per task
+    Hardware:  1 GPU, 68 GB at the peak with the rewards' models, 18 images in a pass; 72 images per round, 24 per task
     Cost:      as ``mopd_24gb``
     Expected:  as ``mopd_24gb``
     """
-    return _one_process("mopd_80gb", batch=4)
+    return _one_process("mopd_80gb", batch=6)
 
 
 def mopd_fold() -> ConfigDict:
@@ -171,7 +171,7 @@ def sd3_medium_mopd() -> ConfigDict:
     Command:   CONFIG=config/opd.py:sd3_medium_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
     Hardware:  8 GPUs, 15 GB each; 72 images per round, 24 per task
-    Cost:      7.4 PFLOP per round, 6 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
+    Cost:      7.4 PFLOP per round, 3 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _sibling("sd3_medium_mopd", "stabilityai/stable-diffusion-3-medium-diffusers")
@@ -183,7 +183,7 @@ def sd35_large_mopd() -> ConfigDict:
     Command:   CONFIG=config/opd.py:sd35_large_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
     Hardware:  8 GPUs, 45 GB each (22 GB with --config.activation_checkpointing=True); 72 images per round, 24 per task
-    Cost:      28 PFLOP per round, 22 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
+    Cost:      28 PFLOP per round, 9 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     config = _sibling("sd35_large_mopd", "stabilityai/stable-diffusion-3.5-large")

@@ -22,7 +22,7 @@ def mopd() -> ConfigDict:
     Command:   CONFIG=config/sana.py:mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs, 49 GB each (9 GB with --config.activation_checkpointing=True); 48 images per round, 24 per task
-    Cost:      7.7 PFLOP per round, 6 s on 8 H200 at 20% of their peak (computed, python -m tools.cost)
+    Cost:      7.7 PFLOP per round, 3 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"

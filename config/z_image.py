@@ -21,7 +21,7 @@ def mopd() -> ConfigDict:
     Command:   CONFIG=config/z_image.py:mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 16 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
-    Cost:      99 PFLOP per round, 78 s on 8 H200 at 20% of their peak (computed, python -m tools.cost; not run)
+    Cost:      99 PFLOP per round, 33 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _distillation("z_image_mopd", "Tongyi-MAI/Z-Image")

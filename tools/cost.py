@@ -42,8 +42,10 @@ def main() -> None:
         source, overrides, rest = split_arguments(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
-        parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products of an H200")
-        parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak reached; 0.2: measured")
+        parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products, H100, H200")
+        parser.add_argument(
+            "--utilisation", type=float, default=0.47, help="share of the peak reached; 0.47: measured, H100"
+        )
         parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in GB of 1024^3 bytes")
         parser.add_argument("--json", type=path_flag, help="write the figures to this file")
         args = parser.parse_args(rest)
