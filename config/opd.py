@@ -63,7 +63,7 @@ def mopd_24gb() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:mopd_24gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
     Hardware:  1 GPU, 18 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
-    Cost:      8.8 PFLOP per round, 24 s on an H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost, as the memory)
+    Cost:      8.8 PFLOP per round, 24 s on an H100 at 47% of 790 TFLOP/s (computed, tools.cost, as the memory)
     Expected:  the student of ``mopd``; not run
     """
     config = _one_process("mopd_24gb", batch=4)

@@ -52,8 +52,8 @@ def edit() -> ConfigDict:
     Command:   CONFIG=config/qwen_image.py:edit bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... (ocr) and likewise [1] (edit): LoRAs of this base
     Hardware:  8 GPUs of 80 GB, 66 GB each, of which the weights are 41; 48 images per round, 24 per task
-    Cost:      less than 423 PFLOP per round, 143 s on 8 H100 at 47% of 790 TFLOP/s, which all edits of 1024 tokens would
-               have (computed, python -m tools.cost)
+    Cost:      less than 423 PFLOP per round, 143 s on 8 H100 at 47% of 790 TFLOP/s, which all edits of 1024 tokens
+               would have (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     config = _distillation("qwen_image_edit", "Qwen/Qwen-Image-Edit-2511")

@@ -117,7 +117,7 @@ def _distilled() -> Iterator[Arm]:
     for loss, (label, changes) in LOSSES.items():
         rounds = {"": OPD_ROUNDS} if loss == "opd" else {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
         for rate in (5e-4, 1e-3, 2e-3):
-            own = {**changes, "train.learning_rate": rate, "eval_freq": 5}
+            own = {**changes, "train.learning_rate": rate, "eval_freq": 5 if rate == 1e-3 else 20}
             text = f"DiffusionOPD, {label}, rate {rate:g}"
             yield Arm(f"{loss}_{rate:g}", text, "claims", "opd", rounds, changes=own, teachers=REWARDED, choice=loss)
     yield _opd("sft", "SFT on the teachers' samples", "claims", {"train.algorithm": "sft"})
@@ -166,7 +166,7 @@ def _folded() -> Iterator[Arm]:
 def _starts(teachers: str) -> Iterator[Arm]:
     for loss, (label, changes) in LOSSES.items():
         for rank, scale in ((48, None), (8, 0.0), (16, 0.0), (48, 0.0), (48, 0.5), (48, 1.0)):
-            own = {**changes, "eval_freq": 2, "train.lora_rank": rank, "train.lora_alpha": 2 * rank}
+            own = {**changes, "eval_freq": 4, "train.lora_rank": rank, "train.lora_alpha": 2 * rank}
             name, text = f"fresh_{teachers}_{loss}", f"{label}, {teachers} teachers, fresh, rank {rank}"
             if scale is not None:
                 own |= {"train.student_init": "teachers", "train.student_init_scale": scale}

@@ -128,11 +128,22 @@ def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) ->
         "fights": fights(runs, world),
         "tables": {title: found for group, title in GROUPS.items() if (found := rows(runs, world, group, chosen))},
         "chosen": chosen,
+        "candidates": _candidates(runs, world, chosen),
         "seeds": sorted({result.seed for result in results}),
         "there": len({result.name for result in results}),
         "known": known,
         "plots": figures(runs, world),
     }
+
+
+def _candidates(runs: Runs, world: World, chosen: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Of each choice, the arms among which validation chose: label -> mean over tasks and seeds there, best first."""
+    found: dict[str, dict[str, float]] = {}
+    for choice in chosen:
+        among = [arm for arm in arms_of(world).values() if arm.choice == choice]
+        scores = {arm.label: fmean(overall(each, world) for each in runs[arm.name].values()) for arm in among}
+        found[choice] = dict(sorted(scores.items(), key=lambda item: -item[1]))
+    return found
 
 
 def as_json(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

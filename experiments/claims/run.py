@@ -22,9 +22,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -39,10 +39,10 @@ from diffusionopd.evaluation.results import read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
-from experiments.claims.arms import GROUPS, REWARDED, SHIPPED, Arm
+from experiments.claims.arms import GROUPS, REFERENCES, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
 from experiments.claims.report import screen, write
-from experiments.claims.results import ClaimsError, Result, read_result
+from experiments.claims.results import ClaimsError, Result, read_result, read_results
 from experiments.claims.worlds import CANDIDATES, FIGHTING, TINY, WORLDS
 from tools.report.collect import read_metrics
 
@@ -116,12 +116,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Runner:
-    """Where runs happen and where results go; ``quick``: a few rounds; ``test``: whether test prompts are scored."""
+    """Where runs happen and where results go.
+
+    ``quick``: a few rounds. ``test``: whether test prompts are scored; of several arms of one choice only those that
+    are ``chosen``, by world and name, and what others are compared with.
+    """
 
     logs: Path
     results: Path
     quick: bool = False
     test: bool = True
+    chosen: frozenset[tuple[str, str]] = frozenset()
+
+    def tests(self, run: Run) -> bool:
+        """Whether a run is scored on test prompts."""
+        compared = run.arm in (name.removesuffix(".80") for name in REFERENCES.values())
+        return self.test and (not run.what.choice or compared or (run.world, run.arm) in self.chosen)
 
     def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
@@ -147,7 +157,7 @@ class Runner:
         if not self.file(run).is_file():
             return False
         result = read_result(self.file(run))
-        return result.rounds == (self.rounds(run) if run.rounds else 0) and (bool(result.test) or not self.test)
+        return result.rounds == (self.rounds(run) if run.rounds else 0) and (bool(result.test) or not self.tests(run))
 
     def can_teach(self, run: Run) -> bool:
         """Whether its LoRA is here: results are kept with the code, run folders may be gone."""
@@ -181,7 +191,7 @@ class Runner:
 
     def _splits(self, run: Run) -> list[str]:
         """Which prompts it is scored on at its end; validation comes with a training."""
-        return [*([] if run.rounds else ["validation"]), *(["test"] if self.test else [])]
+        return [*([] if run.rounds else ["validation"]), *(["test"] if self.tests(run) else [])]
 
     def _train(self, run: Run) -> None:
         changes = {"num_epochs": self.rounds(run), "seed": run.seed, "resume_from": "auto"}
@@ -318,6 +328,11 @@ def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     return [redacted(f"{run.world} {run.name}: {error}") for run, error in errors.items() if error]
 
 
+def chosen_arms(results: Path, worlds: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """World and name of the arms that validation has chosen so far."""
+    return frozenset((world, arm) for world in worlds for arm in read_results(results, WORLDS[world])[1].values())
+
+
 def measure_variance(runner: Runner, seed: int) -> str:
     """The estimators' variance of one seed, where it is not there yet; returns what failed."""
     file = runner.results / f"variance-seed{seed}.json"
@@ -330,8 +345,10 @@ def measure_variance(runner: Runner, seed: int) -> str:
 
 
 def forecast(runs: Sequence[Run], runner: Runner) -> str:
-    """What is left to do and its cost, by world and group."""
+    """What is left to do and its cost, by world and group; of each choice, the first arm stands for the chosen one."""
     rows, total = [], 0.0
+    first = {(run.world, run.what.choice): (run.world, run.arm) for run in reversed(runs) if run.what.choice}
+    runner = replace(runner, chosen=frozenset(first.values()))
     for world in dict.fromkeys(run.world for run in runs):
         for group in GROUPS:
             own = [run for run in runs if run.world == world and run.what.group == group]
@@ -396,6 +413,9 @@ def main() -> None:
         if flags.dry_run:
             return
         failures = run_all(runs, runner, flags.jobs)
+        if runner.test:  # once all candidates are there
+            tested = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
+            failures += run_all([run for run in runs if (run.world, run.arm) in tested.chosen], tested, flags.jobs)
         if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
             failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
         lines = write(runner.results, runner.results) if runner.test else screen(runner.results)
