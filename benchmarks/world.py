@@ -18,9 +18,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from diffusionopd.algorithms.base import Models, SamplerSettings
+from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
 from diffusionopd.algorithms.optim import OptimizerSettings, StudentOptimizer
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.noise import noise
 from diffusionopd.data.prompts import Prompt

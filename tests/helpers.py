@@ -14,9 +14,10 @@ import torch
 from ml_collections import ConfigDict
 
 from diffusionopd.algorithms import ALGORITHMS
-from diffusionopd.algorithms.base import Models, SamplerSettings
+from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
 from diffusionopd.algorithms.optim import OptimizerSettings, StudentOptimizer
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt

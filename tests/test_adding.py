@@ -52,7 +52,9 @@ def test_adding_a_key_takes_its_declaration_alone(tmp_path):
 PULL = """
 from dataclasses import dataclass
 
-from diffusionopd.algorithms.base import Algorithm, Nfe, Result, TeacherSettings
+from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.algorithms.results import Result
+from diffusionopd.algorithms.settings import Nfe, TeacherSettings
 from diffusionopd.config_schema import key
 from diffusionopd.transitions import per_sample_mean
 

@@ -13,8 +13,8 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from diffusionopd.algorithms import opd
-from diffusionopd.algorithms.base import Losses
 from diffusionopd.algorithms.optim import Ema, NonFiniteError, OptimizerSettings, StudentOptimizer
+from diffusionopd.algorithms.results import Losses
 from diffusionopd.data.batches import choose_steps
 from diffusionopd.models.policies import STUDENT
 

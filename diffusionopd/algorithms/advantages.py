@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionopd.algorithms.base import Losses, ReferenceSettings
 from diffusionopd.algorithms.pull import ComparisonSettings, Pull
+from diffusionopd.algorithms.results import Losses
+from diffusionopd.algorithms.settings import ReferenceSettings
 from diffusionopd.config_schema import READ, Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.rounds import RoundShape

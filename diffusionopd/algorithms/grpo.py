@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import (
-    Algorithm,
-    ClipSettings,
-    Nfe,
-    Result,
-    RoundPlan,
-    SamplerSettings,
-    TeacherSettings,
-)
+from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.algorithms.results import Result
+from diffusionopd.algorithms.settings import ClipSettings, Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.distributed import mean_over_processes

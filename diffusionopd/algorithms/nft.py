@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import (
-    STUDENT,
-    Algorithm,
-    Losses,
-    Models,
-    Nfe,
-    Result,
-    RoundPlan,
-    SamplerSettings,
-    TeacherSettings,
-)
+from diffusionopd.algorithms.base import STUDENT, Algorithm, Models
 from diffusionopd.algorithms.pull import Pull
+from diffusionopd.algorithms.results import Losses, Result
+from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems, is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import nft_loss, old_policy_decay, optimality, reference_penalty

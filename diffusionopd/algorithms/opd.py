@@ -9,19 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionopd.algorithms.base import (
-    Algorithm,
+from diffusionopd.algorithms.base import Algorithm, Models
+from diffusionopd.algorithms.pull import ComparisonSettings
+from diffusionopd.algorithms.results import Losses, Result
+from diffusionopd.algorithms.settings import (
     ClipSettings,
-    Losses,
-    Models,
     Nfe,
     ReferenceSettings,
-    Result,
     RoundPlan,
     SamplerSettings,
     TeacherSettings,
 )
-from diffusionopd.algorithms.pull import ComparisonSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch, choose_steps, step_chances
 from diffusionopd.losses import distillation_loss, policy_gradient_loss

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusionopd.algorithms.base import Losses
+from diffusionopd.algorithms.results import Losses
 from diffusionopd.config_schema import key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import TARGETS, distillation_loss

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusionopd.algorithms.base import Algorithm, Nfe, Result, RoundPlan, SamplerSettings, TeacherSettings
+from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.algorithms.results import Result
+from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import flow_matching_loss

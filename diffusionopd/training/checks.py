@@ -10,8 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusionopd.algorithms import ALGORITHMS, Algorithm
-from diffusionopd.algorithms.base import SamplerSettings
 from diffusionopd.algorithms.optim import OptimizerSettings
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.config_schema import (
     ConfigError,
     Problems,

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from diffusionopd import config_schema
 from diffusionopd.algorithms import ALGORITHMS, AlgorithmSettings
-from diffusionopd.algorithms.base import SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.config_schema import (
     SECTIONS,
     ConfigError,

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusionopd.algorithms.base import Result
+from diffusionopd.algorithms.results import Result
 from diffusionopd.distributed import together
 from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.evaluation.sampling import ImageGenerator

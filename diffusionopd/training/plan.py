@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from diffusionopd.algorithms import Algorithm
-from diffusionopd.algorithms.base import Nfe, RoundPlan
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
+from diffusionopd.algorithms.settings import Nfe, RoundPlan
 from diffusionopd.config_schema import read, unset
 from diffusionopd.config_schema.paths import with_origin
 from diffusionopd.data.rounds import CASCADE, TOGETHER

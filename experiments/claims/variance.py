@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.world import TINY, assemble
-from diffusionopd.algorithms.base import SamplerSettings
 from diffusionopd.algorithms.opd import Opd
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.data.batches import Batch
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import load_prompts

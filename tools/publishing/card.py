@@ -9,8 +9,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from diffusionopd.algorithms import ALGORITHMS, Algorithm
-from diffusionopd.algorithms.base import SamplerSettings
 from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
+from diffusionopd.algorithms.settings import SamplerSettings
 from diffusionopd.config_schema import comparable, keys_of, read, unset
 from diffusionopd.data.tasks import single_task
 from diffusionopd.evaluation.testsets import first
