@@ -149,6 +149,11 @@ def test_of_several_candidates_the_chosen_one_is_tested():
     runner = Runner(ROOT, ROOT, chosen=frozenset({("tiny", "multitask_nft_0.002"), ("crossed", "opd_0.002")}))
     assert [run.arm for run in runs if runner.tests(run)] == ["base", "opd_0.001", "multitask_nft_0.002"]
     assert not any(Runner(ROOT, ROOT, test=False, chosen=runner.chosen).tests(run) for run in runs)
+    stages = [Run("tiny", name, stage, 1) for name in names[3:] for stage in ("alone", "teachers", "")]
+    assert [run.name for run in stages if runner.waits(run)] == ["multitask_nft_0.001-seed1"]
+    assert not any(map(runner.waits, runs[:3])), "these have one stage"
+    early = Run("tiny", "teacher_ocr", "early", 1)
+    assert runner.tests(early) and not Runner(ROOT, ROOT, early=False).tests(early)
 
 
 def test_the_screen_distils_nothing_and_asks_no_test_prompt():

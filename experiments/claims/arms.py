@@ -15,6 +15,8 @@ from typing import Any
 TEACHER_ROUNDS, EARLY_TEACHER_ROUNDS = 60, 24
 OPD_ROUNDS = 80
 REWARDED, SHIPPED = "rewarded", "shipped"
+EARLY, AT_TEACHERS = "early", "teachers"
+"""Stages: of a teacher, after fewer rounds; of multi-task RL, at the cost of all teachers together."""
 OURS = {"train.target": "velocity", "train.self_normalize": True}
 PAPER = {"train.target": "mean", "train.self_normalize": False}
 LOSSES = {"opd": ("our loss", OURS), "paper": ("the paper's loss", PAPER)}
@@ -57,6 +59,11 @@ class Arm:
     choice: str = ""  # of these, validation chooses one, which then has this name
 
     @property
+    def decisive(self) -> str:
+        """The stage at which it is compared with the others of its choice: all are trained to it, one is beyond."""
+        return AT_TEACHERS if AT_TEACHERS in self.rounds else ""
+
+    @property
     def trained(self) -> bool:
         """Whether it has rounds."""
         return bool(self.rounds)
@@ -90,7 +97,7 @@ def _opd(name: str, label: str, group: str, changes: Mapping[str, Any], rounds: 
 
 
 def _models(tasks: Sequence[str], shipped: Sequence[str]) -> Iterator[Arm]:
-    group, rounds = "claims", {"early": EARLY_TEACHER_ROUNDS, "": TEACHER_ROUNDS}
+    group, rounds = "claims", {EARLY: EARLY_TEACHER_ROUNDS, "": TEACHER_ROUNDS}
     yield Arm("base", "base", group, "base")
     yield from (Arm(f"teacher_{t}", f"NFT teacher, {t}", group, "nft", rounds, task=t) for t in tasks)
     yield from (Arm(f"shipped_{t}", f"shipped teacher, {t}", group, "lora", task=t) for t in shipped)
@@ -100,7 +107,7 @@ def _models(tasks: Sequence[str], shipped: Sequence[str]) -> Iterator[Arm]:
 def _rivals() -> Iterator[Arm]:
     """One student from all rewards. As many learning rates for each method; the teachers' own is 2e-3."""
     turns, one_by_one = {"train.task_order": "alternate"}, {"train.task_order": "cascade"}
-    nft, guard = {"alone": 40, "teachers": 60, "": 100}, {"alone": 48, "teachers": 72, "": 120}
+    nft, guard = {"alone": 40, AT_TEACHERS: 60, "": 100}, {"alone": 48, AT_TEACHERS: 72, "": 120}
     for name, label, kind, rounds, changes in (
         ("multitask_nft", "multi-task NFT", "nft", nft, turns),
         ("multitask_guard", "multi-task GRPO-Guard", "guard", guard, turns),
@@ -117,7 +124,7 @@ def _distilled() -> Iterator[Arm]:
     for loss, (label, changes) in LOSSES.items():
         rounds = {"": OPD_ROUNDS} if loss == "opd" else {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
         for rate in (5e-4, 1e-3, 2e-3):
-            own = {**changes, "train.learning_rate": rate, "eval_freq": 5 if rate == 1e-3 else 20}
+            own = {**changes, "train.learning_rate": rate, "eval_freq": 10}
             text = f"DiffusionOPD, {label}, rate {rate:g}"
             yield Arm(f"{loss}_{rate:g}", text, "claims", "opd", rounds, changes=own, teachers=REWARDED, choice=loss)
     yield _opd("sft", "SFT on the teachers' samples", "claims", {"train.algorithm": "sft"})
@@ -128,7 +135,7 @@ def _estimators() -> Iterator[Arm]:
     yield Arm("closed_0", "the paper's loss, closed form, ODE", "claims", "same", of="paper_0.001")
     surrogate = {"train.loss": "policy_gradient"}
     for noise in (0.3, 0.7):
-        common, text = {**PAPER, "sample.noise_level": noise, "eval_freq": 5}, f"noise {noise:g}"
+        common, text = {**PAPER, "sample.noise_level": noise}, f"noise {noise:g}"
         stages = {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
         label = f"the paper's loss, closed form, {text}"
         yield Arm(f"closed_{noise:g}", label, "claims", "opd", stages, changes=common, teachers=REWARDED)

@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments.claims.arms import GROUPS, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to
+from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to, staged
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
 from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
@@ -46,7 +46,7 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
         names = [(arms["opd_0.001"], ""), (arms["paper_0.001"], "80"), *names]
     reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else "opd_0.001"
     for arm, stage in names:
-        name = f"{arm.name}.{stage}" if stage else arm.name
+        name = staged(arm.name, stage)
         results = [result for result in runs.get(name, {}).values() if result.test]
         if not results:
             continue
@@ -141,7 +141,8 @@ def _candidates(runs: Runs, world: World, chosen: Mapping[str, str]) -> dict[str
     found: dict[str, dict[str, float]] = {}
     for choice in chosen:
         among = [arm for arm in arms_of(world).values() if arm.choice == choice]
-        scores = {arm.label: fmean(overall(each, world) for each in runs[arm.name].values()) for arm in among}
+        there = {arm.label: runs[staged(arm.name, arm.decisive)].values() for arm in among}
+        scores = {label: fmean(overall(each, world) for each in results) for label, results in there.items()}
         found[choice] = dict(sorted(scores.items(), key=lambda item: -item[1]))
     return found
 

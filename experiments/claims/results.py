@@ -42,7 +42,7 @@ class Result:
     @property
     def name(self) -> str:
         """Arm and stage."""
-        return f"{self.arm}.{self.stage}" if self.stage else self.arm
+        return staged(self.arm, self.stage)
 
     @property
     def cost(self) -> float:
@@ -68,6 +68,11 @@ Runs = dict[str, dict[int, Result]]
 """Arm or ``arm.stage`` -> seed -> result."""
 
 
+def staged(arm: str, stage: str) -> str:
+    """The name of an arm at a stage."""
+    return f"{arm}.{stage}" if stage else arm
+
+
 def read_result(file: Path) -> Result:
     """The result in a file; ClaimsError if it is none."""
     try:
@@ -79,8 +84,9 @@ def read_result(file: Path) -> Result:
 def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
     """Every result of a world, also under the names of choices, and which arm each of these is.
 
-    Of several arms of one choice that have the same seeds, the one with the best mean over tasks and seeds at its end,
-    on validation prompts. ClaimsError for a file that is none, for other prompts, and for quick runs among others.
+    Of several arms of one choice that have the same seeds, the one with the best mean over tasks and seeds on
+    validation prompts, at its decisive stage. ClaimsError for a file that is none, for other prompts, and for quick
+    runs among others.
     """
     runs: Runs = {}
     for file in sorted((folder / world.name).glob("*-seed*.json")):
@@ -95,16 +101,15 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         if arm.kind == "same" and arm.of in runs:
             runs[arm.name] = runs[arm.of]
     for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
-        among = [arm for arm in arms.values() if arm.choice == choice]
-        seeds = set.intersection(*(set(runs.get(arm.name, {})) for arm in among))
+        among = {a.name: runs.get(staged(a.name, a.decisive), {}) for a in arms.values() if a.choice == choice}
+        seeds = set.intersection(*map(set, among.values()))
         if not seeds:
             continue
-        best = max(among, key=lambda arm: fmean(overall(runs[arm.name][seed], world) for seed in sorted(seeds)))
+        best = arms[max(among, key=lambda name: fmean(overall(among[name][seed], world) for seed in sorted(seeds)))]
         chosen[choice] = best.name
         for stage in best.rounds or ("",):
-            suffix = f".{stage}" if stage else ""
-            if best.name + suffix in runs:
-                runs[choice + suffix] = runs[best.name + suffix]
+            if staged(best.name, stage) in runs:
+                runs[staged(choice, stage)] = runs[staged(best.name, stage)]
     return runs, chosen
 
 

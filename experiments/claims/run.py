@@ -39,7 +39,7 @@ from diffusionopd.evaluation.results import read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
-from experiments.claims.arms import GROUPS, REFERENCES, REWARDED, SHIPPED, Arm
+from experiments.claims.arms import EARLY, EARLY_TEACHER_ROUNDS, GROUPS, REFERENCES, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
 from experiments.claims.report import screen, write
 from experiments.claims.results import ClaimsError, Result, read_result, read_results
@@ -119,7 +119,8 @@ class Runner:
     """Where runs happen and where results go.
 
     ``quick``: a few rounds. ``test``: whether test prompts are scored; of several arms of one choice only those that
-    are ``chosen``, by world and name, and what others are compared with.
+    are ``chosen``, by world and name, and what others are compared with; teachers at an ``early`` stage only for arms
+    that have them.
     """
 
     logs: Path
@@ -127,11 +128,20 @@ class Runner:
     quick: bool = False
     test: bool = True
     chosen: frozenset[tuple[str, str]] = frozenset()
+    early: bool = True
 
     def tests(self, run: Run) -> bool:
         """Whether a run is scored on test prompts."""
+        if not self.test or run.stage == EARLY and not self.early:
+            return False
         compared = run.arm in (name.removesuffix(".80") for name in REFERENCES.values())
-        return self.test and (not run.what.choice or compared or (run.world, run.arm) in self.chosen)
+        return not run.what.choice or compared or (run.world, run.arm) in self.chosen
+
+    def waits(self, run: Run) -> bool:
+        """Whether it is beyond the stage at which validation chooses, and was not chosen yet."""
+        rounds, decisive = run.what.rounds, run.what.decisive
+        beyond = bool(run.what.choice) and rounds.get(run.stage, 0) > rounds.get(decisive, 0)
+        return beyond and (run.world, run.arm) not in self.chosen
 
     def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
@@ -351,7 +361,7 @@ def forecast(runs: Sequence[Run], runner: Runner) -> str:
     runner = replace(runner, chosen=frozenset(first.values()))
     for world in dict.fromkeys(run.world for run in runs):
         for group in GROUPS:
-            own = [run for run in runs if run.world == world and run.what.group == group]
+            own = [run for run in runs if run.world == world and run.what.group == group and not runner.waits(run)]
             left, hours = sum(not runner.is_done(run) for run in own), sum(map(runner.cost, own)) / 3600
             total += hours
             if own:
@@ -409,13 +419,15 @@ def main() -> None:
         runs = chosen_runs(flags)
         for world in dict.fromkeys(run.world for run in runs):
             WORLDS[world].write_prompts(ROOT)
+        early = any(run.what.teachers and run.what.teacher_rounds == EARLY_TEACHER_ROUNDS for run in runs)
+        runner = replace(runner, early=early)
         print(f"{len(runs)} runs; folders in {runner.logs}, results in {runner.results}\n{forecast(runs, runner)}")
         if flags.dry_run:
             return
-        failures = run_all(runs, runner, flags.jobs)
+        failures = run_all([run for run in runs if not runner.waits(run)], runner, flags.jobs)
         if runner.test:  # once all candidates are there
-            tested = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
-            failures += run_all([run for run in runs if (run.world, run.arm) in tested.chosen], tested, flags.jobs)
+            further = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
+            failures += run_all([run for run in runs if (run.world, run.arm) in further.chosen], further, flags.jobs)
         if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
             failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
         lines = write(runner.results, runner.results) if runner.test else screen(runner.results)
