@@ -39,7 +39,8 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> dict[str, Any]
         config.save_dir = str(folder / "run")
         config.resume_from = ""
         config.log_with = ""
-        config.num_epochs = 2 * rounds + 3  # more than are run: the last one would be monitored
+        # More than are run, for the last one would be monitored, and no fewer than the real run has: it compiles as that
+        config.num_epochs = max(config.num_epochs, 2 * rounds + 3)
         config.eval_freq = config.sample_freq = 0
     with started(config) as run:
         assert run is not None
