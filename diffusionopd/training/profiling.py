@@ -39,7 +39,7 @@ def profile(config: ConfigDict, folder: Path, rounds: int = 3) -> dict[str, Any]
         config.save_dir = str(folder / "run")
         config.resume_from = ""
         config.log_with = ""
-        # More than are run, for the last one would be monitored, and no fewer than the real run has: it compiles as that
+        # More than are run, for the last one would be monitored; no fewer than the real run's, to compile as that does
         config.num_epochs = max(config.num_epochs, 2 * rounds + 3)
         config.eval_freq = config.sample_freq = 0
     with started(config) as run:
