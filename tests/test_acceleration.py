@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch._dynamo.utils import counters
 
+from diffusionopd.models import acceleration
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
@@ -85,7 +86,22 @@ def test_generated_code_gives_the_same_numbers(pipeline_folder, make_lora, text,
     assert_near(*results, rel=1e-5)
 
 
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(pipeline_folder, make_lora, text, fresh_graphs, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    plain = velocities(*build(pipeline_folder, make_lora), text, ("student",))
+    backbone, adapters = build(pipeline_folder, make_lora)
+    compile_blocks(backbone.blocks(), backend=broken)
+    assert_near(velocities(backbone, adapters, text, ("student",)), plain, rel=0)
+    assert "no such instruction" in caplog.text
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(acceleration, "find_spec", lambda name: None)
+    with pytest.raises(AccelerationError, match="Triton"):
+        check_compiler(torch.device("cuda"))
+    monkeypatch.setattr(acceleration, "find_spec", lambda name: True)
     monkeypatch.setenv("PATH", "")
     for device, variable in (("cpu", "CXX"), ("cuda", "CC")):
         with pytest.raises(AccelerationError, match=rf"compile needs a C.* compiler.*name it in {variable}"):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile each block of a backbone by itself, for the shapes that it meets; called after adapters are injected.
 
     Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
-    shape; merged teachers are one adapter. Raises nothing here: compilation happens at the first forward.
+    shape; merged teachers are one adapter. Raises nothing: compilation happens at the first forward, and what cannot be
+    compiled runs as it is, with a warning that has the reason.
     """
     limits = torch._dynamo.config
+    limits.suppress_errors = True
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
     for block in blocks:
@@ -50,6 +53,8 @@ def no_new_graphs() -> AbstractContextManager[object]:
 
 def check_compiler(device: torch.device) -> None:
     """AccelerationError when what ``compile`` needs on ``device`` is not installed."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise AccelerationError("compile needs Triton on a GPU: pip install triton, or set --config.compile=False.")
     kind, variable, usual = ("C", "CC", "gcc, clang, cc") if device.type == "cuda" else ("C++", "CXX", "g++, clang++")
     names = os.environ.get(variable) or usual
     if not any(map(shutil.which, names.split(", "))):
