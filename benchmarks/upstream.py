@@ -44,10 +44,15 @@ def stock(backbone: Backbone) -> None:
 
 
 class PeftSwitching(Adapters):
-    """Adapters switched as PEFT does it: a walk over all layers and their ``requires_grad`` flags."""
+    """Adapters switched as PEFT does it: a walk over all layers and their ``requires_grad`` flags, at each change."""
+
+    in_use: str | None = ""
 
     def use(self, name: str | None) -> None:
         """See :meth:`Adapters.use`."""
+        if name == self.in_use:
+            return
+        self.in_use = name
         for layer in self.transformer.modules():
             if isinstance(layer, LoraLayer):
                 layer.enable_adapters(name is not None)
