@@ -22,7 +22,8 @@ def klein_base() -> ConfigDict:
 
     Command:   CONFIG=config/flux2.py:klein_base bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 11 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
+    Hardware:  8 GPUs, 17 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
+               72 images per round, 24 per task
     Cost:      55 PFLOP per round, 18 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
@@ -34,8 +35,8 @@ def klein() -> ConfigDict:
 
     Command:   CONFIG=config/flux2.py:klein bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 11 GB each
-    Cost:      12 PFLOP per round, 10 s (computed, as ``klein_base``'s)
+    Hardware:  8 GPUs, 16 GB each, likewise
+    Cost:      12 PFLOP per round, 4.1 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     config = _distillation("flux2_klein", "black-forest-labs/FLUX.2-klein-4B")
@@ -49,8 +50,8 @@ def dev() -> ConfigDict:
 
     Command:   ENGINE=fsdp2 CONFIG=config/flux2.py:dev bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 20 GB each; its text encoder alone is 48 GB in every process while prompts are encoded
-    Cost:      232 PFLOP per round, 183 s (computed, as ``klein_base``'s)
+    Hardware:  8 GPUs, 26 GB each, likewise; its text encoder alone is 48 GB in every process while prompts are encoded
+    Cost:      232 PFLOP per round, 78 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _distillation("flux2_dev", "black-forest-labs/FLUX.2-dev")

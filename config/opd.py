@@ -49,7 +49,8 @@ def mopd() -> ConfigDict:
     """Three teachers, one student.
 
     Command:   bash scripts/single_node/mopd.sh
-    Hardware:  8 GPUs; 72 images per round, 24 per task
+    Hardware:  8 GPUs; 72 images per round, 24 per task; at the peak 21, 30 or 40 GB each with 1, 2 or 3 tasks in
+               a pass and the rewards' models (computed, python -m tools.cost)
     Cost:      11.26 hours (published), after the teachers' 85.75, 33.17 and 46.92 hours
     Expected:  GenEval 0.96, OCR 0.94, PickScore 23.99, ClipScore 0.297, HPSv2.1 0.342, Aesthetic 6.15,
                ImageReward 1.50, UnifiedReward 3.50 (published, Table 1 of arXiv 2605.15055; base model with guidance:
@@ -63,7 +64,8 @@ def mopd_24gb() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:mopd_24gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
     Hardware:  1 GPU, 18 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
-    Cost:      8.8 PFLOP per round, 24 s on an H100 at 47% of 790 TFLOP/s (computed, tools.cost, as the memory)
+    Cost:      8.8 PFLOP per round, 24 s on an H100 at 47% of 790 TFLOP/s (computed, as the memory, by
+               python -m tools.cost)
     Expected:  the student of ``mopd``; not run
     """
     config = _one_process("mopd_24gb", batch=4)
@@ -170,8 +172,9 @@ def sd3_medium_mopd() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:sd3_medium_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
-    Hardware:  8 GPUs, 15 GB each; 72 images per round, 24 per task
-    Cost:      7.4 PFLOP per round, 3 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
+    Hardware:  8 GPUs, 18 GB each at the peak with the rewards' models, a task in a pass; 72 images per round, 24 per
+               task
+    Cost:      7.5 PFLOP per round, 2.5 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return _sibling("sd3_medium_mopd", "stabilityai/stable-diffusion-3-medium-diffusers")
@@ -182,8 +185,9 @@ def sd35_large_mopd() -> ConfigDict:
 
     Command:   CONFIG=config/opd.py:sd35_large_mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval): teachers of this base
-    Hardware:  8 GPUs, 45 GB each (22 GB with --config.activation_checkpointing=True); 72 images per round, 24 per task
-    Cost:      28 PFLOP per round, 9 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
+    Hardware:  8 GPUs, 44 GB each at the peak with the rewards' models, a task in a pass (26 GB with
+               --config.activation_checkpointing=True); 72 images per round, 24 per task
+    Cost:      28 PFLOP per round, 9.3 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     config = _sibling("sd35_large_mopd", "stabilityai/stable-diffusion-3.5-large")

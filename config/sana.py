@@ -21,8 +21,9 @@ def mopd() -> ConfigDict:
 
     Command:   CONFIG=config/sana.py:mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
-    Hardware:  8 GPUs, 49 GB each (9 GB with --config.activation_checkpointing=True); 48 images per round, 24 per task
-    Cost:      7.7 PFLOP per round, 3 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
+    Hardware:  8 GPUs, 32 GB each at the peak with the rewards' models, a task in a pass (11 GB with
+               --config.activation_checkpointing=True); 48 images per round, 24 per task
+    Cost:      7.7 PFLOP per round, 2.6 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"

@@ -22,7 +22,8 @@ def nft_geneval() -> ConfigDict:
     """The composition teacher: DiffusionNFT without classifier-free guidance.
 
     Command:   CONFIG=config/teacher.py:nft_geneval bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, one optimizer step
+    Hardware:  8 GPUs, 22 GB each at the peak with the reward's model (computed, python -m tools.cost); 1152 images per
+               round, 24 of each of 48 prompts, one optimizer step
     Cost:      46.92 hours (published for the teacher of arXiv 2605.15055)
     Expected:  GenEval 0.96 (published, as above)
     Settings:  GenEval's of DiffusionNFT (arXiv 2509.16117 and its repository, config/nft.py)
@@ -48,7 +49,8 @@ def guard_ocr() -> ConfigDict:
     """The text rendering teacher: GRPO-Guard under guidance.
 
     Command:   CONFIG=config/teacher.py:guard_ocr bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, two optimizer steps
+    Hardware:  8 GPUs, 35 GB each at the peak (computed, python -m tools.cost); 1152 images per round,
+               24 of each of 48 prompts, two optimizer steps
     Cost:      33.17 hours (published for the teacher of arXiv 2605.15055)
     Expected:  OCR 0.93 (published, as above)
     Settings:  GRPO-Guard's for OCR (Flow-GRPO's repository, config/grpo_guard.py: there on 16 GPUs)
@@ -60,7 +62,8 @@ def guard_aesthetic() -> ConfigDict:
     """The aesthetics teacher: GRPO-Guard under guidance, on three rewards in equal parts.
 
     Command:   CONFIG=config/teacher.py:guard_aesthetic bash scripts/single_node/teacher.sh
-    Hardware:  8 GPUs; 1152 images per round, 24 of each of 48 prompts, two optimizer steps
+    Hardware:  8 GPUs, 44 GB each at the peak with the rewards' models (computed, python -m tools.cost); 1152 images per
+               round, 24 of each of 48 prompts, two optimizer steps
     Cost:      85.75 hours (published for the teacher of arXiv 2605.15055)
     Expected:  PickScore 24.02, ClipScore 0.295, HPSv2.1 0.346 (published, as above)
     Settings:  GRPO-Guard's for PickScore (Flow-GRPO's repository, config/grpo_guard.py: there on 16 GPUs)

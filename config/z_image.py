@@ -20,7 +20,8 @@ def mopd() -> ConfigDict:
 
     Command:   CONFIG=config/z_image.py:mopd bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 16 GB each, one image a pass, activations recomputed; 72 images per round, 24 per task
+    Hardware:  8 GPUs, 21 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
+               72 images per round, 24 per task
     Cost:      99 PFLOP per round, 33 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
@@ -32,8 +33,8 @@ def turbo() -> ConfigDict:
 
     Command:   CONFIG=config/z_image.py:turbo bash scripts/single_node/mopd.sh
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 15 GB each
-    Cost:      44 PFLOP per round, 35 s (computed, as ``mopd``'s)
+    Hardware:  8 GPUs, 20 GB each, likewise
+    Cost:      44 PFLOP per round, 15 s (computed, as ``mopd``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     config = _distillation("z_image_turbo", "Tongyi-MAI/Z-Image-Turbo")

@@ -31,8 +31,10 @@ from diffusionopd.models.lora import Adapters
 from diffusionopd.training.costs.models import Pipeline
 
 aten = torch.ops.aten
-# Attention's one kernel has another name on a CPU, which torch's own table lacks.
+# Torch's own table lacks products that are added in place, and attention's one kernel by its name on a CPU.
 FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
