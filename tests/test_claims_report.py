@@ -95,10 +95,10 @@ def test_a_difference_has_the_paired_clustered_error_and_the_seeds():
 def test_verdicts_in_every_direction(results):
     assert judged(results()) == [HOLDS, HOLDS, HOLDS, HOLDS, UNDECIDED, UNMEASURED], "equal speed is not less"
     assert judged(results(seeds=(1,)))[:4] == [UNDECIDED] * 4, "one seed decides nothing"
-    worse = [result(f"opd_{rate}", seed, 0.5) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)]
+    worse = [result(f"opd_{rate}.80", seed, 0.5) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)]
     assert judged(results(*worse))[1:3] == [FAILS, FAILS], "a part that fails decides"
     spread = [
-        result(f"opd_{rate}", seed, 0.5 + 0.2 * seed) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)
+        result(f"opd_{rate}.80", seed, 0.5 + 0.2 * seed) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)
     ]
     assert judged(results(*spread))[1] == UNDECIDED, "0.7 to 1.1, by the seed"
     assert judged(results(without=("base",)))[0] == UNMEASURED
@@ -114,10 +114,10 @@ def test_what_is_missing_is_named(results):
 def test_what_is_chosen_is_chosen_on_validation(results):
     """The middle rate is worst on test and best on validation."""
     best = {"curve": [(0, dict.fromkeys(TASKS, 0.2)), (80, dict.fromkeys(TASKS, 0.95))]}
-    runs, chosen = read_results(results(*(result("opd_0.001", seed, 0.3, **best) for seed in (1, 2, 3))), TINY)
-    assert chosen["opd"] == "opd_0.001" and runs["opd"][1].score("ocr") == pytest.approx(0.301)
+    runs, chosen = read_results(results(*(result("opd_0.001.80", seed, 0.3, **best) for seed in (1, 2, 3))), TINY)
+    assert chosen["opd"] == "opd_0.001" and runs["opd.80"][1].score("ocr") == pytest.approx(0.301)
     assert runs["multitask_nft.alone"][1].arm == chosen["multitask_nft"]
-    assert lead(runs, TINY, "", "opd", "multitask_nft").verdict == FAILS
+    assert lead(runs, TINY, "", "opd.80", "multitask_nft").verdict == FAILS
     assert {part.verdict for part in fights(runs, TINY)} == {FAILS}
 
 

@@ -52,7 +52,7 @@ def test_what_others_need_comes_before_them_and_once():
     names = [run.name for run in plan("tiny", ["opd_0.001", "strength_opd_24_2"], [1, 2])]
     tasks = ("compose", "ocr", "scene")
     first = [f"teacher_{task}{stage}-seed1" for task in tasks for stage in (".early", "")]
-    first += ["opd_0.001-seed1", "strength_opd_24_2-seed1"]
+    first += ["opd_0.001.80-seed1", "opd_0.001-seed1", "strength_opd_24_2-seed1"]
     assert names == first + [name.replace("seed1", "seed2") for name in first]
     assert [each.name for each in Run("tiny", "paper_0.001", "", 1).needs][-1] == "paper_0.001.80-seed1"
     early = Run("tiny", "strength_opd_24_2", "", 3).teachers
@@ -121,6 +121,7 @@ def test_a_failure_is_told_and_the_others_go_on(driven):
     assert [line.split(": ")[0] for line in failures] == [
         "tiny teacher_ocr.early-seed1",
         "tiny teacher_ocr-seed1",
+        "tiny opd_0.001.80-seed1",
         "tiny opd_0.001-seed1",
     ]
 
@@ -128,13 +129,13 @@ def test_a_failure_is_told_and_the_others_go_on(driven):
 def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(driven):
     runner, done, _ = driven
     runs = plan("tiny", ["opd_0.001"], [1])
-    assert run_all(runs, runner, jobs=1) == [] and len(done) == 7
+    assert run_all(runs, runner, jobs=1) == [] and len(done) == 8
     ocr = next(run for run in runs if run.name == "teacher_ocr-seed1")
     runner.lora(ocr).rmdir()
-    assert run_all(runs, runner, jobs=1) == [] and len(done) == 7, "nobody needs it"
+    assert run_all(runs, runner, jobs=1) == [] and len(done) == 8, "nobody needs it"
     runner.file(runs[-1]).unlink()
     runner.lora(runs[-1]).rmdir()
-    assert run_all(runs, runner, jobs=1) == [] and done[7:] == ["teacher_ocr", "opd_0.001"]
+    assert run_all(runs, runner, jobs=1) == [] and done[8:] == ["teacher_ocr", "opd_0.001"]
     write_atomically(runner.file(runs[-1]), json.dumps(asdict(result(runs[-1], 40))))
     assert not runner.is_done(runs[-1]), "of another length"
     runner.file(runs[-1]).write_text("{")
@@ -151,7 +152,7 @@ def test_of_several_candidates_the_chosen_one_is_tested():
     assert not any(Runner(ROOT, ROOT, test=False, chosen=runner.chosen).tests(run) for run in runs)
     stages = [Run("tiny", name, stage, 1) for name in names[3:] for stage in ("alone", "teachers", "")]
     assert [run.name for run in stages if runner.waits(run)] == ["multitask_nft_0.001-seed1"]
-    assert not any(map(runner.waits, runs[:3])), "these have one stage"
+    assert [run.arm for run in runs if runner.waits(run)] == ["opd_0.002", "multitask_nft_0.001"]
     early = Run("tiny", "teacher_ocr", "early", 1)
     assert runner.tests(early) and not Runner(ROOT, ROOT, early=False).tests(early)
 

@@ -15,13 +15,14 @@ from typing import Any
 TEACHER_ROUNDS, EARLY_TEACHER_ROUNDS = 60, 24
 OPD_ROUNDS = 80
 REWARDED, SHIPPED = "rewarded", "shipped"
-EARLY, AT_TEACHERS = "early", "teachers"
-"""Stages: of a teacher, after fewer rounds; of multi-task RL, at the cost of all teachers together."""
+EARLY, AT_TEACHERS, HALF = "early", "teachers", "80"
+"""Stages: of a teacher, after fewer rounds; of multi-task RL, at the cost of all teachers together; of the method, at
+the rounds of its rivals' cost, of twice as many."""
 OURS = {"train.target": "velocity", "train.self_normalize": True}
 PAPER = {"train.target": "mean", "train.self_normalize": False}
 LOSSES = {"opd": ("our loss", OURS), "paper": ("the paper's loss", PAPER)}
-REFERENCES = {"opd": "opd_0.001", "paper": "paper_0.001.80"}
-"""Of each loss, the run of 80 rounds at the rate of all other arms."""
+REFERENCES = {"opd": "opd_0.001", "paper": "paper_0.001"}
+"""Of each loss, the arm at the rate of all other arms; what these are compared with are its 80 rounds."""
 GROUPS = {
     "claims": "The paper's claims",
     "strength": "Targets short of the teachers and beyond them",
@@ -61,7 +62,7 @@ class Arm:
     @property
     def decisive(self) -> str:
         """The stage at which it is compared with the others of its choice: all are trained to it, one is beyond."""
-        return AT_TEACHERS if AT_TEACHERS in self.rounds else ""
+        return next((stage for stage in (AT_TEACHERS, HALF) if stage in self.rounds), "")
 
     @property
     def trained(self) -> bool:
@@ -122,7 +123,7 @@ def _rivals() -> Iterator[Arm]:
 def _distilled() -> Iterator[Arm]:
     """The method with both losses, and supervision."""
     for loss, (label, changes) in LOSSES.items():
-        rounds = {"": OPD_ROUNDS} if loss == "opd" else {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
+        rounds = {HALF: OPD_ROUNDS, "": 2 * OPD_ROUNDS}
         for rate in (5e-4, 1e-3, 2e-3):
             own = {**changes, "train.learning_rate": rate, "eval_freq": 10}
             text = f"DiffusionOPD, {label}, rate {rate:g}"
@@ -136,7 +137,7 @@ def _estimators() -> Iterator[Arm]:
     surrogate = {"train.loss": "policy_gradient"}
     for noise in (0.3, 0.7):
         common, text = {**PAPER, "sample.noise_level": noise}, f"noise {noise:g}"
-        stages = {"80": OPD_ROUNDS, "": 2 * OPD_ROUNDS}
+        stages = {HALF: OPD_ROUNDS, "": 2 * OPD_ROUNDS}
         label = f"the paper's loss, closed form, {text}"
         yield Arm(f"closed_{noise:g}", label, "claims", "opd", stages, changes=common, teachers=REWARDED)
         yield _opd(f"plain_{noise:g}", f"PPO-style, {text}", "claims", common | surrogate)
@@ -151,7 +152,7 @@ def _strengths() -> Iterator[Arm]:
                 name = f"strength_{loss}_{rounds}_{strength:g}"
                 text = f"{label}, teachers of {rounds} rounds, strength {strength:g}"
                 if (strength, rounds) == (1.0, TEACHER_ROUNDS):
-                    yield Arm(name, text, "strength", "same", of=REFERENCES[loss])
+                    yield Arm(name, text, "strength", "same", of=f"{REFERENCES[loss]}.{HALF}")
                 else:
                     own = {**changes, "strength": strength}
                     yield _opd(name, text, "strength", own, teacher_rounds=rounds)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from experiments.claims.arms import GROUPS, Arm
+from experiments.claims.arms import GROUPS, HALF, REFERENCES, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
 from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to, staged
@@ -43,8 +43,9 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
     arms, found = arms_of(world), []
     names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
     if group != "claims":  # the method by itself comes first, with our loss, then with the paper's
-        names = [(arms["opd_0.001"], ""), (arms["paper_0.001"], "80"), *names]
-    reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else "opd_0.001"
+        names = [*((arms[name], HALF) for name in REFERENCES.values()), *names]
+    ours = staged(REFERENCES["opd"], HALF)
+    reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else ours
     for arm, stage in names:
         name = staged(arm.name, stage)
         results = [result for result in runs.get(name, {}).values() if result.test]
@@ -141,7 +142,8 @@ def _candidates(runs: Runs, world: World, chosen: Mapping[str, str]) -> dict[str
     found: dict[str, dict[str, float]] = {}
     for choice in chosen:
         among = [arm for arm in arms_of(world).values() if arm.choice == choice]
-        there = {arm.label: runs[staged(arm.name, arm.decisive)].values() for arm in among}
+        there = {arm.label: runs.get(staged(arm.name, arm.decisive), {}).values() for arm in among}
+        there = {label: results for label, results in there.items() if results}
         scores = {label: fmean(overall(each, world) for each in results) for label, results in there.items()}
         found[choice] = dict(sorted(scores.items(), key=lambda item: -item[1]))
     return found

@@ -84,7 +84,7 @@ def read_result(file: Path) -> Result:
 def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
     """Every result of a world, also under the names of choices, and which arm each of these is.
 
-    Of several arms of one choice that have the same seeds, the one with the best mean over tasks and seeds on
+    Of the arms of one choice that are there, the one with the best mean over tasks and the seeds that they share on
     validation prompts, at its decisive stage. ClaimsError for a file that is none, for other prompts, and for quick
     runs among others.
     """
@@ -102,7 +102,8 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
             runs[arm.name] = runs[arm.of]
     for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
         among = {a.name: runs.get(staged(a.name, a.decisive), {}) for a in arms.values() if a.choice == choice}
-        seeds = set.intersection(*map(set, among.values()))
+        among = {name: by_seed for name, by_seed in among.items() if by_seed}
+        seeds = set.intersection(*map(set, among.values())) if among else set()
         if not seeds:
             continue
         best = arms[max(among, key=lambda name: fmean(overall(among[name][seed], world) for seed in sorted(seeds)))]

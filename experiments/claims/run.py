@@ -39,7 +39,7 @@ from diffusionopd.evaluation.results import read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
-from experiments.claims.arms import EARLY, EARLY_TEACHER_ROUNDS, GROUPS, REFERENCES, REWARDED, SHIPPED, Arm
+from experiments.claims.arms import EARLY, EARLY_TEACHER_ROUNDS, GROUPS, HALF, REFERENCES, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
 from experiments.claims.report import screen, write
 from experiments.claims.results import ClaimsError, Result, read_result, read_results
@@ -134,14 +134,16 @@ class Runner:
         """Whether a run is scored on test prompts."""
         if not self.test or run.stage == EARLY and not self.early:
             return False
-        compared = run.arm in (name.removesuffix(".80") for name in REFERENCES.values())
-        return not run.what.choice or compared or (run.world, run.arm) in self.chosen
+        return not run.what.choice or self._goes_on(run)
 
     def waits(self, run: Run) -> bool:
         """Whether it is beyond the stage at which validation chooses, and was not chosen yet."""
         rounds, decisive = run.what.rounds, run.what.decisive
         beyond = bool(run.what.choice) and rounds.get(run.stage, 0) > rounds.get(decisive, 0)
-        return beyond and (run.world, run.arm) not in self.chosen
+        return beyond and not self._goes_on(run)
+
+    def _goes_on(self, run: Run) -> bool:
+        return run.arm in REFERENCES.values() or (run.world, run.arm) in self.chosen
 
     def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
@@ -302,7 +304,7 @@ def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence
         for name in arms:
             arm = arms_in(world)[name]
             if arm.kind == "same":
-                name = arm.of.removesuffix(".80")
+                name = arm.of.removesuffix(f".{HALF}")
                 arm = arms_in(world)[name]
             for stage in [s for s in arm.rounds if s in stages] or arm.rounds or ("",):
                 add(Run(world, name, stage, seed))

@@ -175,7 +175,8 @@ def _teachers(runs: Runs, world: World) -> Iterator[Part]:
 
 
 def _student(runs: Runs, world: World) -> Iterator[Part]:
-    rows = {"our loss": "opd", "the paper's loss": "paper.80", "the paper's loss, twice the rounds": "paper"}
+    rows = {"our loss": "opd.80", "the paper's loss": "paper.80"}
+    rows |= {f"{label}, twice the rounds": run.removesuffix(".80") for label, run in rows.items()}
     for label, run in rows.items():
         for task in world.names:
             yield contrast(runs, f"{label}, {task}", [(1.0, run, task), (-0.97, f"teacher_{task}", task)])
@@ -186,7 +187,7 @@ def _equal_cost(runs: Runs, world: World) -> Iterator[Part]:
         "with the teachers' cost": ("multitask_nft", "multitask_guard", "cascade_nft"),
         "without": ("multitask_nft.alone", "multitask_guard.alone", "cascade_alone"),
     }
-    for label, run in {"our loss": "opd", "the paper's loss": "paper.80"}.items():
+    for label, run in {"our loss": "opd.80", "the paper's loss": "paper.80"}.items():
         for cost, others in rivals.items():
             for other in others:
                 yield lead(runs, world, f"{label} - {other.partition('.')[0]}, {cost}", run, other)
