@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
 from benchmarks.upstream import stock, upstream_round
-from benchmarks.world import World, add_flags, write_figures
+from benchmarks.world import IN_PLACE, World, add_flags, write_figures
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch, choose_steps, side_by_side
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
@@ -301,7 +301,10 @@ def needed_flops(world: World) -> int:
     """
     algorithm, batches = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
     batch, sigma = batches[0], algorithm.transitions[0].sigma
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+    with (
+        FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # whose products are counted
         algorithm.base(batch)(batch.noise, sigma)
         algorithm.student(batch)(batch.noise, sigma).sum().backward()
     return counter.get_total_flops() * world.args.batch_size * len(batches) * world.sampler.trained_steps

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.utils.flop_counter import addmm_flop, baddbmm_flop
 
 from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
@@ -39,6 +40,8 @@ from diffusionopd.training.costs.models import read_pipeline
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
 TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", "ocr", "scene")]
+IN_PLACE = {torch.ops.aten.addmm_: addmm_flop, torch.ops.aten.baddbmm_: baddbmm_flop}
+"""Formulas that torch's counter of FLOPs lacks: of the fused LoRA layers' second product."""
 PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")
 TARGETS = StableDiffusion3.LORA_TARGETS
 RANK = 32

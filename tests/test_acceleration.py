@@ -11,7 +11,13 @@ from diffusers.models.attention_processor import Attention
 from torch._dynamo.utils import counters
 
 from diffusionopd.models import acceleration
-from diffusionopd.models.acceleration import AccelerationError, check_compiler, choose_attention, compile_blocks
+from diffusionopd.models.acceleration import (
+    AccelerationError,
+    check_compiler,
+    choose_attention,
+    compile_blocks,
+    no_new_graphs,
+)
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
@@ -84,6 +90,26 @@ def test_generated_code_gives_the_same_numbers(pipeline_folder, make_lora, text,
         with torch.no_grad():
             results.append([backbone.velocity(x, 0.7, text(2))[0]])
     assert_near(*results, rel=1e-5)
+
+
+def test_evaluations_use_graphs_that_are_there_and_make_none(pipeline_folder, make_lora, text, fresh_graphs):
+    backbone, adapters = build(pipeline_folder, make_lora)
+    compile_blocks(backbone.blocks(), backend="aot_eager")
+    adapters.use("student")
+
+    def pictures(rows: int) -> None:
+        with torch.no_grad():
+            backbone.velocity(torch.zeros(rows, *backbone.latent_shape(64)), 0.7, text(rows))
+
+    with no_new_graphs():
+        pictures(2)
+    assert not counters["stats"]["unique_graphs"]
+    pictures(1)
+    made = counters["stats"]["unique_graphs"]
+    with no_new_graphs():
+        pictures(1)
+        pictures(2)
+    assert counters["stats"]["unique_graphs"] == made > 0
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(pipeline_folder, make_lora, text, fresh_graphs, caplog):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,8 @@ def test_rungs_are_smaller_passes_of_the_same_round(tiny_config, monkeypatch):
         line = memory_lines(plan, torch.device("cuda"))[1]
         assert all(f"--config.{name}={value}" in line for name, value in ladder.changed(plan, first).items())
     assert len(memory_lines(plan, torch.device("cpu"))) == 1 + len(ladder.GPUS)
+    uneven = SimpleNamespace(tasks_per_pass=3, tasks_per_round=4, backward_size=1)
+    assert list(ladder._passes(uneven)) == [(3, 1), (2, 1), (1, 1)], "what is configured comes first"
     assert memory_lines(check(tiny_config(), 1), torch.device("cpu")) == [], "a run for this CPU"
 
 

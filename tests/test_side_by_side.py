@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,19 @@ from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.data.tasks import Task
+from diffusionopd.models import acceleration
 from diffusionopd.models.conditions import Conditions
+from diffusionopd.models.flux1 import Flux1
 from diffusionopd.models.policies import STUDENT
+from diffusionopd.models.qwen_image import QwenImage
+from diffusionopd.models.qwen_image_edit import QwenImageEdit
+from diffusionopd.models.sana import Sana
+from diffusionopd.models.z_image import ZImage
 from diffusionopd.rows import put, runs, take
-from diffusionopd.training import check, train
+from diffusionopd.training import check, passes, train
 from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import HEADROOM, memory, step_cost
-from diffusionopd.training.passes import with_passes
+from diffusionopd.training.passes import ROUNDS_WORTH_COMPILING, with_compile, with_passes
 from diffusionopd.training.resume import Resume
 
 from .helpers import (
@@ -241,3 +248,38 @@ def test_as_many_tasks_as_memory_allows(tiny_config, shared, monkeypatch):
     assert with_passes(plan, dataclasses.replace(resume, tasks_per_pass=2), cuda).shape.tasks_per_pass == 2
     drawn = check(tiny_config(**options, compile=True, train__steps_per_rollout=1), 1)
     assert with_passes(drawn, resume, cuda).shape.tasks_per_pass == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "changes", "environment", "expected"),
+    [
+        ("cuda", None, {}, {}, True),
+        ("cuda", False, {}, {}, False),
+        ("cpu", None, {}, {}, False),
+        ("cpu", True, {}, {}, True),
+        ("cuda", None, {"num_epochs": ROUNDS_WORTH_COMPILING - 1}, {}, False),
+        ("cuda", None, {"train__steps_per_rollout": 1}, {}, False),
+        ("cuda", None, {}, {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
+        ("cuda", None, {}, {"PATH": "", "CC": ""}, False),
+    ],
+)
+def test_blocks_are_compiled_by_default_where_it_pays(
+    tiny_config, monkeypatch, device, given, changes, environment, expected
+):
+    monkeypatch.setattr(acceleration, "find_spec", lambda name: True)
+    plan = check(tiny_config(**{"num_epochs": ROUNDS_WORTH_COMPILING, "compile": given, **changes}), 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = with_compile(plan, torch.device(device))
+    assert found.values["compile"] is expected
+    assert bool(set(found.notes) - set(plan.notes)) == (device == "cuda" and given is None and not expected), "told why"
+
+
+def test_models_whose_prompts_differ_in_length_are_not_compiled_by_default(tiny_config, monkeypatch):
+    monkeypatch.setattr(acceleration, "find_spec", lambda name: True)
+    plan = check(tiny_config(num_epochs=ROUNDS_WORTH_COMPILING), 1)
+    assert with_compile(plan, torch.device("cuda")).values["compile"]
+    for family, fixed in ((Flux1, True), (QwenImage, False), (QwenImageEdit, False), (ZImage, False), (Sana, False)):
+        assert fixed == family.FIXED_LENGTH
+        monkeypatch.setattr(passes, "read_pipeline", lambda family=family, **source: SimpleNamespace(family=family))
+        assert with_compile(plan, torch.device("cuda")).values["compile"] is fixed

@@ -96,7 +96,9 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
         ("peak of a training step", *(giga(sum(rows.values())) for rows in held.values())),
         *((name, *[giga(size)] * len(held)) for name, size in outside.items()),
     )
-    print(*ladder.lines(unresolved, pipeline, {**ladder.GPUS, f"{args.gpu_gb:g} GB": args.gpu_gb * 2**30}), sep="\n")
+    rooms = {**ladder.GPUS, f"{args.gpu_gb:g} GB": args.gpu_gb * 2**30}
+    for way, shards in ways.items():
+        print(f"{way}:" if len(ways) > 1 else "", *ladder.lines(unresolved, pipeline, rooms, shards), sep="\n")
     if args.json:
         figures = {
             "parameters": cost.parameters,

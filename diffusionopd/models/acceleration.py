@@ -35,8 +35,8 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile each block of a backbone by itself, for the shapes that it meets; called after adapters are injected.
 
     Blocks of the same kind share their graphs. There is one graph for each kind of block, adapter, gradient mode and
-    shape; merged teachers are one adapter. Raises nothing: compilation happens at the first forward, and what cannot be
-    compiled runs as it is, with a warning that has the reason.
+    shape; merged teachers are one adapter. Raises nothing here: compilation happens in the first passes. A forward that
+    cannot be compiled runs as it is, with a warning that has the reason; a backward that cannot ends the run.
     """
     limits = torch._dynamo.config
     limits.suppress_errors = True

@@ -68,6 +68,8 @@ class Backbone(ABC):
     NEGATIVE_PROMPT: ClassVar[str] = ""
     TOKENS_AROUND: ClassVar[int] = 0
     """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
+    FIXED_LENGTH: ClassVar[bool] = True
+    """Whether every prompt's conditions have one shape, so that batches of a size do."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
     READS_IMAGES: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class QwenImage21(Backbone):
     TEXT = {"text_encoder": ("Qwen3VLForConditionalGeneration",), "processor": ("Qwen3VLProcessor",)}
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=40, guidance_scale=1.0, max_sequence_length=1024, mixed_precision="bf16")
+    FIXED_LENGTH = False
     NEGATIVE_PROMPT = " "
     TOKENS_AROUND = 8  # of the template
     PADDABLE = False

@@ -24,6 +24,7 @@ class Sana(Backbone):
     TEXT = {"text_encoder": ("Gemma2Model",), "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast")}
     LORA_TARGETS = ("to_k", "to_q", "to_v")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=20, guidance_scale=4.5, max_sequence_length=300, mixed_precision="bf16")
+    FIXED_LENGTH = False
     TOKENS_AROUND = 1  # of the instruction, whose last one stays
     SHARED = {
         "transformer": ("in_channels", "patch_size", "caption_channels", "timestep_scale"),

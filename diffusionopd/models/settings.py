@@ -72,7 +72,8 @@ class MemorySettings:
         "compile", None, optional=True, form=("True, False or None", lambda value: isinstance(value, bool)), resume=FREE
     )
     """Compile the transformer's blocks (torch.compile): minutes at the start, faster rounds on a GPU; needs a compiler.
-    None: where that is worth it, on a GPU and for 100 rounds or more; `--dry_run` says which."""
+    None: where that is worth it: on a GPU, for 100 rounds or more, where all passes have the same sizes; `--dry_run`
+    says whether, and why not."""
     cache_dir: str = key("cache_dir", ".cache/text", path=WRITE, resume=FREE)
     """Folder of the prompt embeddings, shared by runs (keyed by model, prompt and length)."""
 

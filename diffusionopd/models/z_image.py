@@ -32,6 +32,7 @@ class ZImage(Backbone):
     BLOCKS = ("noise_refiner", "context_refiner", "layers")
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=50, guidance_scale=6.0, max_sequence_length=512, mixed_precision="bf16")
+    FIXED_LENGTH = False
     TOKENS_AROUND = 8  # of the chat template
     SHARED = {
         "transformer": ("in_channels", "cap_feat_dim"),

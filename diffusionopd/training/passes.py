@@ -24,12 +24,7 @@ ROUNDS_WORTH_COMPILING = 100
 """Compiling takes minutes and saves about a second of each round."""
 
 
-def resolved(plan: Plan, resume: Resume, device: torch.device) -> Plan:
-    """The plan with what it leaves open decided; the same on every process. Collective."""
-    return with_passes(_with_compile(plan, device), resume, device)
-
-
-def _with_compile(plan: Plan, device: torch.device) -> Plan:
+def with_compile(plan: Plan, device: torch.device) -> Plan:
     """``compile``, where it is None: on a GPU, unless something speaks against it. Collective."""
     if plan.values["compile"] is not None:
         return plan
@@ -46,6 +41,8 @@ def _why_not_compile(plan: Plan, device: torch.device) -> str:
         return f"fewer than {ROUNDS_WORTH_COMPILING} rounds would not pay for it (--config.compile=True)"
     if _draws_steps(plan):
         return "train.steps_per_rollout draws steps: passes have many sizes, each with graphs of its own"
+    if not _has_one_length(plan):
+        return "prompts of this model differ in length: passes have many sizes, each with graphs of its own"
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed has no compiled blocks"
     try:
@@ -57,6 +54,13 @@ def _why_not_compile(plan: Plan, device: torch.device) -> str:
 
 def _draws_steps(plan: Plan) -> bool:
     return len(plan.algorithm.steps(plan, (0, 0, 0))) < plan.sampler.trained_steps
+
+
+def _has_one_length(plan: Plan) -> bool:
+    try:
+        return read_pipeline(**plan.read(BaseSettings).source).family.FIXED_LENGTH
+    except BackboneError:  # not here yet: it is asked again when it is
+        return True
 
 
 def with_passes(plan: Plan, resume: Resume, device: torch.device) -> Plan:

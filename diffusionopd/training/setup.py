@@ -50,7 +50,7 @@ from diffusionopd.training.loading import (
 )
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
-from diffusionopd.training.passes import memory_lines, resolved
+from diffusionopd.training.passes import memory_lines, with_compile, with_passes
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.settings import tracker_names
@@ -109,8 +109,9 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     look = partial(_plan, config, accelerator, allow_config_change)
     resume, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
+        plan = with_compile(plan, accelerator.device)
         if plan.model or config.train.tasks_per_pass:
-            plan = resolved(plan, resume, accelerator.device)
+            plan = with_passes(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
         for line in memory_lines(plan, accelerator.device) if accelerator.is_main_process else ():
             print(line)
@@ -120,7 +121,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
         # Again: until now another process may have written there.
         resume, plan = together(partial(look, held=True), "checking the configuration")
-        plan = resolved(plan, resume, accelerator.device)
+        plan = with_passes(with_compile(plan, accelerator.device), resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")

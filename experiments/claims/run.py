@@ -429,7 +429,7 @@ def main() -> None:
         failures = run_all([run for run in runs if not runner.waits(run)], runner, flags.jobs)
         if runner.test:  # once all candidates are there
             further = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
-            failures += run_all([run for run in runs if (run.world, run.arm) in further.chosen], further, flags.jobs)
+            failures = run_all([run for run in runs if not further.waits(run)], further, flags.jobs)
         if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
             failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
         lines = write(runner.results, runner.results) if runner.test else screen(runner.results)

@@ -47,7 +47,8 @@ def _passes(shape: RoundShape) -> Iterator[tuple[int, int]]:
     """Tasks and images of each in a pass, decreasing: fewer tasks in about equal passes, then parts of a batch."""
     most, visited = shape.tasks_per_pass or shape.tasks_per_round, shape.tasks_per_round
     counts = (math.ceil(visited / math.ceil(visited / tasks)) for tasks in range(most, 0, -1))
-    yield from ((tasks, shape.backward_size) for tasks in dict.fromkeys(counts))
+    first = [shape.tasks_per_pass] if shape.tasks_per_pass else []  # as it is configured
+    yield from ((tasks, shape.backward_size) for tasks in dict.fromkeys([*first, *counts]))
     yield from ((1, part) for part in range(shape.backward_size - 1, 0, -1) if shape.backward_size % part == 0)
 
 

@@ -71,6 +71,7 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
     states = 4 + 4 + (2 if values["train.use_8bit_adam"] else 8) + (4 if values["train.ema"] else 0)
     loras = sum(task.has_lora for task in plan.teachers)
     merged = sum(not task.model for task in plan.teachers) if values["train.merge_teachers"] else 0
+    alone = plan.shape.tasks_per_pass == 1 and item == 4
     models = [model.parameters * item // shards + model.buffers * item for model in (own or {}).values()]
     rows = {
         "base transformer": cost.parameters * item // shards + cost.buffers * item,
@@ -79,8 +80,8 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
         "VAE, float32": 0 if values["vae_device"] else 4 * cost.vae_parameters,
         "student: LoRA, gradient, optimizer, EMA": states * cost.lora_parameters,
         "teachers": loras * 4 * cost.lora_parameters + merged * item * cost.adapted_parameters,
-        # In each layer, in the base's type, so that each row of a pass can have its own.
-        "teachers side by side": 0 if merged or plan.shape.tasks_per_pass == 1 else loras * item * cost.lora_parameters,
+        # In each layer: side by side, so that each row of a pass can have its own; in half precision also one by one.
+        "teachers in the base's type": 0 if alone or merged else loras * item * cost.lora_parameters,
         # Of those that wait on the host, one at a time is here.
         "teachers' own models": max(models, default=0) if values["teacher_device"] else sum(models),
         "other frozen adapters": nfe.extra_adapters * 4 * cost.lora_parameters,
