@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import addmm_flop, baddbmm_flop
 
 from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
@@ -40,8 +40,10 @@ from diffusionopd.training.costs.models import read_pipeline
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
 TINY_TEACHERS = [str(TINY / "teachers" / task / "lora") for task in ("compose", "ocr", "scene")]
-IN_PLACE = {torch.ops.aten.addmm_: addmm_flop, torch.ops.aten.baddbmm_: baddbmm_flop}
-"""Formulas that torch's counter of FLOPs lacks: of the fused LoRA layers' second product."""
+IN_PLACE = dict.fromkeys(
+    (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), lambda y, a, b, **_: 2 * math.prod(a) * b[-1]
+)
+"""Formulas, of shapes, that torch's counter of FLOPs lacks: those of the fused LoRA layers' second product."""
 PROMPTS = ("a photo of a red circle left of a blue square", 'a sign that says "347"', "a landscape")
 TARGETS = StableDiffusion3.LORA_TARGETS
 RANK = 32
