@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments.claims.arms import GROUPS, HALF, REFERENCES, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.results import ClaimsError, Runs, overall, read_results, rounds_to, staged
+from experiments.claims.results import ClaimsError, Result, Runs, overall, read_results, rounds_to, staged
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
 from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
@@ -39,8 +39,10 @@ COST_NOTE = (
 
 
 def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A line for each arm of a group, and each of its stages, that has test scores."""
+    """A line for each arm of a group, and each of its stages, that has test scores; none for references alone."""
     arms, found = arms_of(world), []
+    if not any(result.test for a in arms.values() if a.group == group and a.kind != "same" for result in _of(runs, a)):
+        return []
     names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
     if group != "claims":  # the method by itself comes first, with our loss, then with the paper's
         names = [*((arms[name], HALF) for name in REFERENCES.values()), *names]
@@ -68,6 +70,12 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
             row["reached"] = {s: [_reached(runs, name, task, s, arm) for task in world.names] for s in shares}
         found.append(row)
     return found
+
+
+def _of(runs: Runs, arm: Arm) -> Iterator[Result]:
+    """The results of an arm, at all stages."""
+    for stage in arm.rounds or ("",):
+        yield from runs.get(staged(arm.name, stage), {}).values()
 
 
 def _reached(runs: Runs, name: str, task: str, share: float, arm: Arm) -> str:
