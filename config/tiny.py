@@ -63,8 +63,8 @@ def mopd_merged() -> ConfigDict:
 
     Command:   CONFIG=config/tiny.py:mopd_merged NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
     Hardware:  2 CPU cores; 24 images per round, 8 per task
-    Cost:      1 minute (measured, 2026-11-27)
-    Expected:  tiny_compose .98, tiny_ocr 1.00, tiny_scene .88 (measured, one seed, 384 held-out lines per task)
+    Cost:      40 seconds (measured, 2026-11-27)
+    Expected:  tiny_compose .95, tiny_ocr 1.00, tiny_scene .88 (measured, one seed, 384 held-out lines per task)
     """
     config = mopd()
     config.run_name = "tiny-mopd-merged"
