@@ -171,10 +171,11 @@ def _take(folder: Path) -> Path:
         shutil.rmtree(prepared, ignore_errors=True)
         raise
     _held[target / file.name] = os.getpid(), descriptor, made
-    for other in folder.glob(f"{_PREPARED}*/*.json"):  # of those that were killed at this place
-        with suppress(FileNotFoundError):
-            if (holder := _read(other)) and holder.is_gone(other):
-                shutil.rmtree(other.parent, ignore_errors=True)
+    for stale in [entry for entry in folder.iterdir() if entry.name.startswith(_PREPARED)]:
+        with suppress(OSError):  # most are others' who take their turn, and are renamed or removed meanwhile
+            for other in stale.iterdir():  # of those that were killed at this place
+                if (holder := _read(other)) and holder.is_gone(other):
+                    shutil.rmtree(stale, ignore_errors=True)
     return target / file.name
 
 
