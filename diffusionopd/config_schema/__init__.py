@@ -26,12 +26,13 @@ from diffusionopd.config_schema.keys import (
     unset,
     unwritable,
 )
-from diffusionopd.config_schema.load import load_config, split_arguments
+from diffusionopd.config_schema.load import load_config, read_json_config, split_arguments
 from diffusionopd.config_schema.problems import ConfigError, Problems, nearest
 from diffusionopd.config_schema.secrets import check_no_secrets, find_secrets, redacted
 
 __all__ = [
     "FREE", "READ", "REFUSE", "REWARDS", "ROUND", "SECTIONS", "TEACHERS", "WRITE", "ConfigError", "Key", "Problems",
     "Schema", "check_no_secrets", "comparable", "find_secrets", "flatten", "is_device", "is_number", "key", "keys_of",
-    "load_config", "nearest", "placed", "read", "redacted", "split_arguments", "to_plain", "unset", "unwritable",
+    "load_config", "nearest", "placed", "read", "read_json_config", "redacted", "split_arguments", "to_plain", "unset",
+    "unwritable",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ A file is a Python file with ``get_config(name)`` or with a function called NAME
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,17 @@ def load_config(schema: Schema, source: str, overrides: Sequence[tuple[str, str 
     problems = [problem for key, text in overrides if (problem := _override(config, key, text))]
     if problems:
         raise ConfigError(problems)
+    return config
+
+
+def read_json_config(path: Path) -> dict[str, Any]:
+    """The configuration in a ``config.json`` as nested dicts, whatever its keys are; ConfigError names the file."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := flatten(config).keys() & set(SECTIONS):
+            raise TypeError(f"{', '.join(wrong)} must be an object")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError([f"{path} is not the config.json of a run: {error}"]) from None
     return config
 
 

@@ -9,20 +9,24 @@
 Several processes write a part file each; process 0 merges them. File and key names are those of the upstream release.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from diffusionopd.files import write_atomically, writing
-from diffusionopd.locks import Lock
 from diffusionopd.rewards import NOT_APPLICABLE, Combined, Weighted
+
+if TYPE_CHECKING:
+    from diffusionopd.locks import Lock
 
 RESULTS = "evaluation_results.jsonl"
 AVERAGES = "average_scores.json"

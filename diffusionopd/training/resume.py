@@ -22,7 +22,6 @@ from diffusionopd.config_schema import (
     REFUSE,
     REWARDS,
     ROUND,
-    SECTIONS,
     TEACHERS,
     ConfigError,
     Problems,
@@ -30,6 +29,7 @@ from diffusionopd.config_schema import (
     find_secrets,
     flatten,
     read,
+    read_json_config,
     unset,
 )
 from diffusionopd.data.prompts import Prompt
@@ -217,13 +217,8 @@ def read_run_config(path: Path) -> dict[str, Any]:
     Keys that this version knows are checked by type and range, others are kept as they are, and what is missing stays
     missing: another version or the upstream release may have written it. Raises ConfigError naming the file.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        values = flatten(config)
-        if wrong := values.keys() & set(SECTIONS):
-            raise TypeError(f"{', '.join(wrong)} must be an object")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError([f"{path} is not the config.json of a run: {error}"]) from None
+    config = read_json_config(path)
+    values = flatten(config)
     problems = Problems()
     for name, declared in SCHEMA.keys.items():
         if name in values and declared.used and (problem := declared.problem(values[name])):

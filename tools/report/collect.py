@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from diffusionopd.config_schema import ConfigError, is_number
+from diffusionopd.config_schema import ConfigError, is_number, read_json_config
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
-from diffusionopd.training.resume import read_run_config
 from tools.report import plots
 from tools.report.pages import aligned, data_uri, image_of, render_page
 from tools.report.plots import Points
@@ -114,7 +113,7 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
         ReportError: something is missing, with its path.
     """
     try:
-        config, rows = read_run_config(run / "config.json"), read_metrics(run)
+        config, rows = read_json_config(run / "config.json"), read_metrics(run)
         teachers = config["train"]["teachers"]
         merges = sorted(path.name for path in evaluations.glob(f"{MERGE}*"))
         models = [BASE, *(f"teacher-{teacher['name']}" for teacher in teachers), *merges, STUDENT]
@@ -136,6 +135,8 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
         raise ReportError(f"the run or an evaluation cannot be read: {error}") from error
     except KeyError as error:
         raise ReportError(f"{run / 'config.json'} or an evaluation of {evaluations} lacks {error}") from error
+    except (TypeError, AttributeError, StopIteration) as error:
+        raise ReportError(f"{run / 'config.json'} is not what a run has written: {error!r}") from error
     return Report(title, tasks, rounds, seconds, facts)
 
 
