@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,12 @@ class Part:
     def absent(self, variant: str | None) -> list[str]:
         """Which of its weight files are not in the folder."""
         return [name for name in self.files(variant) if not self._is_here(name)]
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of change of all that it is read from."""
+        files = sorted([*self.folder.iterdir(), *([self.checkpoint] if self.checkpoint else [])])
+        stats = {str(file): file.stat() for file in files if file.is_file()}
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
 
     # --- its tensors
 
@@ -362,7 +369,7 @@ def weight_problems(parts: Collection[Part], variant: str | None, listing: Colle
             elif part.config().get("quantization_config"):
                 problems += filter(None, [part.unpackaged()])
             else:
-                problems += filter(None, [part.misfits(part.tensors(variant))])
+                problems += filter(None, [_misfits(part, variant, part.stamps())])
         except (ValueError, LookupError, TypeError, OSError) as error:
             problems.append(f"{part.name}: {error}")
     if others:
@@ -370,6 +377,13 @@ def weight_problems(parts: Collection[Part], variant: str | None, listing: Colle
         remedy = f"Set pretrained.variant to {' or '.join(map(repr, names))}"
         problems.append(f"{', '.join(others)}: only weights of the variant {', '.join(names)} are there. {remedy}")
     return problems
+
+
+@cache
+def _misfits(part: Part, variant: str | None, stamps: tuple) -> str:
+    """:meth:`Part.misfits` of files as they were; a start asks three times, before and after it has taken its folder
+    and as it loads, and each answer builds the model on the meta device."""
+    return part.misfits(part.tensors(variant))
 
 
 def _absent(part: Part, names: Sequence[str]) -> str:
