@@ -76,7 +76,7 @@ class Arm:
 
 def arms(tasks: Sequence[str], shipped: Sequence[str]) -> dict[str, Arm]:
     """Every arm of a world with these tasks, of which some have a teacher that is shipped."""
-    kinds = (REWARDED, SHIPPED) if shipped else (REWARDED,)
+    kinds = (REWARDED, SHIPPED) if len(shipped) == len(tasks) else (REWARDED,)
     every = [
         *_models(tasks, shipped),
         *_rivals(),

@@ -4,6 +4,7 @@
 ``run.py`` puts them.
 """
 
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def arms_of(world: World) -> dict[str, Arm]:
 
 def _of_arm(world: World, arm: Arm) -> ConfigDict:
     config = _of_tasks(_tiny("mopd") if arm.kind == "opd" else _teacher("tiny_compose"), world, arm, "validation")
+    stages = list(arm.stages(len(world.tasks)).values())
     # A checkpoint every so often, all kept: stages are scored, and teachers taken, at their own rounds.
-    config.update({"num_epochs": list(arm.stages(len(world.tasks)).values())[-1], "save_freq": 20})
-    config.update({"num_checkpoint_limit": 0, "eval_freq": 20 if arm.per_task else 10})
+    config.update({"num_epochs": stages[-1], "save_freq": 20, "num_checkpoint_limit": 0})
+    # Curves are read of the claims' arms; of others, and of RL of all tasks, the ends of the stages.
+    config.eval_freq = 10 if arm.group == "claims" and not arm.per_task else math.gcd(*stages)
     config.update({"monitor_freq": 0, "sample_freq": 0})
     config.sample.test_batch_size = 16
     if arm.kind == "opd":
