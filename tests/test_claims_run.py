@@ -64,7 +64,7 @@ def test_what_others_need_comes_before_them_and_once():
 
 
 @pytest.mark.slow
-def test_every_arm_is_a_sound_configuration_and_rivals_cost_the_same(monkeypatch):
+def test_every_arm_is_a_sound_configuration_and_baselines_cost_the_same(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("tiny", "opposed"):
         world = WORLDS[name]
@@ -77,10 +77,10 @@ def test_every_arm_is_a_sound_configuration_and_rivals_cost_the_same(monkeypatch
                 costs[arm.name] = 3 * nfe.student + nfe.teacher + nfe.sampling + nfe.base
         teachers = sum(TEACHER_ROUNDS * costs[f"teacher_{task}"] for task in world.names)
         student = OPD_ROUNDS * costs["opd_0.001"]
-        for rival in ("multitask_nft_0.001", "multitask_guard_0.001"):
-            stages = arms[rival].stages(len(world.names))
+        for baseline in ("multitask_nft_0.001", "multitask_guard_0.001"):
+            stages = arms[baseline].stages(len(world.names))
             wanted = {"alone": student, "teachers": teachers, "": teachers + student}
-            assert {stage: rounds * costs[rival] for stage, rounds in stages.items()} == pytest.approx(wanted)
+            assert {stage: rounds * costs[baseline] for stage, rounds in stages.items()} == pytest.approx(wanted)
 
 
 def result(run: Run, rounds: int) -> Result:

@@ -308,10 +308,13 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nfe_is_what_a_run_counts(tiny_config, tmp_path, name):
+    """Announced by its plan, and by the prediction of its cost."""
     config = tiny_config(num_epochs=1, **ALGORITHMS[name])
     plan, cost = check(config, 1), counted(SMALL | {"num_layers": 1})
     train(config)
-    assert metrics(tmp_path / "logs" / "run")[0]["evaluations"] == sum(nfe for nfe, _ in work(plan, cost).values())
+    nfe, seen = plan.nfe_per_round, metrics(tmp_path / "logs" / "run")[0]["evaluations"]
+    assert seen == nfe.student + nfe.teacher + nfe.sampling + nfe.base
+    assert seen == sum(evaluations for evaluations, _ in work(plan, cost).values())
     assert (memory(plan, cost, 1).get("other frozen adapters", 0) > 0) == (name == "nft")
 
 

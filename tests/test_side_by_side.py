@@ -192,7 +192,9 @@ def assert_same(a, b, rel=1e-5):
             assert mine[key] == pytest.approx(other[key], rel=rel), (mine["round"], key)
 
 
-@pytest.mark.parametrize("algorithm", RUNS)
+@pytest.mark.parametrize(
+    "algorithm", ["opd", "nft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "grpo"))]
+)
 def test_a_run_is_the_same_side_by_side(tiny_config, shared, algorithm):
     """And each task's weight, guidance and target are its own; small steps, so that rounding stays rounding."""
     tasks = [{**task, "weight": weight} for task, weight in zip(shared[0], (1.0, 3.0), strict=True)]

@@ -228,8 +228,8 @@ def test_one_process_equals_two(tiny_config, tmp_path):
     train_forked(tiny_config(run_name="two", **common))
     two = tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-4"
     assert_equal_rounds(*(metrics(tmp_path / "logs" / name) for name in ("one", "two")))
-    for name, tensor in student(one).items():
-        torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=5e-5)
+    for name, tensor in student(one).items():  # to a fifth of a step: Adam makes as much of a gradient that is rounding
+        torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=2e-4)
     unreached = "base_model.model.transformer_blocks.3.attn.add_q_proj.lora_A.weight"
     loras = [load_file(folder / "lora" / "adapter_model.safetensors") for folder in (one, two)]
     assert torch.equal(loras[0][unreached], loras[1][unreached]), "no gradient in one process and in two"

@@ -17,7 +17,7 @@ OPD_ROUNDS = 80
 REWARDED, SHIPPED = "rewarded", "shipped"
 EARLY, AT_TEACHERS, HALF = "early", "teachers", "80"
 """Stages: of a teacher, after fewer rounds; of multi-task RL, at the cost of all teachers together; of the method, at
-the rounds of its rivals' cost, of twice as many."""
+the rounds of its baselines' cost, of twice as many."""
 OURS = {"train.target": "velocity", "train.self_normalize": True}
 PAPER = {"train.target": "mean", "train.self_normalize": False}
 LOSSES = {"opd": ("our loss", OURS), "paper": ("the paper's loss", PAPER)}
@@ -79,7 +79,7 @@ def arms(tasks: Sequence[str], shipped: Sequence[str]) -> dict[str, Arm]:
     kinds = (REWARDED, SHIPPED) if len(shipped) == len(tasks) else (REWARDED,)
     every = [
         *_models(tasks, shipped),
-        *_rivals(),
+        *_baselines(),
         *_distilled(),
         *_estimators(),
         *_strengths(),
@@ -105,7 +105,7 @@ def _models(tasks: Sequence[str], shipped: Sequence[str]) -> Iterator[Arm]:
     yield Arm(f"guard_{tasks[-1]}", f"GRPO-Guard teacher, {tasks[-1]}", group, "guard", {"": 60}, task=tasks[-1])
 
 
-def _rivals() -> Iterator[Arm]:
+def _baselines() -> Iterator[Arm]:
     """One student from all rewards. As many learning rates for each method; the teachers' own is 2e-3."""
     turns, one_by_one = {"train.task_order": "alternate"}, {"train.task_order": "cascade"}
     nft, guard = {"alone": 40, AT_TEACHERS: 60, "": 100}, {"alone": 48, AT_TEACHERS: 72, "": 120}

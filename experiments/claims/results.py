@@ -89,9 +89,10 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
     runs among others.
     """
     runs: Runs = {}
+    digest = world.digest()
     for file in sorted((folder / world.name).glob("*-seed*.json")):
         result = read_result(file)
-        if result.digest != world.digest():
+        if result.digest != digest:
             raise ClaimsError(f"{file} was measured on other prompts; move it elsewhere and run {REMEDY} again")
         runs.setdefault(result.name, {})[result.seed] = result
     if len({result.quick for by_seed in runs.values() for result in by_seed.values()}) > 1:

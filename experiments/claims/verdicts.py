@@ -183,12 +183,12 @@ def _student(runs: Runs, world: World) -> Iterator[Part]:
 
 
 def _equal_cost(runs: Runs, world: World) -> Iterator[Part]:
-    rivals = {
+    baselines = {
         "with the teachers' cost": ("multitask_nft", "multitask_guard", "cascade_nft"),
         "without": ("multitask_nft.alone", "multitask_guard.alone", "cascade_alone"),
     }
     for label, run in {"our loss": "opd.80", "the paper's loss": "paper.80"}.items():
-        for cost, others in rivals.items():
+        for cost, others in baselines.items():
             for other in others:
                 yield lead(runs, world, f"{label} - {other.partition('.')[0]}, {cost}", run, other)
 
