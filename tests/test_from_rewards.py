@@ -257,7 +257,13 @@ def test_what_comes_out_is_a_teacher(finished_runs, tiny_config):
     assert train(config) is not None
 
 
-@pytest.mark.parametrize(("order", "visited"), [("alternate", "first second first"), ("cascade", "first first second")])
+@pytest.mark.parametrize(
+    ("order", "visited"),
+    [
+        ("alternate", "first second first"),
+        pytest.param("cascade", "first first second", marks=pytest.mark.slow),
+    ],
+)
 def test_tasks_in_turn_and_one_after_another(tiny_config, tmp_path, order, visited):
     train(tiny_config(train__algorithm="nft", train__task_order=order, num_epochs=3))
     rows = metrics(tmp_path / "logs" / "run")
