@@ -223,13 +223,14 @@ def test_checkpointing_activations_changes_nothing(tiny_config):
 
 def test_one_process_equals_two(tiny_config, tmp_path):
     """Batch 4 in one process and batch 2 in each of two (gloo) processes."""
-    common = {"num_epochs": 4, "sample__noise_level": 0.7, "monitor_freq": 2}
+    # Adam makes a whole step of a gradient that is rounding, unless its epsilon is far above that.
+    common = {"num_epochs": 4, "sample__noise_level": 0.7, "monitor_freq": 2, "train__adam_epsilon": 1e-2}
     one = train(tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common))
     train_forked(tiny_config(run_name="two", **common))
     two = tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-4"
     assert_equal_rounds(*(metrics(tmp_path / "logs" / name) for name in ("one", "two")))
-    for name, tensor in student(one).items():  # to a fifth of a step: Adam makes as much of a gradient that is rounding
-        torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=2e-4)
+    for name, tensor in student(one).items():
+        torch.testing.assert_close(tensor, student(two)[name], rtol=1e-3, atol=2e-5)
     unreached = "base_model.model.transformer_blocks.3.attn.add_q_proj.lora_A.weight"
     loras = [load_file(folder / "lora" / "adapter_model.safetensors") for folder in (one, two)]
     assert torch.equal(loras[0][unreached], loras[1][unreached]), "no gradient in one process and in two"
