@@ -1,6 +1,7 @@
 """What one GPU makes of a round at the size of SD3.5-Medium: seconds, utilisation, peak memory, precision.
 
-    python benchmarks/gpu.py --json gpu.json             about five minutes on an H100, of which compiling takes half
+    python benchmarks/gpu.py --json gpu.json             about nine minutes on an H100, of which compiling takes half
+    python benchmarks/gpu.py --parts published merged    some of it
     python benchmarks/gpu.py --tiny                      the same script, small, on a CPU
 
 One process on one model with random weights, so that each shape is compiled once; ``benchmarks/round.py`` has more ways
@@ -17,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.round import compiled, matrix_peak
+from benchmarks.round import bare, compiled, matrix_peak
 from benchmarks.upstream import stock, upstream_round
 from benchmarks.world import IN_PLACE, World, add_flags
 from diffusionopd.algorithms.base import Models
@@ -38,6 +39,7 @@ from diffusionopd.data.batches import Batch, Row, side_by_side
 from diffusionopd.data.noise import noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.files import write_atomically
+from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT
 
 
@@ -60,11 +62,11 @@ class Setting:
 
 
 PUBLISHED = Setting("published round", 3, 3, 512, 4.5, together=3)
-SETTINGS = [
-    Setting("12 images in a pass", 1, 12, 512, 4.5, batches=3),
+SEPARATE = Setting("one task in a pass", 3, 3, 512, 4.5)
+LARGE = Setting("12 images in a pass", 1, 12, 512, 4.5, batches=3)
+OTHERS = [  # with --max_sequence_length 256, the settings of verl-omni's published seconds
     Setting("64 at 384, guidance 4.5", 1, 16, 384, 4.5, batches=4),
     Setting("64 at 384, no guidance", 1, 32, 384, 1.0, batches=2),  # as many samples in a pass: the same graphs
-    Setting("one task in a pass", 3, 3, 512, 4.5),
 ]
 TINY = {"random": "small", "device": "cpu", "steps": 3, "resolution": 64}
 
@@ -88,7 +90,7 @@ class Bench:
         self.algorithm, _ = self.world.setup()
         self.backbone = self.algorithm.policies.backbone
         # SDPA's kernels have formulas of their own: the plain products are counted.
-        self.flops = {r: self._flops_of_a_step(r) for r in {s.resolution for s in [PUBLISHED, *SETTINGS]}}
+        self.flops = {r: self._flops_of_a_step(r) for r in {s.resolution for s in [PUBLISHED, *OTHERS]}}
 
     def _flops_of_a_step(self, resolution: int) -> int:
         """Of an image's state without guidance: teacher forward without LoRA, student forward and backward."""
@@ -174,6 +176,10 @@ class Bench:
         self.backbone.transformer, self.backbone.dtype = own, self.world.half
         return v.detach(), gradient
 
+    def allocated(self) -> int:
+        """Bytes on the GPU."""
+        return torch.cuda.memory_allocated() if self.args.device != "cpu" else 0
+
     def copied(self) -> nn.Module:
         """A copy of the transformer with the student in use."""
         self.algorithm.policies.adapters.use(STUDENT)
@@ -198,11 +204,76 @@ class Bench:
             write_atomically(self.args.json, json.dumps(self.facts | {"rows": self.rows}, indent=2) + "\n")
 
 
+def precision(bench: Bench) -> None:
+    """How far from float32 the layers are as they stand and the stock ones under autocast; before any is compiled."""
+    bench.compare("not compiled", bench.backbone.transformer)
+    stocked = bench.copied()
+    bench.backbone.transformer, own = stocked, bench.backbone.transformer
+    stock(bench.backbone)
+    bench.backbone.transformer = own
+    bench.compare("stock layers, autocast", stocked)
+
+
+def published(bench: Bench) -> None:
+    """The default round."""
+    if bench.exact is not None:
+        bench.compare("default", bench.backbone.transformer)  # of the same weights as before
+    bench.time(PUBLISHED, "default", 3)
+
+
+def separate(bench: Bench) -> None:
+    """A pass for each task, and its bare passes: the floor."""
+    bench.time(SEPARATE, "default", 3)
+    algorithm, batches = bench.round_of(SEPARATE)
+    bench.time(SEPARATE, "floor", 3, lambda: bare(algorithm, batches))
+
+
+def merged(bench: Bench) -> None:
+    """The default with teachers merged into copies of what they adapt, on a model of its own."""
+    ours, own = bench.allocated(), bench.algorithm
+    bench.algorithm, _ = bench.world.setup(adapters=MergedTeachers)
+    if not bench.args.tiny:
+        compiled(bench.algorithm.policies.backbone)
+    algorithm, batches = bench.round_of(PUBLISHED)
+    bench.algorithm = own
+    bench.time(PUBLISHED, "merged", 3, lambda: algorithm.round(batches), beside=ours)
+
+
+def upstream(bench: Bench) -> None:
+    """The upstream schedule, on a model of its own."""
+    ours = bench.allocated()
+    bench.time(PUBLISHED, "upstream", 2, upstream_round(bench.world), beside=ours)
+
+
+def settings(*settings: Setting) -> Callable[[Bench], None]:
+    """The default in other settings."""
+
+    def time_all(bench: Bench) -> None:
+        for setting in settings:
+            bench.time(setting, "default", 2)
+
+    return time_all
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "uncompiled": lambda bench: bench.time(PUBLISHED, "not compiled", 2),
+    "precision": precision,
+    "published": published,
+    "separate": separate,
+    "384": settings(*OTHERS),
+    "upstream": upstream,
+    "merged": merged,
+    "large": settings(LARGE),
+}
+UNCOMPILED = ("uncompiled", "precision")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU, nothing compiled")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument("--seconds", type=float, default=600.0, help="after these nothing new is begun")
     parser.set_defaults(random="sd35", device="cuda", resolution=512, batch_size=3, guidance_scale=4.5)
     args = parser.parse_args(arguments)
@@ -212,25 +283,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """All of it, the most wanted first."""
+    """The parts that are asked for, those that compiled blocks would change first."""
     bench = Bench(parse())
     print(f"{bench.facts['machine']}: matrix products {bench.peak / 1e12:.0f} TFLOP/s", flush=True)
-    bench.time(PUBLISHED, "not compiled", 2)
-    bench.compare("not compiled", bench.backbone.transformer)
-    stocked = bench.copied()
-    bench.backbone.transformer, own = stocked, bench.backbone.transformer
-    stock(bench.backbone)
-    bench.backbone.transformer = own
-    bench.compare("stock layers, autocast", stocked)
-    del stocked
+    for name in UNCOMPILED:
+        if name in bench.args.parts:
+            PARTS[name](bench)
     if not bench.args.tiny:
         compiled(bench.backbone)
-    bench.compare("default", bench.backbone.transformer)  # of the same weights as before
-    bench.time(PUBLISHED, "default", 3)
-    ours = torch.cuda.memory_allocated() if bench.args.device != "cpu" else 0
-    bench.time(PUBLISHED, "upstream", 2, upstream_round(bench.world), beside=ours)
-    for setting in SETTINGS:
-        bench.time(setting, "default", 2)
+    for name, part in PARTS.items():
+        if name in bench.args.parts and name not in UNCOMPILED:
+            part(bench)
 
 
 if __name__ == "__main__":
