@@ -153,6 +153,11 @@ def test_of_several_candidates_the_chosen_one_is_tested():
     stages = [Run("tiny", name, stage, 1) for name in names[3:] for stage in ("alone", "teachers", "")]
     assert [run.name for run in stages if runner.waits(run)] == ["multitask_nft_0.001-seed1"]
     assert [run.arm for run in runs if runner.waits(run)] == ["opd_0.002", "multitask_nft_0.001"]
+    other_seed = [Run("tiny", name, "alone" if "multi" in name else "", 2) for name in names]
+    assert [run.arm for run in other_seed if runner.waits(run)] == ["opd_0.002", "multitask_nft_0.001"]
+    assert not any(Runner(ROOT, ROOT, test=False).waits(run) for run in other_seed[3:]), "a screen has all seeds"
+    asked = [run.name for run in plan("tiny", ["base", "merge_rewarded_sum_1"], [2]) if "teacher" not in run.name]
+    assert asked == ["merge_rewarded_sum_1-seed1", "base-seed2", "merge_rewarded_sum_1-seed2"]
     early = Run("tiny", "teacher_ocr", "early", 1)
     assert runner.tests(early) and not Runner(ROOT, ROOT, early=False).tests(early)
 
