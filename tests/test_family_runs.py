@@ -65,17 +65,17 @@ class World:
 def write_lora(folder: Path, target: Path, seed: int) -> str:
     """A LoRA that changes what the model draws, as a run saves its student."""
     backbone = load_backbone(str(folder))
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    adapters = Adapters(backbone.transformer)
     adapters.add_student("made", rank=4, alpha=8, target_modules=backbone.LORA_TARGETS, seed=seed)
     torch.manual_seed(seed)
     for name, layer in adapters._layers("made"):
-        if name not in backbone.inert_modules():
+        if name not in backbone.inert_of(backbone.transformer):
             torch.nn.init.normal_(layer.lora_B["made"].weight, std=0.1)
     adapters.save_peft("made", target)
     return str(target)
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=[name for name in CASES if name != "sd3"])  # of which all other runs are
 def world(request, tmp_path_factory, make_config) -> World:
     case = CASES[request.param]
     root = tmp_path_factory.mktemp(case.family)

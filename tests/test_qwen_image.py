@@ -113,10 +113,10 @@ def test_published_loras_are_what_diffusers_reads(folder, tmp_path):
 def test_a_teacher_is_not_refused_for_what_never_trains(folder, tmp_path):
     """The last block's text stream has zero lora_B however long a LoRA of all attention layers is trained."""
     backbone = load_backbone(str(folder))
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    adapters = Adapters(backbone.transformer)
     adapters.add_student("student", rank=2, alpha=2, target_modules=backbone.LORA_TARGETS, seed=0)
     for name, layer in adapters._layers("student"):
-        if name not in backbone.inert_modules():
+        if name not in backbone.inert_of(backbone.transformer):
             torch.nn.init.normal_(layer.lora_B["student"].weight, std=0.1)
     adapters.save_diffusers("student", tmp_path)
     assert fit(load_lora(tmp_path), read_model(str(folder)).empty_transformer()).b

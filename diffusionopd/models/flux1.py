@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Defaults
+from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, linear_mu, pack, side_of, unpack
+from diffusionopd.models.latents import halvings, pack, side_of, unpack
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
-from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
 class Flux1(Backbone):
@@ -43,7 +42,7 @@ class Flux1(Backbone):
     }
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def unsupported(cls, configs: Configs) -> str:
         """Fill, Canny, Depth and Kontext-like transformers have more input channels than latents."""
         given, latents = configs["transformer"]["in_channels"], 4 * configs["vae"]["latent_channels"]
         if given != latents:
@@ -52,37 +51,29 @@ class Flux1(Backbone):
         return ""
 
     @classmethod
-    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def guidance_of(cls, configs: Configs) -> str:
         """dev embeds it, schnell has none."""
         return EMBEDDED if configs["transformer"].get("guidance_embeds") else NO_GUIDANCE
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """schnell's are those of its model card: 4 steps, 256 tokens."""
         if cls.guidance_of(configs) == EMBEDDED:
             return cls.DEFAULTS
         return Defaults(num_steps=4, guidance_scale=1.0, max_sequence_length=256, mixed_precision="bf16")
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = halvings(configs["vae"])
         side = side_of(resolution, factor, 2 * factor)
         return configs["transformer"]["in_channels"] // 4, side, side
 
     @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
+    def row_shapes(cls, max_sequence_length: int, configs: Configs) -> dict[str, tuple[int, ...]]:
         """See :meth:`Backbone.row_shapes`."""
-        config = configs["transformer"]
-        tokens = (max_sequence_length, config["joint_attention_dim"])
-        return {"tokens": tokens, "pooled": (config["pooled_projection_dim"],)}
-
-    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
-        """See :meth:`Backbone.sigmas`: the pipeline's own are evenly spread before their shift."""
-        _, h, w = self.latent_shape(resolution)
-        return flow_levels(self.scheduler, num_steps, linear_mu(self.scheduler.config, h * w // 4), LINSPACE)
+        pooled = {"pooled": (configs["transformer"]["pooled_projection_dim"],)}
+        return super().row_shapes(max_sequence_length, configs) | pooled
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
@@ -100,10 +91,6 @@ class Flux1(Backbone):
             return_dict=False,
         )
         return unpack(velocity, h, w)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        return self.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:

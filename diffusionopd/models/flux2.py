@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Defaults
+from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import halvings, side_of
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
@@ -27,6 +26,7 @@ class Flux2(Backbone):
         "text_encoder": ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"),
         "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PixtralProcessor"),
     }
+    READERS = {"tokenizer": AutoTokenizer}  # of dev's processor, which needs torchvision, texts need this alone
     BLOCKS = ("transformer_blocks", "single_transformer_blocks")
     # As diffusers' own training script; a single block has two layers alone, "to_qkv_mlp_proj" and "to_out".
     LORA_TARGETS = (
@@ -43,32 +43,25 @@ class Flux2(Backbone):
     }
 
     @classmethod
-    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def guidance_of(cls, configs: Configs) -> str:
         """dev embeds it; of klein the pipeline says whether it is distilled."""
         if configs["transformer"].get("guidance_embeds"):
             return EMBEDDED
         return NO_GUIDANCE if configs["index"].get("is_distilled") else CLASSIFIER_FREE
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """Distilled klein's are those of its model card: 4 steps."""
         if cls.guidance_of(configs) != NO_GUIDANCE:
             return cls.DEFAULTS
         return Defaults(num_steps=4, guidance_scale=1.0, max_sequence_length=512, mixed_precision="bf16")
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         unit = 2 * halvings(configs["vae"])
         side = side_of(resolution, unit, unit)
         return configs["transformer"]["in_channels"], side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["joint_attention_dim"])}
 
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """See :meth:`Backbone.sigmas`: evenly spread before their shift, which depends on their number too."""
@@ -105,11 +98,6 @@ class Flux2(Backbone):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
-
-    @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`: of dev's processor, which needs torchvision, texts need this alone."""
-        return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:

@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from diffusionopd.config_schema import is_device
-from diffusionopd.models.backbone import NO_GUIDANCE, Backbone, Defaults
+from diffusionopd.models.backbone import NO_GUIDANCE, Backbone, Configs, Defaults
 from diffusionopd.models.conditions import Row, TextEncoder, split_reference
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
@@ -78,7 +78,7 @@ class ModelInfo:
     model: str
     revision: str | None
     family: type[Backbone]
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Configs
     root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
 
     def evaluations_at(self, guidance: float) -> int:
@@ -103,7 +103,7 @@ class ModelInfo:
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
-        with _loading(self.model), torch.device("meta"):
+        with loading(self.model), torch.device("meta"):
             return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
 
 
@@ -133,28 +133,29 @@ def part_class(index: Mapping[str, Any], part: str) -> Any:
     return found
 
 
-def _refusal(model: str, problems: Sequence[str]) -> BackboneError:
-    what = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
-    return BackboneError(f"the base model {model!r} cannot be loaded: {what}", problems)
+def refusal(model: str, problems: Sequence[str], what: str = "the base model") -> BackboneError:
+    """The error for a model, ``what`` it is, with its problems."""
+    found = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+    return BackboneError(f"{what} {model!r} cannot be loaded: {found}", problems)
 
 
 @contextmanager
-def _loading(model: str, source: str | None = None) -> Iterator[None]:
-    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into BackboneError with the
+def loading(model: str, source: str | None = None, what: str = "the base model") -> Iterator[None]:
+    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into :func:`refusal` with the
     remedy."""
     try:
         yield
     except BackboneError:
         raise
     except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
-        here = "The folder must be a complete diffusers pipeline folder; download or build it again."
+        here = "Such a folder must be as diffusers writes it, and complete; download or build it again."
         remedy = here if Path(source or model).exists() else hub_remedy()
-        raise _refusal(model, [f"{str(error).rstrip('.')}. {remedy}"]) from error
+        raise refusal(model, [f"{str(error).rstrip('.')}. {remedy}"], what) from error
 
 
 def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:
     """Whether the configurations of a base model are on this machine, so that it can be read without a download."""
-    with _loading(model):
+    with loading(model):
         checkpoint = find_checkpoint(model, revision, download=False) if is_checkpoint(model) else None
         if is_checkpoint(model) and checkpoint is None:
             return False
@@ -193,19 +194,19 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
     """
     checkpoint, source = None, model
     if is_checkpoint(model):
-        with _loading(model):
+        with loading(model):
             checkpoint = find_checkpoint(model, revision, download=bool(fetch))
             assert checkpoint is not None
             source = config or default_config(checkpoint)
     elif config:
-        raise _refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
-    with _loading(model, source):
+        raise refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
+    with loading(model, source):
         inferred = checkpoint is not None and not config
         root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch and not inferred else None)
         if root is None:
             what = f"diffusers takes it for one of {source}, whose configurations are not here"
             remedy = "Set pretrained.config to the pipeline (folder or hub id) that it is made for"
-            raise _refusal(model, [f"{what}. {remedy}"])
+            raise refusal(model, [f"{what}. {remedy}"])
         index = diffusers.DiffusionPipeline.load_config(root)
         name = index.get("_class_name")
         if name not in FAMILIES:
@@ -229,7 +230,7 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
         if not local:  # of what lies in the cache already
             problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
         if problems:
-            raise _refusal(model, problems)
+            raise refusal(model, problems)
         configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
         info = ModelInfo(model, revision, family, configs, root=root)
         if problem := family.unsupported(info.configs):
@@ -302,7 +303,7 @@ def load_backbone(
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
     found = _find(model, revision, variant, config, "models")
-    with _loading(model):
+    with loading(model):
         transformer, vae = (
             found.parts[name].load(variant, kept) for name, kept in (("transformer", dtype), ("vae", torch.float32))
         )
@@ -328,14 +329,17 @@ def load_text_encoder(
     found = _find(model, revision, variant, config, "all")
     device, info, index = torch.device(device), found.info, found.info.configs["index"]
     encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
-    with _loading(model):
+    with loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
         if info.family.READS_IMAGES:
             loaded["vae"] = found.parts["vae"].load(variant, torch.float32)
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
-        parts = info.family.text_parts(found.root)
+        parts = {
+            name: reader.from_pretrained(found.root / name, trust_remote_code=False)
+            for name, reader in info.family.READERS.items()
+        }
         # Diffusers refuses another class than the index names: such a part comes afterwards.
         known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
         given = {"transformer": transformer, **absent, **loaded, **known}
@@ -359,7 +363,7 @@ def load_text_encoder(
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
         if not info.family.READS_IMAGES and any(split_reference(prompt)[1] for prompt in prompts):
-            raise _refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
+            raise refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
         with quiet_pipeline(pipeline):
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
@@ -378,7 +382,7 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
     source = model
-    with _loading(model):
+    with loading(model):
         if is_checkpoint(model):
             checkpoint = find_checkpoint(model, revision, download=True)
             assert checkpoint is not None

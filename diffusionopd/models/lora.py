@@ -44,11 +44,8 @@ class Adapters:
     (PEFT's own ``set_adapter`` walks the modules and their ``requires_grad``, milliseconds for 190 layers).
     """
 
-    def __init__(self, transformer: nn.Module, inert: Collection[str] | None = None) -> None:
-        """``inert``: modules without influence on the output, whose LoRA stays zero however long it is trained; None
-        for those of the transformer's family."""
+    def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer.requires_grad_(False)
-        self.inert = inert
         self._active: list[str] = []
         self._teachers: list[str] = []
         self._chosen: list[Chosen] = []
@@ -74,7 +71,7 @@ class Adapters:
 
         Raises AdapterError when it does not :func:`~diffusionopd.models.lora_fit.fit` the transformer.
         """
-        weights = fit(source if isinstance(source, LoraWeights) else load_lora(source), self.transformer, self.inert)
+        weights = fit(source if isinstance(source, LoraWeights) else load_lora(source), self.transformer)
         self._inject(name, _config_of(weights), trainable)
         for module, layer in self._layers(name):
             with torch.no_grad():

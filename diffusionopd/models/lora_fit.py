@@ -25,19 +25,18 @@ def linear_layers(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | None = None) -> LoraWeights:
+def fit(weights: LoraWeights, transformer: nn.Module) -> LoraWeights:
     """The LoRA by the names of ``transformer``'s modules, whose parameters may be on the meta device.
 
-    ``inert``: modules without influence on the output, whose LoRA may be untrained; None for the family's. Raises
-    AdapterError when it does not fit: modules that the base does not have, modules its own config names but that have
-    no tensors, two layers for one module, shapes of another base, or a module that was never trained.
+    Raises AdapterError when it does not fit: modules that the base does not have, modules its own config names but that
+    have no tensors, two layers for one module, shapes of another base, or a module that was never trained (but for
+    those without influence on the output: :meth:`Backbone.inert_of`).
     """
     linear = linear_layers(transformer)
     parts: list[tuple[str, str, Tensor]] = []  # module, the layer of the file that it is in, its rows of B
     family = family_of(transformer)
     foreign = family.lora_layers(linear) if family else {}
-    if inert is None:
-        inert = family.inert_of(transformer) if family else ()
+    inert = family.inert_of(transformer) if family else set()
     own = {name.replace(".", "_"): name for name in linear}
     for name, b in weights.b.items():
         key = name.replace(".", "_")
@@ -61,7 +60,7 @@ def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | N
         "shapes of another base model": [
             f"{n} (LoRA {shape}, base {linear[n]})" for n, shape in shapes.items() if linear.get(n, shape) != shape
         ],
-        untrained: {n for n, b in fitted.b.items() if not b.any()} - set(inert),
+        untrained: {n for n, b in fitted.b.items() if not b.any()} - inert,
     }
     refuse(weights.source, problems)
     return fitted

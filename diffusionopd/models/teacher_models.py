@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.loading import BackboneError, ModelInfo, part_class
+from diffusionopd.models.loading import ModelInfo, loading, part_class, refusal
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,
@@ -27,13 +26,13 @@ from diffusionopd.models.pipeline_files import (
     fetch_weights,
     find_checkpoint,
     find_folder,
-    hub_remedy,
     is_checkpoint,
     part_digest,
     weight_problems,
 )
 from diffusionopd.models.schedules import is_of_flow_matching
 
+_WHAT = "the teacher's model"
 _FORMS = "Give a pipeline folder, its transformer folder, a .safetensors file or a hub id (a LoRA goes to lora_path)"
 
 
@@ -67,7 +66,7 @@ class TeacherModel(ModelInfo):
 
         Raises BackboneError.
         """
-        with _reading(self.model):
+        with loading(self.model, what=_WHAT):
             transformer = self.part.load(self._variant, base.dtype)
         return base.beside(transformer, index=self.configs["index"], waits=waits)
 
@@ -103,7 +102,7 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         BackboneError: naming everything that is wrong with it, and every difference that keeps it from seeing the
             base's latents, times and embeddings.
     """
-    with _reading(source):
+    with loading(source, what=_WHAT):
         place = _pipeline_or_file(source, download)
         if place is None:
             return None
@@ -115,7 +114,7 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         if unsupported := base.family.unsupported(model.configs):
             problems.append(unsupported)
         if problems:
-            raise _refusal(source, problems)
+            raise refusal(source, problems, _WHAT)
     return model
 
 
@@ -205,18 +204,3 @@ def _config(root: Path | None, part: str) -> Mapping[str, Any]:
             config = json.loads(file.read_text(encoding="utf-8"))
             return {**config, **config.get("text_config", {})}
     return {}
-
-
-def _refusal(source: str, problems: list[str]) -> BackboneError:
-    return BackboneError(f"the teacher's model {source!r} cannot be used: {'; '.join(problems)}", problems)
-
-
-@contextmanager
-def _reading(source: str) -> Iterator[None]:
-    try:
-        yield
-    except BackboneError:
-        raise
-    except Exception as error:  # whatever the libraries raise for files of something else
-        remedy = f". {hub_remedy()}" if "/" in source and not Path(source).exists() else ""
-        raise _refusal(source, [f"{str(error).rstrip('.')}{remedy}"]) from error
