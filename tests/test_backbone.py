@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -59,10 +60,11 @@ def test_mistakes_are_named(backbone, text, tmp_path, pipeline_folder):
         backbone.latent_shape(63)
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_backbone(str(tmp_path))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
-    for load in (read_model, load_backbone, load_text_encoder):
-        with pytest.raises(BackboneError, match="KolorsPipeline.*StableDiffusion3Pipeline"):
-            load(str(tmp_path))
+    for other in ("Kolors", "QwenImageLayered", "QwenImageInpaint", "SanaSprint", "SanaControlNet", "SanaVideo"):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": f"{other}Pipeline"}))
+        for load in (read_model, load_backbone, load_text_encoder):
+            with pytest.raises(BackboneError, match=f"{other}Pipeline.*StableDiffusion3Pipeline"):
+                load(str(tmp_path))
     copy = tmp_path / "model"
     shutil.copytree(pipeline_folder, copy)
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -123,7 +123,6 @@ def test_prompts_of_several_lengths_in_a_batch_are_each_alone(small):
     with torch.no_grad():
         together, _ = backbone.velocity(x, 0.6, small.texts, guidance)
         alone = [backbone.velocity(x[i : i + 1], 0.6, Conditions.of([small.rows[i]]), guidance)[0] for i in range(2)]
-        padded, _ = backbone.velocity(x, 0.6, Conditions.of(small.rows, 64), guidance)
         swapped, _ = backbone.velocity(x, 0.6, Conditions.of(small.rows[::-1]), guidance)
         guidances, before = torch.tensor([1.0, guidance]), backbone.evaluations
         mixed, conditional = backbone.velocity(x, torch.tensor([0.6, 0.4]), small.texts, guidances)
@@ -132,7 +131,7 @@ def test_prompts_of_several_lengths_in_a_batch_are_each_alone(small):
             backbone.velocity(x[i : i + 1], s, Conditions.of([small.rows[i]]), g)
             for i, (s, g) in enumerate(((0.6, 1.0), (0.4, guidance)))
         ]
-    assert far(together, torch.cat(alone)) < 1e-5 and far(padded, together) < 1e-5
+    assert far(together, torch.cat(alone)) < 1e-5
     assert far(swapped, together) > 1e-3, "the prompt has an effect"
     assert far(mixed, torch.cat([v for v, _ in own])) < 1e-5 and far(conditional, torch.cat([c for _, c in own])) < 1e-5
 

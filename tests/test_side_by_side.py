@@ -39,7 +39,6 @@ from .helpers import (
     metrics,
     perturb,
     state,
-    train_forked,
     with_rows,
 )
 
@@ -206,17 +205,6 @@ def test_a_run_is_the_same_side_by_side(tiny_config, shared, algorithm):
     assert_same(joined, separate)
     resumed = train(tiny_config(run_name="resumed", resume_from=str(joined.parent / "checkpoint-1"), **options))
     assert_bitwise(state(resumed), state(joined))
-
-
-def test_two_processes_are_one_side_by_side(tiny_config, tmp_path):
-    options = {"num_epochs": 2, "train__learning_rate": 1e-5, "train__steps_per_rollout": 2}
-    one = train(tiny_config(run_name="one", **options, sample__train_batch_size=4, train__batch_size=4))
-    train_forked(tiny_config(run_name="two", **options))
-    two = tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-2"
-    rows = [metrics(folder.parent.parent) for folder in (one, two)]
-    for mine, other in zip(*rows, strict=True):
-        for key in ("loss", "loss/first", "loss/second", "grad_norm"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-5)
 
 
 def test_the_number_is_chosen_once_printed_and_kept(tiny_config, capsys):

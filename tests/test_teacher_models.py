@@ -167,7 +167,7 @@ def test_weights_that_wait_are_one_at_a_time_on_the_device(policies):
         hosts.append((module, HostWeights(module, torch.device("cuda"))))
     before = [p.clone() for p in hosts[0][0].parameters()]
     for module, host in [*hosts, hosts[0]]:
-        policies._bring(host)
+        policies._come_to(Home(policies.backbone, policies.adapters, None, host))
         for other, _ in hosts:
             assert {t.device.type for t in other.state_dict().values()} == {"cuda" if other is module else "cpu"}
     assert all(torch.equal(p.cpu(), old) for p, old in zip(hosts[0][0].parameters(), before, strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.fused import fuse_norms
 from diffusionopd.models.latents import linear_mu
 from diffusionopd.models.lora_names import RowSplit, Shapes
@@ -147,6 +147,11 @@ class Backbone(ABC):
         config = self.vae.config
         scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(scaled, return_dict=False)[0]
+
+    @classmethod
+    def texts(cls, prompts: list[str]) -> list[str]:
+        """Prompts with the text of the negative prompt among them."""
+        return [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
 
     @classmethod
     @abstractmethod

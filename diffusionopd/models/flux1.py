@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, pack, side_of, unpack
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.latents import halvings, pack, places, side_of, unpack
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
 
 
@@ -77,9 +77,6 @@ class Flux1(Backbone):
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
-        places = torch.zeros(h // 2, w // 2, 3, device=x.device)
-        places[..., 1] = torch.arange(h // 2, device=x.device)[:, None]
-        places[..., 2] = torch.arange(w // 2, device=x.device)
         (velocity,) = self.transformer(
             hidden_states=pack(x),
             timestep=self._rounded_time(x, sigma),  # times 1000 in the transformer
@@ -87,7 +84,7 @@ class Flux1(Backbone):
             pooled_projections=conditions["pooled"],
             encoder_hidden_states=conditions["tokens"],
             txt_ids=torch.zeros(conditions["tokens"].shape[1], 3, device=x.device),
-            img_ids=places.flatten(0, 1),
+            img_ids=places(h // 2, w // 2, 3, x.device),
             return_dict=False,
         )
         return unpack(velocity, h, w)
@@ -96,7 +93,7 @@ class Flux1(Backbone):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, pooled, _ = pipeline.encode_prompt(
-            prompt=[cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],
+            prompt=cls.texts(prompts),
             prompt_2=None,
             device=device,
             max_sequence_length=max_sequence_length,
@@ -106,12 +103,19 @@ class Flux1(Backbone):
     @classmethod
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
         """As diffusers' ``convert_flux_transformer_checkpoint_to_diffusers`` has the original code's."""
-        return {
-            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
-            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
-            **renamed(_OTHERS, shapes),
-            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
-        }
+        return original_layers(_DOUBLE, _SINGLE, _OTHERS, shapes)
+
+
+def original_layers(
+    double: Mapping[str, str], single: Mapping[str, str], others: Mapping[str, str], shapes: Shapes
+) -> Mapping[str, RowSplit]:
+    """Layers of the original code, in its two kinds of blocks and outside of them -> modules."""
+    return {
+        **in_blocks("double_blocks", "transformer_blocks", double, shapes),
+        **in_blocks("single_blocks", "single_transformer_blocks", single, shapes),
+        **renamed(others, shapes),
+        "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
+    }
 
 
 _DOUBLE = {

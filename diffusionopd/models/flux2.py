@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, side_of
-from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.flux1 import original_layers
+from diffusionopd.models.latents import halvings, places, side_of
+from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
@@ -73,9 +74,6 @@ class Flux2(Backbone):
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
         tokens = conditions["tokens"]
-        places = torch.zeros(h, w, 4, device=x.device)
-        places[..., 1] = torch.arange(h, device=x.device)[:, None]
-        places[..., 2] = torch.arange(w, device=x.device)
         words = torch.zeros(tokens.shape[1], 4, device=x.device)
         words[:, 3] = torch.arange(len(words), device=x.device)
         (velocity,) = self.transformer(
@@ -84,7 +82,7 @@ class Flux2(Backbone):
             guidance=self._each(x, guidance) if self.guidance_of(self.configs) == EMBEDDED else None,
             encoder_hidden_states=tokens,
             txt_ids=words,
-            img_ids=places.flatten(0, 1),
+            img_ids=places(h, w, 4, x.device),
             return_dict=False,
         )
         return velocity.mT.unflatten(2, (h, w))
@@ -102,20 +100,14 @@ class Flux2(Backbone):
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
-        tokens, _ = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_sequence_length)
+        tokens, _ = pipeline.encode_prompt(cls.texts(prompts), device=device, max_sequence_length=max_sequence_length)
         return [{"tokens": row} for row in tokens]
 
     @classmethod
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
         """As diffusers' ``convert_flux2_transformer_checkpoint_to_diffusers`` has the original code's: with the halves
         of the last modulation swapped, which its converter of LoRAs forgets."""
-        return {
-            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
-            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
-            **renamed(_OTHERS, shapes),
-            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
-        }
+        return original_layers(_DOUBLE, _SINGLE, _OTHERS, shapes)
 
 
 _DOUBLE = {

@@ -43,6 +43,14 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
     return tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
 
 
+def places(h: int, w: int, columns: int, device: torch.device) -> Tensor:
+    """``[h w, columns]``: the row and column of each position, in the second and third."""
+    found = torch.zeros(h, w, columns, device=device)
+    found[..., 1] = torch.arange(h, device=device)[:, None]
+    found[..., 2] = torch.arange(w, device=device)
+    return found.flatten(0, 1)
+
+
 def as_frame(latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
     """Standard ones ``[B, C, h, w]`` as the one frame ``[B, C, 1, h, w]`` that a VAE of videos decodes."""
     mean, std = (

@@ -327,7 +327,7 @@ def load_text_encoder(
     """
     # All weights are fetched: what is wrong with the transformer is said before prompts are encoded.
     found = _find(model, revision, variant, config, "all")
-    device, info, index = torch.device(device), found.info, found.info.configs["index"]
+    device, info, index, root = torch.device(device), found.info, found.info.configs["index"], found.root
     encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
     with loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
@@ -337,7 +337,7 @@ def load_text_encoder(
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
         parts = {
-            name: reader.from_pretrained(found.root / name, trust_remote_code=False)
+            name: reader.from_pretrained(root / name, trust_remote_code=False)
             for name, reader in info.family.READERS.items()
         }
         # Diffusers refuses another class than the index names: such a part comes afterwards.
@@ -345,9 +345,9 @@ def load_text_encoder(
         given = {"transformer": transformer, **absent, **loaded, **known}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
-            pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
+            pipeline = kind.from_single_file(str(found.checkpoint), config=str(root), dtype=dtype, **given)
         else:
-            pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+            pipeline = kind.from_pretrained(root, use_safetensors=True, trust_remote_code=False, **given)
         for name, reader in parts.items():
             setattr(pipeline, name, reader)
         for name, part in encoders.items():

@@ -93,7 +93,7 @@ def find_all(
     return found, wrong, notes
 
 
-def is_of_another_base(trained_on: str | None, origins: Sequence[str]) -> bool | None:
+def is_of_another_base(trained_on: str, origins: Sequence[str]) -> bool | None:
     """Whether a LoRA's base is another model than that with ``origins``, its hub id, folder and the like; None where
     that cannot be told.
 
@@ -101,7 +101,7 @@ def is_of_another_base(trained_on: str | None, origins: Sequence[str]) -> bool |
     A folder may be called anything: that it is called like the model says that it is that model, another name says
     nothing. A base that is known as a folder of another machine says nothing at all.
     """
-    theirs = _hub_name(trained_on or "")
+    theirs = _hub_name(trained_on)
     if not theirs or theirs in {_short(Path(origin).name) for origin in origins} | set(map(_hub_name, origins)):
         return False
     return True if any(map(_hub_name, origins)) else None
@@ -111,11 +111,8 @@ def _hub_name(origin: str) -> str:
     """The last part of a hub id, or of the hub id in a path of the hub's cache; empty for another path."""
     if cached := re.search(r"models--[^/]+?--([^/]+)", origin):
         return _short(cached[1])
-    return (
-        _short(origin.split("/")[1])
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin) and not Path(origin).exists()
-        else ""
-    )
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin) and not Path(origin).exists()
+    return _short(origin.split("/")[1]) if is_id else ""
 
 
 def _short(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.latents import as_frame, pack, side_of, unpack
 
 LAYERED = dict.fromkeys(("use_additional_t_cond", "use_layer3d_rope"), "a model of layers (Qwen-Image-Layered)")
@@ -82,7 +82,7 @@ class QwenImage(Backbone):
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
+        texts = cls.texts(prompts)
         tokens, mask = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_sequence_length)
         lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
         return [{"tokens": own[:length]} for own, length in zip(tokens, lengths, strict=True)]

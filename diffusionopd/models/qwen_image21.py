@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin, Qwen3VLProcessor
 
 from diffusionopd.models.backbone import Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.latents import as_frame, linear_mu, side_of
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
@@ -94,7 +94,6 @@ class QwenImage21(Backbone):
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`; the pipeline itself cuts nothing."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
-        tokens, mask, _ = pipeline.encode_prompt(texts, device=device)
+        tokens, mask, _ = pipeline.encode_prompt(cls.texts(prompts), device=device)
         lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
         return [{"tokens": own[: min(n, max_sequence_length)]} for own, n in zip(tokens, lengths, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.latents import halvings, linear_mu, side_of
 from diffusionopd.models.lora_names import RowSplit, Shapes, count_blocks, in_blocks, renamed, swapped
 from diffusionopd.models.schedules import FAMILY, flow_levels
@@ -88,7 +88,7 @@ class StableDiffusion3(Backbone):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            prompt=[cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],
+            prompt=cls.texts(prompts),
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,

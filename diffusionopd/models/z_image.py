@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusionopd.models.backbone import Backbone, Configs, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.latents import halvings, side_of
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed
 
@@ -76,7 +76,7 @@ class ZImage(Backbone):
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, _ = pipeline.encode_prompt(
-            [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],  # it writes to this list
+            cls.texts(prompts),
             device=device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
