@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model, text_key
@@ -44,7 +45,8 @@ def test_text_key_follows_the_encoders_and_nothing_else(pipeline_folder, tmp_pat
     shutil.copytree(pipeline_folder, copy)
     key = text_key(str(pipeline_folder))
     assert text_key(str(copy)) == key
-    (copy / "transformer" / "config.json").write_text("{}")
+    transformer = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(transformer).items()}, transformer)
     assert text_key(str(copy)) == key
     weights = copy / "text_encoder" / "model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -87,7 +87,7 @@ class Backbone(ABC):
     """Text encoders that a pipeline may come without, all of these together."""
     SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Part of the pipeline -> what its configuration must have in common with that of another model of the family, for
-    both to see the same latents, times and text embeddings."""
+    both to see the same latents and text embeddings; times are the same for all."""
 
     @classmethod
     def unsupported(cls, configs: Configs) -> str:

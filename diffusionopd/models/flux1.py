@@ -36,7 +36,6 @@ class Flux1(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
         "text_encoder_2": ("d_model", "num_layers", "vocab_size"),
     }

@@ -39,7 +39,6 @@ class Flux2(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("latent_channels", "block_out_channels", "batch_norm_eps"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"),
     }
 

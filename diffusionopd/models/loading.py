@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from torch import nn
 
 from diffusionopd.config_schema import is_device
@@ -76,7 +75,6 @@ class ModelInfo:
     """
 
     model: str
-    revision: str | None
     family: type[Backbone]
     configs: Configs
     root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
@@ -115,10 +113,11 @@ def family_of(transformer: nn.Module) -> type[Backbone] | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A base model on this machine: the folder of its configurations, its parts with weights, its scheduler."""
+    """A base model on this machine: its parts with weights, its scheduler."""
 
     info: ModelInfo
-    root: Path
+    source: str  # the folder or hub id of its configurations
+    root: Path  # the folder that they are in
     checkpoint: Path | None
     parts: Mapping[str, Part]
     scheduler: Any
@@ -232,10 +231,10 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
         if problems:
             raise refusal(model, problems)
         configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
-        info = ModelInfo(model, revision, family, configs, root=root)
+        info = ModelInfo(model, family, configs, root=root)
         if problem := family.unsupported(info.configs):
             raise ValueError(problem)
-    return _Found(info, root, checkpoint, parts, scheduler)
+    return _Found(info, source, root, checkpoint, parts, scheduler)
 
 
 def _scheduler(index: Mapping[str, Any], root: Path) -> tuple[Any, list[str]]:
@@ -381,22 +380,14 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
-    source = model
-    with loading(model):
-        if is_checkpoint(model):
-            checkpoint = find_checkpoint(model, revision, download=True)
-            assert checkpoint is not None
-            source, revision = config or default_config(checkpoint), None
-            family = read_model(model, revision, variant=variant, config=config).family
-            text_digest(digest, checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
-        root = Path(source)
-        if not root.is_dir():
-            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-            digest.update(f"{source}@{index.parent.name}".encode())
-            return digest.hexdigest()[:16]
-        name = diffusers.DiffusionPipeline.load_config(root).get("_class_name")
-    images = name in FAMILIES and pkgutil.resolve_name(FAMILIES[name]).READS_IMAGES
-    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if images else []))
+    found = _find(model, revision, variant, config, "configs")
+    family, root = found.info.family, found.root
+    if found.checkpoint is not None:
+        text_digest(digest, found.checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
+    if not Path(found.source).is_dir():
+        digest.update(f"{found.source}@{root.name}".encode())
+        return digest.hexdigest()[:16]
+    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if family.READS_IMAGES else []))
     for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]

@@ -35,7 +35,6 @@ class QwenImage(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("z_dim", "temperal_downsample", "latents_mean", "latents_std"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 

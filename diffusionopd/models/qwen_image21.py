@@ -43,7 +43,6 @@ class QwenImage21(Backbone):
     SHARED = {
         "transformer": ("in_channels", "context_in_dim"),
         "vae": ("z_dim", "latents_mean", "latents_std"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 

@@ -29,7 +29,6 @@ class Sana(Backbone):
     SHARED = {
         "transformer": ("in_channels", "patch_size", "caption_channels", "timestep_scale"),
         "vae": ("latent_channels", "encoder_block_out_channels", "scaling_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 

@@ -43,7 +43,6 @@ class StableDiffusion3(Backbone):
     SHARED = {
         "transformer": ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         **{
             f"text_encoder{n}": ("hidden_size", "num_hidden_layers", "projection_dim", "vocab_size") for n in ("", "_2")
         },
@@ -133,7 +132,6 @@ _BLOCK = {
     "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
 _EMBEDDINGS = {
-    "context_embedder": "context_embedder",
     "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",

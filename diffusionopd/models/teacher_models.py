@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,13 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         if place is None:
             return None
         found, root = _find_part(place, base), place if place.is_dir() else None
-        listing = () if Path(source).exists() or found.checkpoint else _fetched(source, root, found, download)
-        model = _described(source, base, found, root)
+        configs = {**base.configs, "transformer": dict(found.empty().config)}
+        if (place / "model_index.json").is_file():  # where a pipeline may say that it is distilled
+            configs["index"] = diffusers.DiffusionPipeline.load_config(place)
+        model = TeacherModel(source, base.family, configs, found, root=base.root)
+        listing: Collection[str] | None = ()
+        if root and not Path(source).exists():
+            listing = fetch_weights(source, root, [found], None) if download else None
         problems = weight_problems([found], model._variant, listing)
         problems += _differences(model, base, root)
         if unsupported := base.family.unsupported(model.configs):
@@ -124,11 +129,6 @@ def _pipeline_or_file(source: str, download: bool) -> Path | None:
     if Path(source).is_dir() or source.count("/") == 1:
         return find_folder(source, None, CONFIGS if download else None)
     raise ValueError(f"there is no such folder or file. {_FORMS}")
-
-
-def _fetched(source: str, root: Path | None, part: Part, download: bool) -> Any:
-    """The names of a repository's files if weights are missing here; None where nothing may be fetched."""
-    return fetch_weights(source, root, [part], None) if download and root else None
 
 
 def _find_part(place: Path, base: ModelInfo) -> Part:
@@ -170,17 +170,10 @@ def _in_file(file: Path, base: ModelInfo) -> Part:
     )
 
 
-def _described(source: str, base: ModelInfo, part: Part, root: Path | None) -> TeacherModel:
-    configs = {**base.configs, "transformer": dict(part.empty().config)}
-    if root and (root / "model_index.json").is_file():  # where a pipeline may say that it is distilled
-        configs["index"] = diffusers.DiffusionPipeline.load_config(root)
-    return TeacherModel(source, None, base.family, configs, part, root=base.root)
-
-
 def _differences(model: TeacherModel, base: ModelInfo, root: Path | None) -> list[str]:
     """What differs from the base of what both must share, as far as the other pipeline at ``root`` says."""
     found = []
-    for part, keys in base.family.SHARED.items():
+    for part, keys in {**base.family.SHARED, "scheduler": ("num_train_timesteps",)}.items():
         ours, theirs = (_config(folder, part) for folder in (base.root, root))
         if part == "transformer":
             empty: Any = base.empty_transformer()

@@ -37,7 +37,6 @@ class ZImage(Backbone):
     SHARED = {
         "transformer": ("in_channels", "cap_feat_dim"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 

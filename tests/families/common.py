@@ -98,6 +98,33 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def bare_processor(kind: Any, tokenizer: Any, image_processor: Any = None) -> Any:
+    """A pipeline's own processor as far as it reads texts and images; its constructor asks for what needs
+    torchvision."""
+    processor: Any = object.__new__(kind)
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    processor.image_processor, processor.video_processor = image_processor, None
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return processor
+
+
+def vision_language(kind: Any, config: Any, tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """A language model of width 32 that sees images; ``text`` and ``vision`` are options of its own."""
+    torch.manual_seed(1)
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    sides = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    image = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
+    return kind(config(text_config=sizes | text, vision_config=sides | vision, **image)).eval()
+
+
+LATENTS = {"z_dim": 4, "latents_mean": [-0.7, 0.1, 0.3, 1.5], "latents_std": [2.8, 1.4, 2.3, 2.6]}
+"""Options of the VAEs of Qwen-Image."""
+
+
 def qwen3(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:
     """A language model of width 16."""
     torch.manual_seed(1)
