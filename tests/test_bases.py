@@ -243,6 +243,7 @@ def test_a_variant_is_loaded_as_the_stock_pipeline_does(fp16_only, pipeline_fold
     shutil.rmtree(mixed / "vae")
     shutil.copytree(pipeline_folder / "vae", mixed / "vae")
     load_backbone(str(mixed), variant="fp16")
+    shutil.copytree(pipeline_folder, mixed, dirs_exist_ok=True)
     assert text_key(str(mixed), variant="fp16") != text_key(str(mixed))
 
 

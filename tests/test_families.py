@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
 
 from .families import CASES
-from .families.common import STEPS, Case
+from .families.common import STEPS, Case, random_lora
 
 TEACHER = "teacher"
 
@@ -92,19 +91,6 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def with_student(small: Small, kind: Callable[..., Adapters] = Adapters) -> tuple[Backbone, Adapters]:
-    """A backbone and a student that changes what it draws, as training leaves it: zero where nothing reaches."""
-    backbone = small.backbone()
-    adapters = kind(backbone.transformer)
-    adapters.add_student(STUDENT, rank=4, alpha=8, target_modules=backbone.LORA_TARGETS, seed=0)
-    torch.manual_seed(0)
-    for name, layer in adapters._layers(STUDENT):
-        if name not in backbone.inert_of(backbone.transformer):
-            torch.nn.init.normal_(layer.lora_B[STUDENT].weight, std=0.1)
-    adapters.use(STUDENT)
-    return backbone, adapters
-
-
 def test_sampling_is_the_stock_pipelines(small):
     backbone, pipe, found = small.backbone(), small.pipeline(), {}
     for guidance in small.case.guidances:
@@ -138,7 +124,8 @@ def test_prompts_of_several_lengths_in_a_batch_are_each_alone(small):
 
 def test_a_student_learns_in_every_module_but_the_inert(small):
     """Teacher equal to the student: no loss. Another: a gradient everywhere, with activation checkpointing the same."""
-    backbone, adapters = with_student(small)
+    backbone = small.backbone()
+    adapters = random_lora(backbone, STUDENT)
     adapters.add_copy(TEACHER, STUDENT)
     policies, x, guidance = Policies(backbone, adapters), small.noise(backbone), small.case.guidances[-1]
     step = transition("cps", 0.8, 0.6, 0.7)
@@ -183,7 +170,8 @@ def test_inert_modules_are_those_that_no_gradient_reaches(small):
 
 def test_the_saved_lora_is_the_same_function_elsewhere(small, tmp_path):
     """In the stock pipeline, read again beside the base, and merged."""
-    backbone, adapters = with_student(small)
+    backbone = small.backbone()
+    adapters = random_lora(backbone, STUDENT)
     guidance = small.case.guidances[-1]
     mine = small.sample(backbone, guidance)
     adapters.save_diffusers(STUDENT, tmp_path)

@@ -112,19 +112,6 @@ def test_names_of_the_original_code_are_those_of_diffusers_converter(empty, tmp_
     assert_reads(write(tmp_path / "comfyui", layers, lambda n: f"diffusion_model.{n}", **AB), empty, expected)
 
 
-def test_blocks_of_a_split_qkv_are_read_as_any_other(empty, tmp_path):
-    """sd-scripts' split_qkv: a LoRA of its own for q, k and v, saved as one with three times the rank."""
-    layers = random_layers({f"transformer_blocks.1.attn.to_{n}": (128, 128) for n in "qkvx"})
-    ours = {name: (a[:2], b[:, :2], 6.0) for name, (a, b, _) in layers.items() if not name.endswith("x")}
-    a, b, _ = zip(*ours.values(), strict=True)
-    folder = write(
-        tmp_path,
-        {"joint_blocks.1.x_block.attn.qkv": (torch.cat(a), torch.block_diag(*b), 18.0)},
-        lambda n: f"lora_unet_{flat(n)}",
-    )
-    assert_reads(folder, empty, {name: delta(*layer) for name, layer in ours.items()})
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -349,22 +336,18 @@ def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
 
 def test_every_lora_that_does_not_fit_is_named_before_weights_load(tiny_config, make_lora, tmp_path):
     config, good = tiny_config(), load_file(make_lora(3) / "adapter_model.safetensors")
-    lonely = {k: v for k, v in good.items() if "blocks.1.attn.to_q.lora_B" not in k}
-    other = {k: torch.ones(v.shape[0], 7) if "0.attn.to_q.lora_A" in k else v for k, v in good.items()}
-    config.train.lora_path = str(tmp_path / "deeper.safetensors")
-    save_file({k.replace("blocks.3.", "blocks.30."): v for k, v in good.items()}, config.train.lora_path)
-    for task, (name, tensors) in zip(config.train.teachers, {"lonely": lonely, "shape": other}.items(), strict=True):
-        task["lora_path"] = str(tmp_path / f"{name}.safetensors")
-        save_file(tensors, task["lora_path"])
+    broken = {
+        "blocks.30": {k.replace("blocks.3.", "blocks.30."): v for k, v in good.items()},
+        "1.attn.to_q": {k: v for k, v in good.items() if "blocks.1.attn.to_q.lora_B" not in k},
+        "0.attn.to_q": {k: torch.ones(v.shape[0], 7) if "0.attn.to_q.lora_A" in k else v for k, v in good.items()},
+    }
+    for owner, (module, tensors) in zip([config.train, *config.train.teachers], broken.items(), strict=True):
+        owner["lora_path"] = str(tmp_path / f"{flat(module)}.safetensors")
+        save_file(tensors, owner["lora_path"])
     with pytest.raises(ConfigError) as caught:
         check(config, 1)
-    places = {
-        "train.lora_path": "blocks.30",
-        "train.teachers[0].lora_path": "1.attn.to_q",
-        "train.teachers[1].lora_path": "0.attn.to_q",
-    }
-    assert len(caught.value.problems) == 3
-    for problem, (place, module) in zip(sorted(caught.value.problems), sorted(places.items()), strict=True):
+    places = ("train.lora_path", "train.teachers[0].lora_path", "train.teachers[1].lora_path")
+    for problem, place, module in zip(sorted(caught.value.problems), places, broken, strict=True):
         assert problem.startswith(place) and module in problem
     for scale in (0, float("inf"), "1"):
         config.train.teachers[0]["scale"] = scale

@@ -22,7 +22,6 @@ from diffusionopd.models.qwen_image import QwenImage
 from diffusionopd.models.qwen_image_edit import QwenImageEdit
 from diffusionopd.models.sana import Sana
 from diffusionopd.models.z_image import ZImage
-from diffusionopd.rows import put, runs, take
 from diffusionopd.training import check, passes, train
 from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import HEADROOM, memory, step_cost
@@ -44,16 +43,6 @@ from .helpers import (
 
 CPU = torch.device("cpu")
 TASKS, STEPS = "train__tasks_per_pass", "train__gradient_accumulation_steps"
-
-
-def test_rows_are_taken_and_put_back():
-    x = torch.arange(14).view(7, 2)
-    for rows in ([0, 1, 2, 3, 4, 5, 6], [2], [0, 3, 4, 6], [5, 6]):
-        assert torch.equal(take(x, rows), x[rows])
-        others = sorted(set(range(7)) - set(rows))
-        parts = [(some, take(x, some)) for some in (others, rows) if some]
-        assert torch.equal(put(parts), x)
-    assert runs([0, 1, 4, 6, 7]) == [slice(0, 2), slice(4, 5), slice(6, 8)]
 
 
 def unequal(backbone, text, guidances=(1.0, 3.0, 1.0), steps=((0, 2), (1, 2, 3), (0, 1)), **options):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config
 
 from diffusionopd.models.backbone import Backbone
+from diffusionopd.models.loading import load_backbone
+from diffusionopd.models.lora import Adapters
 
 PROMPTS = ["a red circle", "a photo of two green squares left of a blue triangle above a word"]
 """Of different lengths."""
@@ -56,6 +58,24 @@ def randomised(module: nn.Module, seed: int = 7, scale: float = 0.2) -> Any:
         else:
             parameter.data += noise * 0.1
     return module.eval()
+
+
+def random_lora(backbone: Backbone, name: str, seed: int = 0) -> Adapters:
+    """In use on a backbone; it changes what that draws, and is as training leaves it: zero where nothing reaches."""
+    adapters, inert = Adapters(backbone.transformer), backbone.inert_of(backbone.transformer)
+    adapters.add_student(name, rank=4, alpha=8, target_modules=backbone.LORA_TARGETS, seed=seed)
+    torch.manual_seed(seed)
+    for module, layer in adapters._layers(name):
+        if module not in inert:
+            nn.init.normal_(layer.lora_B[name].weight, std=0.1)
+    adapters.use(name)
+    return adapters
+
+
+def write_lora(folder: Path, target: Path, seed: int) -> str:
+    """Such a one for the model in a folder, as a run saves its student."""
+    random_lora(load_backbone(str(folder)), "made", seed).save_peft("made", target)
+    return str(target)
 
 
 def autoencoder(kind: Any, **more: Any) -> Any:
