@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,16 +56,19 @@ class Small:
         shape = backbone.latent_shape(self.case.resolution)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
-    def sample(self, backbone: Backbone, guidance: float) -> Tensor:
+    def draw(self, backbone: Backbone, guidance: float) -> Tensor:
         """Both samples' latents as evaluation makes them."""
         start = self.noise(backbone)
-        x = sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
-        return self.case.latents(backbone, x)
+        return sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
 
-    def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:
+    def sample(self, backbone: Backbone, guidance: float) -> Tensor:
+        """The same as diffusers calls latents."""
+        return self.case.latents(backbone, self.draw(backbone, guidance))
+
+    def stock(self, pipe: Any, backbone: Backbone, guidance: float, output: str = "latent") -> Tensor:
         """The same by diffusers."""
         common = {
-            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": "latent",
+            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": output,
             "height": self.case.resolution, "width": self.case.resolution, "max_sequence_length": self.case.length,
         }  # fmt: skip
         return self.case.stock(pipe, self.noise(backbone), guidance, common)
@@ -91,6 +95,22 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+class Given(Exception):
+    """What a VAE is given to decode."""
+
+
+def given_to(vae: Any, draw: Callable[[], Any]) -> Tensor:
+    """The first sample's latents as they arrive at a VAE."""
+
+    def decode(z: Tensor, *args: Any, **options: Any) -> None:
+        raise Given(z[:1])
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Given) as caught:
+        patch.setattr(vae, "decode", decode)
+        draw()
+    return caught.value.args[0]
+
+
 def test_sampling_is_the_stock_pipelines(small):
     backbone, pipe, found = small.backbone(), small.pipeline(), {}
     for guidance in small.case.guidances:
@@ -99,6 +119,9 @@ def test_sampling_is_the_stock_pipelines(small):
     if len(found) > 1:
         first, *rest = found.values()
         assert all(far(other, first) > 1e-2 for other in rest), "guidance has an effect"
+    mine = given_to(backbone.vae, lambda: backbone.decode(small.draw(backbone, guidance)))
+    theirs = given_to(pipe.vae, lambda: small.stock(pipe, backbone, guidance, "pt"))
+    assert mine.shape == theirs.shape and far(mine, theirs) < 1e-5
     images = backbone.decode(small.noise(backbone))
     assert images.shape == (2, 3, small.case.resolution, small.case.resolution) and bool(images.isfinite().all())
 

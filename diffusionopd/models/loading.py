@@ -49,10 +49,9 @@ FAMILIES = {
     "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
-
-
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+_HERE = "The folder must be a complete diffusers pipeline folder; download or build it again."
 
 
 class BackboneError(ValueError):
@@ -139,17 +138,16 @@ def refusal(model: str, problems: Sequence[str], what: str = "the base model") -
 
 
 @contextmanager
-def loading(model: str, source: str | None = None, what: str = "the base model") -> Iterator[None]:
+def loading(model: str, source: str | None = None, what: str = "the base model", here: str = _HERE) -> Iterator[None]:
     """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into :func:`refusal` with the
-    remedy."""
+    remedy, which is ``here`` for a place on this machine."""
     try:
         yield
     except BackboneError:
         raise
     except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
-        here = "Such a folder must be as diffusers writes it, and complete; download or build it again."
         remedy = here if Path(source or model).exists() else hub_remedy()
-        raise refusal(model, [f"{str(error).rstrip('.')}. {remedy}"], what) from error
+        raise refusal(model, [f"{str(error).rstrip('.')}. {remedy}".rstrip()], what) from error
 
 
 def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:

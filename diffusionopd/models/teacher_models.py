@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from diffusionopd.models.pipeline_files import (
 from diffusionopd.models.schedules import is_of_flow_matching
 
 _WHAT = "the teacher's model"
+_reading = partial(loading, what=_WHAT, here="")
 _FORMS = "Give a pipeline folder, its transformer folder, a .safetensors file or a hub id (a LoRA goes to lora_path)"
 
 
@@ -66,7 +68,7 @@ class TeacherModel(ModelInfo):
 
         Raises BackboneError.
         """
-        with loading(self.model, what=_WHAT):
+        with _reading(self.model):
             transformer = self.part.load(self._variant, base.dtype)
         return base.beside(transformer, index=self.configs["index"], waits=waits)
 
@@ -102,7 +104,7 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         BackboneError: naming everything that is wrong with it, and every difference that keeps it from seeing the
             base's latents, times and embeddings.
     """
-    with loading(source, what=_WHAT):
+    with _reading(source):
         place = _pipeline_or_file(source, download)
         if place is None:
             return None
