@@ -22,6 +22,7 @@ from diffusionopd.models.qwen_image import QwenImage
 from diffusionopd.models.qwen_image_edit import QwenImageEdit
 from diffusionopd.models.sana import Sana
 from diffusionopd.models.z_image import ZImage
+from diffusionopd.rows import put, runs, take
 from diffusionopd.training import check, passes, train
 from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.costs.round import HEADROOM, memory, step_cost
@@ -38,11 +39,22 @@ from .helpers import (
     metrics,
     perturb,
     state,
+    train_forked,
     with_rows,
 )
 
 CPU = torch.device("cpu")
 TASKS, STEPS = "train__tasks_per_pass", "train__gradient_accumulation_steps"
+
+
+def test_rows_are_taken_and_put_back():
+    x = torch.arange(14).view(7, 2)
+    for rows in ([0, 1, 2, 3, 4, 5, 6], [2], [0, 3, 4, 6], [5, 6]):
+        assert torch.equal(take(x, rows), x[rows])
+        others = sorted(set(range(7)) - set(rows))
+        parts = [(some, take(x, some)) for some in (others, rows) if some]
+        assert torch.equal(put(parts), x)
+    assert runs([0, 1, 4, 6, 7]) == [slice(0, 2), slice(4, 5), slice(6, 8)]
 
 
 def unequal(backbone, text, guidances=(1.0, 3.0, 1.0), steps=((0, 2), (1, 2, 3), (0, 1)), **options):
@@ -194,6 +206,17 @@ def test_a_run_is_the_same_side_by_side(tiny_config, shared, algorithm):
     assert_same(joined, separate)
     resumed = train(tiny_config(run_name="resumed", resume_from=str(joined.parent / "checkpoint-1"), **options))
     assert_bitwise(state(resumed), state(joined))
+
+
+def test_two_processes_are_one_side_by_side(tiny_config, tmp_path):
+    options = {"num_epochs": 2, "train__learning_rate": 1e-5, "train__steps_per_rollout": 2}
+    one = train(tiny_config(run_name="one", **options, sample__train_batch_size=4, train__batch_size=4))
+    train_forked(tiny_config(run_name="two", **options))
+    two = tmp_path / "logs" / "two" / "checkpoints" / "checkpoint-2"
+    rows = [metrics(folder.parent.parent) for folder in (one, two)]
+    for mine, other in zip(*rows, strict=True):
+        for key in ("loss", "loss/first", "loss/second", "grad_norm"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-5)
 
 
 def test_the_number_is_chosen_once_printed_and_kept(tiny_config, capsys):
