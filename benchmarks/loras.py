@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, count: int) -> dict[str, dict[str, float]]
     world = World(args)
     backbone = world._backbone(world.half)
     loras = [random_lora(backbone.transformer, seed) for seed in range(count)]
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    adapters = Adapters(backbone.transformer)
     for seed, lora in enumerate(loras):
         adapters.add_teacher(f"lora {seed}", lora)
     text, *_, backbone.negative = world._texts

@@ -94,7 +94,7 @@ def assemble(
 
     The images of a task are a round's, in so many ``batches``; those of different tasks stand next to each other.
     """
-    loras = adapters(backbone.transformer, backbone.inert_modules())
+    loras = adapters(backbone.transformer)
     loras.add_student(STUDENT, rank=RANK, alpha=2 * RANK, target_modules=TARGETS, seed=seed)
     for task, teacher in enumerate(teachers):
         loras.add_teacher(f"teacher_{task}", teacher)

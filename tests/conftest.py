@@ -30,6 +30,7 @@ from diffusionopd.tiny import models
 from diffusionopd.training import load_config, train
 
 from . import forked  # noqa: F401 (makes this process one that can be forked, before anything starts threads)
+from .helpers import with_loras
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = list(StableDiffusion3.LORA_TARGETS)
@@ -99,12 +100,8 @@ def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def adapters(backbone: Backbone, make_lora: Callable[..., Path]) -> Adapters:
-    """A student and two teachers of different rank on one backbone."""
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
-    adapters.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
-    adapters.add_teacher("teacher_a", make_lora(1))
-    adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
-    return adapters
+    """See :func:`with_loras`."""
+    return with_loras(backbone, make_lora)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ml_collections import ConfigDict
+from peft import PeftModel
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.algorithms.base import Models
@@ -22,6 +23,8 @@ from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.rounds import RoundShape
+from diffusionopd.models.loading import load_backbone
+from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Policies
 from diffusionopd.training import checkpoint, train
 
@@ -75,6 +78,15 @@ def train_forked(config: ConfigDict, world: int = 2) -> list[Ended]:
     return fork(lambda rank: train(config), world)
 
 
+def with_loras(backbone, make_lora, kind=Adapters) -> Adapters:
+    """A student and two teachers of different rank on a backbone."""
+    adapters = kind(backbone.transformer)
+    adapters.add_student(STUDENT, rank=8, alpha=16, target_modules=backbone.LORA_TARGETS, seed=1)
+    adapters.add_teacher("teacher_a", make_lora(1))
+    adapters.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
+    return adapters
+
+
 def perturb(adapters, name: str = STUDENT, std: float = 0.02, seed: int = 11) -> None:
     """Move an adapter, as if it had already learnt something, so that losses are of ordinary size."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,6 +98,19 @@ def perturb(adapters, name: str = STUDENT, std: float = 0.02, seed: int = 11) ->
 def gradients(adapters) -> list[torch.Tensor]:
     """Copies of the student's gradients."""
     return [p.grad.clone() for p in adapters.parameters(STUDENT) if p.grad is not None]
+
+
+def velocity(backbone, text, sigma=0.7) -> torch.Tensor:
+    """Of two samples that are always the same."""
+    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
+    return backbone.velocity(x, sigma, text(2))[0]
+
+
+def peft_velocity(folder: Path, lora: Path, text) -> torch.Tensor:
+    """The same with a LoRA applied by stock PEFT: the oracle."""
+    backbone = load_backbone(str(folder))
+    backbone.transformer = PeftModel.from_pretrained(backbone.transformer, lora).eval()
+    return velocity(backbone, text)
 
 
 def velocities(backbone, adapters, text, names) -> list[torch.Tensor]:

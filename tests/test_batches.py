@@ -151,7 +151,7 @@ def test_a_cache_file_lost_during_a_run_stops_it_with_the_round_saved(tiny_confi
     def gone(self, prompts, *args, **options):
         if threading.current_thread().name.startswith("batches") and "first" in prompts[0]:
             self.path(prompts[0]).unlink()
-            self._load.clear()
+            self._load._rows.clear()
         return get(self, prompts, *args, **options)
 
     monkeypatch.setattr(TextCache, "get", gone)

@@ -54,7 +54,7 @@ def counted(config: dict, targets=TARGETS, resolution: int = SIDE, **options) ->
     index = read_pipeline(MEDIUM).configs["index"]
     configs = {"index": index, "transformer": config, "vae": {"block_out_channels": [32]}, "scheduler": {}}
     encoders = {"text_encoder": CLIPTextConfig(max_position_embeddings=3)}
-    pipeline = Pipeline("small", None, StableDiffusion3, configs, encoders)
+    pipeline = Pipeline("small", StableDiffusion3, configs, encoders)
     return measure(pipeline, resolution, LENGTH - 3, rank=4, targets=targets, **options)
 
 

@@ -20,10 +20,9 @@ from diffusionopd.training import check, train
 
 from .conftest import ROOT
 from .families import CASES, qwen_image
-from .families.common import PROMPTS
+from .families.common import PROMPTS, write_lora
 from .helpers import metrics
 from .test_families import Small, far
-from .test_family_runs import write_lora
 
 CASE = CASES["qwen_image_edit"]
 
@@ -60,25 +59,23 @@ def test_a_prompt_names_its_image(tmp_path):
 
 
 def test_what_cannot_be_edited_is_named_with_its_line(tmp_path):
-    oblong = write_edits(tmp_path / "oblong", ["a", "b"], [(48, 48), (48, 32)])
-    with pytest.raises(PromptError, match=r"train_metadata.jsonl, line 2.*48 x 32"):
-        load_prompts(oblong, "geneval", "train")
-    for name, image in (("absent", "none.png"), ("wrong", 3), ("text", "train_metadata.jsonl")):
-        folder = write_edits(tmp_path / name, ["a"])
-        line = json.dumps({"prompt": "b", "reference_image": image})
-        (folder / "train_metadata.jsonl").write_text(line)
-        with pytest.raises(PromptError, match=r"line 1.*reference_image"):
+    folder, text = write_edits(tmp_path / "edits", ["a", "b"], [(48, 48), (48, 32)]), {"prompt": "b"}
+    file, square = folder / "train_metadata.jsonl", text | {"reference_image": "train0.png"}
+    for lines, fact in (
+        ([square, text | {"reference_image": "train1.png"}], r"train_metadata.jsonl, line 2.*48 x 32"),
+        ([text | {"reference_image": "none.png"}], r"line 1.*reference_image"),
+        ([text | {"reference_image": 3}], r"line 1.*reference_image"),
+        ([text | {"reference_image": file.name}], r"line 1.*reference_image"),
+        ([square, text], r"line 1.*line 2"),
+    ):
+        file.write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(PromptError, match=fact):
             load_prompts(folder, "geneval", "train")
-    mixed = write_edits(tmp_path / "mixed", ["a"])
-    with (mixed / "train_metadata.jsonl").open("a") as file:
-        file.write("\n" + json.dumps({"prompt": "b"}))
-    with pytest.raises(PromptError, match=r"line 1.*line 2"):
-        load_prompts(mixed, "geneval", "train")
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    (plain / "train_metadata.jsonl").write_text(json.dumps({"prompt": "b"}))
+    file.write_text(json.dumps(square))
+    (plain := tmp_path / "plain").mkdir()
+    (plain / file.name).write_text(json.dumps(text))
     with pytest.raises(PromptError, match=r"edits.*plain"):
-        load_folders([write_edits(tmp_path / "edits", ["a"]), plain], "geneval", "train")
+        load_folders([folder, plain], "geneval", "train")
 
 
 def test_a_base_that_draws_from_text_alone_refuses_images(tiny_config, pipeline_folder, tmp_path):

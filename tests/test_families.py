@@ -19,14 +19,14 @@ from diffusionopd.losses import distillation_loss
 from diffusionopd.models.acceleration import choose_attention, compile_blocks
 from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.loading import load_backbone, load_text_encoder
+from diffusionopd.models.loading import load_backbone, load_text_encoder, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
 
 from .families import CASES
-from .families.common import STEPS, Case
+from .families.common import STEPS, Case, random_lora
 
 TEACHER = "teacher"
 
@@ -56,16 +56,19 @@ class Small:
         shape = backbone.latent_shape(self.case.resolution)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
-    def sample(self, backbone: Backbone, guidance: float) -> Tensor:
+    def draw(self, backbone: Backbone, guidance: float) -> Tensor:
         """Both samples' latents as evaluation makes them."""
         start = self.noise(backbone)
-        x = sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
-        return self.case.latents(backbone, x)
+        return sample_latents(backbone, self.texts, start, STEPS, guidance, resolution=self.case.resolution)
 
-    def stock(self, pipe: Any, backbone: Backbone, guidance: float) -> Tensor:
+    def sample(self, backbone: Backbone, guidance: float) -> Tensor:
+        """The same as diffusers calls latents."""
+        return self.case.latents(backbone, self.draw(backbone, guidance))
+
+    def stock(self, pipe: Any, backbone: Backbone, guidance: float, output: str = "latent") -> Tensor:
         """The same by diffusers."""
         common = {
-            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": "latent",
+            "prompt": self.case.prompts(self.folder), "num_inference_steps": STEPS, "output_type": output,
             "height": self.case.resolution, "width": self.case.resolution, "max_sequence_length": self.case.length,
         }  # fmt: skip
         return self.case.stock(pipe, self.noise(backbone), guidance, common)
@@ -92,17 +95,20 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def with_student(small: Small, kind: Callable[..., Adapters] = Adapters) -> tuple[Backbone, Adapters]:
-    """A backbone and a student that changes what it draws, as training leaves it: zero where nothing reaches."""
-    backbone = small.backbone()
-    adapters = kind(backbone.transformer, backbone.inert_modules())
-    adapters.add_student(STUDENT, rank=4, alpha=8, target_modules=backbone.LORA_TARGETS, seed=0)
-    torch.manual_seed(0)
-    for name, layer in adapters._layers(STUDENT):
-        if name not in backbone.inert_modules():
-            torch.nn.init.normal_(layer.lora_B[STUDENT].weight, std=0.1)
-    adapters.use(STUDENT)
-    return backbone, adapters
+class Given(Exception):
+    """What a VAE is given to decode."""
+
+
+def given_to(vae: Any, draw: Callable[[], Any]) -> Tensor:
+    """The first sample's latents as they arrive at a VAE."""
+
+    def decode(z: Tensor, *args: Any, **options: Any) -> None:
+        raise Given(z[:1])
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Given) as caught:
+        patch.setattr(vae, "decode", decode)
+        draw()
+    return caught.value.args[0]
 
 
 def test_sampling_is_the_stock_pipelines(small):
@@ -113,6 +119,9 @@ def test_sampling_is_the_stock_pipelines(small):
     if len(found) > 1:
         first, *rest = found.values()
         assert all(far(other, first) > 1e-2 for other in rest), "guidance has an effect"
+    mine = given_to(backbone.vae, lambda: backbone.decode(small.draw(backbone, guidance)))
+    theirs = given_to(pipe.vae, lambda: small.stock(pipe, backbone, guidance, "pt"))
+    assert mine.shape == theirs.shape and far(mine, theirs) < 1e-5
     images = backbone.decode(small.noise(backbone))
     assert images.shape == (2, 3, small.case.resolution, small.case.resolution) and bool(images.isfinite().all())
 
@@ -123,22 +132,23 @@ def test_prompts_of_several_lengths_in_a_batch_are_each_alone(small):
     with torch.no_grad():
         together, _ = backbone.velocity(x, 0.6, small.texts, guidance)
         alone = [backbone.velocity(x[i : i + 1], 0.6, Conditions.of([small.rows[i]]), guidance)[0] for i in range(2)]
-        padded, _ = backbone.velocity(x, 0.6, Conditions.of(small.rows, 64), guidance)
         swapped, _ = backbone.velocity(x, 0.6, Conditions.of(small.rows[::-1]), guidance)
-        guidances = torch.tensor([1.0, guidance])
+        guidances, before = torch.tensor([1.0, guidance]), backbone.evaluations
         mixed, conditional = backbone.velocity(x, torch.tensor([0.6, 0.4]), small.texts, guidances)
+        assert backbone.evaluations - before == 1 + backbone.evaluations_at(guidance)
         own = [
             backbone.velocity(x[i : i + 1], s, Conditions.of([small.rows[i]]), g)
             for i, (s, g) in enumerate(((0.6, 1.0), (0.4, guidance)))
         ]
-    assert far(together, torch.cat(alone)) < 1e-5 and far(padded, together) < 1e-5
+    assert far(together, torch.cat(alone)) < 1e-5
     assert far(swapped, together) > 1e-3, "the prompt has an effect"
     assert far(mixed, torch.cat([v for v, _ in own])) < 1e-5 and far(conditional, torch.cat([c for _, c in own])) < 1e-5
 
 
 def test_a_student_learns_in_every_module_but_the_inert(small):
     """Teacher equal to the student: no loss. Another: a gradient everywhere, with activation checkpointing the same."""
-    backbone, adapters = with_student(small)
+    backbone = small.backbone()
+    adapters = random_lora(backbone, STUDENT)
     adapters.add_copy(TEACHER, STUDENT)
     policies, x, guidance = Policies(backbone, adapters), small.noise(backbone), small.case.guidances[-1]
     step = transition("cps", 0.8, 0.6, 0.7)
@@ -159,41 +169,17 @@ def test_a_student_learns_in_every_module_but_the_inert(small):
         return {name: grad for name, grad in found.items() if grad is not None and grad.any()}
 
     plain, names = gradients(), {name for name, _ in adapters._layers(STUDENT)}
-    assert names - plain.keys() == names & backbone.inert_modules()
+    assert names - plain.keys() == names & backbone.inert_of(backbone.transformer)
     assert all(any(name.endswith(end) for name in names) for end in backbone.LORA_TARGETS)
     backbone.transformer.enable_gradient_checkpointing()
     again = gradients()
     assert again.keys() == plain.keys() and all(far(again[name], plain[name]) < 1e-5 for name in plain)
 
 
-def test_frozen_policies_share_a_forward(small):
-    """Two teachers and the bare base, at guidances of their own, together as each alone."""
-    backbone, adapters = with_student(small)
-    folders = {"one": 0.1, "other": -0.2}
-    for name, scale in folders.items():
-        adapters.add_copy(name, STUDENT)
-        for parameter in adapters.parameters(name):
-            parameter.data *= scale
-        adapters._teachers.append(name)
-    x, policies = small.noise(backbone), Policies(backbone, adapters)
-    asked = [
-        Request(policy, x, sigma, small.texts, guidance)
-        for policy, sigma, guidance in (("one", 0.8, 1.0), (None, 0.5, small.case.guidances[-1]), ("other", 0.3, 1.0))
-    ]
-    calls = []
-    hook = backbone.transformer.register_forward_pre_hook(lambda *_: calls.append(None))
-    together = policies.frozen(asked)
-    hook.remove()
-    alone = [policies.frozen([request])[0] for request in asked]
-    assert len(calls) == 1 if backbone.PADDABLE else len(calls) == backbone.evaluations / 2
-    for found, expected in zip(together, alone, strict=True):
-        assert far(found[0], expected[0]) < 1e-5 and far(found[1], expected[1]) < 1e-5
-
-
 def test_inert_modules_are_those_that_no_gradient_reaches(small):
     backbone = small.backbone()
     linear = [name for name, module in backbone.transformer.named_modules() if type(module) is torch.nn.Linear]
-    adapters = Adapters(backbone.transformer, linear)
+    adapters = Adapters(backbone.transformer)
     adapters.add_student(STUDENT, rank=2, alpha=2, target_modules=linear)
     for _, layer in adapters._layers(STUDENT):
         torch.nn.init.normal_(layer.lora_B[STUDENT].weight, std=0.1)
@@ -201,12 +187,14 @@ def test_inert_modules_are_those_that_no_gradient_reaches(small):
     v, _ = backbone.velocity(small.noise(backbone), 0.8, small.texts, 1.0)
     v.square().mean().backward()
     grads = {name: layer.lora_B[STUDENT].weight.grad for name, layer in adapters._layers(STUDENT)}
-    assert {name for name, grad in grads.items() if grad is None or not grad.any()} == backbone.inert_modules()
+    unreached = {name for name, grad in grads.items() if grad is None or not grad.any()}
+    assert unreached == backbone.inert_of(backbone.transformer)
 
 
 def test_the_saved_lora_is_the_same_function_elsewhere(small, tmp_path):
     """In the stock pipeline, read again beside the base, and merged."""
-    backbone, adapters = with_student(small)
+    backbone = small.backbone()
+    adapters = random_lora(backbone, STUDENT)
     guidance = small.case.guidances[-1]
     mine = small.sample(backbone, guidance)
     adapters.save_diffusers(STUDENT, tmp_path)
@@ -218,7 +206,7 @@ def test_the_saved_lora_is_the_same_function_elsewhere(small, tmp_path):
     assert far(small.stock(pipe, backbone, guidance), mine) < 1e-5 < 1e-2 < far(without, mine)
     for kind in (Adapters, MergedTeachers):
         second = small.backbone()
-        others = kind(second.transformer, second.inert_modules())
+        others = kind(second.transformer)
         others.add_teacher(TEACHER, tmp_path)
         others.use(TEACHER)
         assert far(small.sample(second, guidance), mine) < 1e-5, kind
@@ -247,17 +235,18 @@ def test_compiled_blocks_compute_the_same(small):
 def test_half_precision_is_no_worse_than_the_stock_pipelines(small):
     guidance = small.case.guidances[-1]
     exact = small.sample(small.backbone(), guidance)
-    half = small.sample(small.backbone(dtype=torch.bfloat16), guidance)
-    backbone = small.backbone()
-    pipe = small.pipeline(torch.bfloat16)
-    stock = small.stock(pipe, backbone, guidance).float()
+    backbone = small.backbone(dtype=torch.bfloat16)
+    assert {p.dtype for p in backbone.transformer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in backbone.vae.parameters()} == {torch.float32} == {velocity(small, backbone).dtype}
+    half = small.sample(backbone, guidance)
+    stock = small.stock(small.pipeline(torch.bfloat16), backbone, guidance).float()
     error, limit = ((v - exact).square().mean().sqrt() for v in (half, stock))
     assert error < 1.3 * limit, (error, limit)
 
 
 def test_facts_known_before_weights_load_are_the_models(small):
     backbone = small.backbone()
-    shapes = backbone.row_shapes(small.case.length, backbone.configs)
+    shapes = backbone.row_shapes(small.case.length, read_model(str(small.folder)).configs)
     for name, part in small.rows[1].items():
         most = shapes[name]
         assert part.shape[1:] == most[1:] and part.shape[0] <= most[0]
@@ -265,7 +254,7 @@ def test_facts_known_before_weights_load_are_the_models(small):
     with pytest.raises(ValueError, match=r"resolution.*33"):
         backbone.latent_shape(33)
     kind = backbone.guidance_of(backbone.configs)
-    assert backbone.evaluations_at(3.5) == (2 if kind == CLASSIFIER_FREE else 1)
+    assert [backbone.evaluations_at(scale) for scale in (0.0, 1.0, 3.5)] == [1, 1, 2 if kind == CLASSIFIER_FREE else 1]
 
 
 def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_are_refused(small):
@@ -283,17 +272,19 @@ def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_a
 
 
 def test_each_sample_has_its_own_lora_in_one_forward(small):
-    """Of several ranks, beside the base and with the negative prompt's branch, as in forwards of their own."""
+    """Of several ranks and noise levels, beside the base and with the negative prompt's branch, as each alone."""
     backbone, guidance = small.backbone(), small.case.guidances[-1]
-    adapters, x, asked = Adapters(backbone.transformer, backbone.inert_modules()), small.noise(backbone), []
+    adapters, x, asked = Adapters(backbone.transformer), small.noise(backbone), []
     for rank in (2, 3):
         adapters.add_student(f"{rank}", rank=rank, alpha=8, target_modules=backbone.LORA_TARGETS, seed=rank)
         adapters._teachers.append(f"{rank}")
         for parameter in adapters.parameters(f"{rank}"):
             torch.nn.init.normal_(parameter, std=0.1)
     policies = Policies(backbone, adapters)
-    for name, row, scale in (("2", 0, guidance), (None, 1, guidance), ("3", 1, 1.0), ("2", 1, guidance)):
-        asked.append(Request(name, x[row : row + 1], 0.6, Conditions.of([small.rows[row]]), scale))
+    for name, row, sigma, scale in (
+        ("2", 0, 0.8, guidance), (None, 1, 0.5, guidance), ("3", 1, 0.5, 1.0), ("2", 1, 0.5, guidance)
+    ):  # fmt: skip
+        asked.append(Request(name, x[row : row + 1], sigma, Conditions.of([small.rows[row]]), scale))
     forwards, found = [], {}
     backbone.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     for policies.together in (True, False):

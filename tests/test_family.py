@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from diffusionopd.training import check, load_config, train
 from diffusionopd.training.costs.models import PUBLISHED, read_pipeline
 
 from .conftest import ROOT, TARGETS
+from .families.common import write_lora
 from .helpers import metrics
 
 # But for turbo, which is large with other weights.
@@ -26,13 +26,9 @@ MODELS = [model for model in PUBLISHED if model.startswith("stabilityai/") and n
 OPD = f"{ROOT}/config/opd.py"
 # Of the tiny world's text encoders and VAE, so that a transformer fits beside them.
 TINY = {
-    "in_channels": 8,
-    "out_channels": 8,
-    "joint_attention_dim": 128,
-    "pooled_projection_dim": 128,
-    "sample_size": 16,
+    "in_channels": 8, "out_channels": 8, "joint_attention_dim": 128, "pooled_projection_dim": 128, "sample_size": 16,
     "attention_head_dim": 16,
-}
+}  # fmt: skip
 
 
 def reduced(model: str) -> dict:
@@ -43,17 +39,6 @@ def reduced(model: str) -> dict:
     width = heads * config["attention_head_dim"]
     small = {"num_layers": layers, "num_attention_heads": heads, "caption_projection_dim": width}
     return config | small | {"dual_attention_layers": dual}
-
-
-def teacher_for(folder: Path, target: Path, seed: int) -> Path:
-    """A LoRA for the model in ``folder``, saved as a run saves its student."""
-    adapters = Adapters(load_backbone(str(folder)).transformer)
-    adapters.add_student("teacher", rank=4, alpha=8, target_modules=TARGETS, seed=seed)
-    with torch.no_grad():
-        for parameter in adapters.parameters("teacher"):
-            parameter.normal_(std=0.05)
-    adapters.save_peft("teacher", target)
-    return target
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -77,7 +62,7 @@ def test_each_member_keeps_its_options_and_trains(model, pipeline_folder, tiny_c
     guided = {"sample__guidance_scale": 2.0, "train__cfg": True, "cache_dir": str(tmp_path / "cache")}
     config = tiny_config(pretrained__model=str(folder), num_epochs=2, **guided)
     for i, task in enumerate(config.train.teachers):
-        task["lora_path"] = str(teacher_for(folder, tmp_path / f"teacher{i}", seed=i))
+        task["lora_path"] = write_lora(folder, tmp_path / f"teacher{i}", seed=i)
     last = train(config)
     rows = metrics(tmp_path / "logs" / "run")
     assert rows[0]["loss"] > 0 and rows[1]["grad_norm"] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
 from diffusers.loaders import single_file_utils
 
 from diffusionopd.models.flux1 import Flux1
@@ -15,7 +15,7 @@ from diffusionopd.models.lora_fit import fit, linear_layers
 from diffusionopd.models.z_image import ZImage
 
 from .families import CASES
-from .test_lora_files import AB, assert_reads, flat, random_layers, write
+from .test_lora_files import AB, assert_reads, delta, flat, random_layers, write
 
 EMBEDDINGS = ("img_in", "txt_in", *(f"{part}_in.{end}_layer" for part in ("time", "guidance") for end in ("in", "out")))
 SIDES = ("img", "txt")
@@ -77,7 +77,16 @@ def test_layers_of_the_original_code_are_those_of_diffusers_converter(family, la
     assert found.keys() == converted.keys() and all(torch.equal(found[name], converted[name]) for name in found)
 
 
+TOOLS = {"kohya": (lambda n: f"lora_unet_{flat(n)}", {}), "ComfyUI": ("diffusion_model.{}".format, AB)}
+PUBLISHED_FOR_QWEN = {
+    "lightx2v": (str, {}),
+    "ComfyUI with alphas": ("diffusion_model.{}".format, {}),
+    "DiffSynth": (str, AB | {"down": "lora_A.default", "up": "lora_B.default"}),
+    "diffusers": ("transformer.{}".format, AB),
+}
+"""Tool -> a module's name there, and how its files are otherwise."""
 IN_BLOCKS = {
+    "qwen_image": (QwenImagePipeline, None),  # all that it has
     "flux1": (FluxPipeline, ("double_blocks.1.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.1.linear2")),
     "flux2": (Flux2KleinPipeline, ("double_blocks.1.img_attn.qkv", "single_blocks.1.linear1")),
     "z_image": (
@@ -89,26 +98,26 @@ IN_BLOCKS = {
 
 @pytest.mark.parametrize("case", IN_BLOCKS)
 def test_a_file_adds_what_the_stock_pipelines_reader_makes_of_it(case, tmp_path):
-    """kohya's with alphas, and the same as ComfyUI has it."""
+    """kohya's with alphas, and the same as ComfyUI and, for Qwen-Image, others have it."""
     CASES[case].build(tmp_path / "model")
     model, (pipeline, names) = read_model(str(tmp_path / "model")), IN_BLOCKS[case]
     empty = model.empty_transformer()
     modules, shapes = linear_layers(empty), {}
     ours = model.family.lora_layers(modules)
-    for name in names:
+    for name in names or modules:
         parts = list(ours[flat(name)](torch.zeros(0))) if flat(name) in ours else [name]
         shapes[name] = sum(modules[part][0] for part in parts), modules[parts[0]][1]
-    layers = random_layers(shapes)
-    kohya = write(tmp_path / "kohya", layers, lambda n: f"lora_unet_{flat(n)}")
-    comfyui = write(tmp_path / "ComfyUI", layers, "diffusion_model.{}".format, **AB)
-    state = pipeline.lora_state_dict(kohya, weight_name="my style.safetensors")
-    ends = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-    products = {end: state[f"{end}.lora_B.weight"].double() @ state[f"{end}.lora_A.weight"].double() for end in ends}
-    expected = {end.removeprefix("transformer."): product for end, product in products.items()}
-    assert_reads(kohya, empty, expected)
-    assert_reads(comfyui, empty, expected)
-    narrow = write(
-        tmp_path / "narrow", {names[0]: (torch.ones(3, 3), torch.ones(3, 3), 3)}, "diffusion_model.{}".format
-    )
+    layers, of_qwen = random_layers(shapes), case == "qwen_image"
+    for tool, (key, options) in (TOOLS | (PUBLISHED_FOR_QWEN if of_qwen else {})).items():
+        folder = write(tmp_path / tool, layers, key, **options)
+        if tool == "kohya" or of_qwen:
+            state = pipeline.lora_state_dict(folder, weight_name="my style.safetensors")
+            ends = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+            expected = {
+                end.removeprefix("transformer."): delta(state[f"{end}.lora_A.weight"], state[f"{end}.lora_B.weight"])
+                for end in ends
+            }
+        assert_reads(folder, empty, expected)
+    narrow = write(tmp_path / "narrow", {name: (torch.ones(3, 3), torch.ones(3, 3), 3)}, "diffusion_model.{}".format)
     with pytest.raises(AdapterError):
         fit(load_lora(narrow), empty)

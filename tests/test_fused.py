@@ -13,10 +13,8 @@ from torch import nn
 from benchmarks.upstream import restore_layers
 from diffusionopd.models.fused import FusedLoraLinear, fuse_norms
 from diffusionopd.models.loading import load_backbone
-from diffusionopd.models.lora import Adapters
 
-from .conftest import TARGETS
-from .helpers import perturb, velocities
+from .helpers import perturb, velocities, with_loras
 
 EACH = ("teacher_a", None, "teacher_b", "student")
 
@@ -52,10 +50,7 @@ def test_in_half_precision_they_are_as_near_to_float32_as_the_stock_layers(
     perturb(adapters, std=0.05)
     exact = velocities(backbone, adapters, text, EACH)
     half = load_backbone(str(pipeline_folder), dtype=torch.bfloat16)
-    copies = Adapters(half.transformer)
-    copies.add_student("student", rank=8, alpha=16, target_modules=TARGETS, seed=1)
-    copies.add_teacher("teacher_a", make_lora(1))
-    copies.add_teacher("teacher_b", make_lora(2, rank=6, alpha=3))
+    copies = with_loras(half, make_lora)
     perturb(copies, std=0.05)
     fused = velocities(half, copies, text, EACH)
     restore_layers(half.transformer)

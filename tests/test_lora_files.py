@@ -12,17 +12,17 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.loading import load_backbone, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
-from diffusionopd.models.lora_fit import find_all, fit, is_of_another_base
+from diffusionopd.models.lora_fit import find_all, fit, is_of_another_base, linear_layers
 from diffusionopd.training import check
 
 from .conftest import TARGETS
-from .helpers import perturb
+from .families.sd3 import original_transformer
+from .helpers import peft_velocity, perturb, velocity
 
 SCALES = ((2, 1.0), (3, 4.5), (5, 5.0))  # rank and alpha, in turn
 
@@ -31,10 +31,6 @@ SCALES = ((2, 1.0), (3, 4.5), (5, 5.0))  # rank and alpha, in turn
 def empty(pipeline_folder):
     """The transformer without weights."""
     return read_model(str(pipeline_folder)).empty_transformer()
-
-
-def linear(transformer):
-    return {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
 
 
 def random_layers(shapes):
@@ -48,8 +44,8 @@ def random_layers(shapes):
     return layers
 
 
-def delta(a, b, alpha):
-    return alpha / len(a) * b.double() @ a.double()
+def delta(a, b, alpha=None):
+    return (1 if alpha is None else alpha / len(a)) * b.double() @ a.double()
 
 
 def assert_reads(file, empty, expected):
@@ -94,7 +90,7 @@ SPELLINGS = {
 
 
 def test_every_spelling_of_a_module_is_read_exactly(empty, tmp_path):
-    layers = random_layers({n: tuple(m.weight.shape) for n, m in linear(empty).items()})
+    layers = random_layers(linear_layers(empty))
     expected = {name: delta(*layer) for name, layer in layers.items()}
     for what, (key, options) in SPELLINGS.items():
         assert_reads(write(tmp_path / flat(what), layers, key, **options), empty, expected)
@@ -103,93 +99,42 @@ def test_every_spelling_of_a_module_is_read_exactly(empty, tmp_path):
     assert_reads(folder / "my style.safetensors", empty, {name: delta(*layer) for name, layer in whole.items()})
 
 
-def original_shapes(empty):
-    """The linear layers of the original code, and their shapes in this model."""
-    w, blocks = empty.inner_dim, range(len(empty.transformer_blocks))
-    last = blocks[-1]
-    shapes = {
-        "context_embedder": (w, 128),
-        "final_layer.linear": (8 * 4, w),
-        "final_layer.adaLN_modulation.1": (2 * w, w),
-    }
-    shapes |= {f"t_embedder.mlp.{i}": (w, width) for i, width in ((0, 256), (2, w))}
-    shapes |= {f"y_embedder.mlp.{i}": (w, width) for i, width in ((0, 128), (2, w))}
-    for i in blocks:
-        dual = empty.transformer_blocks[i].attn2 is not None
-        for side in ("x_block", "context_block"):
-            block, complete = f"joint_blocks.{i}.{side}", side == "x_block" or i != last
-            shapes[f"{block}.attn.qkv"] = 3 * w, w
-            gates = 9 if dual and side == "x_block" else 6
-            shapes[f"{block}.adaLN_modulation.1"] = (gates if complete else 2) * w, w
-            if complete:
-                shapes |= {f"{block}.attn.proj": (w, w), f"{block}.mlp.fc1": (4 * w, w), f"{block}.mlp.fc2": (w, 4 * w)}
-        if dual:
-            shapes |= {
-                f"joint_blocks.{i}.x_block.attn2.qkv": (3 * w, w),
-                f"joint_blocks.{i}.x_block.attn2.proj": (w, w),
-            }
-    return shapes
-
-
 def test_names_of_the_original_code_are_those_of_diffusers_converter(empty, tmp_path):
     """kohya's and ComfyUI's layers, fused and with swapped halves: their matrices go through stock diffusers."""
-    layers = random_layers(original_shapes(empty))
+    state = {n: torch.zeros(t.shape) for n, t in original_transformer(empty).items()}
+    shapes = {n.removesuffix(".weight"): t.shape for n, t in state.items() if t.ndim == 2}
+    layers = random_layers(shapes)
     matrices = {f"{name}.weight": delta(*layer) for name, layer in layers.items()}
-    matrices |= {f"{name}.bias": torch.zeros(len(b)) for name, (_, b, _) in layers.items()}
-    other = {
-        "pos_embed": torch.zeros(1),
-        "x_embedder.proj.weight": torch.zeros(1),
-        "x_embedder.proj.bias": torch.zeros(1),
-    }
-    converted = convert_sd3_transformer_checkpoint_to_diffusers(matrices | other)
-    expected = {n: converted[f"{n}.weight"] for n in linear(empty)}
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(state | matrices)
+    expected = {n: converted[f"{n}.weight"] for n in linear_layers(empty)}
     assert len(expected) > len(layers)
     assert_reads(write(tmp_path / "kohya", layers, lambda n: f"lora_unet_{flat(n)}"), empty, expected)
     assert_reads(write(tmp_path / "comfyui", layers, lambda n: f"diffusion_model.{n}", **AB), empty, expected)
 
 
-def test_blocks_of_a_split_qkv_are_read_as_any_other(empty, tmp_path):
-    """sd-scripts' split_qkv: a LoRA of its own for q, k and v, saved as one with three times the rank."""
-    layers = random_layers({f"transformer_blocks.1.attn.to_{n}": (128, 128) for n in "qkvx"})
-    ours = {name: (a[:2], b[:, :2], 6.0) for name, (a, b, _) in layers.items() if not name.endswith("x")}
-    a, b, _ = zip(*ours.values(), strict=True)
-    folder = write(
-        tmp_path,
-        {"joint_blocks.1.x_block.attn.qkv": (torch.cat(a), torch.block_diag(*b), 18.0)},
-        lambda n: f"lora_unet_{flat(n)}",
-    )
-    assert_reads(folder, empty, {name: delta(*layer) for name, layer in ours.items()})
-
-
 @pytest.mark.parametrize(
     "options",
     [
+        {"r": 3, "lora_alpha": 1},
+        {"r": 8, "lora_alpha": 4, "target_modules": ["ff.net.2"]},
         {"exclude_modules": ["transformer_blocks.0.attn.to_q"]},
         {"exclude_modules": r".*transformer_blocks\.3\..*"},
         {"layers_to_transform": [0, 2], "layers_pattern": "transformer_blocks"},
-        {
-            "use_rslora": True,
-            "rank_pattern": {"0.attn.to_q": 2},
-            "alpha_pattern": {"^transformer_blocks.1.attn.to_v": 9},
-        },
+        {"use_rslora": True, "rank_pattern": {"0.attn.to_q": 2},
+         "alpha_pattern": {"^transformer_blocks.1.attn.to_v": 9}},
         {"init_lora_weights": "orthogonal"},
     ],
-)
+)  # fmt: skip
 def test_configurations_of_peft_are_those_of_peft(pipeline_folder, text, tmp_path, options):
     """Also from a .bin, and by the weights' own path: their configuration lies beside them."""
-    options = {"init_lora_weights": "gaussian", **options}
-    model = get_peft_model(
-        load_backbone(str(pipeline_folder)).transformer,
-        LoraConfig(r=4, lora_alpha=6, target_modules=["attn.to_q", "attn.to_v"], **options),
-    )
+    plain = {"r": 4, "lora_alpha": 6, "target_modules": ["attn.to_q", "attn.to_v"], "init_lora_weights": "gaussian"}
+    model = get_peft_model(load_backbone(str(pipeline_folder)).transformer, LoraConfig(**(plain | options)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     model.save_pretrained(tmp_path)
-    stock = load_backbone(str(pipeline_folder))
-    stock.transformer = PeftModel.from_pretrained(stock.transformer, tmp_path).eval()
-    expected, backbone = velocity(stock, text), load_backbone(str(pipeline_folder))
+    expected, backbone = peft_velocity(pipeline_folder, tmp_path, text), load_backbone(str(pipeline_folder))
     adapters = Adapters(backbone.transformer)
     adapters.add_teacher("folder", tmp_path)
     adapters.add_teacher("file", tmp_path / "adapter_model.safetensors")
@@ -199,12 +144,6 @@ def test_configurations_of_peft_are_those_of_peft(pipeline_folder, text, tmp_pat
     for name in ("folder", "file", "pickle"):
         adapters.use(name)
         torch.testing.assert_close(velocity(backbone, text), expected, rtol=1e-5, atol=1e-6)
-
-
-def velocity(backbone, text):
-    x = torch.randn(2, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return backbone.velocity(x, 0.7, text(2))[0]
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
@@ -218,8 +157,8 @@ def test_a_saved_student_has_its_full_effect_wherever_it_goes(pipeline_folder, t
     backbone = load_backbone(folder)
     base, adapters = velocity(backbone, text), Adapters(backbone.transformer)
     if mixed:
-        shapes = {n: tuple(m.weight.shape) for n, m in linear(backbone.transformer).items()}
-        adapters.add_from("student", write(tmp_path / "mixed", random_layers(shapes), lambda n: n), trainable=True)
+        layers = random_layers(linear_layers(backbone.transformer))
+        adapters.add_from("student", write(tmp_path / "mixed", layers, lambda n: n), trainable=True)
     else:
         adapters.add_student("student", rank=8, alpha=24, target_modules=TARGETS)
         perturb(adapters, std=0.05)
@@ -254,20 +193,16 @@ def test_a_saved_student_has_its_full_effect_wherever_it_goes(pipeline_folder, t
         adapters.use("again")
         return transformer
 
-    uses = [
-        (comfyui, file),
-        (comfyui, peft),
-        (diffusers, file),
-        (diffusers, bare),
-        (here, file),
-        (here, bare),
-        (here, peft),
-    ]
-    uses += [(lambda transformer, source: PeftModel.from_pretrained(transformer, source).eval(), tmp_path / "lora")]
-    for apply, source in uses:
-        other = load_backbone(folder)
-        other.transformer = apply(other.transformer, source)
-        assert (velocity(other, text) - trained).norm() < 1e-5 * (trained - base).norm(), (apply, source)
+    def by_peft(transformer, source):
+        return PeftModel.from_pretrained(transformer, source.parent).eval()
+
+    for source, uses in (
+        (file, (comfyui, diffusers, here)), (bare, (diffusers, here)), (peft, (comfyui, here, by_peft))
+    ):  # fmt: skip
+        for apply in uses:
+            other = load_backbone(folder)
+            other.transformer = apply(other.transformer, source)
+            assert (velocity(other, text) - trained).norm() < 1e-5 * (trained - base).norm(), (apply, source)
 
 
 def test_training_goes_on_from_an_exported_start_as_if_it_had_not_been_exported(pipeline_folder, text, tmp_path):
@@ -362,9 +297,11 @@ def test_the_command_that_keeps_the_transformers_part_keeps_its_scale(empty, ada
 # --- where, and before weights load -----------------------------------------------------------------------------------
 
 
-def test_files_of_any_name_and_places_on_the_hub(empty, make_lora, tmp_path, monkeypatch):
+def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
+    """The hub's client is imitated by a folder laid out as the repository."""
     layers = random_layers({"proj_out": (32, 128)})
     folder = write(tmp_path / "snapshot", layers, lambda n: n)
+    write(folder / "one", layers, lambda n: n)
     asked = []
 
     def snapshot_download(repository, **options):
@@ -372,15 +309,18 @@ def test_files_of_any_name_and_places_on_the_hub(empty, make_lora, tmp_path, mon
         return str(folder)
 
     monkeypatch.setattr("diffusionopd.models.lora_files.snapshot_download", snapshot_download)
-    for source, revision in (
-        ("a/b", None),
-        ("a/b/my style.safetensors", None),
-        ("a/b@v1", "v1"),
-        ("a/b@refs/pr/1", "refs/pr/1"),
+    everything = ["*.safetensors", "*.json", "adapter_model.bin"]
+    for source, revision, patterns in (
+        ("a/b", None, everything),
+        ("a/b/my style.safetensors", None, ["my style.safetensors", "my style.safetensors/*"]),
+        ("a/b/one", None, ["one", "one/*"]),
+        ("a/b@v1", "v1", everything),
+        ("a/b@refs/pr/1", "refs/pr/1", everything),
     ):
         assert_reads(source, empty, {"proj_out": delta(*layers["proj_out"])})
-        assert asked[-1][:2] == ("a/b", revision)
-    assert asked[1][2] == ["my style.safetensors", "my style.safetensors/*"]
+        assert asked.pop() == ("a/b", revision, patterns)
+    with pytest.raises(AdapterError, match="a/b has no .* 'Nobody/lora'"):
+        load_lora("a/b/Nobody/lora")
     count = len(asked)
     for source in ("a/b/../../x", "a/b//etc"):
         with pytest.raises(AdapterError, match=source):
@@ -396,22 +336,18 @@ def test_files_of_any_name_and_places_on_the_hub(empty, make_lora, tmp_path, mon
 
 def test_every_lora_that_does_not_fit_is_named_before_weights_load(tiny_config, make_lora, tmp_path):
     config, good = tiny_config(), load_file(make_lora(3) / "adapter_model.safetensors")
-    lonely = {k: v for k, v in good.items() if "blocks.1.attn.to_q.lora_B" not in k}
-    other = {k: torch.ones(v.shape[0], 7) if "0.attn.to_q.lora_A" in k else v for k, v in good.items()}
-    config.train.lora_path = str(tmp_path / "deeper.safetensors")
-    save_file({k.replace("blocks.3.", "blocks.30."): v for k, v in good.items()}, config.train.lora_path)
-    for task, (name, tensors) in zip(config.train.teachers, {"lonely": lonely, "shape": other}.items(), strict=True):
-        task["lora_path"] = str(tmp_path / f"{name}.safetensors")
-        save_file(tensors, task["lora_path"])
+    broken = {
+        "blocks.30": {k.replace("blocks.3.", "blocks.30."): v for k, v in good.items()},
+        "1.attn.to_q": {k: v for k, v in good.items() if "blocks.1.attn.to_q.lora_B" not in k},
+        "0.attn.to_q": {k: torch.ones(v.shape[0], 7) if "0.attn.to_q.lora_A" in k else v for k, v in good.items()},
+    }
+    for owner, (module, tensors) in zip([config.train, *config.train.teachers], broken.items(), strict=True):
+        owner["lora_path"] = str(tmp_path / f"{flat(module)}.safetensors")
+        save_file(tensors, owner["lora_path"])
     with pytest.raises(ConfigError) as caught:
         check(config, 1)
-    places = {
-        "train.lora_path": "blocks.30",
-        "train.teachers[0].lora_path": "1.attn.to_q",
-        "train.teachers[1].lora_path": "0.attn.to_q",
-    }
-    assert len(caught.value.problems) == 3
-    for problem, (place, module) in zip(sorted(caught.value.problems), sorted(places.items()), strict=True):
+    places = ("train.lora_path", "train.teachers[0].lora_path", "train.teachers[1].lora_path")
+    for problem, place, module in zip(sorted(caught.value.problems), places, broken, strict=True):
         assert problem.startswith(place) and module in problem
     for scale in (0, float("inf"), "1"):
         config.train.teachers[0]["scale"] = scale
@@ -431,7 +367,7 @@ def test_every_lora_that_does_not_fit_is_named_before_weights_load(tiny_config, 
         ("stabilityai/sd35", ["/data/base", "stabilityai/sd3"], True),
         ("stabilityai/sd35", ["/data/base", ""], None),
         ("/home/someone/sd35", ["stabilityai/sd3"], False),
-        (None, ["stabilityai/sd3"], False),
+        ("", ["stabilityai/sd3"], False),
     ],
 )  # fmt: skip
 def test_another_base_is_told_where_names_can_be_compared(trained_on, origins, differs):

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from ml_collections import ConfigDict
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation.testsets import find_benchmark
-from diffusionopd.models.flux1 import Flux1
-from diffusionopd.models.loading import load_backbone
-from diffusionopd.models.lora import Adapters
 from diffusionopd.training import check, load_config, train
 from diffusionopd.training.keys import SCHEMA
 
 from .conftest import ROOT
 from .families import flux1
+from .families.common import write_lora
 from .helpers import metrics
 
 LEFT = [name for name, key in SCHEMA.keys.items() if key.from_model]
@@ -63,12 +60,7 @@ def test_none_is_the_familys_value_and_is_saved_as_such(tiny_config, folders, tm
     config.sample.guidance_scale = config.sample.teacher_guidance_scale = config.sample.num_steps = None
     for i, task in enumerate(config.train.teachers):
         del task["guidance_scale"]
-        task["lora_path"] = str(tmp_path / f"teacher{i}")
-        adapters = Adapters(load_backbone(str(folders["dev"])).transformer)
-        adapters.add_student("teacher", rank=2, alpha=2, target_modules=Flux1.LORA_TARGETS, seed=i)
-        for parameter in adapters.parameters("teacher"):
-            torch.nn.init.normal_(parameter, std=0.05)
-        adapters.save_peft("teacher", tmp_path / f"teacher{i}")
+        task["lora_path"] = write_lora(folders["dev"], tmp_path / f"teacher{i}", seed=i)
     config.train.cfg = True
     nfe = check(config, 1).nfe_per_round
     saved = json.loads((train(config) / "config.json").read_text())

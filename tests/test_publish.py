@@ -23,9 +23,9 @@ from tools.publishing import PublishError, find_student, public
 from tools.publishing.card import render_card
 from tools.publishing.scores import read_scores
 
+from .helpers import peft_velocity, velocity
 from .hub import TOKEN, hub
 from .loopback import left
-from .test_adapters import peft_velocity, velocity
 from .test_compare import write
 
 FILES = [
@@ -56,7 +56,7 @@ def table(card: str, data_set: str) -> dict[str, list[str]]:
 
 def test_both_formats_load_elsewhere_at_full_strength(run, tmp_path, pipeline_folder, backbone, text):
     publish(run, "me/name", "--folder", out := tmp_path / "out")
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    adapters = Adapters(backbone.transformer)
     bare = velocity(backbone, text)
     adapters.add_from("s", run / "checkpoints" / "checkpoint-3" / "lora")
     adapters.use("s")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 from diffusionopd.evaluation.sampling import sample_latents
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model
 
 from .families.sana import build, scheduler, stock
+from .test_bases import scheduled
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sana") / "model"
     build(path)
     return path
-
-
-def renamed(folder, copy, **index):
-    """A copy of the pipeline with other entries in its index."""
-    shutil.copytree(folder, copy)
-    file = copy / "model_index.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | index), encoding="utf-8")
-    return copy
 
 
 def test_times_are_the_schedulers_for_every_number_of_steps(folder):
@@ -57,8 +49,8 @@ def both(path, x, guidance=1.0):
 
 
 def test_with_a_scheduler_of_euler_steps_it_is_sampled_by_them_at_their_times(folder, tmp_path):
-    copy = renamed(folder, tmp_path / "model", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(copy / "scheduler")
+    copy = shutil.copytree(folder, tmp_path / "model")
+    scheduled("FlowMatchEulerDiscreteScheduler", shift=3.0)(copy)
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     (mine, error), (by_euler, error_of_euler) = both(folder, x), both(copy, x)
     assert max(error, error_of_euler) < 1e-5 < 1e-2 < (mine - by_euler).abs().max() / mine.abs().max()
@@ -85,10 +77,7 @@ def test_a_prompt_is_called_cut_where_its_last_token_goes(folder):
         assert torch.equal(shorter["tokens"], longer["tokens"]) is is_cut is bool(encode.cut)
 
 
-def test_sprint_and_the_other_pipelines_are_refused(folder, tmp_path):
+def test_sprint_is_refused(tmp_path):
     build(tmp_path / "sprint", guidance_embeds=True)
     with pytest.raises(BackboneError, match="Sprint"):
         read_model(str(tmp_path / "sprint"))
-    for kind in ("SanaSprintPipeline", "SanaControlNetPipeline", "SanaVideoPipeline"):
-        with pytest.raises(BackboneError, match=kind):
-            read_model(str(renamed(folder, tmp_path / kind, _class_name=kind)))

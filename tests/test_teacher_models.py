@@ -24,7 +24,7 @@ from diffusionopd.training import check, train
 from diffusionopd.training.resume import ResumeError, RunError
 from scripts import evaluate
 
-from .helpers import assert_bitwise, kept_gradients, make_batches, make_opd, metrics, perturb, state
+from .helpers import assert_bitwise, kept_gradients, make_batches, make_opd, metrics, perturb, state, with_rows
 
 
 def transformer_of(seed: int = 5, **changes) -> SD3Transformer2DModel:
@@ -167,7 +167,7 @@ def test_weights_that_wait_are_one_at_a_time_on_the_device(policies):
         hosts.append((module, HostWeights(module, torch.device("cuda"))))
     before = [p.clone() for p in hosts[0][0].parameters()]
     for module, host in [*hosts, hosts[0]]:
-        policies._bring(host)
+        policies._come_to(Home(policies.backbone, policies.adapters, None, host))
         for other, _ in hosts:
             assert {t.device.type for t in other.state_dict().values()} == {"cuda" if other is module else "cpu"}
     assert all(torch.equal(p.cpu(), old) for p, old in zip(hosts[0][0].parameters(), before, strict=True))
@@ -179,8 +179,7 @@ def test_a_round_of_both_kinds_of_teachers_equals_the_slow_loop(policies, text, 
     opd = make_opd(backbone, adapters, text)
     opd.policies = policies
     batches = make_batches(backbone, text, guidances=(1.0, 2.0), tasks="ac")
-    rows = tuple(row.__class__(**{**vars(row), "strength": 1.5}) for row in batches[1].rows)
-    batches[1] = batches[1].__class__(**{**vars(batches[1]), "rows": rows})
+    batches[1:] = with_rows(batches[1:], strength=1.5)
     result, found = kept_gradients(opd, batches, monkeypatch)
 
     def velocity(name, x, sigma, text, guidance):

@@ -244,7 +244,7 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
 
 def _load_policies(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
     """Every model as a policy; transformers of other weights than the base's wait on the host until they are asked."""
-    adapters = Adapters(backbone.transformer, backbone.inert_modules())
+    adapters = Adapters(backbone.transformer)
     beside: dict[str, tuple[Backbone, Adapters]] = {}
     homes: dict[str, Home] = {}
     waits = backbone.sharding is None
@@ -253,7 +253,7 @@ def _load_policies(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights
         if model.own is not None:
             if model.own.model not in beside:
                 other = model.own.load(backbone, waits=waits)
-                beside[model.own.model] = other, Adapters(other.transformer, other.inert_modules())
+                beside[model.own.model] = other, Adapters(other.transformer)
             place = beside[model.own.model]
         adapter = None
         if model.name in loras:

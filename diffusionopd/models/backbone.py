@@ -9,21 +9,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffusionopd.distributed import world_size
-from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.fused import fuse_norms
+from diffusionopd.models.latents import linear_mu
 from diffusionopd.models.lora_names import RowSplit, Shapes
-from diffusionopd.models.schedules import FAMILY
+from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 from diffusionopd.models.sharding import Sharding
 from diffusionopd.rows import put, take
 from diffusionopd.stages import stage
 
+Configs = Mapping[str, Mapping[str, Any]]
+"""Configurations by part: ``index``, ``transformer``, ``vae``, ``scheduler``, and where known the text encoders'."""
 CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
 """How a model is guided: by a second branch for the negative prompt, by an input of its own, or (distilled) not."""
 
@@ -57,6 +59,9 @@ class Backbone(ABC):
     TEXT: ClassVar[Mapping[str, tuple[str, ...]]]
     """Text encoders, and tokenizers or processors, of the pipeline -> the classes of transformers that may be loaded as
     each."""
+    READERS: ClassVar[Mapping[str, Any]] = {}
+    """Of :attr:`TEXT`, classes that take the place of those that the folder names: a processor of images and texts
+    needs torchvision, its tokenizer does not."""
     IN_CHECKPOINT: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
     """Text encoders that diffusers takes from a single file -> what their tensors' names begin with there, and the
     tensors that it makes itself."""
@@ -65,6 +70,8 @@ class Backbone(ABC):
     DEFAULTS: ClassVar[Defaults]
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of blocks, which are compiled and sharded one by one."""
+    WIDTH: ClassVar[str] = "joint_attention_dim"
+    """The transformer's option that says how wide ``tokens`` are."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
     TOKENS_AROUND: ClassVar[int] = 0
     """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
@@ -80,44 +87,43 @@ class Backbone(ABC):
     """Text encoders that a pipeline may come without, all of these together."""
     SHARED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Part of the pipeline -> what its configuration must have in common with that of another model of the family, for
-    both to see the same latents, times and text embeddings."""
+    both to see the same latents and text embeddings; times are the same for all."""
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
-        """Why a variant of the family cannot be used, empty if it can; ``configs`` as in :class:`ModelInfo`."""
+    def unsupported(cls, configs: Configs) -> str:
+        """Why a variant of the family cannot be used, empty if it can."""
         return ""
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """:attr:`DEFAULTS`, or those of a variant such as a distilled one."""
         return cls.DEFAULTS
 
     @classmethod
-    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def guidance_of(cls, configs: Configs) -> str:
         """One of :data:`CLASSIFIER_FREE`, :data:`EMBEDDED`, :data:`NO_GUIDANCE`."""
         return CLASSIFIER_FREE
 
     @classmethod
-    def evaluations_of(cls, guidance: float, configs: Mapping[str, Mapping[str, Any]]) -> int:
+    def evaluations_of(cls, guidance: float, configs: Configs) -> int:
         """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
         return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
 
     @classmethod
     @abstractmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
 
     @classmethod
-    @abstractmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
+    def row_shapes(cls, max_sequence_length: int, configs: Configs) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's conditions at their longest; ``configs`` has those of the text encoders too."""
+        return {"tokens": (max_sequence_length, configs["transformer"][cls.WIDTH])}
 
-    @abstractmethod
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """``num_steps + 1`` noise levels, decreasing to 0, float64 on the CPU: the pipeline's own, or "linspace" with
-        its shift."""
+        its shift. By default both are evenly spread before a shift by the number of tokens, of four positions each."""
+        _, h, w = self.latent_shape(resolution)
+        return flow_levels(self.scheduler, num_steps, linear_mu(self.scheduler.config, h * w // 4), LINSPACE)
 
     @property
     def multistep(self) -> bool:
@@ -136,15 +142,16 @@ class Backbone(ABC):
         """Classifier-free guidance as the family's pipeline has it; ``guidance`` is a number or ``[B, 1, 1, 1]``."""
         return negative + guidance * (conditional - negative)
 
-    @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1] of latents."""
+        """Images in [-1, 1] of latents, by default scaled and shifted as the VAE says."""
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(scaled, return_dict=False)[0]
 
     @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """Of :attr:`TEXT`, what is put into the pipeline in another form than diffusers loads from its folder: a
-        processor of images and texts needs torchvision, its tokenizer does not."""
-        return {}
+    def texts(cls, prompts: list[str]) -> list[str]:
+        """Prompts with the text of the negative prompt among them."""
+        return [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
 
     @classmethod
     @abstractmethod
@@ -160,10 +167,6 @@ class Backbone(ABC):
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
         """Layers as LoRA files of other tools name them, dots as underscores -> what they are among the modules."""
         return {}
-
-    def inert_modules(self) -> set[str]:
-        """:meth:`inert_of` the own transformer."""
-        return self.inert_of(self.transformer)
 
     # --- what all have in common -------------------------------------------------------------------------------------
 

@@ -69,20 +69,18 @@ class Conditions:
     lengths: tuple[int, ...] | None = None
 
     @staticmethod
-    def of(rows: Sequence[Row], multiple: int = 1) -> Conditions:
-        """One batch of ``rows``; arguments and error as of :meth:`cat`."""
-        return Conditions.cat([Conditions({name: part[None] for name, part in row.items()}) for row in rows], multiple)
+    def of(rows: Sequence[Row]) -> Conditions:
+        """One batch of ``rows``; error as of :meth:`cat`."""
+        return Conditions.cat([Conditions({name: part[None] for name, part in row.items()}) for row in rows])
 
     @staticmethod
-    def cat(batches: Sequence[Conditions], multiple: int = 1) -> Conditions:
-        """Several batches as one, padded to the longest, and that to a multiple. ValueError for different names."""
+    def cat(batches: Sequence[Conditions]) -> Conditions:
+        """Several batches as one, padded to the longest. ValueError for different names."""
         names = batches[0].parts.keys()
         if any(batch.parts.keys() != names for batch in batches):
             raise ValueError("rows of different text encoders cannot be one batch")
         lengths = tuple(length for batch in batches for length in batch.each_length())
         longest = max(batch.padded_length for batch in batches)
-        if min(lengths) < longest:
-            longest = -(-longest // multiple) * multiple
         parts = {name: torch.cat([_padded(name, batch.parts[name], longest) for batch in batches]) for name in names}
         return Conditions(parts, lengths if min(lengths) < longest else None)
 
@@ -109,10 +107,9 @@ class Conditions:
         ends = torch.tensor(self.lengths).to(device, non_blocking=True)
         return torch.arange(self.padded_length, device=device) < ends[:, None]
 
-    def index(self, rows: int | slice | Sequence[int]) -> Conditions:
+    def index(self, rows: int | Sequence[int]) -> Conditions:
         """Some of the samples; one integer keeps the batch dimension."""
-        every = range(len(self))
-        rows = [rows] if isinstance(rows, int) else every[rows] if isinstance(rows, slice) else rows
+        rows = [rows] if isinstance(rows, int) else rows
         lengths = self.lengths and tuple(self.lengths[i] for i in rows)
         return Conditions({name: take(part, rows) for name, part in self.parts.items()}, lengths)
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, linear_mu, pack, side_of, unpack
+from diffusionopd.models.backbone import EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.latents import halvings, pack, places, side_of, unpack
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
-from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
 class Flux1(Backbone):
@@ -37,13 +36,12 @@ class Flux1(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
         "text_encoder_2": ("d_model", "num_layers", "vocab_size"),
     }
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def unsupported(cls, configs: Configs) -> str:
         """Fill, Canny, Depth and Kontext-like transformers have more input channels than latents."""
         given, latents = configs["transformer"]["in_channels"], 4 * configs["vae"]["latent_channels"]
         if given != latents:
@@ -52,43 +50,32 @@ class Flux1(Backbone):
         return ""
 
     @classmethod
-    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def guidance_of(cls, configs: Configs) -> str:
         """dev embeds it, schnell has none."""
         return EMBEDDED if configs["transformer"].get("guidance_embeds") else NO_GUIDANCE
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """schnell's are those of its model card: 4 steps, 256 tokens."""
         if cls.guidance_of(configs) == EMBEDDED:
             return cls.DEFAULTS
         return Defaults(num_steps=4, guidance_scale=1.0, max_sequence_length=256, mixed_precision="bf16")
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = halvings(configs["vae"])
         side = side_of(resolution, factor, 2 * factor)
         return configs["transformer"]["in_channels"] // 4, side, side
 
     @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
+    def row_shapes(cls, max_sequence_length: int, configs: Configs) -> dict[str, tuple[int, ...]]:
         """See :meth:`Backbone.row_shapes`."""
-        config = configs["transformer"]
-        tokens = (max_sequence_length, config["joint_attention_dim"])
-        return {"tokens": tokens, "pooled": (config["pooled_projection_dim"],)}
-
-    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
-        """See :meth:`Backbone.sigmas`: the pipeline's own are evenly spread before their shift."""
-        _, h, w = self.latent_shape(resolution)
-        return flow_levels(self.scheduler, num_steps, linear_mu(self.scheduler.config, h * w // 4), LINSPACE)
+        pooled = {"pooled": (configs["transformer"]["pooled_projection_dim"],)}
+        return super().row_shapes(max_sequence_length, configs) | pooled
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
-        places = torch.zeros(h // 2, w // 2, 3, device=x.device)
-        places[..., 1] = torch.arange(h // 2, device=x.device)[:, None]
-        places[..., 2] = torch.arange(w // 2, device=x.device)
         (velocity,) = self.transformer(
             hidden_states=pack(x),
             timestep=self._rounded_time(x, sigma),  # times 1000 in the transformer
@@ -96,20 +83,16 @@ class Flux1(Backbone):
             pooled_projections=conditions["pooled"],
             encoder_hidden_states=conditions["tokens"],
             txt_ids=torch.zeros(conditions["tokens"].shape[1], 3, device=x.device),
-            img_ids=places.flatten(0, 1),
+            img_ids=places(h // 2, w // 2, 3, x.device),
             return_dict=False,
         )
         return unpack(velocity, h, w)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        return self.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, pooled, _ = pipeline.encode_prompt(
-            prompt=[cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],
+            prompt=cls.texts(prompts),
             prompt_2=None,
             device=device,
             max_sequence_length=max_sequence_length,
@@ -119,12 +102,19 @@ class Flux1(Backbone):
     @classmethod
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
         """As diffusers' ``convert_flux_transformer_checkpoint_to_diffusers`` has the original code's."""
-        return {
-            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
-            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
-            **renamed(_OTHERS, shapes),
-            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
-        }
+        return original_layers(_DOUBLE, _SINGLE, _OTHERS, shapes)
+
+
+def original_layers(
+    double: Mapping[str, str], single: Mapping[str, str], others: Mapping[str, str], shapes: Shapes
+) -> Mapping[str, RowSplit]:
+    """Layers of the original code, in its two kinds of blocks and outside of them -> modules."""
+    return {
+        **in_blocks("double_blocks", "transformer_blocks", double, shapes),
+        **in_blocks("single_blocks", "single_transformer_blocks", single, shapes),
+        **renamed(others, shapes),
+        "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
+    }
 
 
 _DOUBLE = {

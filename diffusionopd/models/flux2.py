@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, side_of
-from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed, swapped
+from diffusionopd.models.backbone import CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE, Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.flux1 import original_layers
+from diffusionopd.models.latents import halvings, places, side_of
+from diffusionopd.models.lora_names import RowSplit, Shapes
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 
@@ -27,6 +27,7 @@ class Flux2(Backbone):
         "text_encoder": ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"),
         "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PixtralProcessor"),
     }
+    READERS = {"tokenizer": AutoTokenizer}  # of dev's processor, which needs torchvision, texts need this alone
     BLOCKS = ("transformer_blocks", "single_transformer_blocks")
     # As diffusers' own training script; a single block has two layers alone, "to_qkv_mlp_proj" and "to_out".
     LORA_TARGETS = (
@@ -38,37 +39,29 @@ class Flux2(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("latent_channels", "block_out_channels", "batch_norm_eps"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
     @classmethod
-    def guidance_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def guidance_of(cls, configs: Configs) -> str:
         """dev embeds it; of klein the pipeline says whether it is distilled."""
         if configs["transformer"].get("guidance_embeds"):
             return EMBEDDED
         return NO_GUIDANCE if configs["index"].get("is_distilled") else CLASSIFIER_FREE
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """Distilled klein's are those of its model card: 4 steps."""
         if cls.guidance_of(configs) != NO_GUIDANCE:
             return cls.DEFAULTS
         return Defaults(num_steps=4, guidance_scale=1.0, max_sequence_length=512, mixed_precision="bf16")
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         unit = 2 * halvings(configs["vae"])
         side = side_of(resolution, unit, unit)
         return configs["transformer"]["in_channels"], side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["joint_attention_dim"])}
 
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """See :meth:`Backbone.sigmas`: evenly spread before their shift, which depends on their number too."""
@@ -80,9 +73,6 @@ class Flux2(Backbone):
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
         tokens = conditions["tokens"]
-        places = torch.zeros(h, w, 4, device=x.device)
-        places[..., 1] = torch.arange(h, device=x.device)[:, None]
-        places[..., 2] = torch.arange(w, device=x.device)
         words = torch.zeros(tokens.shape[1], 4, device=x.device)
         words[:, 3] = torch.arange(len(words), device=x.device)
         (velocity,) = self.transformer(
@@ -91,7 +81,7 @@ class Flux2(Backbone):
             guidance=self._each(x, guidance) if self.guidance_of(self.configs) == EMBEDDED else None,
             encoder_hidden_states=tokens,
             txt_ids=words,
-            img_ids=places.flatten(0, 1),
+            img_ids=places(h, w, 4, x.device),
             return_dict=False,
         )
         return velocity.mT.unflatten(2, (h, w))
@@ -107,27 +97,16 @@ class Flux2(Backbone):
         return self.vae.decode(self.unnormalised(latents), return_dict=False)[0]
 
     @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`: of dev's processor, which needs torchvision, texts need this alone."""
-        return {"tokenizer": AutoTokenizer.from_pretrained(root / "tokenizer", trust_remote_code=False)}
-
-    @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
-        tokens, _ = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_sequence_length)
+        tokens, _ = pipeline.encode_prompt(cls.texts(prompts), device=device, max_sequence_length=max_sequence_length)
         return [{"tokens": row} for row in tokens]
 
     @classmethod
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:
         """As diffusers' ``convert_flux2_transformer_checkpoint_to_diffusers`` has the original code's: with the halves
         of the last modulation swapped, which its converter of LoRAs forgets."""
-        return {
-            **in_blocks("double_blocks", "transformer_blocks", _DOUBLE, shapes),
-            **in_blocks("single_blocks", "single_transformer_blocks", _SINGLE, shapes),
-            **renamed(_OTHERS, shapes),
-            "final_layer_adaLN_modulation_1": swapped("norm_out.linear"),
-        }
+        return original_layers(_DOUBLE, _SINGLE, _OTHERS, shapes)
 
 
 _DOUBLE = {

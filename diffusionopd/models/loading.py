@@ -13,11 +13,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from torch import nn
 
 from diffusionopd.config_schema import is_device
-from diffusionopd.models.backbone import NO_GUIDANCE, Backbone, Defaults
+from diffusionopd.models.backbone import NO_GUIDANCE, Backbone, Configs, Defaults
 from diffusionopd.models.conditions import Row, TextEncoder, split_reference
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
@@ -50,10 +49,9 @@ FAMILIES = {
     "SanaPipeline": "diffusionopd.models.sana:Sana",
 }
 """``_class_name`` of a folder's model_index.json -> the family's class, imported when a model needs it."""
-
-
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` -> the type in which the frozen transformer is held."""
+_HERE = "The folder must be a complete diffusers pipeline folder; download or build it again."
 
 
 class BackboneError(ValueError):
@@ -76,9 +74,8 @@ class ModelInfo:
     """
 
     model: str
-    revision: str | None
     family: type[Backbone]
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Configs
     root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
 
     def evaluations_at(self, guidance: float) -> int:
@@ -103,7 +100,7 @@ class ModelInfo:
 
     def empty_transformer(self) -> nn.Module:
         """The transformer without weights, on the meta device. Raises BackboneError."""
-        with _loading(self.model), torch.device("meta"):
+        with loading(self.model), torch.device("meta"):
             return part_class(self.configs["index"], "transformer").from_config(self.configs["transformer"])
 
 
@@ -115,10 +112,11 @@ def family_of(transformer: nn.Module) -> type[Backbone] | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A base model on this machine: the folder of its configurations, its parts with weights, its scheduler."""
+    """A base model on this machine: its parts with weights, its scheduler."""
 
     info: ModelInfo
-    root: Path
+    source: str  # the folder or hub id of its configurations
+    root: Path  # the folder that they are in
     checkpoint: Path | None
     parts: Mapping[str, Part]
     scheduler: Any
@@ -133,28 +131,28 @@ def part_class(index: Mapping[str, Any], part: str) -> Any:
     return found
 
 
-def _refusal(model: str, problems: Sequence[str]) -> BackboneError:
-    what = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
-    return BackboneError(f"the base model {model!r} cannot be loaded: {what}", problems)
+def refusal(model: str, problems: Sequence[str], what: str = "the base model") -> BackboneError:
+    """The error for a model, ``what`` it is, with its problems."""
+    found = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+    return BackboneError(f"{what} {model!r} cannot be loaded: {found}", problems)
 
 
 @contextmanager
-def _loading(model: str, source: str | None = None) -> Iterator[None]:
-    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into BackboneError with the
-    remedy."""
+def loading(model: str, source: str | None = None, what: str = "the base model", here: str = _HERE) -> Iterator[None]:
+    """Turn what the libraries raise inside, on files of ``source`` (None: ``model``), into :func:`refusal` with the
+    remedy, which is ``here`` for a place on this machine."""
     try:
         yield
     except BackboneError:
         raise
     except Exception as error:  # whatever the libraries raise for a folder of something else, or damaged files
-        here = "The folder must be a complete diffusers pipeline folder; download or build it again."
         remedy = here if Path(source or model).exists() else hub_remedy()
-        raise _refusal(model, [f"{str(error).rstrip('.')}. {remedy}"]) from error
+        raise refusal(model, [f"{str(error).rstrip('.')}. {remedy}".rstrip()], what) from error
 
 
 def is_here(model: str, revision: str | None = None, config: str | None = None) -> bool:
     """Whether the configurations of a base model are on this machine, so that it can be read without a download."""
-    with _loading(model):
+    with loading(model):
         checkpoint = find_checkpoint(model, revision, download=False) if is_checkpoint(model) else None
         if is_checkpoint(model) and checkpoint is None:
             return False
@@ -193,19 +191,19 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
     """
     checkpoint, source = None, model
     if is_checkpoint(model):
-        with _loading(model):
+        with loading(model):
             checkpoint = find_checkpoint(model, revision, download=bool(fetch))
             assert checkpoint is not None
             source = config or default_config(checkpoint)
     elif config:
-        raise _refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
-    with _loading(model, source):
+        raise refusal(model, ["pretrained.config is for a single .safetensors file, which this is not. Leave it out"])
+    with loading(model, source):
         inferred = checkpoint is not None and not config
         root = find_folder(source, None if checkpoint else revision, CONFIGS if fetch and not inferred else None)
         if root is None:
             what = f"diffusers takes it for one of {source}, whose configurations are not here"
             remedy = "Set pretrained.config to the pipeline (folder or hub id) that it is made for"
-            raise _refusal(model, [f"{what}. {remedy}"])
+            raise refusal(model, [f"{what}. {remedy}"])
         index = diffusers.DiffusionPipeline.load_config(root)
         name = index.get("_class_name")
         if name not in FAMILIES:
@@ -229,12 +227,12 @@ def _find(model: str, revision: str | None, variant: str | None, config: str | N
         if not local:  # of what lies in the cache already
             problems += weight_problems([part for part in parts.values() if part not in needed], variant, None)
         if problems:
-            raise _refusal(model, problems)
+            raise refusal(model, problems)
         configs = {"index": index, "scheduler": scheduler.config, **{n: part.config() for n, part in parts.items()}}
-        info = ModelInfo(model, revision, family, configs, root=root)
+        info = ModelInfo(model, family, configs, root=root)
         if problem := family.unsupported(info.configs):
             raise ValueError(problem)
-    return _Found(info, root, checkpoint, parts, scheduler)
+    return _Found(info, source, root, checkpoint, parts, scheduler)
 
 
 def _scheduler(index: Mapping[str, Any], root: Path) -> tuple[Any, list[str]]:
@@ -302,7 +300,7 @@ def load_backbone(
     ``vae_device`` None is ``device``. With ``sharding`` the transformer stays on the CPU until :meth:`Backbone.shard`.
     """
     found = _find(model, revision, variant, config, "models")
-    with _loading(model):
+    with loading(model):
         transformer, vae = (
             found.parts[name].load(variant, kept) for name, kept in (("transformer", dtype), ("vae", torch.float32))
         )
@@ -326,24 +324,27 @@ def load_text_encoder(
     """
     # All weights are fetched: what is wrong with the transformer is said before prompts are encoded.
     found = _find(model, revision, variant, config, "all")
-    device, info, index = torch.device(device), found.info, found.info.configs["index"]
+    device, info, index, root = torch.device(device), found.info, found.info.configs["index"], found.root
     encoders = {name: part for name, part in found.parts.items() if name in info.family.TEXT}
-    with _loading(model):
+    with loading(model):
         transformer = info.empty_transformer()  # some pipelines read its configuration
         loaded = {name: part.load(variant, dtype) for name, part in encoders.items() if part.checkpoint is None}
         if info.family.READS_IMAGES:
             loaded["vae"] = found.parts["vae"].load(variant, torch.float32)
         # What is absent must be passed as None.
         absent = dict.fromkeys(["vae", *info.family.OPTIONAL, *_absent_encoders(index, info.family)])
-        parts = info.family.text_parts(found.root)
+        parts = {
+            name: reader.from_pretrained(root / name, trust_remote_code=False)
+            for name, reader in info.family.READERS.items()
+        }
         # Diffusers refuses another class than the index names: such a part comes afterwards.
         known = {n: part if isinstance(part, getattr(transformers, index[n][1])) else None for n, part in parts.items()}
         given = {"transformer": transformer, **absent, **loaded, **known}
         kind = getattr(diffusers, index["_class_name"])
         if len(loaded) < len(encoders):
-            pipeline = kind.from_single_file(str(found.checkpoint), config=str(found.root), dtype=dtype, **given)
+            pipeline = kind.from_single_file(str(found.checkpoint), config=str(root), dtype=dtype, **given)
         else:
-            pipeline = kind.from_pretrained(found.root, use_safetensors=True, trust_remote_code=False, **given)
+            pipeline = kind.from_pretrained(root, use_safetensors=True, trust_remote_code=False, **given)
         for name, reader in parts.items():
             setattr(pipeline, name, reader)
         for name, part in encoders.items():
@@ -359,7 +360,7 @@ def load_text_encoder(
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> list[Row]:
         if not info.family.READS_IMAGES and any(split_reference(prompt)[1] for prompt in prompts):
-            raise _refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
+            raise refusal(model, ["there are prompts with a reference_image, and it draws from text alone"])
         with quiet_pipeline(pipeline):
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
@@ -377,22 +378,14 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
-    source = model
-    with _loading(model):
-        if is_checkpoint(model):
-            checkpoint = find_checkpoint(model, revision, download=True)
-            assert checkpoint is not None
-            source, revision = config or default_config(checkpoint), None
-            family = read_model(model, revision, variant=variant, config=config).family
-            text_digest(digest, checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
-        root = Path(source)
-        if not root.is_dir():
-            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-            digest.update(f"{source}@{index.parent.name}".encode())
-            return digest.hexdigest()[:16]
-        name = diffusers.DiffusionPipeline.load_config(root).get("_class_name")
-    images = name in FAMILIES and pkgutil.resolve_name(FAMILIES[name]).READS_IMAGES
-    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if images else []))
+    found = _find(model, revision, variant, config, "configs")
+    family, root = found.info.family, found.root
+    if found.checkpoint is not None:
+        text_digest(digest, found.checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
+    if not Path(found.source).is_dir():
+        digest.update(f"{found.source}@{root.name}".encode())
+        return digest.hexdigest()[:16]
+    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if family.READS_IMAGES else []))
     for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]

@@ -44,11 +44,8 @@ class Adapters:
     (PEFT's own ``set_adapter`` walks the modules and their ``requires_grad``, milliseconds for 190 layers).
     """
 
-    def __init__(self, transformer: nn.Module, inert: Collection[str] | None = None) -> None:
-        """``inert``: modules without influence on the output, whose LoRA stays zero however long it is trained; None
-        for those of the transformer's family."""
+    def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer.requires_grad_(False)
-        self.inert = inert
         self._active: list[str] = []
         self._teachers: list[str] = []
         self._chosen: list[Chosen] = []
@@ -74,7 +71,7 @@ class Adapters:
 
         Raises AdapterError when it does not :func:`~diffusionopd.models.lora_fit.fit` the transformer.
         """
-        weights = fit(source if isinstance(source, LoraWeights) else load_lora(source), self.transformer, self.inert)
+        weights = fit(source if isinstance(source, LoraWeights) else load_lora(source), self.transformer)
         self._inject(name, _config_of(weights), trainable)
         for module, layer in self._layers(name):
             with torch.no_grad():
@@ -143,14 +140,10 @@ class Adapters:
         """
         if self._places is not None:
             return self._places
-        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
-        others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
-        names = [name for name in self._teachers if name not in others]
-        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
-        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
-            layer.stacked = _stacked(layer, names)
-            if layer.stacked is not None:
-                self._stacked_on = layer.stacked[0].device
+        self._places = {**{name: place for place, name in enumerate(self._teachers)}, None: len(self._teachers)}
+        for layer in self.transformer.modules():
+            if isinstance(layer, FusedLoraLinear) and (stacked := _stacked(layer, self._teachers)):
+                layer.stacked, self._stacked_on = stacked, stacked[0].device
         return self._places
 
     def _narrow(self) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusionopd.models.pipeline_files import hub_remedy
+from diffusionopd.models.pipeline_files import hub_remedy, some
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
@@ -32,7 +32,6 @@ WEIGHTS = (PEFT_WEIGHTS, PEFT_PICKLE, DIFFUSERS_WEIGHTS)
 """Files whose names say nothing of what they are: their folders' do."""
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 """Under which the two formats store the transformer's modules."""
-_MOST = 6  # names in a message
 
 _PREFIXES = (
     PEFT_PREFIX, DIFFUSERS_PREFIX, "model.diffusion_model.", "diffusion_model.", "_orig_mod.", "module.",
@@ -79,7 +78,7 @@ class LoraWeights:
     alpha: dict[str, float]
     config: LoraConfig | None = None  # None: the file does not say which modules it should cover
     rslora: bool = False
-    base: str | None = None  # the model that it says it was trained on
+    base: str = ""  # the model that it says it was trained on
 
     def scale_of(self, module: str) -> float:
         """What multiplies ``B A`` of a module."""
@@ -158,8 +157,7 @@ def _file_in(path: Path) -> Path:
         found = sorted(file.name for file in path.glob("*.safetensors"))
         names = (DIFFUSERS_WEIGHTS, *(found if len(found) == 1 else ()))
         if len(found) > 1 and DIFFUSERS_WEIGHTS not in found:
-            listed = ", ".join(found[:_MOST])
-            raise AdapterError(f"{path} holds {len(found)} files, {listed}: name one of them, {path / found[0]}")
+            raise AdapterError(f"{path} holds {len(found)} files, {some(found)}: name one of them, {path / found[0]}")
     for name in names:
         if (path / name).is_file():
             return path / name
@@ -257,10 +255,9 @@ def _paired(source: Path, tensors: Mapping[str, Tensor], options: Mapping[str, A
         else:
             part[name] = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic
     if len(adapters) > 1:
-        listed = ", ".join(sorted(str(name) for name in adapters))
         raise AdapterError(
-            f"{source} holds several adapters, {listed}: keep one, as PEFT's save_pretrained(selected_adapters=[...]) "
-            "does"
+            f"{source} holds several adapters, {some(map(str, adapters))}: keep one, as PEFT's "
+            "save_pretrained(selected_adapters=[...]) does"
         )
     problems = {
         "unexpected tensors, not of a plain LoRA": unexpected,
@@ -287,10 +284,8 @@ def _paired(source: Path, tensors: Mapping[str, Tensor], options: Mapping[str, A
             f"{source}: no lora_B that is not zero, so this LoRA changes nothing. "
             "It was never trained, or its keys were lost when it was saved."
         )
-    base = (options or {}).get("base_model_name_or_path")
-    return LoraWeights(
-        str(source), a, b, alpha, config, bool(config and config.use_rslora), str(base) if base else None
-    )
+    base = str((options or {}).get("base_model_name_or_path") or "")
+    return LoraWeights(str(source), a, b, alpha, config, bool(config and config.use_rslora), base)
 
 
 def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -300,10 +295,5 @@ def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
 
 def refuse(source: object, problems: Mapping[str, Collection[str]]) -> None:
     """Raise AdapterError for those of ``problems``, what is wrong -> with which modules, that have any."""
-    found = []
-    for what, names in problems.items():
-        if names:
-            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-            found.append(f"{what}: {', '.join(sorted(names)[:_MOST])}{more}")
-    if found:
+    if found := [f"{what}: {some(names)}" for what, names in problems.items() if names]:
         raise AdapterError(f"{source}: {'; '.join(found)}")

@@ -25,19 +25,18 @@ def linear_layers(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | None = None) -> LoraWeights:
+def fit(weights: LoraWeights, transformer: nn.Module) -> LoraWeights:
     """The LoRA by the names of ``transformer``'s modules, whose parameters may be on the meta device.
 
-    ``inert``: modules without influence on the output, whose LoRA may be untrained; None for the family's. Raises
-    AdapterError when it does not fit: modules that the base does not have, modules its own config names but that have
-    no tensors, two layers for one module, shapes of another base, or a module that was never trained.
+    Raises AdapterError when it does not fit: modules that the base does not have, modules its own config names but that
+    have no tensors, two layers for one module, shapes of another base, or a module that was never trained (but for
+    those without influence on the output: :meth:`Backbone.inert_of`).
     """
     linear = linear_layers(transformer)
     parts: list[tuple[str, str, Tensor]] = []  # module, the layer of the file that it is in, its rows of B
     family = family_of(transformer)
     foreign = family.lora_layers(linear) if family else {}
-    if inert is None:
-        inert = family.inert_of(transformer) if family else ()
+    inert = family.inert_of(transformer) if family else set()
     own = {name.replace(".", "_"): name for name in linear}
     for name, b in weights.b.items():
         key = name.replace(".", "_")
@@ -61,7 +60,7 @@ def fit(weights: LoraWeights, transformer: nn.Module, inert: Collection[str] | N
         "shapes of another base model": [
             f"{n} (LoRA {shape}, base {linear[n]})" for n, shape in shapes.items() if linear.get(n, shape) != shape
         ],
-        untrained: {n for n, b in fitted.b.items() if not b.any()} - set(inert),
+        untrained: {n for n, b in fitted.b.items() if not b.any()} - inert,
     }
     refuse(weights.source, problems)
     return fitted
@@ -94,7 +93,7 @@ def find_all(
     return found, wrong, notes
 
 
-def is_of_another_base(trained_on: str | None, origins: Sequence[str]) -> bool | None:
+def is_of_another_base(trained_on: str, origins: Sequence[str]) -> bool | None:
     """Whether a LoRA's base is another model than that with ``origins``, its hub id, folder and the like; None where
     that cannot be told.
 
@@ -102,7 +101,7 @@ def is_of_another_base(trained_on: str | None, origins: Sequence[str]) -> bool |
     A folder may be called anything: that it is called like the model says that it is that model, another name says
     nothing. A base that is known as a folder of another machine says nothing at all.
     """
-    theirs = _hub_name(trained_on or "")
+    theirs = _hub_name(trained_on)
     if not theirs or theirs in {_short(Path(origin).name) for origin in origins} | set(map(_hub_name, origins)):
         return False
     return True if any(map(_hub_name, origins)) else None
@@ -112,11 +111,8 @@ def _hub_name(origin: str) -> str:
     """The last part of a hub id, or of the hub id in a path of the hub's cache; empty for another path."""
     if cached := re.search(r"models--[^/]+?--([^/]+)", origin):
         return _short(cached[1])
-    return (
-        _short(origin.split("/")[1])
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin) and not Path(origin).exists()
-        else ""
-    )
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin) and not Path(origin).exists()
+    return _short(origin.split("/")[1]) if is_id else ""
 
 
 def _short(name: str) -> str:

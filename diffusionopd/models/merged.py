@@ -24,8 +24,8 @@ class MergedTeachers(Adapters):
     unmerged one to rounding; in half precision it is the teacher whose sums, not whose two terms, were rounded.
     """
 
-    def __init__(self, transformer: nn.Module, inert: Collection[str] | None = None) -> None:
-        super().__init__(transformer, inert)
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__(transformer)
         self._merged: dict[str, list[tuple[LoraLayer, nn.Linear]]] = {}
         self._exchanged: list[tuple[LoraLayer, nn.Module]] = []  # layers in use by a teacher, and what they held before
         self._in_use: str | None = None

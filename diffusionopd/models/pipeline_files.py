@@ -29,7 +29,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of the small files of a pipeline, tokenizers' vocabularies and chat templates among them."""
-_MOST = 4  # names in a message
+_MOST = 6  # names in a message
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
@@ -218,18 +218,18 @@ class Part:
         beside = [name for name in unexpected if name.rpartition(".")[0] in weights]
         if any(".base_layer." in name for name in unexpected):
             return (
-                f"{self.name} was saved with a LoRA on it ({_some(n for n in unexpected if '.base_layer.' in n)}), "
+                f"{self.name} was saved with a LoRA on it ({some(n for n in unexpected if '.base_layer.' in n)}), "
                 "and whether its effect is in these weights (fuse_lora) or was beside them no file says. In "
                 "diffusers, fuse_lora(), then unload_lora_weights(), then save_pretrained()"
             )
         if missing and (prefix := _prefix(missing, unexpected)):
             what = f"the tensors of {self.name} have the prefix {prefix!r} before their names"
         elif missing:
-            what = f"{self.name} lacks {_some(missing)}"
+            what = f"{self.name} lacks {some(missing)}"
         elif shapes:
-            what = f"tensors of {self.name} do not have the shapes of its config.json: {_some(shapes)}"
+            what = f"tensors of {self.name} do not have the shapes of its config.json: {some(shapes)}"
         elif beside:
-            what = f"{self.name} has tensors beside its weights (scales?) that would be left out: {_some(beside)}"
+            what = f"{self.name} has tensors beside its weights (scales?) that would be left out: {some(beside)}"
         else:
             return ""
         return f"{what}. Download or save it again in the form of {self.kind.__name__}.save_pretrained"
@@ -273,7 +273,7 @@ def check_loaded(name: str, model: nn.Module, missing: Collection[str] = ()) -> 
     """ValueError for a model with tensors that no file had: without storage, or named ``missing`` by its loader."""
     empty = [n for n, tensor in model.state_dict().items() if tensor.is_meta]
     if lacking := {*missing, *empty}:
-        raise ValueError(f"{name} lacks {_some(lacking)}")
+        raise ValueError(f"{name} lacks {some(lacking)}")
 
 
 def _prefix(missing: Collection[str], unexpected: Collection[str]) -> str:
@@ -283,7 +283,8 @@ def _prefix(missing: Collection[str], unexpected: Collection[str]) -> str:
     return next((p for p in candidates if all(f"{p}{name}" in unexpected for name in missing)), "")
 
 
-def _some(names: Collection[str] | Iterator[str]) -> str:
+def some(names: Collection[str] | Iterator[str]) -> str:
+    """The first few of names, in order, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _MOST} more" if len(ordered) > _MOST else ""
     return ", ".join(ordered[:_MOST]) + more
@@ -389,7 +390,7 @@ def _misfits(part: Part, variant: str | None, stamps: tuple) -> str:
 def _absent(part: Part, names: Sequence[str]) -> str:
     pickled = part.folder.is_dir() and any(path.suffix == ".bin" for path in part.folder.iterdir())
     reason = ": a .bin may hold code and is not read. Save it again with save_pretrained" if pickled else ""
-    return f"{part.folder} has no {_some(names)}{reason or '. Download or save it again'}"
+    return f"{part.folder} has no {some(names)}{reason or '. Download or save it again'}"
 
 
 def fetch_weights(model: str, root: Path, parts: Collection[Part], variant: str | None) -> Collection[str]:

@@ -58,14 +58,17 @@ class Policies:
         self.together = together
         self._come: HostWeights | None = None  # of the weights on the device, those that would else wait
 
+    def _backbones(self) -> list[Backbone]:
+        return list(dict.fromkeys([self.backbone, *(other.backbone for other in self.others.values())]))
+
     @property
     def evaluations(self) -> int:
         """NFE so far of all transformers, counted in single samples."""
-        return sum(backbone.evaluations for backbone in {self.backbone, *(o.backbone for o in self.others.values())})
+        return sum(backbone.evaluations for backbone in self._backbones())
 
     def shard(self) -> None:
         """Shard every transformer that is to be: :meth:`Backbone.shard`."""
-        for backbone in dict.fromkeys([self.backbone, *(other.backbone for other in self.others.values())]):
+        for backbone in self._backbones():
             backbone.shard()
 
     def home(self, policy: str | None) -> Home:
@@ -137,17 +140,13 @@ class Policies:
         return home
 
     def _come_to(self, home: Home) -> Home:
-        """Have the weights of a policy's transformer on the device."""
+        """Have the weights of a policy's transformer on the device, in the place of others that would wait."""
         if home.host is not None and home.host is not self._come:
-            self._bring(home.host)
+            if self._come is not None:
+                self._come.go()
+            home.host.come()
+            self._come = home.host
         return home
-
-    def _bring(self, weights: HostWeights) -> None:
-        """Have weights that wait on the device, in the place of others."""
-        if self._come is not None:
-            self._come.go()
-        weights.come()
-        self._come = weights
 
 
 def _of_each(values: Sequence[float | Tensor], counts: Sequence[int]) -> float | Tensor:

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffusionopd.models.backbone import Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import as_frame, linear_mu, pack, side_of, unpack
-from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
+from diffusionopd.models.backbone import Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.latents import as_frame, pack, side_of, unpack
 
 LAYERED = dict.fromkeys(("use_additional_t_cond", "use_layer3d_rope"), "a model of layers (Qwen-Image-Layered)")
 EDITING = {"zero_cond_t": "an editing model (Qwen-Image-Edit-2511), which is used by its own pipeline"}
@@ -36,7 +35,6 @@ class QwenImage(Backbone):
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("z_dim", "temperal_downsample", "latents_mean", "latents_std"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
@@ -44,7 +42,7 @@ class QwenImage(Backbone):
     """Those of the options that it does not have."""
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def unsupported(cls, configs: Configs) -> str:
         """Models for other uses have the same transformer class."""
         found = {name: what for name, what in cls.VARIANTS.items() if configs["transformer"].get(name)}
         if not found:
@@ -52,23 +50,11 @@ class QwenImage(Backbone):
         return f"its transformer has {', '.join(found)}: {' and '.join(dict.fromkeys(found.values()))}"
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = int(2 ** len(configs["vae"]["temperal_downsample"]))
         side = side_of(resolution, factor, 2 * factor)
         return configs["transformer"]["in_channels"] // 4, side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["joint_attention_dim"])}
-
-    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
-        """See :meth:`Backbone.sigmas`: the pipeline's own are evenly spread before their shift."""
-        _, h, w = self.latent_shape(resolution)
-        return flow_levels(self.scheduler, num_steps, linear_mu(self.scheduler.config, h * w // 4), LINSPACE)
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         _, _, h, w = x.shape
@@ -95,7 +81,7 @@ class QwenImage(Backbone):
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
+        texts = cls.texts(prompts)
         tokens, mask = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_sequence_length)
         lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
         return [{"tokens": own[:length]} for own, length in zip(tokens, lengths, strict=True)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin, Qwen3VLProcessor
 
-from diffusionopd.models.backbone import Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.backbone import Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
 from diffusionopd.models.latents import as_frame, linear_mu, side_of
 from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
@@ -34,6 +32,8 @@ class QwenImage21(Backbone):
 
     MODELS = {"transformer": ("QwenImage21Transformer2DModel",), "vae": ("AutoencoderKLQwenImage21",)}
     TEXT = {"text_encoder": ("Qwen3VLForConditionalGeneration",), "processor": ("Qwen3VLProcessor",)}
+    READERS = {"processor": TextProcessor}
+    WIDTH = "context_in_dim"
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=40, guidance_scale=1.0, max_sequence_length=1024, mixed_precision="bf16")
     FIXED_LENGTH = False
@@ -43,29 +43,21 @@ class QwenImage21(Backbone):
     SHARED = {
         "transformer": ("in_channels", "context_in_dim"),
         "vae": ("z_dim", "latents_mean", "latents_std"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """As many steps as the pipeline has levels of its own."""
         if not (own := configs["index"].get("sample_sigmas")):
             return cls.DEFAULTS
         return replace(cls.DEFAULTS, num_steps=len(own))
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`: four tokens of an image are a token's place in a prompt."""
         side = side_of(resolution, _FACTOR, 2 * _FACTOR)
         return configs["transformer"]["in_channels"], side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["context_in_dim"])}
 
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """See :meth:`Backbone.sigmas`: before their shift evenly spread, or along ``sample_sigmas`` of the pipeline,
@@ -99,14 +91,8 @@ class QwenImage21(Backbone):
         return images[:, :3] * alpha + 1 - alpha
 
     @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`."""
-        return {"processor": TextProcessor.from_pretrained(root / "processor", trust_remote_code=False)}
-
-    @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`; the pipeline itself cuts nothing."""
-        texts = [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts]
-        tokens, mask, _ = pipeline.encode_prompt(texts, device=device)
+        tokens, mask, _ = pipeline.encode_prompt(cls.texts(prompts), device=device)
         lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
         return [{"tokens": own[: min(n, max_sequence_length)]} for own, n in zip(tokens, lengths, strict=True)]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin, Qwen2VLProcessor
 
+from diffusionopd.models.backbone import Configs
 from diffusionopd.models.conditions import Conditions, Row, split_reference
 from diffusionopd.models.qwen_image import LAYERED, QwenImage
 
@@ -32,23 +33,17 @@ class QwenImageEdit(QwenImage):
     negative prompt beside that image, of one length, because all images are square."""
 
     TEXT = {**QwenImage.TEXT, "processor": ("Qwen2VLProcessor",)}
+    READERS = {"processor": ImageTextProcessor}
     READS_IMAGES = True
     DEFAULTS = replace(QwenImage.DEFAULTS, max_sequence_length=1024)  # of which an image takes 200
     TOKENS_AROUND = 208  # of the template and an image
     VARIANTS: ClassVar[Mapping[str, str]] = LAYERED  # zero_cond_t is 2511's: images are seen at time 0
 
     @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
+    def row_shapes(cls, max_sequence_length: int, configs: Configs) -> dict[str, tuple[int, ...]]:
         """See :meth:`Backbone.row_shapes`; of a prompt with an image."""
         shapes = super().row_shapes(max_sequence_length, configs)
         return {**shapes, "negative": shapes["tokens"], "image": cls.shape_of(_side(stock.VAE_IMAGE_SIZE), configs)}
-
-    @classmethod
-    def text_parts(cls, root: Path) -> dict[str, Any]:
-        """See :meth:`Backbone.text_parts`."""
-        return {"processor": ImageTextProcessor.from_pretrained(root / "processor", trust_remote_code=False)}
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:

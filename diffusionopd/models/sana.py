@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from diffusionopd.models.backbone import Backbone, Defaults
+from diffusionopd.models.backbone import Backbone, Configs, Defaults
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.latents import side_of
 from diffusionopd.models.schedules import FAMILY, flow_levels
@@ -24,17 +23,17 @@ class Sana(Backbone):
     TEXT = {"text_encoder": ("Gemma2Model",), "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast")}
     LORA_TARGETS = ("to_k", "to_q", "to_v")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=20, guidance_scale=4.5, max_sequence_length=300, mixed_precision="bf16")
+    WIDTH = "caption_channels"
     FIXED_LENGTH = False
     TOKENS_AROUND = 1  # of the instruction, whose last one stays
     SHARED = {
         "transformer": ("in_channels", "patch_size", "caption_channels", "timestep_scale"),
         "vae": ("latent_channels", "encoder_block_out_channels", "scaling_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def unsupported(cls, configs: Configs) -> str:
         """Sprint's transformer has guidance as an input, and does not predict velocities of flow matching."""
         if configs["transformer"].get("guidance_embeds"):
             return (
@@ -43,19 +42,12 @@ class Sana(Backbone):
         return ""
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         config = configs["transformer"]
         factor = 2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1)
         side = side_of(resolution, factor, factor * config["patch_size"])
         return config["in_channels"], side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["caption_channels"])}
 
     @property
     def multistep(self) -> bool:
@@ -94,9 +86,6 @@ class Sana(Backbone):
             return_dict=False,
         )
         return velocity
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:

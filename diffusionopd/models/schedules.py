@@ -34,14 +34,14 @@ def flow_levels(
     ValueError for a scheduler without such levels, and for one that has ``shift`` and ``flow_shift`` and follows the
     wrong one.
     """
-    config, kind = scheduler.config, type(scheduler)
-    matching = kind.__name__.startswith("FlowMatch")
-    if not is_of_flow_matching(kind.__name__, config):
-        raise ValueError(f"its scheduler {kind.__name__} does not say that it is one of flow matching. {_REMEDY}")
+    config, name = scheduler.config, type(scheduler).__name__
+    matching = name.startswith("FlowMatch")
+    if not is_of_flow_matching(name, config):
+        raise ValueError(f"its scheduler {name} does not say that it is one of flow matching. {_REMEDY}")
     own, other = ("shift", "flow_shift") if matching else ("flow_shift", "shift")
     if config.get("use_dynamic_shifting") is not True and config.get(other, config[own]) != config[own]:
         raise ValueError(
-            f"its scheduler {kind.__name__} follows {own} {config[own]:g}, but its scheduler_config.json says "
+            f"its scheduler {name} follows {own} {config[own]:g}, but its scheduler_config.json says "
             f"{other} {config[other]:g}, too. Delete the one that is not meant, or set both to one value."
         )
     shift = {} if mu is None else {"mu": mu}
@@ -50,13 +50,12 @@ def flow_levels(
         made = FlowMatchEulerDiscreteScheduler.from_config(config, shift=config[own])
         made.set_timesteps(sigmas=given, **shift)
     else:
-        made = (FlowMatchEulerDiscreteScheduler if matching else kind).from_config(config)
+        made = (FlowMatchEulerDiscreteScheduler if matching else type(scheduler)).from_config(config)
         made.set_timesteps(num_steps, **shift)
     levels = made.sigmas.double().cpu()
     values = levels.tolist()
     if len(values) != num_steps + 1 or values[-1] != 0 or values[0] > 1 or any(b >= a for a, b in pairwise(values)):
-        names = [name for name in config if name.endswith(("_sigmas", "_sigmas_type"))]
-        options = ", ".join(f"{name} {config[name]}" for name in sorted(names) if config[name])
-        name = type(scheduler).__name__
+        set_ones = (key for key in sorted(config) if key.endswith(("_sigmas", "_sigmas_type")) and config[key])
+        options = ", ".join(f"{key} {config[key]}" for key in set_ones)
         raise ValueError(f"the noise levels of its scheduler {name} do not fall from 1 to 0 ({options}). {_REMEDY}")
     return levels

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusionopd.models.backbone import Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
+from diffusionopd.models.backbone import Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.latents import halvings, linear_mu, side_of
 from diffusionopd.models.lora_names import RowSplit, Shapes, count_blocks, in_blocks, renamed, swapped
 from diffusionopd.models.schedules import FAMILY, flow_levels
 
@@ -42,7 +43,6 @@ class StableDiffusion3(Backbone):
     SHARED = {
         "transformer": ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         **{
             f"text_encoder{n}": ("hidden_size", "num_hidden_layers", "projection_dim", "vocab_size") for n in ("", "_2")
         },
@@ -50,22 +50,15 @@ class StableDiffusion3(Backbone):
     }
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
-        config = configs["transformer"]
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        config, factor = configs["transformer"], halvings(configs["vae"])
         unit = factor * config["patch_size"]
-        largest = config["pos_embed_max_size"] * unit
-        if resolution % unit or not 0 < resolution <= largest:
-            raise ValueError(
-                f"resolution must be a multiple of {unit} up to {largest} for this model, not {resolution}"
-            )
-        return config["in_channels"], resolution // factor, resolution // factor
+        side = side_of(resolution, factor, unit, config["pos_embed_max_size"] * unit)
+        return config["in_channels"], side, side
 
     @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
+    def row_shapes(cls, max_sequence_length: int, configs: Configs) -> dict[str, tuple[int, ...]]:
         """See :meth:`Backbone.row_shapes`; T5's tokens are there without T5 too, as zeros."""
         config, tokens = configs["transformer"], configs["text_encoder"]["max_position_embeddings"]
         shape = (tokens + max_sequence_length, config["joint_attention_dim"])
@@ -73,13 +66,10 @@ class StableDiffusion3(Backbone):
 
     def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
         """See :meth:`Backbone.sigmas`; the scheduler's own spacing, from 1."""
-        c, mu = self.scheduler.config, None
-        if c.get("use_dynamic_shifting"):  # linear in the number of image tokens; the pipeline's own defaults
+        mu = None
+        if self.scheduler.config.get("use_dynamic_shifting"):
             _, h, w = self.latent_shape(resolution)
-            fewest, most = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
-            low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.16)
-            tokens = h * w // self.transformer.config.patch_size**2
-            mu = low + (high - low) / (most - fewest) * (tokens - fewest)
+            mu = linear_mu(self.scheduler.config, h * w // self.transformer.config.patch_size**2, max_shift=1.16)
         return flow_levels(self.scheduler, num_steps, mu, schedule)
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
@@ -93,16 +83,11 @@ class StableDiffusion3(Backbone):
         )
         return velocity
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(scaled, return_dict=False)[0]
-
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            prompt=[cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],
+            prompt=cls.texts(prompts),
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
@@ -147,7 +132,6 @@ _BLOCK = {
     "context_block_adaLN_modulation_1": "norm1_context.linear",
 }
 _EMBEDDINGS = {
-    "context_embedder": "context_embedder",
     "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from diffusionopd.models.backbone import Backbone
-from diffusionopd.models.loading import BackboneError, ModelInfo, part_class
+from diffusionopd.models.loading import ModelInfo, loading, part_class, refusal
 from diffusionopd.models.pipeline_files import (
     CONFIGS,
     Part,
@@ -27,13 +27,14 @@ from diffusionopd.models.pipeline_files import (
     fetch_weights,
     find_checkpoint,
     find_folder,
-    hub_remedy,
     is_checkpoint,
     part_digest,
     weight_problems,
 )
 from diffusionopd.models.schedules import is_of_flow_matching
 
+_WHAT = "the teacher's model"
+_reading = partial(loading, what=_WHAT, here="")
 _FORMS = "Give a pipeline folder, its transformer folder, a .safetensors file or a hub id (a LoRA goes to lora_path)"
 
 
@@ -108,14 +109,19 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         if place is None:
             return None
         found, root = _find_part(place, base), place if place.is_dir() else None
-        listing = () if Path(source).exists() or found.checkpoint else _fetched(source, root, found, download)
-        model = _described(source, base, found, root)
+        configs = {**base.configs, "transformer": dict(found.empty().config)}
+        if (place / "model_index.json").is_file():  # where a pipeline may say that it is distilled
+            configs["index"] = diffusers.DiffusionPipeline.load_config(place)
+        model = TeacherModel(source, base.family, configs, found, root=base.root)
+        listing: Collection[str] | None = ()
+        if root and not Path(source).exists():
+            listing = fetch_weights(source, root, [found], None) if download else None
         problems = weight_problems([found], model._variant, listing)
         problems += _differences(model, base, root)
         if unsupported := base.family.unsupported(model.configs):
             problems.append(unsupported)
         if problems:
-            raise _refusal(source, problems)
+            raise refusal(source, problems, _WHAT)
     return model
 
 
@@ -125,11 +131,6 @@ def _pipeline_or_file(source: str, download: bool) -> Path | None:
     if Path(source).is_dir() or source.count("/") == 1:
         return find_folder(source, None, CONFIGS if download else None)
     raise ValueError(f"there is no such folder or file. {_FORMS}")
-
-
-def _fetched(source: str, root: Path | None, part: Part, download: bool) -> Any:
-    """The names of a repository's files if weights are missing here; None where nothing may be fetched."""
-    return fetch_weights(source, root, [part], None) if download and root else None
 
 
 def _find_part(place: Path, base: ModelInfo) -> Part:
@@ -171,17 +172,10 @@ def _in_file(file: Path, base: ModelInfo) -> Part:
     )
 
 
-def _described(source: str, base: ModelInfo, part: Part, root: Path | None) -> TeacherModel:
-    configs = {**base.configs, "transformer": dict(part.empty().config)}
-    if root and (root / "model_index.json").is_file():  # where a pipeline may say that it is distilled
-        configs["index"] = diffusers.DiffusionPipeline.load_config(root)
-    return TeacherModel(source, None, base.family, configs, part, root=base.root)
-
-
 def _differences(model: TeacherModel, base: ModelInfo, root: Path | None) -> list[str]:
     """What differs from the base of what both must share, as far as the other pipeline at ``root`` says."""
     found = []
-    for part, keys in base.family.SHARED.items():
+    for part, keys in {**base.family.SHARED, "scheduler": ("num_train_timesteps",)}.items():
         ours, theirs = (_config(folder, part) for folder in (base.root, root))
         if part == "transformer":
             empty: Any = base.empty_transformer()
@@ -205,18 +199,3 @@ def _config(root: Path | None, part: str) -> Mapping[str, Any]:
             config = json.loads(file.read_text(encoding="utf-8"))
             return {**config, **config.get("text_config", {})}
     return {}
-
-
-def _refusal(source: str, problems: list[str]) -> BackboneError:
-    return BackboneError(f"the teacher's model {source!r} cannot be used: {'; '.join(problems)}", problems)
-
-
-@contextmanager
-def _reading(source: str) -> Iterator[None]:
-    try:
-        yield
-    except BackboneError:
-        raise
-    except Exception as error:  # whatever the libraries raise for files of something else
-        remedy = f". {hub_remedy()}" if "/" in source and not Path(source).exists() else ""
-        raise _refusal(source, [f"{str(error).rstrip('.')}{remedy}"]) from error

@@ -195,12 +195,6 @@ class _Recent:
                 self._bytes -= _size(self._rows.pop(next(iter(self._rows))))
         return row
 
-    def clear(self) -> None:
-        """Forget them."""
-        with self._lock:
-            self._rows.clear()
-            self._bytes = 0
-
 
 def _size(row: Row) -> int:
     return sum(part.nbytes for part in row.values())

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionopd.models.backbone import Backbone, Defaults
-from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
-from diffusionopd.models.latents import halvings, linear_mu, side_of
+from diffusionopd.models.backbone import Backbone, Configs, Defaults
+from diffusionopd.models.conditions import Conditions, Row
+from diffusionopd.models.latents import halvings, side_of
 from diffusionopd.models.lora_names import RowSplit, Shapes, in_blocks, renamed
-from diffusionopd.models.schedules import FAMILY, LINSPACE, flow_levels
 
 _TURBO_SHIFT = 3.0  # of Turbo's scheduler, 6 of the base's: all that tells their files apart
 
@@ -32,47 +31,35 @@ class ZImage(Backbone):
     BLOCKS = ("noise_refiner", "context_refiner", "layers")
     LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own training script
     DEFAULTS = Defaults(num_steps=50, guidance_scale=6.0, max_sequence_length=512, mixed_precision="bf16")
+    WIDTH = "cap_feat_dim"
     FIXED_LENGTH = False
     TOKENS_AROUND = 8  # of the chat template
     SHARED = {
         "transformer": ("in_channels", "cap_feat_dim"),
         "vae": ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"),
-        "scheduler": ("num_train_timesteps",),
         "text_encoder": ("hidden_size", "num_hidden_layers", "vocab_size"),
     }
 
     @classmethod
-    def unsupported(cls, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    def unsupported(cls, configs: Configs) -> str:
         """Omni also sees images, through SigLIP."""
         if configs["transformer"].get("siglip_feat_dim") is not None:
             return "its transformer takes SigLIP's features of images: Z-Image-Omni, not a text-to-image model"
         return ""
 
     @classmethod
-    def defaults_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    def defaults_of(cls, configs: Configs) -> Defaults:
         """Turbo's are those of its model card: 8 steps without guidance."""
         if configs["scheduler"].get("shift") != _TURBO_SHIFT:
             return cls.DEFAULTS
         return Defaults(num_steps=8, guidance_scale=1.0, max_sequence_length=512, mixed_precision="bf16")
 
     @classmethod
-    def shape_of(cls, resolution: int, configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = halvings(configs["vae"])
         side = side_of(resolution, factor, 2 * factor)
         return configs["transformer"]["in_channels"], side, side
-
-    @classmethod
-    def row_shapes(
-        cls, max_sequence_length: int, configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, tuple[int, ...]]:
-        """See :meth:`Backbone.row_shapes`."""
-        return {"tokens": (max_sequence_length, configs["transformer"]["cap_feat_dim"])}
-
-    def sigmas(self, num_steps: int, resolution: int, schedule: str = FAMILY) -> Tensor:
-        """See :meth:`Backbone.sigmas`: the pipeline's own are evenly spread before their shift."""
-        _, h, w = self.latent_shape(resolution)
-        return flow_levels(self.scheduler, num_steps, linear_mu(self.scheduler.config, h * w // 4), LINSPACE)
 
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: float | Tensor) -> Tensor:
         steps = self.scheduler.config.num_train_timesteps
@@ -84,15 +71,11 @@ class ZImage(Backbone):
         )
         return -torch.stack(velocities)[:, :, 0]
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        return self.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-
     @classmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """See :meth:`Backbone.encode`."""
         tokens, _ = pipeline.encode_prompt(
-            [cls.NEGATIVE_PROMPT if prompt == NEGATIVE else prompt for prompt in prompts],  # it writes to this list
+            cls.texts(prompts),
             device=device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,

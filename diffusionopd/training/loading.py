@@ -121,7 +121,7 @@ def load_models(
     )
     if memory.activation_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
-    adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer, backbone.inert_modules())
+    adapters = (MergedTeachers if _merges(plan) else Adapters)(backbone.transformer)
     if STUDENT in loras:
         adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
     else:
@@ -160,7 +160,7 @@ def load_teacher_models(
     waits = memory.teacher_device == "cpu"
     for source, model in models.items():
         backbone = model.load(base, waits=waits)
-        adapters = Adapters(backbone.transformer, backbone.inert_modules())
+        adapters = Adapters(backbone.transformer)
         tasks = [task for task in plan.teachers if task.model == source]
         for task in tasks:
             if task.has_lora:

@@ -1,6 +1,6 @@
-"""Small pipelines of the model families beyond the tiny world's, each in its real folder format."""
+"""Small pipelines of the model families, each in its real folder format."""
 
-from . import flux1, flux2, qwen_image, qwen_image21, qwen_image_edit, sana, z_image
+from . import flux1, flux2, qwen_image, qwen_image21, qwen_image_edit, sana, sd3, z_image
 
-_MODULES = (flux1, flux2, qwen_image, qwen_image21, qwen_image_edit, sana, z_image)
+_MODULES = (sd3, flux1, flux2, qwen_image, qwen_image21, qwen_image_edit, sana, z_image)
 CASES = {module.CASE.family: module.CASE for module in _MODULES}

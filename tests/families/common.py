@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config
 
 from diffusionopd.models.backbone import Backbone
+from diffusionopd.models.loading import load_backbone
+from diffusionopd.models.lora import Adapters
 
 PROMPTS = ["a red circle", "a photo of two green squares left of a blue triangle above a word"]
 """Of different lengths."""
@@ -58,6 +60,24 @@ def randomised(module: nn.Module, seed: int = 7, scale: float = 0.2) -> Any:
     return module.eval()
 
 
+def random_lora(backbone: Backbone, name: str, seed: int = 0) -> Adapters:
+    """In use on a backbone; it changes what that draws, and is as training leaves it: zero where nothing reaches."""
+    adapters, inert = Adapters(backbone.transformer), backbone.inert_of(backbone.transformer)
+    adapters.add_student(name, rank=4, alpha=8, target_modules=backbone.LORA_TARGETS, seed=seed)
+    torch.manual_seed(seed)
+    for module, layer in adapters._layers(name):
+        if module not in inert:
+            nn.init.normal_(layer.lora_B[name].weight, std=0.1)
+    adapters.use(name)
+    return adapters
+
+
+def write_lora(folder: Path, target: Path, seed: int) -> str:
+    """Such a one for the model in a folder, as a run saves its student."""
+    random_lora(load_backbone(str(folder)), "made", seed).save_peft("made", target)
+    return str(target)
+
+
 def autoencoder(kind: Any, **more: Any) -> Any:
     """A VAE of two scales and four channels."""
     torch.manual_seed(5)
@@ -96,6 +116,33 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def bare_processor(kind: Any, tokenizer: Any, image_processor: Any = None) -> Any:
+    """A pipeline's own processor as far as it reads texts and images; its constructor asks for what needs
+    torchvision."""
+    processor: Any = object.__new__(kind)
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    processor.image_processor, processor.video_processor = image_processor, None
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return processor
+
+
+def vision_language(kind: Any, config: Any, tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """A language model of width 32 that sees images; ``text`` and ``vision`` are options of its own."""
+    torch.manual_seed(1)
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    sides = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    image = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
+    return kind(config(text_config=sizes | text, vision_config=sides | vision, **image)).eval()
+
+
+LATENTS = {"z_dim": 4, "latents_mean": [-0.7, 0.1, 0.3, 1.5], "latents_std": [2.8, 1.4, 2.3, 2.6]}
+"""Options of the VAEs of Qwen-Image."""
 
 
 def qwen3(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:

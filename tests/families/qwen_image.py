@@ -12,37 +12,25 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from diffusionopd.models.latents import pack, unpack
 
-from .common import Case, dynamic_scheduler, qwen_tokenizer, randomised
+from .common import LATENTS, Case, dynamic_scheduler, qwen_tokenizer, randomised, vision_language
 
 
 def components(tokenizer: Qwen2Tokenizer, **options: Any) -> dict[str, Any]:
     """What the pipeline is made of; ``options`` are the transformer's."""
-    torch.manual_seed(1)
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
-        "fullatt_block_indexes": [0],
-    }  # fmt: skip
-    image = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>")}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **image)
-    encoder = Qwen2_5_VLForConditionalGeneration(config)
+    encoder = vision_language(
+        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, tokenizer,
+        {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, {"fullatt_block_indexes": [0]},
+    )  # fmt: skip
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **options,
     )  # fmt: skip
     torch.manual_seed(2)
-    vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[-0.7, 0.1, 0.3, 1.5],
-        latents_std=[2.8, 1.4, 2.3, 2.6],
-    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **LATENTS)
     return {
         "scheduler": dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         "vae": vae.eval(),
-        "text_encoder": encoder.eval(),
+        "text_encoder": encoder,
         "tokenizer": tokenizer,
         "transformer": randomised(transformer),
     }

@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGen
 
 from diffusionopd.models.backbone import CLASSIFIER_FREE
 
-from .common import Case, dynamic_scheduler, qwen_tokenizer, randomised
+from .common import LATENTS, Case, bare_processor, dynamic_scheduler, qwen_tokenizer, randomised, vision_language
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -22,15 +22,6 @@ SIGMAS = [1.0, 0.8, 0.65, 0.4, 0.1]
 """As many as the tests' steps."""
 
 
-def processor_of(tokenizer: Qwen2Tokenizer) -> Any:
-    """The pipeline's own as far as it reads texts; its constructor asks for what needs torchvision."""
-    processor: Any = object.__new__(Qwen3VLProcessor)
-    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
-    processor.image_processor = processor.video_processor = None
-    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
-    return processor
-
-
 def build(folder: Path) -> None:
     """Write the pipeline's folder, its processor's tokenizer as the processor itself saves it."""
     tokenizer = qwen_tokenizer()
@@ -38,29 +29,23 @@ def build(folder: Path) -> None:
         {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False
     )
     tokenizer.chat_template = CHAT
-    torch.manual_seed(1)
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
-        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
-    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text_encoder = vision_language(
+        Qwen3VLForConditionalGeneration, Qwen3VLConfig, tokenizer, {"head_dim": 16, "rope_parameters": rope},
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    )  # fmt: skip
     transformer = QwenImage21Transformer2DModel(
         in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=32,
         axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = AutoencoderKLQwenImage21(
-        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=[-0.7, 0.1, 0.3, 1.5], latents_std=[2.8, 1.4, 2.3, 2.6],
-    )  # fmt: skip
+        base_dim=4, decoder_base_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, **LATENTS
+    )
     pipe = QwenImage21Pipeline(
         scheduler=dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         vae=vae.eval(),
-        text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
-        processor=processor_of(tokenizer),
+        text_encoder=text_encoder,
+        processor=bare_processor(Qwen3VLProcessor, tokenizer),
         transformer=randomised(transformer),
         sample_sigmas=SIGMAS,
     )
@@ -70,7 +55,7 @@ def build(folder: Path) -> None:
 
 def parts(folder: Path) -> dict[str, Any]:
     """See :class:`Case`."""
-    return {"processor": processor_of(Qwen2Tokenizer.from_pretrained(folder / "processor"))}
+    return {"processor": bare_processor(Qwen3VLProcessor, Qwen2Tokenizer.from_pretrained(folder / "processor"))}
 
 
 def stock(pipe: Any, x: Tensor, guidance: float, common: dict[str, Any]) -> Tensor:

@@ -21,17 +21,7 @@ from diffusionopd.models.conditions import Reference, split_reference
 from diffusionopd.models.latents import pack, unpack
 
 from . import qwen_image
-from .common import PROMPTS, Case, qwen_tokenizer
-
-
-def processor_of(folder: Path) -> Any:
-    """The pipeline's own as far as it reads texts and images; its constructor asks for what needs torchvision."""
-    processor: Any = object.__new__(Qwen2VLProcessor)
-    processor.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "processor")
-    processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
-    processor.image_token, processor.chat_template = "<|image_pad|>", None
-    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return processor
+from .common import PROMPTS, Case, bare_processor, qwen_tokenizer
 
 
 def build(folder: Path) -> None:
@@ -42,16 +32,15 @@ def build(folder: Path) -> None:
     tokenizer.add_tokens(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
     tokenizer.save_pretrained(folder / "processor")
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder / "processor")
-    pipe = QwenImageEditPlusPipeline(
-        **qwen_image.components(tokenizer, zero_cond_t=True), processor=processor_of(folder)
-    )
+    pipe = QwenImageEditPlusPipeline(**qwen_image.components(tokenizer, zero_cond_t=True), **parts(folder))
     pipe.processor.save_pretrained = lambda *args, **kwargs: None
     pipe.save_pretrained(folder)
 
 
 def parts(folder: Path) -> dict[str, Any]:
     """See :class:`Case`."""
-    return {"processor": processor_of(folder)}
+    readers = (kind.from_pretrained(folder / "processor") for kind in (Qwen2Tokenizer, Qwen2VLImageProcessorPil))
+    return {"processor": bare_processor(Qwen2VLProcessor, *readers)}
 
 
 def prompts(folder: Path) -> list[str]:

@@ -61,7 +61,7 @@ def read_pipeline(model: str, **source: Any) -> Pipeline:
     info = read_model(model, **source)
     names = [name for name in info.configs if name in info.family.TEXT]
     encoders = {name: AutoConfig.for_model(**info.configs[name]) for name in names}
-    return Pipeline(model, None, info.family, info.configs, encoders, root=info.root)
+    return Pipeline(model, info.family, info.configs, encoders, root=info.root)
 
 
 def _published(model: str) -> Pipeline:
@@ -76,7 +76,7 @@ def _published(model: str) -> Pipeline:
     encoders = {name: AutoConfig.for_model(**_FILE["text_encoders"][encoder]) for name, encoder in names.items()}
     for part in ("transformer", "vae", "scheduler"):  # families also ask for what is left to the class
         configs[part] = _defaults(part_class(configs["index"], part)) | configs[part]
-    return Pipeline(model, None, pkgutil.resolve_name(FAMILIES[own["pipeline"]]), configs, encoders)
+    return Pipeline(model, pkgutil.resolve_name(FAMILIES[own["pipeline"]]), configs, encoders)
 
 
 def _defaults(kind: type) -> dict[str, Any]:
