@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The script's library is the one beside it, whatever else is installed.
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, str(PROJECT / COMMANDS[name][0]), *rest]
-    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    # transformers would warn that it works without torchvision, which is meant here.
+    quiet = {"TRANSFORMERS_VERBOSITY": "error"}
+    os.execve(sys.executable, command, quiet | os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
 
 
 if __name__ == "__main__":

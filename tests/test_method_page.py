@@ -1,4 +1,4 @@
-"""docs/method.md maps equations to functions, the README names commands: what they name must exist, all of it."""
+"""What the documentation names must exist: functions of docs/method.md, the README's checkpoint, every link."""
 
 from __future__ import annotations
 
@@ -40,11 +40,18 @@ def test_every_formula_and_algorithm_is_named():
     assert [name for name in ALGORITHMS if f"`{name}`" not in TEXT] == []
 
 
-def test_links_within_the_page_lead_to_a_heading():
-    titles = re.findall(r"^#+ (.+)$", TEXT, re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    wanted = re.findall(r"\]\((?:docs/method\.md)?#([\w-]+)\)", TEXT + (ROOT / "README.md").read_text("utf-8"))
-    assert wanted and set(wanted) <= anchors
+def test_links_lead_to_a_file_and_a_heading():
+    pages = [p for p in ROOT.glob("**/*.md") if not {".venv", "logs"} & set(p.relative_to(ROOT).parts)]
+    texts = {page.resolve(): re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S) for page in pages}
+    assert len(texts) > 20
+    for page, text in texts.items():
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), (page, link)
+            titles = re.findall(r"^#+ (.+)$", texts.get(target, ""), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not anchor or anchor in anchors, (page, link)
 
 
 def test_the_readme_names_the_checkpoint_that_a_tiny_teacher_ends_with():
