@@ -456,3 +456,4 @@ def test_what_an_evaluation_depends_on_holds_the_questions_themselves(own):
     before = digests("judge", options)
     own.write_text(OWN.replace("weight: 2", "weight: 3"))
     assert len(before) == 1 and digests("judge", options) != before and digests("geneval2", {}) == []
+    assert digests("unifiedreward", {"question": str(own)}) == digests("judge", options)
