@@ -1,5 +1,6 @@
 """What tests of several scorers share: a tiny CLIP, images, and their forms."""
 
+import itertools
 import math
 import re
 
@@ -7,15 +8,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffusionopd.rewards import RewardError
 from diffusionopd.tiny.models import clip_tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's constants
-SIDE, WIDTH = 32, 24  # of the tiny CLIP: pixels, and channels of the common space
+SIDE, PATCH, WIDTH = 32, 8, 24  # of the tiny CLIP: pixels, and channels of the common space
+
+# Of the tiny CLIP in open_clip's names; heads are 80 and 64 wide, as in ViT-H-14.
+CONTEXT, VISION, TEXT, COMMON, LAYERS, HEADS = 24, 160, 128, 48, 2, 2
+BYTES = sorted(ByteLevel.alphabet())
+VOCABULARY = [*BYTES, *(character + "</w>" for character in BYTES), "<|startoftext|>", "<|endoftext|>"]
+_SHAPE = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_act": "gelu"}
+OPEN_CLIP = CLIPConfig(
+    text_config=_SHAPE | {
+        "hidden_size": TEXT, "intermediate_size": 2 * TEXT, "max_position_embeddings": CONTEXT,
+        "vocab_size": len(VOCABULARY), "eos_token_id": len(VOCABULARY) - 1,
+    },
+    vision_config=_SHAPE | {
+        "hidden_size": VISION, "intermediate_size": 2 * VISION, "image_size": SIDE, "patch_size": PATCH,
+    },
+    projection_dim=COMMON,
+)  # fmt: skip
 
 
 def save_clip(path) -> str:
@@ -27,7 +45,7 @@ def save_clip(path) -> str:
         **shape, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    vision = CLIPVisionConfig(**shape, image_size=SIDE, patch_size=8)
+    vision = CLIPVisionConfig(**shape, image_size=SIDE, patch_size=PATCH)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
     model = CLIPModel(config)
     with torch.no_grad():
@@ -87,6 +105,41 @@ def with_biases(weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return {key: s for name, shape in weights.items() for key, s in parts(name, shape).items()}
 
 
+def open_clip_state() -> dict[str, torch.Tensor]:
+    """Random weights under the names of open_clip's CLIP."""
+    layers: dict[str, tuple[int, ...]] = {"visual.ln_pre": (VISION,), "visual.ln_post": (VISION,), "ln_final": (TEXT,)}
+    found: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (CONTEXT, TEXT), "text_projection": (TEXT, COMMON), "logit_scale": (),
+        "visual.class_embedding": (VISION,), "visual.positional_embedding": ((SIDE // PATCH) ** 2 + 1, VISION),
+        "visual.proj": (VISION, COMMON), "visual.conv1.weight": (VISION, 3, PATCH, PATCH),
+        "token_embedding.weight": (len(VOCABULARY), TEXT),
+    }  # fmt: skip
+    for layer, (tower, width) in itertools.product(range(LAYERS), (("visual.", VISION), ("", TEXT))):
+        p = f"{tower}transformer.resblocks.{layer}."
+        found |= {f"{p}attn.in_proj_weight": (3 * width, width), f"{p}attn.in_proj_bias": (3 * width,)}
+        layers |= {f"{p}ln_1": (width,), f"{p}ln_2": (width,), f"{p}attn.out_proj": (width, width)}
+        layers |= {f"{p}mlp.c_fc": (2 * width, width), f"{p}mlp.c_proj": (width, 2 * width)}
+    return random_state(found | with_biases(layers))
+
+
+def save_byte_tokenizer(path, vocabulary=VOCABULARY) -> str:
+    """CLIP's tokenizer over bytes without merges."""
+    tokens = {token: i for i, token in enumerate(vocabulary)}
+    CLIPTokenizer(vocab=tokens, merges=[], model_max_length=CONTEXT).save_pretrained(path)
+    return str(path)
+
+
+def cropped_pixels(image: Image.Image) -> torch.Tensor:
+    """`[3, SIDE, SIDE]` float64, by OpenAI's transform written out: shorter side by bicubic, centre crop (half a pixel
+    to the even side, as torchvision does), to tensor, normalise."""
+    width, height = image.size
+    size = (SIDE, int(SIDE * height / width)) if width <= height else (int(SIDE * width / height), SIDE)
+    left, top = (round((edge - SIDE) / 2) for edge in size)
+    resized = image.resize(size, Image.Resampling.BICUBIC)
+    array = np.asarray(resized, dtype=np.float64)[top : top + SIDE, left : left + SIDE] / 255
+    return torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1)
+
+
 def linear(w: dict, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
@@ -122,17 +175,23 @@ def assert_same_on_a_gpu(build, name: str, prompts: list[str], atol: float) -> N
     np.testing.assert_allclose(gpu, cpu, atol=atol)
 
 
-def assert_other_files_are_refused(build, name: str, folder, contents) -> None:
-    """`build(checkpoint=..., tokenizer=...)`; contents of other files, each with a fact of the message."""
-    for content, fact in contents:
-        torch.save(content, folder / "other.pt")
+def assert_other_files_are_refused(build, name: str, folder, whole, state: dict, removed: dict, added: dict) -> None:
+    """`build(checkpoint=..., tokenizer=...)` of files that are not there, or hold too little or too much.
+
+    `whole(state)` is a file's content; `removed` and `added` (as three zeros) are tensors -> a fact of the message.
+    """
+    changed = [({key: value for key, value in state.items() if key != one}, fact) for one, fact in removed.items()]
+    changed += [(state | {one: torch.zeros(3)}, fact) for one, fact in added.items()]
+    other = folder / "other.pt"
+    for tensors, fact in changed:
+        torch.save(whole(tensors), other)
         with pytest.raises(
             RewardError, match=rf"(?s)is not the checkpoint of reward '{name}'.*{fact}.*tools\.download"
         ):
-            build(checkpoint=str(folder / "other.pt"))
-    (folder / "other.pt").write_bytes(b"<html>not found</html>")
+            build(checkpoint=str(other))
+    other.write_bytes(b"<html>not found</html>")
     with pytest.raises(RewardError, match="is not the checkpoint"):
-        build(checkpoint=str(folder / "other.pt"))
+        build(checkpoint=str(other))
     with pytest.raises(RewardError, match=rf"none\.pt.*python -m tools\.download rewards {name}"):
         build(checkpoint=str(folder / "none.pt"))
     with pytest.raises(RewardError, match="hf download nobody/no-such-tokenizer"):

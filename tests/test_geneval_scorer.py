@@ -7,11 +7,10 @@ from PIL import Image
 
 from diffusionopd.rewards import NOT_APPLICABLE, RewardError, UnfitPromptError, check_prompts
 from diffusionopd.rewards.clip import load_clip
-from diffusionopd.rewards.geneval import mask2former
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.rules import Detection
 from diffusionopd.rewards.geneval.scorer import ColourClassifier, GenEval, crop
-from tests.geneval_tiny import tiny_model
+from tests.geneval_tiny import see_small, tiny_model
 from tests.helpers_rewards import save_clip
 
 HEIGHT, WIDTH = 40, 56
@@ -30,8 +29,7 @@ def clip(folder):
 @pytest.fixture
 def detector_folder(tmp_path, monkeypatch):
     """A detector of random weights that sees images at 96 pixels."""
-    monkeypatch.setattr(mask2former, "LONG_SIDE", 160)
-    monkeypatch.setattr(mask2former, "SHORT_SIDE", 96)
+    see_small(monkeypatch)
     tiny_model().save_pretrained(tmp_path / "detector")
     return f"transformers:{tmp_path / 'detector'}"
 

@@ -236,15 +236,8 @@ def test_closing_finishes_or_drops_what_waits():
 
 def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
     monkeypatch.setattr(rewards.worker, "SHUTDOWN_GRACE", 0.05)
-    hanging, let_go = threading.Event(), threading.Event()
-
-    class Hanging:
-        def score(self, images, prompts, metadata):
-            hanging.set()
-            let_go.wait(60)
-            return {}
-
-    worker = RewardWorker(Hanging(), max_pending=1)
+    scorer = Gated()
+    worker = RewardWorker(scorer, max_pending=1)
     futures = [worker.submit(images(1), ["a"], [{}])]
 
     def fill() -> None:
@@ -255,13 +248,13 @@ def test_closing_does_not_wait_for_a_scorer_that_hangs(monkeypatch):
     refused: list = []
     blocked = threading.Thread(target=fill)
     blocked.start()
-    assert hanging.wait(10)
+    assert scorer.begun.wait(10)
     worker.close(cancel=True)
     blocked.join(5)
     assert not blocked.is_alive()  # a full queue is given up, too
     assert isinstance(refused[0], RewardError)
     assert not futures[0].done() and all(future.cancelled() for future in futures[1:])
-    let_go.set()
+    scorer.gate.set()
 
 
 class Sometimes:

@@ -8,7 +8,14 @@ from transformers import CLIPModel
 
 from diffusionopd.rewards import RewardError, build_scorer
 from diffusionopd.tiny.models import clip_tokenizer
-from tests.helpers_rewards import MEAN, SIDE, STD, WIDTH, assert_every_form_scores_the_same, save_clip
+from tests.helpers_rewards import (
+    SIDE,
+    WIDTH,
+    assert_every_form_scores_the_same,
+    cropped_pixels,
+    save_clip,
+    smooth_images,
+)
 
 PROMPTS = ["a photo of a red circle left of a blue square", "a sign", "a photo of two green triangles"]
 
@@ -21,24 +28,12 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """Images wider than high, so that resizing and cropping both matter."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
-    # Shrunk to the model's side, 3 columns more than a multiple of 4 are cut off: the case in which half pixels matter.
-    width = 3 * SIDE + 3 * 3
-    return [Image.fromarray(array).resize((width, 3 * SIDE), Image.Resampling.BILINEAR) for array in pixels]
+    """Of which 3 columns are cut off, at the model's side: the case in which half pixels matter."""
+    return smooth_images(3 * SIDE + 9, 3 * SIDE)
 
 
 def official_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """OpenAI's transform written out: shorter side by bicubic, centre crop (half a pixel to the even side, as
-    torchvision does), to tensor, normalise."""
-    batch = []
-    for image in images:
-        scale = SIDE / min(image.size)
-        resized = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (round((edge - SIDE) / 2) for edge in resized.size)
-        array = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float64) / 255
-        batch.append(torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1).float())
-    return torch.stack(batch)
+    return torch.stack([cropped_pixels(image).float() for image in images])
 
 
 def official_logits(folder: str, images: list[Image.Image]) -> np.ndarray:

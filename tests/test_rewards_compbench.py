@@ -15,24 +15,33 @@ from transformers import (
     BlipForQuestionAnswering,
     BlipTextConfig,
     BlipVisionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
+    CLIPModel,
     CLIPTokenizer,
-    CLIPVisionConfig,
     Owlv2Config,
     Owlv2ForObjectDetection,
 )
 
 from diffusionopd.rewards import RewardError, UnfitPromptError, check_prompts
+from diffusionopd.rewards.clip import Clip
 from diffusionopd.rewards.compbench import blip_vqa, phrases, scorers
 from diffusionopd.rewards.compbench import spatial as spatial_module
 from diffusionopd.rewards.compbench.phrases import RELATIONS, Spatial, noun_phrases, spatial
 from diffusionopd.rewards.compbench.scorers import Attribute, Complex, NonSpatial, SpatialRelation
 from diffusionopd.rewards.compbench.spatial import Found, frame_scale, load_detector, position_score, spatial_score
+from diffusionopd.rewards.hpsv2 import to_transformers
 from diffusionopd.tiny.models import clip_tokenizer
 
-from .helpers_rewards import MEAN, STD, assert_same_on_a_gpu, save_clip, smooth_images
+from .helpers_rewards import (
+    MEAN,
+    OPEN_CLIP,
+    STD,
+    assert_same_on_a_gpu,
+    open_clip_state,
+    save_byte_tokenizer,
+    smooth_images,
+)
 
+PUBLISHED = blip_vqa.VISION, blip_vqa.TEXT, scorers.CLIP_B_CONFIG
 SIDE, WIDTH = 48, 32
 WORDS = ["a", "red", "blue", "hat", "bench", "yes", "no", "?", "of", "the"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -178,12 +187,12 @@ def test_scores_on_a_gpu_are_those_on_a_cpu(blip):
 
 
 def test_the_configuration_has_the_published_sizes():
-    published = blip_vqa.BlipVisionConfig(**blip_vqa._BASE, image_size=480)
-    assert (published.hidden_size, published.num_hidden_layers, published.patch_size) == (768, 12, 16)
-    assert blip_vqa._BASE == {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    }  # fmt: skip
-    assert BlipTextConfig().vocab_size == 30524 and BlipTextConfig().layer_norm_eps == 1e-12
+    vision, text, _ = PUBLISHED
+    for config in (vision, text):
+        assert (config.hidden_size, config.intermediate_size) == (768, 3072)
+        assert (config.num_hidden_layers, config.num_attention_heads) == (12, 12)
+    assert (vision.image_size, vision.patch_size, vision.layer_norm_eps) == (480, 16, 1e-6)
+    assert (text.vocab_size, text.encoder_hidden_size, text.layer_norm_eps) == (30524, 768, 1e-12)
 
 
 def test_another_checkpoint_is_refused_and_questions_are_cut_as_blip_cuts_them(blip, tmp_path):
@@ -297,53 +306,25 @@ def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clip_b(tmp_path_factory):
-    """The tiny CLIP of the other tests, its weights in open_clip's names."""
-    path = tmp_path_factory.mktemp("clip")
-    folder = save_clip(path / "hub")
-    model = scorers.CLIPModel.from_pretrained(folder)
-    state = {}
-    for name, value in model.state_dict().items():
-        for new, old in {
-            "vision_model.embeddings.class_embedding": "visual.class_embedding",
-            "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-            "vision_model.embeddings.patch_embedding": "visual.conv1", "vision_model.pre_layrnorm": "visual.ln_pre",
-            "vision_model.post_layernorm": "visual.ln_post", "visual_projection.weight": "visual.proj",
-            "vision_model.encoder.layers": "visual.transformer.resblocks", "text_projection.weight": "text_projection",
-            "text_model.encoder.layers": "transformer.resblocks",
-            "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
-            "text_model.embeddings.position_embedding.weight": "positional_embedding",
-            "self_attn.out_proj": "attn.out_proj", "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-        }.items():  # fmt: skip
-            name = name.replace(new, old)
-        state[name] = value.T if name in ("visual.proj", "text_projection") else value
-    for name in [name for name in state if ".self_attn.q_proj." in name]:
-        parts = [state.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        state[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    save_file(
-        {name: value.contiguous() for name, value in state.items() if "position_ids" not in name},
-        path / "b.safetensors",
-    )
-    config = model.config
+    """The file of a tiny CLIP in open_clip's names, its tokenizer, and the same CLIP."""
+    path, state = tmp_path_factory.mktemp("clip"), open_clip_state()
+    save_file({name: value.contiguous() for name, value in state.items()}, path / "b.safetensors")
+    files = {"checkpoint": str(path / "b.safetensors"), "tokenizer": save_byte_tokenizer(path / "tokenizer")}
+    model = CLIPModel(OPEN_CLIP).eval()
+    model.load_state_dict(to_transformers(state))  # test_rewards_hpsv2.py proves it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorers, "CLIP_B_CONFIG", config)
-        yield str(path / "b.safetensors"), folder
+        patch.setattr(scorers, "CLIP_B_CONFIG", OPEN_CLIP)
+        yield files, Clip(model, CLIPTokenizer.from_pretrained(files["tokenizer"]))
     scorers.load_clip_b.cache_clear()
 
 
 def test_nonspatial_is_the_cosine_of_clip(clip_b):
-    checkpoint, folder = clip_b
-    images = smooth_images(40, 56)
-    scores = NonSpatial(checkpoint=checkpoint, tokenizer=folder).score(images, PROMPTS, [{}] * 3)
-    wanted = scorers.Clip(*_hub_clip(folder)).cosine(images, PROMPTS)
-    np.testing.assert_allclose(scores["compbench_nonspatial"], wanted, atol=1e-5)
-    config = CLIPConfig(text_config=CLIPTextConfig().to_dict(), vision_config=CLIPVisionConfig().to_dict())
-    assert (config.text_config.hidden_size, config.vision_config.patch_size) == (512, 32), (
-        "transformers' own are B/32's"
-    )
-
-
-def _hub_clip(folder):
-    return scorers.CLIPModel.from_pretrained(folder).eval(), scorers.load_tokenizer(scorers.CLIPTokenizer, folder)
+    (files, clip), images = clip_b, smooth_images(40, 56)
+    scores = NonSpatial(**files).score(images, PROMPTS, [{}] * 3)
+    np.testing.assert_allclose(scores["compbench_nonspatial"], clip.cosine(images, PROMPTS), atol=1e-5)
+    text, vision = PUBLISHED[2].text_config, PUBLISHED[2].vision_config
+    assert (text.hidden_size, text.num_attention_heads, text.hidden_act) == (512, 512 // 64, "quick_gelu")
+    assert (vision.hidden_size, vision.patch_size, vision.image_size, vision.num_attention_heads) == (768, 32, 224, 12)
 
 
 def test_complex_is_the_mean_of_what_applies(blip, clip_b, monkeypatch):
@@ -351,12 +332,12 @@ def test_complex_is_the_mean_of_what_applies(blip, clip_b, monkeypatch):
     monkeypatch.setattr(scorers, "load_detector", lambda *given: lambda pixels, names: {n: where[n] for n in names})
     prompts = ["red cat on the left of a bench"] * 3
     monkeypatch.setitem(PHRASES, prompts[0], ["a red hat"])
-    checkpoint, folder = clip_b
-    scorer = Complex(**blip[1], clip=checkpoint, clip_tokenizer=folder)
+    files, clip = clip_b
+    scorer = Complex(**blip[1], clip=files["checkpoint"], clip_tokenizer=files["tokenizer"])
     images = [smooth_images(48, 48, 1)[0]] * 3
     scores = scorer.score(images, prompts, [{"kind": kind} for kind in ("spatial", "action", "both")])
     attribute = official_attribute(blip[0], images[0], ["a red hat?"])
-    action = scorers.Clip(*_hub_clip(folder)).cosine(images[:1], ["cat on the left of a bench"])[0]
+    action = clip.cosine(images[:1], ["cat on the left of a bench"])[0]
     spatial = 0.25 * 1.2 + 0.5 * official_position("on the left of", where["cat"].box, where["bench"].box)
     wanted = [(attribute + spatial) / 2, (attribute + action) / 2, (attribute + spatial + action) / 3]
     np.testing.assert_allclose(scores["compbench_complex"], wanted, atol=1e-4)

@@ -1,7 +1,6 @@
 """HPSv2 against open_clip's forward pass and HPSv2's preprocessing written out, on a tiny checkpoint of its format."""
 
 import html
-import itertools
 import re
 import sys
 from functools import partial
@@ -14,14 +13,21 @@ import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from diffusionopd.rewards import RewardError, hpsv2
-from diffusionopd.rewards.hpsv2 import Hpsv2, clean_prompt, load_hps_clip, to_transformers
+from diffusionopd.rewards.hpsv2 import Hpsv2, load_hps_clip, to_transformers
 
 from .helpers_rewards import (
+    CONTEXT,
+    HEADS,
+    LAYERS,
     MEAN,
+    OPEN_CLIP,
+    PATCH,
+    SIDE,
     STD,
+    VOCABULARY,
     assert_official_scores,
     assert_one_score_a_pair,
     assert_other_files_are_refused,
@@ -29,16 +35,12 @@ from .helpers_rewards import (
     attend,
     layer_norm,
     linear,
-    random_state,
+    open_clip_state,
+    save_byte_tokenizer,
     smooth_images,
-    with_biases,
 )
 
 PUBLISHED = hpsv2.CONFIG
-SIDE, PATCH, CONTEXT = 32, 8, 24
-VISION, TEXT, COMMON, LAYERS, HEADS = 160, 128, 48, 2, 2  # head widths 80 and 64, as in ViT-H-14
-BYTES = sorted(ByteLevel.alphabet())
-VOCABULARY = [*BYTES, *(character + "</w>" for character in BYTES), "<|startoftext|>", "<|endoftext|>"]
 PROMPTS = [
     "a red circle",
     # Escaped twice (ftfy leaves entities alone beside a "<"), a broken character, white space, capitals.
@@ -47,51 +49,21 @@ PROMPTS = [
 ]
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """The names of open_clip's CLIP."""
-    layers: dict[str, tuple[int, ...]] = {"visual.ln_pre": (VISION,), "visual.ln_post": (VISION,), "ln_final": (TEXT,)}
-    found: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (CONTEXT, TEXT), "text_projection": (TEXT, COMMON), "logit_scale": (),
-        "visual.class_embedding": (VISION,), "visual.positional_embedding": ((SIDE // PATCH) ** 2 + 1, VISION),
-        "visual.proj": (VISION, COMMON), "visual.conv1.weight": (VISION, 3, PATCH, PATCH),
-        "token_embedding.weight": (len(VOCABULARY), TEXT),
-    }  # fmt: skip
-    for layer, (tower, width) in itertools.product(range(LAYERS), (("visual.", VISION), ("", TEXT))):
-        p = f"{tower}transformer.resblocks.{layer}."
-        found |= {f"{p}attn.in_proj_weight": (3 * width, width), f"{p}attn.in_proj_bias": (3 * width,)}
-        layers |= {f"{p}ln_1": (width,), f"{p}ln_2": (width,), f"{p}attn.out_proj": (width, width)}
-        layers |= {f"{p}mlp.c_fc": (2 * width, width), f"{p}mlp.c_proj": (width, 2 * width)}
-    return found | with_biases(layers)
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return random_state(shapes())
+    return open_clip_state()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, state):
-    """The checkpoint as published, and CLIP's tokenizer over bytes without merges."""
+def scorer(tmp_path_factory, state):
+    """`scorer(...)`: of the checkpoint as published."""
     path = tmp_path_factory.mktemp("hpsv2")
     torch.save({"epoch": 1, "name": "tiny", "state_dict": state}, path / "hps.pt")
-    vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CONTEXT).save_pretrained(path / "tokenizer")
-    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_act": "gelu"}
-    vision = {"hidden_size": VISION, "intermediate_size": 2 * VISION, "image_size": SIDE, "patch_size": PATCH}
-    text = {"hidden_size": TEXT, "intermediate_size": 2 * TEXT, "max_position_embeddings": CONTEXT}
-    text |= {"vocab_size": len(VOCABULARY), "eos_token_id": len(VOCABULARY) - 1}
-    config = CLIPConfig(text_config=shape | text, vision_config=shape | vision, projection_dim=COMMON)
+    files = {"checkpoint": str(path / "hps.pt"), "tokenizer": save_byte_tokenizer(path / "tokenizer")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hpsv2, "CONFIG", config)
-        yield path
+        patch.setattr(hpsv2, "CONFIG", OPEN_CLIP)
+        yield lambda **options: Hpsv2(**files | options)
     load_hps_clip.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def scorer(folder):
-    """`scorer(...)`: of the tiny checkpoint."""
-    files = {"checkpoint": str(folder / "hps.pt"), "tokenizer": str(folder / "tokenizer")}
-    return lambda **options: Hpsv2(**files | options)
 
 
 # ---- the official steps ----------------------------------------------------------------------------------------------
@@ -186,7 +158,7 @@ class OpenClipModel(torch.nn.Module):
     """Stands in for the model that open_clip makes."""
 
     def load_state_dict(self, state):
-        assert state.keys() == shapes().keys()
+        assert state.keys() == open_clip_state().keys()
         self.w, self.visual = state, SimpleNamespace(conv1=SimpleNamespace(weight=state["visual.conv1.weight"]))
 
     def encode_image(self, pixels):
@@ -212,15 +184,6 @@ def test_open_clip_is_given_what_it_takes_and_says_what_the_default_says(scorer,
     assert made == [("ViT-H-14", None)] and theirs["hpsv2"].dtype == np.float64
     with pytest.raises(RewardError, match="'openclip'"):
         scorer(engine="openclip")
-
-
-def test_prompts_become_the_official_tokens(scorer):
-    tokenizer = scorer().clip.tokenizer
-    for prompt in PROMPTS:
-        ids = tokenizer(clean_prompt(prompt), truncation=True, max_length=CONTEXT)["input_ids"]
-        wanted = official_tokens(prompt)
-        assert ids == wanted[: wanted.argmax() + 1].tolist()
-    assert clean_prompt(PROMPTS[1]) == "<two> & three café signs, don't!"
 
 
 def test_one_score_a_pair_whatever_batch_form_and_precision(scorer):
@@ -260,29 +223,26 @@ def test_the_configuration_has_the_published_sizes():
 
 
 def test_other_files_are_refused(scorer, state, tmp_path):
-    def without(name):
-        return {"state_dict": {key: value for key, value in state.items() if key != name}}
-
-    more = [
-        ("ln_final.bias", "size mismatch"),
-        ("score_predictor.weight", r"Unexpected.*score_predictor\.weight"),
-        ("transformer.resblocks.0.ln_3.bias", r"Unexpected.*layers\.0\.ln_3\.bias"),
-    ]
-    others = [
-        (state, "state_dict"),
-        ([1, 2], "indices"),
-        (without("visual.transformer.resblocks.1.attn.in_proj_bias"), r"layers\.1\.self_attn\.q_proj\.bias"),
-        (without("visual.proj"), r"visual_projection|'visual\.proj'"),
-        *(({"state_dict": state | {name: torch.zeros(3)}}, fact) for name, fact in more),
-    ]
-    assert_other_files_are_refused(scorer, "hpsv2", tmp_path, others)
+    assert_other_files_are_refused(
+        scorer, "hpsv2", tmp_path, lambda state: {"state_dict": state}, state,
+        removed={
+            "visual.transformer.resblocks.1.attn.in_proj_bias": r"layers\.1\.self_attn\.q_proj\.bias",
+            "visual.proj": r"visual_projection|'visual\.proj'",
+        },
+        added={
+            "ln_final.bias": "size mismatch",
+            "score_predictor.weight": r"Unexpected.*score_predictor\.weight",
+            "transformer.resblocks.0.ln_3.bias": r"Unexpected.*layers\.0\.ln_3\.bias",
+        },
+    )  # fmt: skip
+    torch.save(state, tmp_path / "bare.pt")
+    with pytest.raises(RewardError, match="state_dict"):
+        scorer(checkpoint=str(tmp_path / "bare.pt"))
 
 
 def test_a_tokenizer_of_another_vocabulary_and_a_missing_package_are_refused(scorer, tmp_path, monkeypatch):
-    vocabulary = {token: i for i, token in enumerate(reversed(VOCABULARY))}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
     with pytest.raises(RewardError, match="ends a text with token 0"):
-        scorer(tokenizer=str(tmp_path))
+        scorer(tokenizer=save_byte_tokenizer(tmp_path, VOCABULARY[::-1]))
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match="ftfy"):
         scorer()

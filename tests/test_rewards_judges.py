@@ -243,8 +243,8 @@ VERDICTS = {"Score: 1": 1, "**Score**: 0": 0, "1": 1, "I think so.\nScore: 1": 1
 
 
 def test_grades_and_verdicts_are_read_or_not():
-    assert {text: tuple(found.values()) if (found := read_grades(text)) else None for text in GRADES} == GRADES
-    assert {text: found["score"] if (found := read_verdict(text)) else None for text in VERDICTS} == VERDICTS
+    assert {text: tuple(found.values()) if (found := read_grades(Answer(text))) else None for text in GRADES} == GRADES
+    assert {text: found["score"] if (found := read_verdict(Answer(text))) else None for text in VERDICTS} == VERDICTS
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_prompts_without_what_judges_need_are_found_by_the_file_and_by_the_quest
         assert list(found) == list(range(len(metadata))), name
     assert "'style'" in found[0]
     with pytest.raises(UnfitPromptError, match="vqa_list"):
-        GenEval2.score(None, grey(0), ["p"], [{}])
+        GenEval2.asked(None, "p", {})
 
 
 def test_servers_that_are_not_there_or_lack_the_model_are_all_named_before_anything_else(server, own):
@@ -456,3 +456,4 @@ def test_what_an_evaluation_depends_on_holds_the_questions_themselves(own):
     before = digests("judge", options)
     own.write_text(OWN.replace("weight: 2", "weight: 3"))
     assert len(before) == 1 and digests("judge", options) != before and digests("geneval2", {}) == []
+    assert digests("unifiedreward", {"question": str(own)}) == digests("judge", options)

@@ -262,7 +262,7 @@ def test_a_bad_request_is_not_repeated_and_what_is_no_chat_completion_is_an_erro
         server.answer = lambda number, body, text=text: (200, {}, text)
         with pytest.raises(RewardError, match="no chat completion"):
             scorer.score(grey(0), ["p"], [{}])
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip"):
         scorer.score(grey(0, 1), ["p"], [{}] * 2)
 
 

@@ -17,7 +17,6 @@ from diffusionopd.files import located, sha256, user_path
 from diffusionopd.rewards.base import (
     NOT_APPLICABLE,
     Combined,
-    PromptChecker,
     RewardError,
     RewardUnavailableError,
     Scorer,
@@ -30,10 +29,10 @@ from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Combined", "Composite", "Images", "PromptChecker",
-    "RewardError", "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "Weighted",
-    "build_composite", "build_scorer", "build_scorers", "check_name", "check_options", "check_prompts", "digests",
-    "failed", "register", "score_all", "to_uint8",
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Combined", "Composite", "Images", "RewardError",
+    "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "Weighted", "build_composite",
+    "build_scorer", "build_scorers", "check_name", "check_options", "check_prompts", "digests", "failed", "register",
+    "score_all", "to_uint8",
 ]  # fmt: skip
 
 REGISTRY: dict[str, str] = {

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from diffusionopd.files import located, looked_in
 from diffusionopd.rewards.images import Images
 
 NOT_APPLICABLE = -10.0
@@ -69,26 +71,17 @@ class Scorer(Protocol):
         ...
 
 
-@runtime_checkable
-class PromptChecker(Protocol):
-    """What a scorer's class may have beside `score`: which prompts it could not score.
-
-    Asked of the class, before any weights load and whether or not the packages are there that scoring needs.
-    """
-
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Mapping[int, str]:
-        """Index of a prompt -> what is wrong with it, a predicate such as "has no text in quotes"; all of them at once.
-
-        Args: as of `Scorer.score`.
-        """
-        ...
-
-
 def unfit(
     read: Callable[[str, Mapping[str, Any]], object], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> dict[int, str]:
-    """A `PromptChecker.check` of what reads one prompt and its metadata and may raise `UnfitPromptError`."""
+    """Index of a prompt -> what is wrong with it, a predicate such as "has no text in quotes"; all of them at once.
+
+    A scorer's class may have a static `check(prompts, metadata)` that says this, such as `partial(unfit, read)`. It is
+    asked before any weights load and whether or not the packages are there that scoring needs.
+
+    Args:
+        read: of one prompt and its metadata; may raise `UnfitPromptError`.
+    """
     found = {}
     for index, one in enumerate(zip(prompts, metadata, strict=True)):
         try:
@@ -96,3 +89,17 @@ def unfit(
         except UnfitPromptError as error:
             found[index] = error.what
     return found
+
+
+def fetch_command(reward: str) -> str:
+    """What fetches the files of a reward."""
+    return f"python -m tools.download rewards {reward}"
+
+
+def official_file(reward: str, path: str) -> Path:
+    """The place of a file of a reward. Raises `RewardError`, with the command that fetches it, if it is missing."""
+    place = Path(located(path))
+    if not place.is_file():
+        where, fetch = looked_in(path), fetch_command(reward)
+        raise RewardError(f"{path}, which reward '{reward}' needs, does not exist{where}. To fetch it: {fetch}")
+    return place

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
-from diffusionopd.rewards.weights import load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import from_hub, load_tokenizer, scorer_dtype
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_H_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -79,11 +79,8 @@ def load_clip(model: str, processor: str, device: str, dtype: str) -> Clip:
         RewardError: weights that cannot be had, with the command that fetches them; no such dtype.
     """
     number = scorer_dtype(dtype)
-    try:
+    with from_hub("CLIP model", model, processor):
         loaded = CLIPModel.from_pretrained(model, dtype=number, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        fetch = " && ".join(f"hf download {name}" for name in dict.fromkeys((model, processor)))
-        raise RewardError(f"the CLIP model '{model}' cannot be loaded: {error}. To fetch it: {fetch}") from error
     tokenizer = load_tokenizer(CLIPTokenizer, processor)
     return Clip(loaded.to(device).requires_grad_(False).eval(), tokenizer)
 

@@ -8,7 +8,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
-from diffusionopd.files import located, looked_in
-from diffusionopd.rewards.base import RewardError, Scores, UnfitPromptError, unfit
-from diffusionopd.rewards.images import CLIP_MEAN, CLIP_STD, Images, each_uint8
+from diffusionopd.rewards.base import RewardError, Scores, UnfitPromptError, fetch_command, official_file, unfit
+from diffusionopd.rewards.images import Images, each_uint8, levels, normalised
 from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPSv3.safetensors"
@@ -93,15 +91,9 @@ def _build_model(state: StateDict) -> Hpsv3Model:
 
 def load_instruction(path: str) -> str:
     """The instruction of a file, to the last line break. Raises `RewardError` if it is missing or is no such text."""
-    fetch, place = "python -m tools.download rewards hpsv3", located(path)
-    if not Path(place).is_file():
-        raise RewardError(
-            f"reward 'hpsv3' needs {path}, which does not exist{looked_in(path)}: with other words its scores mean "
-            f"nothing. To fetch it: {fetch}"
-        )
-    text = Path(place).read_text(encoding="utf-8")
+    text = official_file("hpsv3", path).read_text(encoding="utf-8")
     if text.count("{text_prompt}") != 1 or text.count(REWARD_TOKEN) != 1:
-        raise RewardError(f"{path} is not what HPSv3 is told. Remove it and fetch it again: {fetch}")
+        raise RewardError(f"{path} is not what HPSv3 is told. Remove it and fetch it again: {fetch_command('hpsv3')}")
     return text
 
 
@@ -127,11 +119,10 @@ def to_patches(pixels: np.ndarray, vision: Qwen2VLVisionConfig) -> tuple[Tensor,
     """
     patch, merge, frames = int(vision.patch_size), vision.spatial_merge_size, int(vision.temporal_patch_size)
     size = fitting_size(pixels.shape[1], pixels.shape[0], patch * merge)
-    resized = np.asarray(Image.fromarray(pixels).resize(size), dtype=np.float32) / 255  # PIL's default is bicubic
-    values = (torch.from_numpy(resized) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    values = normalised(levels(Image.fromarray(pixels).resize(size)))  # PIL's default is bicubic
     rows, columns = size[1] // patch, size[0] // patch
-    blocks = values.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    ordered = blocks.permute(0, 3, 1, 4, 6, 2, 5)[..., None, :, :]  # block row and column, row, column, colour, y, x
+    blocks = values.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
+    ordered = blocks.permute(1, 4, 2, 5, 0, 3, 6)[..., None, :, :]  # block row and column, row, column, colour, y, x
     twice = ordered.expand(*ordered.shape[:5], frames, patch, patch)
     return twice.reshape(rows * columns, -1), [1, rows, columns]
 
@@ -178,10 +169,7 @@ class Hpsv3:
         self.instruction, self.batch_size = load_instruction(instruction), batch_size
         self.model, self.tokenizer = load_hpsv3(checkpoint, tokenizer, device, dtype)
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts that hold tokens of the model."""
-        return unfit(_refuse_tokens, prompts, metadata)
+    check = staticmethod(functools.partial(unfit, _refuse_tokens))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""

@@ -74,7 +74,7 @@ def resize_and_crop(pixels: np.ndarray, side: int) -> Tensor:
     width, height = (int(side * length / min(image.size)) for length in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _normalised(_levels(resized.crop((left, top, left + side, top + side))))
+    return normalised(levels(resized.crop((left, top, left + side, top + side))))
 
 
 def fit_and_pad(pixels: np.ndarray, side: int) -> Tensor:
@@ -83,19 +83,20 @@ def fit_and_pad(pixels: np.ndarray, side: int) -> Tensor:
     open_clip's `ResizeMaxSize` as HPSv2 applies it, after the conversion to a tensor: bicubic with antialiasing on
     floats, which are neither rounded nor clamped. An odd row or column of padding goes below or to the right.
     """
-    levels = _levels(pixels)
-    height, width = (round(length * side / max(levels.shape[1:])) for length in levels.shape[1:])
-    if (height, width) != levels.shape[1:]:
-        levels = interpolate(levels[None], (height, width), mode="bicubic", antialias=True)[0]
+    values = levels(pixels)
+    height, width = (round(length * side / max(values.shape[1:])) for length in values.shape[1:])
+    if (height, width) != values.shape[1:]:
+        values = interpolate(values[None], (height, width), mode="bicubic", antialias=True)[0]
     top, left = (side - height) // 2, (side - width) // 2
-    return _normalised(pad(levels, (left, side - width - left, top, side - height - top)))
+    return normalised(pad(values, (left, side - width - left, top, side - height - top)))
 
 
-def _levels(pixels: np.ndarray | Image.Image) -> Tensor:
+def levels(pixels: np.ndarray | Image.Image) -> Tensor:
     """`[3, H, W]` float32 in [0, 1]."""
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
-def _normalised(levels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (levels - mean) / std
+def normalised(values: Tensor) -> Tensor:
+    """`[3, H, W]` levels less OpenAI's mean of each colour, over its deviation."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
+    return (values - mean) / std

@@ -44,7 +44,7 @@ def rapidocr_alphabet(engine: Any) -> Collection[str]:
 
 
 def check_quotes(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """As `PromptChecker.check`: prompts without text in quotes. Says once which text is taken where that is unclear."""
+    """As `unfit`: prompts without text in quotes. Says once which text is taken where that is unclear."""
     unclear = {}
 
     def read(prompt: str, _: Mapping[str, Any]) -> None:

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from diffusionopd.files import located
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores
-from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.judges.server import JudgeServer, Question, data_url
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, fetch_command
+from diffusionopd.rewards.judges.server import JudgeServer, Question
 
 QUESTION = "reward_ckpts/unifiedreward_question.txt"
 """The official question: UTF-8 text in which `{prompt}` stands for the caption. No other brace has a meaning."""
@@ -34,9 +31,6 @@ START = (
     "UnifiedReward-7b-v1.5 --port 17140 --chat-template chatml-llava --mem-fraction-static 0.85"
 )
 """The command that starts the server of the defaults; sglang is best installed in an environment of its own."""
-
-SIDE = 512  # pixels
-MAX_TOKENS = 4096  # of an answer, as in UnifiedReward's local inference; its official client leaves it to the server
 
 _FINAL_SCORE = re.compile(
     r"""final \s+ score [\s*_:='"`\[]* (\d+(?:\.\d+)?)      # the number, perhaps bold or in quotes
@@ -61,7 +55,7 @@ def load_question(path: str) -> str:
     Raises:
         RewardError: a file without `{prompt}`.
     """
-    fetch, path = "python -m tools.download rewards unifiedreward", located(path)
+    fetch, path = fetch_command("unifiedreward"), located(path)
     if not Path(path).is_file():
         warnings.warn(
             f"reward 'unifiedreward': without {path} it asks in words of its own, and its scores cannot be compared "
@@ -92,8 +86,10 @@ class UnifiedReward(JudgeServer):
     question: str = QUESTION
 
     name: ClassVar[str] = "unifiedreward"
+    asks: ClassVar[str] = "question"
     start: ClassVar[str] = START
     must_be_listed: ClassVar[bool] = False
+    side: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         """Read the question and see that the server is there.
@@ -109,22 +105,12 @@ class UnifiedReward(JudgeServer):
         value = final_score(answer)
         return None if value is None else value / 5
 
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `RewardError` when an image's request fails for good; there is no silent score."""
-        answers = self.ask(
-            [
-                Question(
-                    data_url(pixels, SIDE),
-                    self._question.replace("{prompt}", prompt),
-                    max_tokens=MAX_TOKENS,
-                    read=lambda answer: self.parse(answer.text),
-                )
-                for pixels, prompt in zip(each_uint8(images), prompts, strict=True)
-            ]
-        )
-        values = [self.parse(answer.text) for answer in answers]
-        unparsable = np.array([value is None for value in values], dtype=np.float64)
-        if unparsable.any():
-            self.warn_unreadable(answers[values.index(None)])
-        scores = np.array([NOT_APPLICABLE if value is None else value for value in values], dtype=np.float64)
-        return {self.name: scores, f"{self.name}_unparsable": unparsable}
+    def asked(self, prompt: str, metadata: Mapping[str, Any]) -> list[Question]:
+        """As `JudgeServer.asked`."""
+        return [Question(self._question.replace("{prompt}", prompt), lambda answer: self.parse(answer.text))]
+
+    def row(self, prompt: str, metadata: Mapping[str, Any], values: Sequence[float | None]) -> dict[str, float]:
+        """As `JudgeServer.row`."""
+        (value,) = values
+        score = NOT_APPLICABLE if value is None else value
+        return {self.name: score, f"{self.name}_unparsable": float(value is None)}

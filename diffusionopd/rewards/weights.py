@@ -2,8 +2,8 @@
 
 import pickle
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diffusionopd.files import located, looked_in
-from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.base import RewardError, fetch_command, official_file
 
 StateDict = Mapping[str, Tensor]
 Built = TypeVar("Built")
@@ -38,21 +37,17 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
     Raises:
         RewardError: the file is missing (with the command that fetches it), or `build` fails on what it holds.
     """
-    fetch = f"python -m tools.download rewards {reward}"
-    path = located(path)
-    if not Path(path).is_file():
-        raise RewardError(
-            f"reward '{reward}' needs {path}, which does not exist{looked_in(path)}. To fetch it: {fetch}"
-        )
+    place = official_file(reward, path)
     try:
-        if path.endswith(".safetensors"):
-            return build(load_file(path))
-        return build(torch.load(path, map_location="cpu", weights_only=True))
+        if place.suffix == ".safetensors":
+            return build(load_file(place))
+        return build(torch.load(place, map_location="cpu", weights_only=True))
     except Exception as error:  # torch and the key maps raise whatever they meet in a file of another kind
         # torch's own words advise to run the code in it
         said = "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else error
         raise RewardError(
-            f"{path} is not the checkpoint of reward '{reward}': {said}. Remove it and fetch it again: {fetch}"
+            f"{place} is not the checkpoint of reward '{reward}': {said}. Remove it and fetch it again: "
+            f"{fetch_command(reward)}"
         ) from error
 
 
@@ -72,6 +67,16 @@ def filled(factory: Callable[[], Module], state: StateDict) -> Module:
     return module.requires_grad_(False).eval()
 
 
+@contextmanager
+def from_hub(what: str, name: str, *more: str) -> Iterator[None]:
+    """What cannot be loaded inside is a `RewardError`, with what fetches it and `more` of its repositories."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        fetch = " && ".join(f"hf download {each}" for each in dict.fromkeys((name, *more)))
+        raise RewardError(f"the {what} '{name}' cannot be loaded: {error}. To fetch it: {fetch}") from error
+
+
 def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
     """A tokenizer of this class from the hub or a local folder.
 
@@ -79,15 +84,11 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
         RewardError: it cannot be had, with the command that fetches it. transformers 5 does not say so: it returns one
             with nothing but special tokens.
     """
-    try:
+    with from_hub("tokenizer", name):
         tokenizer = kind.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is not there")
         return tokenizer
-    except (OSError, ValueError) as error:
-        raise RewardError(
-            f"the tokenizer '{name}' cannot be loaded: {error}. To fetch it: hf download {name}"
-        ) from error
 
 
 def renamed(state: StateDict, rules: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class TinyCompose:
 
     @staticmethod
     def check(prompts: Sequence[str], metadata: Metadata) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without GenEval's metadata in the words of the tiny world."""
+        """As `unfit`: prompts without GenEval's metadata in the words of the tiny world."""
         return unfit(_included, prompts, metadata)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:
@@ -172,7 +172,7 @@ class TinyOcr:
 
     @staticmethod
     def check(prompts: Sequence[str], metadata: Metadata) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without letters or digits in quotes."""
+        """As `unfit`: prompts without letters or digits in quotes."""
         return check_quotes(prompts, metadata) | unfit(lambda prompt, _: _wanted_letters(prompt), prompts, metadata)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
 from diffusionopd.rewards.imagereward import BLIP_VISION_NAMES
-from diffusionopd.rewards.images import CLIP_MEAN, CLIP_STD
+from diffusionopd.rewards.images import levels, normalised
 from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/model_base_vqa_capfilt_large.pth"
@@ -82,9 +82,7 @@ class BlipVqa:
     def yes(self, pixels: np.ndarray, questions: Sequence[str]) -> list[float]:
         """How probable yes is as the answer to each question about a uint8 `[H, W, 3]` image, to four decimals."""
         device, side = self.model.vision.device, VISION.image_size
-        image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
-        values = torch.from_numpy(np.array(image)).float() / 255
-        values = ((values - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+        values = normalised(levels(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)))
         texts = [clean_question(question) for question in questions]
         tokens = self.tokenizer(texts, padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         batch = values.expand(len(texts), -1, -1, -1).to(device)

@@ -66,6 +66,21 @@ def relations(detect: Detector, pairs: Pairs, is_complex: bool = False) -> np.nd
     return np.array(scores, dtype=np.float64)
 
 
+def _pairs(images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Pairs:
+    return list(zip(each_uint8(images), prompts, metadata, strict=True))
+
+
+def _need_relation(prompt: str, metadata: Mapping[str, Any]) -> None:
+    if relation_in(prompt) is None:
+        raise UnfitPromptError("names no spatial relation of T2I-CompBench's", prompt)
+
+
+def _kind(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    if metadata.get("kind") not in KINDS:
+        raise UnfitPromptError(f"has no 'kind' of {', '.join(KINDS)}", prompt)
+    return KINDS[metadata["kind"]]
+
+
 class Attribute:
     """`compbench_attribute`: BLIP-VQA, 0 to 1, for prompts of colours, shapes and textures."""
 
@@ -82,7 +97,7 @@ class Attribute:
 
     @staticmethod
     def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without a noun phrase, where there is what finds them."""
+        """As `unfit`: prompts without a noun phrase, where there is what finds them."""
         try:
             load_parser()
         except RewardError:
@@ -102,10 +117,7 @@ class SpatialRelation:
         load_parser()
         self.detect = load_detector(detector, device, dtype)
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without a relation."""
-        return unfit(_need_relation, prompts, metadata)
+    check = staticmethod(functools.partial(unfit, _need_relation))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without a relation, first of all."""
@@ -150,10 +162,7 @@ class Complex:
         self.clip = load_clip_b(clip, clip_tokenizer, device, dtype)
         self.detect = load_detector(detector, device, dtype)
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without a kind."""
-        return unfit(_kind, prompts, metadata)
+    check = staticmethod(functools.partial(unfit, _kind))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without a kind, first of all."""
@@ -168,18 +177,3 @@ class Complex:
         mean = [np.mean([parts[name][i] for name in names]) for i, names in enumerate(kinds)]
         own = {f"compbench_complex_{name}": values for name, values in parts.items()}
         return {"compbench_complex": np.array(mean, dtype=np.float64), **own}
-
-
-def _pairs(images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Pairs:
-    return list(zip(each_uint8(images), prompts, metadata, strict=True))
-
-
-def _need_relation(prompt: str, metadata: Mapping[str, Any]) -> None:
-    if relation_in(prompt) is None:
-        raise UnfitPromptError("names no spatial relation of T2I-CompBench's", prompt)
-
-
-def _kind(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    if metadata.get("kind") not in KINDS:
-        raise UnfitPromptError(f"has no 'kind' of {', '.join(KINDS)}", prompt)
-    return KINDS[metadata["kind"]]

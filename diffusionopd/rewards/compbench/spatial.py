@@ -16,9 +16,8 @@ from PIL import Image
 from transformers import CLIPTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from diffusionopd.rewards.base import RewardError
 from diffusionopd.rewards.compbench.phrases import Spatial
-from diffusionopd.rewards.weights import load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import from_hub, load_tokenizer, scorer_dtype
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 THRESHOLD = 0.1  # of OWLv2's scores; UniDet's are taken above 0.5
@@ -84,14 +83,10 @@ def load_detector(name: str, device: str, dtype: str) -> Detector:
         "with published ones",
         stacklevel=3,
     )
-    try:
+    with from_hub("detector", name):
         model = Owlv2ForObjectDetection.from_pretrained(name, use_safetensors=True)
         side = model.config.vision_config.image_size
         processor = Owlv2ImageProcessorPil(size={"height": side, "width": side})
-    except (OSError, ValueError) as error:
-        raise RewardError(
-            f"the detector '{name}' cannot be loaded: {error}. To fetch it: hf download {name}"
-        ) from error
     tokenizer = load_tokenizer(CLIPTokenizer, name)
     return functools.partial(_detect, model.to(device, number).requires_grad_(False).eval(), processor, tokenizer)
 

@@ -14,6 +14,7 @@ from diffusionopd.rewards.base import RewardError
 from diffusionopd.rewards.geneval.convert import UNUSED, convert, read_checkpoint
 from diffusionopd.rewards.geneval.mask2former import by_class, detect
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
+from diffusionopd.rewards.weights import from_hub
 
 Detector = Callable[[np.ndarray], list[dict[str, list[Detection]]]]
 """Finds the objects in B images of one size, uint8 `[B, H, W, 3]`, RGB.
@@ -49,14 +50,10 @@ def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype
 
 def load_model(name: str) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former of COCO's 80 classes, from the hub or a folder. Raises `RewardError` as `build_detector`."""
-    try:
+    with from_hub("detector", name):
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             name, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RewardError(
-            f"the detector '{name}' cannot be loaded: {error}. To fetch it: hf download {name}"
-        ) from error
     if missing := set(report["missing_keys"]) - UNUSED:
         raise RewardError(f"{name} is not the Mask2Former expected: it lacks {min(missing)} ({len(missing)} in all)")
     labels = model.config.id2label

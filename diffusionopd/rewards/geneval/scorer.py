@@ -100,10 +100,7 @@ class GenEval:
         self.detect = load_detector(detector, checkpoint, device, scorer_dtype(dtype))
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without GenEval's metadata."""
-        return unfit(parse_request, prompts, metadata)
+    check = staticmethod(partial(unfit, parse_request))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without GenEval's metadata, first of all."""

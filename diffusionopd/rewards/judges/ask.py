@@ -1,14 +1,13 @@
-"""Several questions about each of several images: what they say, and how their answers are read."""
+"""What several judges do alike: fill in what is asked, read yes or no, and average."""
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from diffusionopd.rewards.base import NOT_APPLICABLE, UnfitPromptError
-from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question
+from diffusionopd.rewards.judges.server import Answer
 
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
@@ -23,12 +22,6 @@ def filled(template: str, prompt: str, metadata: Mapping[str, Any]) -> str:
     if missing := sorted({name for name in _PLACE.findall(template) if name not in values}):
         raise UnfitPromptError(f"has no {', '.join(map(repr, missing))}, which the judge's question names", prompt)
     return _PLACE.sub(lambda place: str(values[place[1]]), template)
-
-
-def ask_each(server: JudgeServer, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
-    """The answers to each image's questions, all of them asked side by side."""
-    answers = iter(server.ask([question for group in questions for question in group]))
-    return [list(islice(answers, len(group))) for group in questions]
 
 
 def yes_or_no(answer: Answer) -> bool | None:

@@ -6,14 +6,12 @@ model that no chat server has.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-
-from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, Scores, UnfitPromptError, Weighted, unfit
-from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.judges.ask import ask_each, mean, yes_or_no
-from diffusionopd.rewards.judges.server import JudgeServer, Question, data_url
+from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, UnfitPromptError, Weighted, unfit
+from diffusionopd.rewards.judges.ask import mean, yes_or_no
+from diffusionopd.rewards.judges.server import JudgeServer, Question
 
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")
 MAX_TOKENS = 16  # of an answer that begins with yes or no
@@ -36,7 +34,7 @@ def parse_propositions(prompt: str, metadata: Mapping[str, Any]) -> list[Proposi
         raise UnfitPromptError("has no 'questions', as DPG-Bench's prompts have them", prompt)
     try:
         found = [
-            Proposition(int(q["id"]), str(q["question"]), str(q["category"]), tuple(map(int, q["needs"])))
+            Proposition(int(q["id"]), str(q["question"]), _category(str(q["category"])), tuple(map(int, q["needs"])))
             for q in given
         ]
     except (TypeError, ValueError, LookupError):
@@ -49,15 +47,20 @@ def parse_propositions(prompt: str, metadata: Mapping[str, Any]) -> list[Proposi
     return found
 
 
-def counted(propositions: Sequence[Proposition], yes: Sequence[bool]) -> list[bool]:
+def _category(text: str) -> str:
+    """One of `CATEGORIES` from "entity - whole"."""
+    return text.split("-")[0].strip().lower()
+
+
+def counted(answers: Sequence[tuple[Proposition, bool]]) -> list[bool]:
     """Which answers count as right: yes, where what they need is right too. In the order of the file, as officially.
 
     0 among the ids that are needed stands for none.
     """
-    right = {each.id: answer for each, answer in zip(propositions, yes, strict=True)}
-    for each in propositions:
-        right[each.id] = right[each.id] and all(right[need] for need in each.needs if need)
-    return [right[each.id] for each in propositions]
+    right = {each.id: yes for each, yes in answers}
+    for each, yes in answers:
+        right[each.id] = yes and all(right[need] for need in each.needs if need)
+    return list(right.values())
 
 
 @dataclass(eq=False)
@@ -73,47 +76,25 @@ class DpgBench(JudgeServer):
     attempts: int = 3
 
     name: ClassVar[str] = "dpgbench"
-    start: ClassVar[str] = "vllm serve Qwen/Qwen3-VL-8B-Instruct --host 127.0.0.1 --port 8000"
     combined: ClassVar[Combined] = {
         f"dpgbench_{category}": Weighted(f"dpgbench_{category}", f"dpgbench_{category}_questions")
         for category in CATEGORIES
     }
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without DPG-Bench's questions."""
-        return unfit(parse_propositions, prompts, metadata)
+    check = staticmethod(partial(unfit, parse_propositions))
 
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without questions, first of all."""
-        asked = [parse_propositions(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
-        urls = [data_url(pixels) for pixels in each_uint8(images)]
-        questions = [
-            [
-                Question(url, f"{q.question} Answer yes or no.", max_tokens=MAX_TOKENS, read=yes_or_no)
-                for q in propositions
-            ]
-            for url, propositions in zip(urls, asked, strict=True)
-        ]
-        rows = []
-        for propositions, answers in zip(asked, ask_each(self, questions), strict=True):
-            verdicts = [yes_or_no(answer) for answer in answers]
-            if None in verdicts:
-                self.warn_unreadable(answers[verdicts.index(None)])
-            rows.append(_row(propositions, verdicts))
-        return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in _row([], [])}
+    def asked(self, prompt: str, metadata: Mapping[str, Any]) -> list[Question]:
+        """As `JudgeServer.asked`."""
+        asked = parse_propositions(prompt, metadata)
+        return [Question(f"{each.question} Answer yes or no.", yes_or_no, max_tokens=MAX_TOKENS) for each in asked]
 
-
-def _row(propositions: Sequence[Proposition], verdicts: Sequence[bool | None]) -> dict[str, float]:
-    """The scores of one image."""
-    readable, yes = None not in verdicts, [bool(verdict) for verdict in verdicts]
-    row = {"dpgbench": mean(counted(propositions, yes)) if readable else NOT_APPLICABLE}
-    for category in CATEGORIES:
-        own = [
-            answer
-            for answer, each in zip(yes, propositions, strict=True)
-            if each.category.split("-")[0].strip().lower() == category
-        ]
-        row[f"dpgbench_{category}"] = mean(own) if readable else NOT_APPLICABLE
-        row[f"dpgbench_{category}_questions"] = (float(len(own)) or NOT_APPLICABLE) if readable else NOT_APPLICABLE
-    return row | {"dpgbench_unparsable": mean([verdict is None for verdict in verdicts])}
+    def row(self, prompt: str, metadata: Mapping[str, Any], values: Sequence[bool | None]) -> dict[str, float]:
+        """As `JudgeServer.row`."""
+        asked, unreadable = parse_propositions(prompt, metadata), [value is None for value in values]
+        answers = [] if any(unreadable) else [(each, bool(value)) for each, value in zip(asked, values, strict=True)]
+        row = {"dpgbench": mean(counted(answers)), "dpgbench_unparsable": mean(unreadable)}
+        for category in CATEGORIES:
+            own = [yes for each, yes in answers if each.category == category]
+            row[f"dpgbench_{category}"] = mean(own)
+            row[f"dpgbench_{category}_questions"] = float(len(own)) or NOT_APPLICABLE
+        return row

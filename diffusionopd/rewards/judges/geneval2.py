@@ -9,14 +9,14 @@ list of most probable first tokens.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, Scores, UnfitPromptError, Weighted, unfit
-from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.judges.ask import ask_each, mean
-from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question, data_url
+from diffusionopd.rewards.base import NOT_APPLICABLE, Combined, UnfitPromptError, Weighted, unfit
+from diffusionopd.rewards.judges.ask import mean
+from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 ATOMS = range(3, 11)
@@ -87,45 +87,35 @@ class GenEval2(JudgeServer):
     model: str = "Qwen/Qwen3-VL-8B-Instruct"
 
     name: ClassVar[str] = "geneval2"
-    start: ClassVar[str] = "vllm serve Qwen/Qwen3-VL-8B-Instruct --host 127.0.0.1 --port 8000"
     combined: ClassVar[Combined] = {
         f"geneval2_{skill}": Weighted(f"geneval2_{skill}", f"geneval2_{skill}_questions") for skill in SKILLS
     }
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without GenEval 2's questions."""
-        return unfit(parse_atoms, prompts, metadata)
+    check = staticmethod(partial(unfit, parse_atoms))
 
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without questions, first of all."""
-        atoms = [parse_atoms(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
-        urls = [data_url(pixels) for pixels in each_uint8(images)]
-        questions = [
-            [Question(url, f"{atom.question} Answer in one word.", probabilities=True) for atom in each]
-            for url, each in zip(urls, atoms, strict=True)
+    def asked(self, prompt: str, metadata: Mapping[str, Any]) -> list[Question]:
+        """As `JudgeServer.asked`."""
+        return [
+            Question(f"{atom.question} Answer in one word.", partial(_read, right_answers(atom)), probabilities=True)
+            for atom in parse_atoms(prompt, metadata)
         ]
-        rows = [
-            _row(each, answers, data.get("atom_count"))
-            for each, answers, data in zip(atoms, ask_each(self, questions), metadata, strict=True)
-        ]
-        return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in _row([], [], None)}
+
+    def row(
+        self, prompt: str, metadata: Mapping[str, Any], values: Sequence[tuple[float, bool, bool]]
+    ) -> dict[str, float]:
+        """As `JudgeServer.row`."""
+        soft, seen, hard = np.array(values, dtype=np.float64).T
+        with np.errstate(divide="ignore"):
+            geometric = float(np.exp(np.log(soft).mean()))
+        row = {"geneval2": geometric, "geneval2_am": mean(soft), "geneval2_tifa": mean(hard)}
+        for skill in SKILLS:
+            own = soft[[atom.skill == skill for atom in parse_atoms(prompt, metadata)]]
+            row[f"geneval2_{skill}"] = mean(own)
+            row[f"geneval2_{skill}_questions"] = float(len(own)) or NOT_APPLICABLE
+        row |= {f"geneval2_atoms_{n}": geometric if metadata.get("atom_count") == n else NOT_APPLICABLE for n in ATOMS}
+        return row | {"geneval2_unseen": mean(1 - seen)}
 
 
-def _row(atoms: Sequence[Atom], answers: Sequence[Answer], atom_count: Any) -> dict[str, float]:
-    """The scores of one image."""
-    right = [right_answers(atom) for atom in atoms]
-    found = [probability(answer, first_tokens(each)) for answer, each in zip(answers, right, strict=True)]
-    soft = np.array([p for p, _ in found], dtype=np.float64)
-    hard = [
-        answer.text.lower() in each for answer, each in zip(answers, right, strict=True)
-    ]  # so that "YES" counts too
-    with np.errstate(divide="ignore"):
-        geometric = float(np.exp(np.mean(np.log(soft)))) if len(soft) else NOT_APPLICABLE
-    row = {"geneval2": geometric, "geneval2_am": mean(soft), "geneval2_tifa": mean(hard)}
-    for skill in SKILLS:
-        own = [p for p, atom in zip(soft, atoms, strict=True) if atom.skill == skill]
-        row[f"geneval2_{skill}"] = mean(own)
-        row[f"geneval2_{skill}_questions"] = float(len(own)) or NOT_APPLICABLE
-    row |= {f"geneval2_atoms_{n}": geometric if atom_count == n else NOT_APPLICABLE for n in ATOMS}
-    return row | {"geneval2_unseen": mean([not seen for _, seen in found])}
+def _read(right: Sequence[str], answer: Answer) -> tuple[float, bool, bool]:
+    """As `probability` of the right answers, and whether the most probable answer is one of them ("YES" is one too)."""
+    return *probability(answer, first_tokens(right)), answer.text.lower() in right

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -22,7 +23,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from diffusionopd.config_schema import is_number
-from diffusionopd.rewards.base import RewardError, RewardUnavailableError
+from diffusionopd.rewards.base import RewardError, RewardUnavailableError, Scores
+from diffusionopd.rewards.images import Images, each_uint8
 
 LONGEST_PAUSE = 60  # seconds; a server may ask for hours in Retry-After
 _TEMPORARY = (429, *range(500, 600))  # statuses that may be other ones soon
@@ -47,15 +49,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one image: `image` is its data URL, `read` says whether an answer can be used."""
+    """What is asked about an image; `read` makes a value of an answer, None of one that cannot be used."""
 
-    image: str
     text: str
+    read: Callable[[Answer], Any]
     system: str = ""
     image_first: bool = True
-    max_tokens: int = 4096
+    max_tokens: int = 4096  # as in UnifiedReward's local inference; its official client leaves it to the server
     probabilities: bool = False
-    read: Callable[[Answer], object] = field(default=lambda answer: True, compare=False)
 
 
 def data_url(pixels: np.ndarray, side: int = 0) -> str:
@@ -104,7 +105,9 @@ def shortened(text: str, length: int = 300) -> str:
 
 @dataclass(eq=False)
 class JudgeServer:
-    """The connection to a judge, with the options that each scorer has that asks one; subclasses are the scorers.
+    """The connection to a judge, with the options that each scorer has that asks one.
+
+    A subclass is a scorer: it has `asked`, the questions about one image, and `row`, what their answers score.
 
     base_url: see `api_root`.
     model: the name under which the server has the model.
@@ -131,10 +134,14 @@ class JudgeServer:
 
     name: ClassVar[str]
     """Of the reward."""
-    start: ClassVar[str] = "vllm serve MODEL --host 127.0.0.1 --port 8000"
-    """The command that starts a server of the defaults."""
+    start: ClassVar[str] = "vllm serve {model} --host 127.0.0.1 --port 8000"
+    """The command that starts a server."""
     must_be_listed: ClassVar[bool] = True
     """Whether a server that names its models must name this one."""
+    side: ClassVar[int] = 0
+    """Pixels a side of the images as they are sent; 0 for their own size."""
+    asks: ClassVar[str] = ""
+    """The option that names the file with what is asked; "" if there is none."""
 
     def __post_init__(self) -> None:
         """See that the options can be used and that the server is there.
@@ -191,30 +198,60 @@ class JudgeServer:
                 found.append(str(error))
         return found
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in order. Raises `RewardError` when a request fails for good; there is no silent answer."""
+    @classmethod
+    def files(cls, options: Mapping[str, Any]) -> list[str]:
+        """The files that the scores depend on."""
+        return [options.get(cls.asks, getattr(cls, cls.asks))] if cls.asks else []
+
+    def asked(self, prompt: str, metadata: Mapping[str, Any]) -> list[Question]:
+        """What is asked about an image of a prompt. Raises `UnfitPromptError` for one that lacks what it takes."""
+        raise NotImplementedError
+
+    def row(self, prompt: str, metadata: Mapping[str, Any], values: Sequence[Any]) -> dict[str, float]:
+        """The scores of one image by name, from what its questions read in their answers."""
+        raise NotImplementedError
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """As `Scorer.score`; all questions about all images are asked side by side.
+
+        Raises:
+            UnfitPromptError: as `asked`, first of all.
+            RewardError: a request fails for good; there is no silent score.
+        """
+        pairs = list(zip(prompts, metadata, strict=True))
+        questions = [self.asked(*pair) for pair in pairs]
+        urls = [data_url(pixels, self.side) for pixels in each_uint8(images)]
+        values = iter(self._read([(url, each) for url, own in zip(urls, questions, strict=True) for each in own]))
+        rows = [self.row(*pair, list(islice(values, len(own)))) for pair, own in zip(pairs, questions, strict=True)]
+        return {key: np.array([row[key] for row in rows], np.float64) for key in (rows[0] if rows else [self.name])}
+
+    def _read(self, asked: Sequence[tuple[str, Question]]) -> list[Any]:
+        """What answers to questions about images say, in order; the first one that could not be read is shown once."""
         # Its threads are daemons, unlike a ThreadPoolExecutor's: a server that hangs does not delay the exit.
-        with ThreadPool(min(self.concurrency, len(questions) or 1)) as pool:
-            return list(pool.imap(self._ask, questions))  # the first error ends it; what has not begun is left out
-
-    def warn_unreadable(self, answer: Answer) -> None:
-        """Show the first answer that could not be read."""
-        if not self._warned:
+        with ThreadPool(min(self.concurrency, len(asked) or 1)) as pool:
+            # The first error ends it; what has not begun is left out.
+            found = list(pool.imap(lambda each: self._ask(*each), asked))
+        unreadable = next((answer for answer, value in found if value is None), None)
+        if unreadable and not self._warned:
             self._warned = True
-            said = shortened(answer.text)
+            said = shortened(unreadable.text)
             warnings.warn(f"reward '{self.name}': an answer without a score: {said!r}", stacklevel=3)
+        return [value for _, value in found]
 
-    def _ask(self, question: Question) -> Answer:
-        """The answer to a question, greedily decoded; the last one if none of the attempts can be read."""
+    def _ask(self, image: str, question: Question) -> tuple[Answer, Any]:
+        """The answer to a question about the image of a data URL, greedily decoded, and what is read in it.
+
+        It is the last answer if none of the attempts can be read.
+        """
         for _ in range(self.attempts):
-            answer = self._ask_once(question)
-            if question.read(answer) is not None:
+            answer = self._ask_once(image, question)
+            if (value := question.read(answer)) is not None:
                 break
-        return answer
+        return answer, value
 
-    def _ask_once(self, question: Question) -> Answer:
+    def _ask_once(self, image: str, question: Question) -> Answer:
         parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": question.image}},
+            {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": question.text},
         ]
         messages = [{"role": "user", "content": parts if question.image_first else parts[::-1]}]
@@ -267,7 +304,7 @@ class JudgeServer:
                 method, self._root + path, timeout=(self.connect_timeout, seconds), allow_redirects=False, **body
             )
         except requests.RequestException as error:
-            what, remedy = f"does not answer {method} {path}", f". To start one: {self.start}"
+            what, remedy = f"does not answer {method} {path}", f". To start one: {self.start.format(model=self.model)}"
             raise self._error(what, str(error), remedy, RewardUnavailableError) from error
         if response.status_code in (401, 403):
             remedy = f". The key belongs into the environment variable {self.api_key_variable}"

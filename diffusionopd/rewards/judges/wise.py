@@ -9,16 +9,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-
-from diffusionopd.files import located, looked_in
-from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores, UnfitPromptError, unfit
-from diffusionopd.rewards.images import Images, each_uint8
+from diffusionopd.rewards.base import (
+    NOT_APPLICABLE,
+    RewardError,
+    UnfitPromptError,
+    fetch_command,
+    official_file,
+    unfit,
+)
 from diffusionopd.rewards.judges.ask import filled
-from diffusionopd.rewards.judges.server import JudgeServer, Question, data_url
+from diffusionopd.rewards.judges.server import Answer, JudgeServer, Question
 
 CATEGORIES = {
     "Cultural knowledge": "cultural",
@@ -43,8 +46,9 @@ def category(prompt: str, metadata: Mapping[str, Any]) -> str:
     return CATEGORIES[metadata["Category"]]
 
 
-def read_grades(text: str) -> dict[str, float] | None:
+def read_grades(answer: Answer) -> dict[str, float] | None:
     """The three grades of an answer, by name or one a line; None unless all are there and from 0 to 2."""
+    text = answer.text
     named = re.findall(r"(?i)\b(consistency|realism|aesthetic quality)[\s*:：]*([0-2])(?![\d.])", text)
     found = {name.lower().replace(" ", "_"): float(grade) for name, grade in named}
     if not found and len(lines := re.findall(r"(?m)^\s*([0-2])\s*$", text)) >= len(WEIGHTS):
@@ -52,10 +56,10 @@ def read_grades(text: str) -> dict[str, float] | None:
     return found if found.keys() == WEIGHTS.keys() else None
 
 
-def read_verdict(text: str) -> dict[str, float] | None:
+def read_verdict(answer: Answer) -> dict[str, float] | None:
     """The verdict of an answer, 0 or 1, named or alone on a line; None if there is none."""
-    named = re.search(r"(?i)\bscore[\s*:：]*([01])(?![\d./])", text)
-    lines = re.findall(r"(?m)^\s*([01])\s*$", text)
+    named = re.search(r"(?i)\bscore[\s*:：]*([01])(?![\d./])", answer.text)
+    lines = re.findall(r"(?m)^\s*([01])\s*$", answer.text)
     if not named and len(lines) != 1:
         return None
     return {"score": float(named[1] if named else lines[0])}
@@ -63,17 +67,15 @@ def read_verdict(text: str) -> dict[str, float] | None:
 
 def load_protocol(reward: str, path: str) -> tuple[str, str]:
     """The system's part of what is asked, and the user's. `RewardError` for a file that is missing or is another."""
-    fetch, place = f"python -m tools.download rewards {reward}", located(path)
-    if not Path(place).is_file():
-        raise RewardError(f"needs {path}, which does not exist{looked_in(path)}. To fetch it: {fetch}")
+    place = official_file(reward, path)
     try:
-        content = json.loads(Path(place).read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8"))
         system, question = str(content["system"]), str(content["question"])
         if "{prompt}" in question and "{Explanation}" in question:
             return system, question
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    raise RewardError(f"{path} is not what WISE asks. Remove it and fetch it again: {fetch}")
+    raise RewardError(f"{path} is not what WISE asks. Remove it and fetch it again: {fetch_command(reward)}")
 
 
 @dataclass(eq=False)
@@ -92,8 +94,10 @@ class Wise(JudgeServer):
     question: str = "reward_ckpts/wise_question.json"
 
     name: ClassVar[str] = "wise"
+    asks: ClassVar[str] = "question"
     grades: ClassVar[Mapping[str, float]] = {key: weight / 2 for key, weight in WEIGHTS.items()}
     max_tokens: ClassVar[int] = 2000
+    read = staticmethod(read_grades)
 
     def __post_init__(self) -> None:
         """Read what is asked and see that the server is there. Raises `RewardError` as `JudgeServer`."""
@@ -110,45 +114,19 @@ class Wise(JudgeServer):
             found.append(str(error))
         return found
 
-    @classmethod
-    def files(cls, options: Mapping[str, Any]) -> list[str]:
-        """The files that the scores depend on."""
-        return [options.get("question", cls.question)]
+    check = staticmethod(partial(unfit, category))
 
-    @staticmethod
-    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """As `PromptChecker.check`: prompts without an explanation or a category."""
-        return unfit(category, prompts, metadata)
+    def asked(self, prompt: str, metadata: Mapping[str, Any]) -> list[Question]:
+        """As `JudgeServer.asked`."""
+        category(prompt, metadata)
+        text = filled(self._question, prompt, metadata)
+        return [Question(text, self.read, self._system, image_first=False, max_tokens=self.max_tokens)]
 
-    def read(self, text: str) -> dict[str, float] | None:
-        """The grades of an answer by name."""
-        return read_grades(text)
-
-    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt that is not WISE's, first of all."""
-        categories = [category(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
-        asked = zip(each_uint8(images), prompts, metadata, strict=True)
-        answers = self.ask(
-            [
-                Question(
-                    data_url(pixels),
-                    filled(self._question, prompt, data),
-                    self._system,
-                    image_first=False,
-                    max_tokens=self.max_tokens,
-                    read=lambda answer: self.read(answer.text),
-                )
-                for pixels, prompt, data in asked
-            ]
-        )
-        found = [self.read(answer.text) for answer in answers]
-        if None in found:
-            self.warn_unreadable(answers[found.index(None)])
-        rows = [self._row(*each) for each in zip(found, categories, strict=True)]
-        return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in self._row(None, "")}
-
-    def _row(self, grades: Mapping[str, float] | None, own: str) -> dict[str, float]:
-        """The scores of one image."""
+    def row(
+        self, prompt: str, metadata: Mapping[str, Any], values: Sequence[Mapping[str, float] | None]
+    ) -> dict[str, float]:
+        """As `JudgeServer.row`."""
+        (grades,), own = values, category(prompt, metadata)
         score = sum(weight * grades[key] for key, weight in self.grades.items()) if grades else NOT_APPLICABLE
         row = {self.name: score}
         if len(self.grades) > 1:
@@ -173,7 +151,4 @@ class WiseVerified(Wise):
     )
     grades: ClassVar[Mapping[str, float]] = {"score": 1.0}
     max_tokens: ClassVar[int] = 500
-
-    def read(self, text: str) -> dict[str, float] | None:
-        """The verdict of an answer."""
-        return read_verdict(text)
+    read = staticmethod(read_verdict)
