@@ -106,6 +106,7 @@ class Campaign:
     args: argparse.Namespace
     work: Path
     lasted: dict[int, list[float]] = field(default_factory=dict)  # seconds of each visit of a phase, undisturbed
+    starts: int = 0
 
     def run(self) -> dict[str, Any]:
         """The undisturbed run, then runs that are killed until the kills are dealt; what was found."""
@@ -149,7 +150,8 @@ class Campaign:
                 setattr(owner, function, _marking(getattr(owner, function), mark, phase if rank == 0 else Mark()))
             train(config)
 
-        return start(run, self.args.processes, log=self.work / "output" / name), phase
+        self.starts += 1
+        return start(run, self.args.processes, log=self.work / "output" / f"{self.starts}-{name}"), phase
 
     def _draw(self, rng: random.Random) -> tuple[int | None, int, float]:
         """(phase or None for any time, which of its visits, seconds after its beginning), at random."""

@@ -164,7 +164,7 @@ def test_of_many_that_find_a_dead_holder_one_comes_in(tmp_path):
                 return
             time.sleep(rng.random() * 0.002)
 
-    ends = fork(work, 12, log=tmp_path / "log", check=False)
+    ends = fork(work, 12, check=False)
     assert [end.status for end in ends] == [-9 * (rank % 2) for rank in range(12)], [end.errors for end in ends]
     with hold([folder], "folder", ""):
         pass
@@ -182,7 +182,7 @@ def test_a_folder_is_given_back_however_a_process_ends(ending, tmp_path):
             assert (tmp_path / "a" / LOCK).exists()
             ending()
 
-    fork(work, log=tmp_path / "log", check=False)
+    fork(work, check=False)
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("[ab]/**"))] == ["b"]
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine"]
 
