@@ -24,7 +24,7 @@ from diffusionopd.training import train
 
 from .conftest import ROOT
 from .forked import Forked, Mark, fork, start
-from .helpers import metrics
+from .helpers import files_of, metrics
 from .helpers_processes import linux, wait_for
 
 pytestmark = linux
@@ -52,10 +52,6 @@ def waiting(mark: Mark):
     mark.value = 1
     while True:
         time.sleep(0.01)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- who is gone -----------------------------------------------------------------------------------------------------
