@@ -135,12 +135,12 @@ def test_an_upstream_file_works_unchanged(upstream, load):
     assert note.endswith(", ".join(ignored))
 
 
-def test_an_upstream_file_works_with_our_base(upstream):
+def test_an_upstream_file_works_with_our_base(upstream, monkeypatch):
     """Dropped into our config/ folder, it assigns to our defaults; the stand-in for imp is gone afterwards."""
     (upstream.parent / "base.py").write_text((OPD.parent / "base.py").read_text())
-    before = sys.modules.get("imp")
+    monkeypatch.delitem(sys.modules, "imp", raising=False)
     assert check(load_config(f"{upstream}:mine"), 8).shape.images_per_round == 48
-    assert sys.modules.get("imp") is before and "base" not in sys.modules
+    assert sys.modules.keys().isdisjoint({"imp", "base"})
 
 
 def test_a_file_may_have_functions_plain_dicts_and_config_dicts(own):
