@@ -6,7 +6,7 @@ No teachers are released for these bases: name LoRAs of them, of any format in `
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import distillation_of, teacher_of
+from diffusionopd.training import distillation_of
 
 
 def get_config(name: str) -> ConfigDict:
@@ -24,7 +24,7 @@ def mopd() -> ConfigDict:
     Cost:      58 PFLOP per round, 19 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    return _distillation("flux1_mopd", "black-forest-labs/FLUX.1-dev")
+    return distillation_of("flux1_mopd", "black-forest-labs/FLUX.1-dev")
 
 
 def schnell() -> ConfigDict:
@@ -36,12 +36,4 @@ def schnell() -> ConfigDict:
     Cost:      21 PFLOP per round, 7.1 s (computed, as ``mopd``'s): 4 steps, all trained, in the place of 10
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    config = _distillation("flux1_schnell", "black-forest-labs/FLUX.1-schnell")
-    config.sample.num_steps = None
-    config.train.timestep_fraction = 1.0
-    return config
-
-
-def _distillation(run_name: str, model: str) -> ConfigDict:
-    tasks = [teacher_of(name) for name in ("pickscore", "ocr", "geneval")]
-    return distillation_of(run_name, model, tasks, batch=1, batches=9)
+    return distillation_of("flux1_schnell", "black-forest-labs/FLUX.1-schnell", few_steps=True)

@@ -9,7 +9,7 @@ attended too. 10 000 prompts are 79 to 157 GB, so shorten the prompt files where
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import distillation_of, teacher_of
+from diffusionopd.training import distillation_of
 
 
 def get_config(name: str) -> ConfigDict:
@@ -27,7 +27,7 @@ def klein_base() -> ConfigDict:
     Cost:      55 PFLOP per round, 18 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    return _distillation("flux2_klein_base", "black-forest-labs/FLUX.2-klein-base-4B")
+    return distillation_of("flux2_klein_base", "black-forest-labs/FLUX.2-klein-base-4B")
 
 
 def klein() -> ConfigDict:
@@ -39,10 +39,7 @@ def klein() -> ConfigDict:
     Cost:      12 PFLOP per round, 4.1 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    config = _distillation("flux2_klein", "black-forest-labs/FLUX.2-klein-4B")
-    config.sample.num_steps = None
-    config.train.timestep_fraction = 1.0
-    return config
+    return distillation_of("flux2_klein", "black-forest-labs/FLUX.2-klein-4B", few_steps=True)
 
 
 def dev() -> ConfigDict:
@@ -54,9 +51,4 @@ def dev() -> ConfigDict:
     Cost:      232 PFLOP per round, 78 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    return _distillation("flux2_dev", "black-forest-labs/FLUX.2-dev")
-
-
-def _distillation(run_name: str, model: str) -> ConfigDict:
-    tasks = [teacher_of(name) for name in ("pickscore", "ocr", "geneval")]
-    return distillation_of(run_name, model, tasks, batch=1, batches=9)
+    return distillation_of("flux2_dev", "black-forest-labs/FLUX.2-dev")

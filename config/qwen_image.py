@@ -64,6 +64,6 @@ def edit() -> ConfigDict:
 
 
 def _distillation(run_name: str, model: str) -> ConfigDict:
-    config = distillation_of(run_name, model, [teacher_of("pickscore"), teacher_of("ocr")], batch=3, batches=2)
+    config = distillation_of(run_name, model, ("pickscore", "ocr"), batch=3, batches=2)
     config.sample.test_batch_size = 4
     return config

@@ -8,7 +8,7 @@ The folders of SANA 1.0 in bf16 hold their weights as a variant: ``--config.pret
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import distillation_of, teacher_of
+from diffusionopd.training import distillation_of
 
 
 def get_config(name: str = "mopd") -> ConfigDict:
@@ -27,7 +27,7 @@ def mopd() -> ConfigDict:
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
-    config = distillation_of("sana_mopd", model, [teacher_of("pickscore"), teacher_of("ocr")], batch=3, batches=2)
+    config = distillation_of("sana_mopd", model, ("pickscore", "ocr"), batch=3, batches=2)
     config.resolution = 1024
     config.activation_checkpointing = False
     config.sample.test_batch_size = 16

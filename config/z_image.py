@@ -7,7 +7,7 @@ is one more than what the pipeline calls so.
 
 from ml_collections import ConfigDict
 
-from diffusionopd.training import distillation_of, teacher_of
+from diffusionopd.training import distillation_of
 
 
 def get_config(name: str) -> ConfigDict:
@@ -25,7 +25,7 @@ def mopd() -> ConfigDict:
     Cost:      99 PFLOP per round, 33 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    return _distillation("z_image_mopd", "Tongyi-MAI/Z-Image")
+    return distillation_of("z_image_mopd", "Tongyi-MAI/Z-Image")
 
 
 def turbo() -> ConfigDict:
@@ -37,12 +37,4 @@ def turbo() -> ConfigDict:
     Cost:      44 PFLOP per round, 15 s (computed, as ``mopd``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
-    config = _distillation("z_image_turbo", "Tongyi-MAI/Z-Image-Turbo")
-    config.sample.num_steps = None
-    config.train.timestep_fraction = 1.0
-    return config
-
-
-def _distillation(run_name: str, model: str) -> ConfigDict:
-    tasks = [teacher_of(name) for name in ("pickscore", "ocr", "geneval")]
-    return distillation_of(run_name, model, tasks, batch=1, batches=9)
+    return distillation_of("z_image_turbo", "Tongyi-MAI/Z-Image-Turbo", few_steps=True)

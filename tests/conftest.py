@@ -158,6 +158,26 @@ def tiny_config(make_config: Callable[..., ConfigDict], tmp_path: Path) -> Calla
     return lambda **changes: make_config(tmp_path / "logs", **changes)
 
 
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test fails that loads a transformer."""
+    place = "diffusionopd.training.loading.load_backbone"
+    monkeypatch.setattr(place, lambda *a, **k: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture
+def prompt_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This test's folder, now the current one, with the prompt files of the SD3.5 configurations: 96 and 4 lines."""
+    monkeypatch.chdir(tmp_path)
+    geneval = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}\n'
+    for split, lines in (("train", 96), ("test", 4)):
+        for name, line in (("pickscore", 'a sign "HI"\n'), ("ocr", 'a sign "HI"\n'), ("geneval", geneval)):
+            path = tmp_path / "dataset" / name / f"{split}{'_metadata.jsonl' if name == 'geneval' else '.txt'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(line * lines + "\n")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def finished_runs(make_config: Callable[..., ConfigDict], tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """`finished_runs(algorithm)`: the folder of a run of three rounds, a checkpoint after each; nobody changes it."""

@@ -56,27 +56,18 @@ class Ended:
 
 
 def fork(
-    function: Callable[[int], Any],
-    world: int = 1,
-    *,
-    log: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = TIMEOUT,
-    check: bool = True,
+    function: Callable[[int], Any], world: int = 1, *, timeout: float = TIMEOUT, check: bool = True
 ) -> list[Ended]:
     """Run ``function(rank)`` in ``world`` processes to their ends; how each ended, by rank.
 
     An exception of the function is printed and gives status 1, `SystemExit` its own status. More than one process find
-    each other by RANK, WORLD_SIZE, MASTER_ADDR and so on, as by the launcher. ``log``: folder for the output,
-    ``rank-0.out``, ``rank-0.err`` ..., appended to; a temporary one without. ``environment``: more variables (what a
-    library reads at its import comes too late). ``timeout``: seconds for all. ``check``: whether a status other than 0
-    is an error.
+    each other by RANK, WORLD_SIZE, MASTER_ADDR and so on, as by the launcher. ``timeout``: seconds for all. ``check``:
+    whether a status other than 0 is an error.
 
     Raises TimeoutError, with the output of the processes that still ran and are killed; AssertionError with ``check``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = start(function, world, log=log or Path(folder), environment=environment)
-        ends = processes.wait(timeout)
+        ends = start(function, world, log=Path(folder)).wait(timeout)
     failed = [f"rank {rank}: status {end.status}\n{end.errors}" for rank, end in enumerate(ends) if end.status]
     if check and failed:
         raise AssertionError("\n".join(failed))
@@ -86,10 +77,9 @@ def fork(
 class Forked:
     """Processes that were started by :func:`start`; as a context manager it kills at the end those that still run."""
 
-    def __init__(self, pids: list[int], log: Path, offsets: list[tuple[int, int]]) -> None:
-        self.pids = pids
+    def __init__(self, pids: list[int], log: Path) -> None:
+        self.pids, self._log = pids, log
         self.statuses: list[int | None] = [None] * len(pids)
-        self._log, self._offsets = log, offsets
 
     def running(self) -> list[int]:
         """The ranks that still run."""
@@ -128,11 +118,11 @@ class Forked:
 
     def out(self, rank: int) -> str:
         """What a process has written to its standard output so far."""
-        return _written(self._log / f"rank-{rank}.out", self._offsets[rank][0])
+        return (self._log / f"rank-{rank}.out").read_text("utf-8", "replace")
 
     def errors(self, rank: int) -> str:
         """What a process has written to its standard error so far."""
-        return _written(self._log / f"rank-{rank}.err", self._offsets[rank][1])
+        return (self._log / f"rank-{rank}.err").read_text("utf-8", "replace")
 
     def __enter__(self) -> Forked:
         return self
@@ -141,10 +131,8 @@ class Forked:
         self.kill()
 
 
-def start(
-    function: Callable[[int], Any], world: int = 1, *, log: Path, environment: Mapping[str, str] | None = None
-) -> Forked:
-    """Start the processes of :func:`fork` and return at once."""
+def start(function: Callable[[int], Any], world: int = 1, *, log: Path) -> Forked:
+    """Start the processes of :func:`fork` and return at once; ``log``: a new folder for their output."""
     if torch.distributed.is_initialized() or torch.cuda.is_initialized():
         raise RuntimeError("a process group or a CUDA context of the parent does not survive a fork")
     with socket.socket() as probe:
@@ -153,22 +141,21 @@ def start(
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))  # all on one machine
     log.mkdir(parents=True, exist_ok=True)
-    pids, offsets = list[int](), list[tuple[int, int]]()
+    pids = list[int]()
     for rank in range(world):
         paths = log / f"rank-{rank}.out", log / f"rank-{rank}.err"
         for path in paths:
-            path.touch()
-        offsets.append((paths[0].stat().st_size, paths[1].stat().st_size))
+            path.touch(exist_ok=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python's own on forks of a process with threads
             pid = os.fork()
         if pid == 0:
             ranks = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-            _child(function, rank, paths, {**ranks, **(environment or {})})
+            _child(function, rank, paths, ranks)
         with suppress(OSError):  # a group of its own, made by whoever comes first
             os.setpgid(pid, pid)
         pids.append(pid)
-    return Forked(pids, log, offsets)
+    return Forked(pids, log)
 
 
 def _child(
@@ -211,10 +198,6 @@ def _become_plain(paths: tuple[Path, Path]) -> None:
         signal.signal(number, signal.SIG_DFL)
     logging.getLogger().handlers.clear()
     warnings.showwarning = lambda *args, **_: sys.stderr.write(warnings.formatwarning(*args[:4]))
-
-
-def _written(path: Path, offset: int) -> str:
-    return path.read_bytes()[offset:].decode("utf-8", "replace")
 
 
 class Mark:

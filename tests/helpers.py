@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from diffusionopd.data.rounds import RoundShape
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Policies
-from diffusionopd.training import checkpoint, train
+from diffusionopd.training import checkpoint, setup, train
 
 from .forked import Ended, fork
 
@@ -34,6 +36,47 @@ from .forked import Ended, fork
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The same without the time that rounds took."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(run)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_latest_loads(run: Path, name: str) -> None:
+    """The newest checkpoint of a run is the one of this name, and can be resumed."""
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest is not None and latest.name == name
+    checkpoint.load_state(latest / "state")
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """A real limit, as of a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def change_models(patch: pytest.MonkeyPatch, change: Callable[[Any, Any], object]) -> None:
+    """Runs begin after ``change(backbone, adapters)``."""
+    load = setup.load_models
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        models = load(*arguments, **options)
+        with torch.no_grad():
+            change(*models)
+        return models
+
+    patch.setattr(setup, "load_models", changed)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

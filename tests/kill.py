@@ -38,6 +38,7 @@ from diffusionopd.algorithms.opd import Opd
 from diffusionopd.training import checkpoint, load_config, loop, train
 
 from .forked import Forked, Mark, start
+from .helpers import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("start", "round", "evaluation", "writing a checkpoint", "renaming and pruning", "between")
@@ -106,6 +107,7 @@ class Campaign:
     args: argparse.Namespace
     work: Path
     lasted: dict[int, list[float]] = field(default_factory=dict)  # seconds of each visit of a phase, undisturbed
+    starts: int = 0
 
     def run(self) -> dict[str, Any]:
         """The undisturbed run, then runs that are killed until the kills are dealt; what was found."""
@@ -149,7 +151,8 @@ class Campaign:
                 setattr(owner, function, _marking(getattr(owner, function), mark, phase if rank == 0 else Mark()))
             train(config)
 
-        return start(run, self.args.processes, log=self.work / "output" / name), phase
+        self.starts += 1
+        return start(run, self.args.processes, log=self.work / "output" / f"{self.starts}-{name}"), phase
 
     def _draw(self, rng: random.Random) -> tuple[int | None, int, float]:
         """(phase or None for any time, which of its visits, seconds after its beginning), at random."""
@@ -219,9 +222,9 @@ def differences(expected: Path, found: Path) -> list[str]:
             paths = [run / folder / name for run in (expected, found)]
             if not all(path.is_file() for path in paths) or _content(paths[0]) != _content(paths[1]):
                 problems.append(f"file {folder}/{name}")
-    rows = [_metrics(run) for run in (expected, found)]
-    problems += [f"metrics of round {i + 1}" for i, (x, y) in enumerate(zip(*rows, strict=False)) if x != y]
-    return problems + (["number of metrics lines"] if len(rows[0]) != len(rows[1]) else [])
+    metrics = [rows(run) for run in (expected, found)]
+    problems += [f"metrics of round {i + 1}" for i, (x, y) in enumerate(zip(*metrics, strict=False)) if x != y]
+    return problems + (["number of metrics lines"] if len(metrics[0]) != len(metrics[1]) else [])
 
 
 def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -236,11 +239,6 @@ def _content(path: Path) -> Any:
         return path.read_bytes()
     with safe_open(path, "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def table(result: dict[str, Any]) -> str:

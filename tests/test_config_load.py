@@ -19,67 +19,29 @@ OPD = ROOT / "config" / "opd.py"
 
 # A base file as upstream users have one: fewer keys than ours, some that distillation does not use, other defaults.
 UPSTREAM_BASE = """
-    import ml_collections
+    from ml_collections import ConfigDict
 
     def get_config():
-        config = ml_collections.ConfigDict()
-        config.run_name = ""
-        config.debug = False
-        config.seed = 7
-        config.logdir = "logs"
-        config.num_epochs = 100000
-        config.save_freq = 20
-        config.eval_freq = 20
-        config.num_checkpoint_limit = 5
-        config.mixed_precision = "fp16"
-        config.allow_tf32 = True
-        config.resume_from = None
-        config.use_lora = True
-        config.dataset = ""
-        config.resolution = 768
-        config.activation_checkpointing = False
-        config.fsdp_optimizer_offload = False
-        config.save_dir = ""
-        config.save_eval_dir = ""
-        config.run_project = "opd"
-        config.pretrained = ml_collections.ConfigDict()
-        config.pretrained.model = ""
-        config.pretrained.revision = ""
-        config.sample = ml_collections.ConfigDict()
-        config.sample.num_steps = 40
-        config.sample.eval_num_steps = 40
-        config.sample.guidance_scale = 4.5
-        config.sample.batch_size = 1
-        config.sample.train_batch_size = 1
-        config.sample.test_batch_size = 1
-        config.sample.num_image_per_prompt = 1
-        config.sample.num_batches_per_epoch = 2
-        config.sample.global_std = True
-        config.sample.noise_level = 0.7
-        config.sample.same_latent = False
-        config.sample.sde_window_size = 0
-        config.sample.sde_window_range = (0, 5)
-        config.train = ml_collections.ConfigDict()
-        config.train.batch_size = 1
-        config.train.use_8bit_adam = False
-        config.train.learning_rate = 3e-4
-        config.train.gradient_accumulation_steps = 1
-        config.train.num_inner_epochs = 1
-        config.train.cfg = True
-        config.train.adv_clip_max = 5
-        config.train.clip_range = 1e-4
-        config.train.clip_range_lt = 1e-4
-        config.train.clip_range_gt = 1e-4
-        config.train.timestep_fraction = 1.0
-        config.train.timestep_shift = 3.0
-        config.train.beta = 0.0
-        config.train.lora_path = None
-        config.train.ema = False
-        config.prompt_fn = "general_ocr"
-        config.prompt_fn_kwargs = {}
-        config.reward_fn = ml_collections.ConfigDict()
-        config.proxy_reward_fn = ml_collections.ConfigDict()
-        config.per_prompt_stat_tracking = True
+        config = ConfigDict()
+        for key, value in dict(
+            run_name="", debug=False, seed=7, logdir="logs", num_epochs=100000, save_freq=20, eval_freq=20,
+            num_checkpoint_limit=5, mixed_precision="fp16", allow_tf32=True, resume_from=None, use_lora=True,
+            dataset="", resolution=768, activation_checkpointing=False, fsdp_optimizer_offload=False, save_dir="",
+            save_eval_dir="", run_project="opd", prompt_fn="general_ocr", prompt_fn_kwargs={},
+            per_prompt_stat_tracking=True, reward_fn=ConfigDict(), proxy_reward_fn=ConfigDict(),
+        ).items():
+            config[key] = value
+        config.pretrained = ConfigDict(dict(model="", revision=""))
+        config.sample = ConfigDict(dict(
+            num_steps=40, eval_num_steps=40, guidance_scale=4.5, batch_size=1, train_batch_size=1, test_batch_size=1,
+            num_image_per_prompt=1, num_batches_per_epoch=2, global_std=True, noise_level=0.7, same_latent=False,
+            sde_window_size=0, sde_window_range=(0, 5),
+        ))
+        config.train = ConfigDict(dict(
+            batch_size=1, use_8bit_adam=False, learning_rate=3e-4, gradient_accumulation_steps=1, num_inner_epochs=1,
+            cfg=True, adv_clip_max=5, clip_range=1e-4, clip_range_lt=1e-4, clip_range_gt=1e-4, timestep_fraction=1.0,
+            timestep_shift=3.0, beta=0.0, lora_path=None, ema=False,
+        ))
         return config
 """
 
@@ -136,24 +98,26 @@ WITH_IMPORTLIB = """import importlib.util
 
 
 @pytest.fixture
-def upstream(tmp_path, monkeypatch):
-    """A checkout with upstream-style configuration files, prompts and LoRAs; returns the path of its opd.py."""
-    monkeypatch.chdir(tmp_path)
-    geneval = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}\n'
-    files = {
-        "config/base.py": dedent(UPSTREAM_BASE),
-        "config/opd.py": dedent(UPSTREAM_OPD.replace("LOAD", WITH_IMP)),
-        "dataset/ocr/train.txt": 'a sign "HI"\n',
-        "dataset/ocr/test.txt": 'a sign "HI"\n',
-        "dataset/geneval/train_metadata.jsonl": geneval,
-        "dataset/geneval/test_metadata.jsonl": geneval,
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+def upstream(prompt_files):
+    """The opd.py of a checkout with upstream-style configuration files, prompts and LoRAs, which is where we are."""
+    (prompt_files / "config").mkdir()
+    (prompt_files / "config" / "base.py").write_text(dedent(UPSTREAM_BASE))
+    file = prompt_files / "config" / "opd.py"
+    file.write_text(dedent(UPSTREAM_OPD.replace("LOAD", WITH_IMP)))
     for name in ("ocr", "geneval"):
-        shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", tmp_path / "loras" / name)
-    return tmp_path / "config" / "opd.py"
+        shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", prompt_files / "loras" / name)
+    return file
+
+
+@pytest.fixture
+def own(tmp_path):
+    """`own(text)`: the path of a configuration file of the user's."""
+
+    def write(text):
+        (tmp_path / "own.py").write_text(text)
+        return tmp_path / "own.py"
+
+    return write
 
 
 @pytest.mark.parametrize("load", [WITH_IMP, WITH_IMPORTLIB], ids=["imp", "importlib"])
@@ -171,47 +135,27 @@ def test_an_upstream_file_works_unchanged(upstream, load):
     assert note.endswith(", ".join(ignored))
 
 
-def test_an_upstream_file_works_with_our_base(upstream):
-    """Dropped into our config/ folder, it assigns to our defaults."""
+def test_an_upstream_file_works_with_our_base(upstream, monkeypatch):
+    """Dropped into our config/ folder, it assigns to our defaults; the stand-in for imp is gone afterwards."""
     (upstream.parent / "base.py").write_text((OPD.parent / "base.py").read_text())
-    config = load_config(f"{upstream}:mine")
-    assert check(config, 8).shape.images_per_round == 48
+    monkeypatch.delitem(sys.modules, "imp", raising=False)
+    assert check(load_config(f"{upstream}:mine"), 8).shape.images_per_round == 48
+    assert sys.modules.keys().isdisjoint({"imp", "base"})
 
 
-def test_the_stand_in_for_imp_does_not_outlive_the_loading(upstream):
-    before = sys.modules.get("imp")
-    load_config(f"{upstream}:mine")
-    assert sys.modules.get("imp") is before
-    assert "base" not in sys.modules
-
-
-def test_a_file_without_get_config_and_a_plain_dict(tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text('def small():\n    return {"seed": 3, "sample": {"num_steps": 4}}\n')
+def test_a_file_may_have_functions_plain_dicts_and_config_dicts(own):
+    file = own('def small():\n    return {"seed": 3, "sample": {"num_steps": 4}}\n')
     config = load_config(f"{file}:small")
     assert (config.seed, config.sample.num_steps, config.sample.guidance_scale) == (3, 4, 4.5)
     assert config.run_name == "small"
-
-
-def test_teachers_may_be_config_dicts(tmp_path):
-    file = tmp_path / "own.py"
-    lines = ["from ml_collections import ConfigDict", "def own():", "    teacher = ConfigDict({'name': 'a'})"]
-    file.write_text("\n".join([*lines, "    return ConfigDict({'train': {'teachers': [teacher]}})"]))
-    config = load_config(f"{file}:own", [("train.teachers[0].name", "b")])
-    assert config.train.teachers == [{"name": "b"}]
-
-
-def test_a_function_that_is_not_there(tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text("def small():\n    return {}\n")
     with pytest.raises(ConfigError, match="small"):
         load_config(f"{file}:smal")
-
-
-def test_a_file_with_one_configuration_needs_no_name(tmp_path):
-    file = tmp_path / "single.py"
-    file.write_text('def get_config():\n    return {"seed": 3}\n')
-    assert load_config(str(file)).run_name == "single"
+    config = load_config(str(own('def get_config():\n    return {"seed": 3}\n')))
+    assert (config.run_name, config.seed) == ("own", 3), "with one configuration it needs no name"
+    inner = "ConfigDict({'train': {'teachers': [ConfigDict({'name': 'a'})]}})"
+    file = own(f"from ml_collections import ConfigDict\ndef mine():\n    return {inner}\n")
+    config = load_config(f"{file}:mine", [("train.teachers[0].name", "b")])
+    assert config.train.teachers == [{"name": "b"}]
 
 
 def test_what_cannot_be_found_is_said():
@@ -227,14 +171,11 @@ def test_what_cannot_be_found_is_said():
         assert [fact for fact in facts if fact not in problem] == []
 
 
-def test_errors_of_the_file_itself_are_passed_on(tmp_path):
-    file = tmp_path / "broken.py"
-    file.write_text("def get_config(name):\n    return {}[1]\n")
-    with pytest.raises(KeyError, match="1"):
-        load_config(f"{file}:any")
-    file.write_text("def get_config(name):\n    raise TypeError('own')\n")
-    with pytest.raises(TypeError, match="own"):
-        load_config(f"{file}:any")
+def test_errors_of_the_file_itself_are_passed_on(own):
+    for line, error, fact in (("return {}[1]", KeyError, "1"), ("raise TypeError('own')", TypeError, "own")):
+        file = own(f"def get_config(name):\n    {line}\n")
+        with pytest.raises(error, match=fact):
+            load_config(f"{file}:any")
 
 
 def test_overrides_take_the_form_that_the_key_has():
@@ -262,13 +203,11 @@ def test_overrides_take_the_form_that_the_key_has():
 
 
 def test_overrides_that_have_no_place_are_reported_together():
+    """And one of another form alone, with the form."""
     with pytest.raises(ConfigError) as caught:
         load_config(f"{OPD}:mopd", [("trian.learning_rate", "1"), ("train.teachers[5].name", "x"), ("", "1")])
     assert len(caught.value.problems) == 3
     assert "train.learning_rate" in caught.value.problems[0]
-
-
-def test_a_key_of_another_form_is_named_with_the_form():
     for key in ("train.teachers.0.guidance_scale", "train..x", "train.teachers[x].name", "a b", "reward_options."):
         with pytest.raises(ConfigError) as caught:
             load_config(f"{OPD}:mopd", [(key, "1")])

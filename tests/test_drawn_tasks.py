@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 
 import pytest
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.rounds import BatchSettings, round_shape
-from diffusionopd.training import train
-from diffusionopd.training.checks import check
-from diffusionopd.training.keys import load_config
+from diffusionopd.training import check, load_config, train
+
+from .helpers import metrics
 
 LITE = {"sample.num_steps": 2, "sample.train_batch_size": 1, "train.batch_size": 1, "train.timestep_fraction": 1.0}
 LITE |= {"sample.num_batches_per_epoch": 2, "train.gradient_accumulation_steps": 2, "monitor_freq": 0, "sample_freq": 0}
@@ -44,7 +43,7 @@ def test_a_run_visits_the_drawn_tasks_and_resumes_bitwise(tmp_path):
     train(lite(folders[0], num_epochs=4))
     for rounds in (2, 4):
         train(lite(folders[1], num_epochs=rounds, resume_from="auto"))
-    rows = [[json.loads(line) for line in (f / "run" / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    rows = [metrics(folder / "run") for folder in folders]
     shape = check(lite(tmp_path, num_epochs=4), 1).shape
     for index, row in enumerate(rows[0]):
         visited = {key.removeprefix("loss/") for key in row if key.startswith("loss/")}

@@ -12,13 +12,14 @@ from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.prompts import load_prompts
 from diffusionopd.failures import OutOfMemoryError, ending_together, memory_advice
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.training import agreement, check, checkpoint, setup, train
+from diffusionopd.training import agreement, check, train
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.command import plain_errors
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.resume import RunError, find_start
 
 from .forked import Ended, fork
+from .helpers import assert_latest_loads, change_models
 
 
 def test_a_process_that_waits_in_a_collective_ends_with_the_one_that_failed():
@@ -91,9 +92,7 @@ def test_a_full_memory_in_one_process_ends_the_run_and_keeps_the_checkpoint(run_
     facts = ("rank 1", "round 2", "train.batch_size", "activation_checkpointing")
     ends = run_case(fault)
     assert all(fact in end.errors for fact in facts for end in ends) and "Traceback" not in ends[1].errors
-    latest = checkpoint.find_latest(tmp_path / "logs" / "run" / "checkpoints")
-    assert latest is not None and latest.name == "checkpoint-1"
-    checkpoint.load_state(latest / "state")
+    assert_latest_loads(tmp_path / "logs" / "run", "checkpoint-1")
 
 
 def test_a_reward_that_fails_in_one_process_ends_the_run_with_its_name(run_case):
@@ -168,16 +167,11 @@ def test_other_weights_on_one_process_are_named(tiny_config):
     for which, named in ((None, "base model"), ("student", "student"), ("teacher_second", "teacher of second")):
 
         def work(rank, which=which, named=named):
-            load = setup.load_models
+            def change(backbone, adapters):
+                parameter = adapters.parameters(which)[3] if which else next(backbone.transformer.parameters())
+                parameter.view(-1)[0] += 1e-3 * rank
 
-            def changed(*arguments, **options):
-                backbone, adapters = load(*arguments, **options)
-                with torch.no_grad():
-                    parameter = adapters.parameters(which)[3] if which else next(backbone.transformer.parameters())
-                    parameter.view(-1)[0] += 1e-3 * rank
-                return backbone, adapters
-
-            setup.load_models = changed
+            change_models(pytest.MonkeyPatch(), change)
             with pytest.raises(RunError, match=named):
                 train(config)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +13,9 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.files import FolderError, ensure_writable
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.training import checkpoint, loading, setup, train
+from diffusionopd.training import checkpoint, setup, train
 
-from .helpers import metrics
+from .helpers import assert_latest_loads, change_models, metrics, no_file_longer_than
 
 
 def fails_with(error: type[Exception], facts: tuple[str, ...], config) -> None:
@@ -31,69 +28,32 @@ def fails_with(error: type[Exception], facts: tuple[str, ...], config) -> None:
         assert fact in text, fact
 
 
-def assert_latest_loads(run: Path, name: str) -> None:
-    latest = checkpoint.find_latest(run / "checkpoints")
-    assert latest is not None and latest.name == name
-    checkpoint.load_state(latest / "state")
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    monkeypatch.setattr(loading, "load_backbone", lambda *a, **k: pytest.fail("weights were loaded"))
-
-
 # ---- disks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own, 3 MiB large."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def fill(disk: Path) -> Path:
-    with pytest.raises(OSError, match="No space left"):
-        (disk / "filler").write_bytes(bytes(4 * 2**20))
-    return disk / "filler"
-
-
-def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, small_disk):
+def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, tmp_path):
     def config(rounds):
-        return tiny_config(num_epochs=rounds, save_dir=str(small_disk / "run"), resume_from="auto")
+        return tiny_config(num_epochs=rounds, resume_from="auto")
 
     first = train(config(1))
-    filler = fill(small_disk)
-    with filler.open("rb+") as file:
-        file.truncate(filler.stat().st_size - 100_000)
-    facts = ("checkpoint-2", "No space left", "num_checkpoint_limit")
-    fails_with(checkpoint.CheckpointError, facts, config(2))
+    with no_file_longer_than(20_000):  # a LoRA has more
+        fails_with(checkpoint.CheckpointError, ("checkpoint-2", "File too large", "num_checkpoint_limit"), config(2))
     assert sorted(path.name for path in first.parent.iterdir()) == ["checkpoint-1", "latest"]
     checkpoint.verify(first)
-    filler.unlink()
     assert train(config(2)).name == "checkpoint-2"
-    assert [row["round"] for row in metrics(small_disk / "run")] == [1, 2]
+    assert [row["round"] for row in metrics(tmp_path / "logs" / "run")] == [1, 2]
 
 
-def test_a_full_disk_is_found_before_weights_load(tiny_config, small_disk, no_weights):
-    fill(small_disk)
-    run = str(small_disk / "run")
-    fails_with(FolderError, (run, "No space left", "save_dir"), tiny_config(save_dir=run))
+def test_a_full_disk_is_found_before_weights_load(tiny_config, tmp_path, no_weights):
+    run = str(tmp_path / "run")
+    with no_file_longer_than(1000):
+        fails_with(FolderError, (run, "File too large", "save_dir"), tiny_config(save_dir=run))
 
 
 def test_embeddings_that_cannot_be_stored_end_the_run_at_its_start(tiny_config, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     cache = str(tmp_path / "cache")
-    try:
+    with no_file_longer_than(8000):
         fails_with(FolderError, (cache, "File too large", "cache_dir"), tiny_config(cache_dir=cache))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "logs" / "run" / "checkpoints").exists()
 
 
@@ -142,15 +102,7 @@ def test_what_is_not_finite_is_named(finished, monkeypatch):
 
 
 def test_samples_that_are_not_finite_are_named_before_they_are_scored(tiny_config, monkeypatch):
-    load = setup.load_models
-
-    def poisoned(*arguments, **options):
-        backbone, adapters = load(*arguments, **options)
-        with torch.no_grad():
-            backbone.transformer.proj_out.weight.fill_(float("inf"))
-        return backbone, adapters
-
-    monkeypatch.setattr(setup, "load_models", poisoned)
+    change_models(monkeypatch, lambda backbone, _: backbone.transformer.proj_out.weight.fill_(float("inf")))
     config = tiny_config(train__algorithm="nft", num_epochs=1)
     fails_with(NonFiniteError, ("sampling", "'first'", "step 0"), config)
 
@@ -199,17 +151,6 @@ def test_a_reward_that_hangs_in_monitoring_and_evaluation_is_left_out(tiny_confi
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert not any(key.startswith(("monitor/", "eval/")) for row in rows for key in row)
     assert_latest_loads(tmp_path / "logs" / "run", "checkpoint-3")
-
-
-def test_monitoring_that_works_again_is_said(tiny_config, tmp_path, broken_score):
-    def fails_at_first(call):
-        if call <= 2:
-            raise ConnectionError("gone")
-
-    broken_score(fails_at_first)
-    warned(tiny_config(monitor_freq=1), (2, ("'jpeg_compressibility'", "gone")), (2, ("works again",)))  # one a task
-    rows = metrics(tmp_path / "logs" / "run")
-    assert ["monitor/first/jpeg_compressibility" in row for row in rows] == [False, True, True]
 
 
 def test_a_reward_that_is_trained_on_and_hangs_ends_the_run(tiny_config, tmp_path, broken_score):

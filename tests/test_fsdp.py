@@ -36,6 +36,7 @@ def train_sharded(environment: dict[str, str], config, most: float = 0.6) -> Non
     share in all), or all of it."""
 
     def work(rank):
+        os.environ.update(environment)
         save = loop._save
 
         def counting(run, *rest):
@@ -50,7 +51,7 @@ def train_sharded(environment: dict[str, str], config, most: float = 0.6) -> Non
         train(config)
 
     total = sum(p.numel() for p in load_backbone(config.pretrained.model).transformer.parameters())
-    held = int(re.findall(r"held (\d+)", fork(work, 2, environment=environment)[0].out)[-1])
+    held = int(re.findall(r"held (\d+)", fork(work, 2)[0].out)[-1])
     assert held < most * total if environment else held == total
 
 

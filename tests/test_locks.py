@@ -24,7 +24,7 @@ from diffusionopd.training import train
 
 from .conftest import ROOT
 from .forked import Forked, Mark, fork, start
-from .helpers import metrics
+from .helpers import files_of, metrics
 from .helpers_processes import linux, wait_for
 
 pytestmark = linux
@@ -52,10 +52,6 @@ def waiting(mark: Mark):
     mark.value = 1
     while True:
         time.sleep(0.01)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- who is gone -----------------------------------------------------------------------------------------------------
@@ -164,7 +160,7 @@ def test_of_many_that_find_a_dead_holder_one_comes_in(tmp_path):
                 return
             time.sleep(rng.random() * 0.002)
 
-    ends = fork(work, 12, log=tmp_path / "log", check=False)
+    ends = fork(work, 12, check=False)
     assert [end.status for end in ends] == [-9 * (rank % 2) for rank in range(12)], [end.errors for end in ends]
     with hold([folder], "folder", ""):
         pass
@@ -182,7 +178,7 @@ def test_a_folder_is_given_back_however_a_process_ends(ending, tmp_path):
             assert (tmp_path / "a" / LOCK).exists()
             ending()
 
-    fork(work, log=tmp_path / "log", check=False)
+    fork(work, check=False)
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("[ab]/**"))] == ["b"]
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine"]
 

@@ -104,9 +104,10 @@ def test_a_run_starts_at_the_scale_with_the_smallest_loss(tmp_path, capsys):
 
 
 def test_a_start_is_one_and_has_teachers(tmp_path):
-    for overrides, file in (
-        ({"train.lora_path": "assets/tiny/teachers/ocr/lora"}, "config/tiny.py:mopd_merged"),
-        ({"train.student_init": "teachers"}, "config/teacher.py:tiny_scene"),
+    for overrides, file, key in (
+        ({"train.lora_path": "assets/tiny/teachers/ocr/lora"}, "config/tiny.py:mopd_merged", "student_init"),
+        ({"train.student_init": "teachers"}, "config/teacher.py:tiny_scene", "student_init"),
+        ({"train.lora_path": "5"}, "config/tiny.py:mopd_merged", "lora_path is 5"),
     ):
-        with pytest.raises(ConfigError, match=r"train\.student_init"):
+        with pytest.raises(ConfigError, match=rf"train\.{key}"):
             check(load_config(file, [("save_dir", str(tmp_path)), *overrides.items()]), 1)

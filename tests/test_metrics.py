@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +12,8 @@ from PIL import Image
 
 from diffusionopd.training.grids import sample_grid
 from diffusionopd.training.metrics import MetricsWriter
+
+from .helpers import no_file_longer_than
 
 
 def rows(path):
@@ -26,17 +26,6 @@ def rows(path):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "new" / "metrics.jsonl"
-
-
-@contextmanager
-def no_file_longer_than(size):
-    """A real limit, as of a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_rows_are_strict_json_and_in_the_file_when_write_returns(path, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -87,21 +88,23 @@ def test_signs_of_a_collapse_are_said_once_until_they_are_gone():
     assert [len(signs.of({"lora_norm": value})) for value in (0.9, 1.1, 1.2, 0.9, 1.1)] == [0, 1, 0, 0, 1]
 
 
-def test_a_decoder_that_fails_is_said_and_the_next_round_is_seen(monitor):
-    failures = [RuntimeError("out of memory")]
+@pytest.mark.parametrize("failing", ["decoding", "monitoring"])
+def test_what_fails_is_said_once_and_so_is_that_it_works_again(monitor, monkeypatch, failing):
+    """A decoder or a scorer; all that follows is seen."""
+    failures, score = [RuntimeError("out of memory")] * 2, JpegCompressibility.score
 
-    def decode(latents):
-        if failures:
+    def fail(what):
+        if what == failing and failures:
             raise failures.pop()
-        return latents
 
-    look = monitor(decode)
-    look.watch(make_images(), score=True)
-    with pytest.warns(UserWarning, match="decoding.*out of memory"):
-        assert look.collect() == {}
-    look.watch(make_images(), score=True)
-    with pytest.warns(UserWarning, match="decoding.*works again"):
-        assert "monitor/a/jpeg_compressibility" in look.collect()
+    monkeypatch.setattr(JpegCompressibility, "score", lambda *given: fail("monitoring") or score(*given))
+    look, key = monitor(lambda latents: fail("decoding") or latents), "monitor/a/jpeg_compressibility"
+    for facts, seen in (((failing, "memory"), False), ((), False), ((failing, "works again"), True), ((), True)):
+        look.watch(make_images(), score=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert (key in look.collect()) == seen
+        assert len(said) == bool(facts) and all(fact in str(warning.message) for warning in said for fact in facts)
 
 
 def test_neither_watching_nor_closing_waits_for_images(monitor):

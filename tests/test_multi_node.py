@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from diffusionopd.signals import STOPPED
-from diffusionopd.training import checkpoint, train
+from diffusionopd.training import train
 
 from .conftest import ROOT
-from .helpers import assert_equal_rounds, metrics
+from .helpers import assert_equal_rounds, assert_latest_loads, metrics
 from .helpers_processes import kill, linux, start, wait_for_first_round
 
 
@@ -81,10 +81,9 @@ def test_a_job_saves_before_its_time_limit_and_queues_again(tiny_config, tmp_pat
         assert job.wait(120) == STOPPED, (tmp_path / "output").read_text()
     finally:
         kill(job)
-    latest = checkpoint.find_latest(run / "checkpoints")
-    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
-    output = (tmp_path / "output").read_text()
-    assert str(latest) in output and "queued again: 4321" in output
+    name, output = f"checkpoint-{len(metrics(run))}", (tmp_path / "output").read_text()
+    assert_latest_loads(run, name)
+    assert str(run / "checkpoints" / name) in output and "queued again: 4321" in output
 
 
 def test_the_job_asks_for_what_it_needs():

@@ -17,15 +17,7 @@ GPUS = 8
 VISITS = 1152 * 9  # every image of a round of teacher.py at each of the 9 trained steps
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A working directory with the prompt files that the SD3.5 configurations name."""
-    monkeypatch.chdir(tmp_path)
-    geneval = '{"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}'
-    for (split, lines), name in itertools.product((("train", 96), ("test", 4)), ("pickscore", "ocr", "geneval")):
-        path = tmp_path / "dataset" / name / f"{split}{'_metadata.jsonl' if name == 'geneval' else '.txt'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(((geneval if name == "geneval" else 'a sign "HI"') + "\n") * lines)
+pytestmark = pytest.mark.usefixtures("prompt_files")  # the current folder has those that the configurations name
 
 
 def plan_of(source, num_processes=GPUS, *overrides):

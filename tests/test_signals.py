@@ -20,7 +20,7 @@ from diffusionopd.training import Stopped, checkpoint, train
 
 from . import forked
 from .conftest import ROOT
-from .helpers import assert_bitwise, metrics, state
+from .helpers import assert_bitwise, assert_latest_loads, metrics, rows, state
 from .helpers_processes import alive, kill, linux, start, wait_for, wait_for_first_round
 
 # ---- signals themselves ----------------------------------------------------------------------------------------------
@@ -170,10 +170,6 @@ def signal_at(patch, owner: object, name: str, call: int, number: int = signal.S
     return calls
 
 
-def rows(run: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(run)]
-
-
 def unevaluated(folder: Path) -> dict | None:
     return checkpoint.load_scalars(folder / "state")["unevaluated"]
 
@@ -233,11 +229,6 @@ def test_an_evaluation_stops_between_batches_and_is_made_up_for(tiny_config, mon
 # ---- the programs ----------------------------------------------------------------------------------------------------
 
 
-def assert_stopped_well(run: Path) -> None:
-    latest = checkpoint.find_latest(run / "checkpoints")
-    assert latest is not None and latest.name == f"checkpoint-{len(metrics(run))}"
-
-
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_round(tiny_config, tmp_path):
     config, run = tiny_config(num_epochs=10000), tmp_path / "logs" / "run"
 
@@ -250,7 +241,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_round(tiny_c
         processes.send(1, signal.SIGTERM)
         ends = processes.wait(60)
     assert [end.status for end in ends] == [0, 0], ends
-    assert_stopped_well(run)
+    assert_latest_loads(run, f"checkpoint-{len(metrics(run))}")
 
 
 @linux
@@ -264,7 +255,7 @@ def test_a_signal_to_the_launchers_group_stops_the_run_well(tiny_config, tmp_pat
         assert process.wait(60) == STOPPED, (tmp_path / "output").read_text()
     finally:
         kill(process)
-    assert_stopped_well(run)
+    assert_latest_loads(run, f"checkpoint-{len(metrics(run))}")
     assert str(checkpoint.find_latest(run / "checkpoints")) in (tmp_path / "output").read_text()
 
 

@@ -39,7 +39,6 @@ def plain(make_config, tmp_path_factory):
         {"train__fused_optimizer": True, "attention_backend": "math"},
         {"prefetch": True, "monitor_freq": 1},
         {"train__merge_teachers": True, "activation_checkpointing": True},
-        pytest.param({"train__merge_teachers": True}, marks=pytest.mark.slow),
         pytest.param({"train__merge_teachers": True, "compile": True}, marks=pytest.mark.slow),
     ],
     ids=lambda switch: ",".join(switch),

@@ -36,18 +36,23 @@ def test_a_table_has_a_row_for_each_task_and_a_column_for_each_score():
     assert as_markdown(evaluation_table(ROW)) == TEXT
 
 
+def events_of(folder):
+    """What TensorBoard shows of a folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
 def test_tensorboard_gets_scalars_the_grid_and_the_table(tmp_path, grid):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     PartialState()
     tracker = tracking.TensorBoardTracker("run", tmp_path)
     tracker.start()
     writer = MetricsWriter(tmp_path / "metrics.jsonl", ["tensorboard"], SimpleNamespace(trackers=[tracker]))
     writer.write(ROW, grid)
     writer.close()
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
+    events = events_of(tmp_path / "run")
     tags = events.Tags()
     assert set(tags["scalars"]) == set(ROW) - {"round"} and tags["images"] == ["samples"]
     (shown,) = events.Images("samples")
@@ -119,12 +124,9 @@ def test_every_tracker_is_one_of_accelerates():
 @pytest.mark.parametrize("log_images", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_training_shows_its_grids_and_evaluations(tiny_config, tmp_path, log_images):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     watched = {"sample_freq": 2, "eval_freq": 2, "eval_num_prompts": 1, "monitor_freq": 0}
     train(tiny_config(num_epochs=2, run_name="shown", log_with="tensorboard", log_images=log_images, **watched))
-    events = EventAccumulator(str(tmp_path / "logs" / "shown" / "trackers" / "diffusionopd"))
-    events.Reload()
+    events = events_of(tmp_path / "logs" / "shown" / "trackers" / "diffusionopd")
     grids = [image.step for image in events.Images("samples")] if log_images else []
     assert (grids, events.Tags()["images"]) == (([1, 2], ["samples"]) if log_images else ([], []))
     assert {table.step for table in events.Tensors("evaluation/text_summary")} == {0, 2}

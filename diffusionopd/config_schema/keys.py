@@ -131,8 +131,8 @@ class Schema:
 
     def left_to_model(self, values: Mapping[str, Any]) -> dict[str, str]:
         """The keys of a flat configuration that are None for the base model's own value -> the field that has it."""
-        named = {name: declared.from_model for name, declared in self.keys.items() if declared.from_model}
-        return {name: field for name, field in named.items() if values.get(name, "") is None}
+        keys = self.keys.values()
+        return {key.name: key.from_model for key in keys if key.from_model and values.get(key.name, "") is None}
 
     def check(self, values: Mapping[str, Any], used: Callable[[str], bool], problems: Problems) -> None:
         """Names, types, ranges and choices; values of keys that are not ``used`` are not looked at."""
@@ -205,11 +205,8 @@ def is_device(value: str | None) -> bool:
 
 def comparable(value: Any) -> Any:
     """``value`` as it comes back from JSON, with a word for what cannot; None is unset."""
-    return "" if value is None else json.loads(json.dumps(value, default=_word, skipkeys=True))
-
-
-def _word(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    text = json.dumps(value, default=lambda other: f"a {type(other).__name__}", skipkeys=True)
+    return "" if value is None else json.loads(text)
 
 
 def unset(value: str | None) -> bool:

@@ -82,12 +82,19 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
         with_test=values.get("eval_freq") != 0,
         scored=_scored(values, algorithm),
     )
-    if model and problems.good("train.teachers"):
-        _check_references(tasks, model, problems)
-    own = _check_teacher_models(values, algorithm, model, problems) if sources else {}
+    placed = _placed(tasks, values)
+    teachers = placed if algorithm.uses_teachers(values) else {}
+    own: dict[str, TeacherModel] = {}
+    lora_notes: list[str] = []
     if model:
-        _check_fits(values, tasks, algorithm, model, own, problems)
-    lora_notes = _check_loras(values, algorithm, model, own, problems) if sources else []
+        _check_references(placed, model, problems)
+    if sources:
+        _check_start(values, algorithm, teachers, problems)
+        own = _check_teacher_models(values, teachers, model, problems)
+    if model:
+        _check_fits(values, placed, algorithm, model, own, problems)
+    if sources:
+        lora_notes = _check_loras(values, teachers, model, own, problems)
     if problems.good("reward_options"):
         try:
             check_options(values["reward_options"])
@@ -168,19 +175,26 @@ def _read_local_model(values: Mapping[str, Any], problems: Problems) -> ModelInf
         return None
 
 
-def _check_references(tasks: Sequence[Task], model: ModelInfo, problems: Problems) -> None:
+def _placed(tasks: Sequence[Task], values: Mapping[str, Any]) -> dict[str, Task]:
+    """The tasks by their places in the configuration, of which entries that are no dicts have none."""
+    entries = enumerate(values["train.teachers"] or [{}]) if tasks else ()  # without entries it is the upstream keys'
+    places = (f"train.teachers[{i}]" for i, entry in entries if isinstance(entry, Mapping))
+    return dict(zip(places, tasks, strict=True))
+
+
+def _check_references(tasks: Mapping[str, Task], model: ModelInfo, problems: Problems) -> None:
     """Prompts with an image are for a base that reads images."""
-    for i, task in enumerate(tasks):
-        if not problems.good(*(f"train.teachers[{i}].{name}" for name in ("dataset", "datasets", "prompt_fn"))):
+    for place, task in tasks.items():
+        if not problems.good(*(f"{place}.{name}" for name in ("dataset", "datasets", "prompt_fn"))):
             continue
         try:
             (first, *_), _ = load_folders(task.folders, task.prompt_fn, "train", 1)
         except PromptError as error:  # of folders that do not go together: each was looked at before
-            problems.add(f"train.teachers[{i}].datasets", f"cannot be used together: {error}", "")
+            problems.add(f"{place}.datasets", f"cannot be used together: {error}", "")
             continue
         if first.reference and not model.family.READS_IMAGES:
             what = f"has prompts with a {REFERENCE}, such as {first.source}, which the base model does not read"
-            problems.add(f"train.teachers[{i}].dataset", what, "Set pretrained.model to an editing model.")
+            problems.add(f"{place}.dataset", what, "Set pretrained.model to an editing model.")
 
 
 def _fill(values: dict[str, Any], model: ModelInfo | None, problems: Problems) -> None:
@@ -196,7 +210,7 @@ def _fill(values: dict[str, Any], model: ModelInfo | None, problems: Problems) -
 
 def _check_fits(
     values: Mapping[str, Any],
-    tasks: Sequence[Task],
+    tasks: Mapping[str, Task],
     algorithm: type[Algorithm],
     model: ModelInfo,
     own: Mapping[str, ModelInfo],
@@ -209,14 +223,13 @@ def _check_fits(
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
     asked = [("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)]
-    for i, task in enumerate(tasks):
-        place = f"train.teachers[{i}]."
+    for place, task in tasks.items():
         if algorithm.uses_teachers(values):
-            asked.append((f"{place}guidance_scale", task.guidance_scale, own.get(task.model, model)))
+            asked.append((f"{place}.guidance_scale", task.guidance_scale, own.get(task.model, model)))
         if values["eval_freq"]:
-            asked.append((f"{place}eval_guidance_scale", task.eval_guidance_scale, model))
+            asked.append((f"{place}.eval_guidance_scale", task.eval_guidance_scale, model))
     for name, guidance, of in asked:
-        if problems.good(name, "train.teachers") and (problem := of.guidance_problem(guidance)):
+        if problems.good(name) and (problem := of.guidance_problem(guidance)):
             problems.add(name, f"is {guidance:g}, but {problem}", "Set it to 1.0.")
     if model.guidance == EMBEDDED and values["train.cfg"] is False:
         usual = f"{model.defaults.guidance_scale:g} is usual"
@@ -226,27 +239,13 @@ def _check_fits(
         )
 
 
-def _teachers(values: Mapping[str, Any], algorithm: type[Algorithm], problems: Problems) -> list[tuple[str, Any]]:
-    """Where each teacher that is used stands in the configuration, and its task."""
-    if not (problems.good("train.teachers") and algorithm.uses_teachers(values)):
-        return []
-    entries = enumerate(values["train.teachers"])
-    return [(f"train.teachers[{i}]", entry) for i, entry in entries if isinstance(entry, Mapping)]
-
-
-def _own_model(place: str, task: Mapping[str, Any], problems: Problems) -> str:
-    """The model of a teacher that has its own; else empty."""
-    source = task.get("model")
-    return source if isinstance(source, str) and not unset(source) and problems.good(f"{place}.model") else ""
-
-
 def _check_teacher_models(
-    values: Mapping[str, Any], algorithm: type[Algorithm], base: ModelInfo | None, problems: Problems
+    values: Mapping[str, Any], teachers: Mapping[str, Task], base: ModelInfo | None, problems: Problems
 ) -> dict[str, TeacherModel]:
     """What the files of teachers' own models say, of those that are here, beside a base that is here too."""
     found: dict[str, TeacherModel] = {}
-    for place, task in _teachers(values, algorithm, problems):
-        source = _own_model(place, task, problems)
+    for place, task in teachers.items():
+        source = task.model
         if not source or source in found:
             continue
         if what := gap(source):
@@ -266,16 +265,16 @@ def _check_teacher_models(
 
 def _check_loras(
     values: Mapping[str, Any],
-    algorithm: type[Algorithm],
+    teachers: Mapping[str, Task],
     base: ModelInfo | None,
     own: Mapping[str, TeacherModel],
     problems: Problems,
 ) -> list[str]:
     """What LoRAs that are here hold, and whether they fit the models that they are for, if here; returns notes."""
     sources: dict[str, dict[str, Any]] = {"": {"train.lora_path": values.get("train.lora_path")}}
-    for place, task in _teachers(values, algorithm, problems):
-        sources.setdefault(_own_model(place, task, problems), {})[f"{place}.lora_path"] = task.get("lora_path")
-        sources[""][f"{place}.reference"] = task.get("reference")
+    for place, task in teachers.items():
+        sources.setdefault(task.model, {})[f"{place}.lora_path"] = task.lora_path
+        sources[""][f"{place}.reference"] = task.reference
     notes = []
     for source, named in sources.items():
         here = {key: s for key, s in named.items() if problems.good(key) and not unset(s) and Path(s).exists()}
@@ -305,7 +304,6 @@ def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
             check_writable("cache_dir", Path(values["cache_dir"]), problems)
     if problems.good("train.lora_path") and not unset(values["train.lora_path"]):
         check_adapter("train.lora_path", values["train.lora_path"], problems)
-    _check_start(values, problems)
     if values.get("train.use_8bit_adam") is True and find_spec("bitsandbytes") is None:
         problems.add("train.use_8bit_adam", "needs bitsandbytes", "pip install bitsandbytes, or set it to False.")
 
@@ -319,25 +317,23 @@ def _check_drawn_tasks(values: Mapping[str, Any], num_tasks: int, problems: Prob
         problems.add(name, f"is {drawn}, more than the {num_tasks} tasks", "Set it to 0 for all of them.")
 
 
-def _check_start(values: Mapping[str, Any], problems: Problems) -> None:
+def _check_start(
+    values: Mapping[str, Any], algorithm: type[Algorithm], teachers: Mapping[str, Task], problems: Problems
+) -> None:
     """A start from the teachers is the only start, and there are teachers."""
-    name, algorithm = "train.student_init", ALGORITHMS.get(values["train.algorithm"])
-    if values[name] != FROM_TEACHERS:
+    name = "train.student_init"
+    if not problems.good(name, "train.lora_path") or values[name] != FROM_TEACHERS:
         return
     if not unset(values["train.lora_path"]):
         what = f"is {FROM_TEACHERS!r}, and train.lora_path names a start too"
         problems.add(name, what, f"Leave one of them out: set it to {FRESH!r}, or train.lora_path to None.")
     remedy = f"Set it to {FRESH!r}, or name a LoRA in train.lora_path."
-    if algorithm and not algorithm.has_teachers:
+    if problems.good("train.algorithm") and not algorithm.has_teachers:
         problems.add(name, f"is {FROM_TEACHERS!r}, but {algorithm.name} learns from rewards", remedy)
-    elif algorithm:
-        teachers = _teachers(values, algorithm, problems)
-        others = [place for place, task in teachers if _own_model(place, task, problems)]
-        if others:
-            what = (
-                f"is {FROM_TEACHERS!r}, but with a model of its own ({', '.join(others)}) no LoRA of the base is there"
-            )
-            problems.add(name, what, remedy)
+    elif others := [place for place, task in teachers.items() if task.model]:
+        listed = ", ".join(others)
+        what = f"is {FROM_TEACHERS!r}, but with a model of its own ({listed}) no LoRA of the base is there"
+        problems.add(name, what, remedy)
 
 
 def _find_runs(values: dict[str, Any], problems: Problems) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +62,15 @@ def show_grid(tracker: Any, path: Path, step: int) -> None:
 def show_table(tracker: Any, table: Table, step: int) -> None:
     """Give a tracker the table of an evaluation."""
     text = as_markdown(table)
-    shown: dict[str, Callable[[], object]] = {
-        "wandb": lambda: tracker.log_table(TABLE, columns=table[0], data=table[1], step=step),
-        "tensorboard": lambda: tracker.log({TABLE: text}, step=step),
-        "swanlab": lambda: _swanlab_text(tracker, text, step),
-        "mlflow": lambda: _mlflow_text(text, step),
-    }
-    shown[tracker.name]()
+    if tracker.name == "wandb":
+        tracker.log_table(TABLE, columns=table[0], data=table[1], step=step)
+    elif tracker.name == "mlflow":
+        import mlflow
 
+        mlflow.log_text(text, f"{TABLE}/round-{step:06d}.md")
+    elif tracker.name == "swanlab":
+        import swanlab
 
-def _swanlab_text(tracker: Any, text: str, step: int) -> None:
-    import swanlab
-
-    tracker.log({TABLE: swanlab.Text(text)}, step=step)
-
-
-def _mlflow_text(text: str, step: int) -> None:
-    import mlflow
-
-    mlflow.log_text(text, f"{TABLE}/round-{step:06d}.md")
+        tracker.log({TABLE: swanlab.Text(text)}, step=step)
+    else:
+        tracker.log({TABLE: text}, step=step)

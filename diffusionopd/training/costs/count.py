@@ -161,15 +161,14 @@ def measure_frozen(pipeline: Pipeline, resolution: int, max_sequence_length: int
     """Count a forward pass over one latent; arguments as of :func:`measure`."""
     dtype = torch.bfloat16 if half else torch.float32
     backbone = pipeline.backbone(dtype)
-    sizes = {"parameters": backbone.transformer.parameters(), "buffers": backbone.transformer.buffers()}
-    counted = {name: _size(tensors) for name, tensors in sizes.items()}
+    transformer = backbone.transformer
     with as_on_a_gpu(), torch.no_grad():
-        backbone.transformer.to_empty(device="cpu")
+        transformer.to_empty(device="cpu")
         backbone.device = torch.device("cpu")
         conditions = pipeline.conditions(1, max_sequence_length, dtype)
         with Tally() as tally:
             backbone.velocity(torch.zeros(1, *backbone.latent_shape(resolution), dtype=dtype), 0.5, conditions)
-    return Frozen(**counted, forward=tally.flops)
+    return Frozen(_size(transformer.parameters()), _size(transformer.buffers()), tally.flops)
 
 
 def measure(
