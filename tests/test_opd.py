@@ -164,8 +164,8 @@ def test_policy_gradient_round_starts_at_ratio_one(backbone, adapters, text, mon
         (-advantage * own.flatten(1).mean(1)).sum().div(2 * TRAINED).backward()
         total.append(-advantage)
         x = x_next.float()
-    assert result.losses.mean == pytest.approx(torch.stack(total).mean().item(), rel=1e-5)
-    assert_near(found, gradients(adapters), rel=1e-5)
+    assert result.losses.mean == pytest.approx(torch.stack(total).mean().item(), rel=1e-4)
+    assert_near(found, gradients(adapters), rel=1e-4)
 
 
 def test_beta_pulls_towards_the_base(backbone, adapters, text, monkeypatch):
