@@ -5,7 +5,7 @@ scale independent of the resolution). ``v_student`` carries the gradient; states
 velocities ``v_old`` (of the policy that sampled) and ``v_ref`` (of the base model) are constants. All start from the
 difference of two velocities: near the old policy, where training happens, means and log-densities agree in most of
 their digits, and float32 would lose by subtracting them a part of what the published clip ranges (down to 2e-6) let
-through: about 1e-7 at the first steps.
+through: about 1e-7 at the first steps, which the surrogate's sum over a latent would multiply by its size.
 """
 
 from __future__ import annotations
@@ -64,23 +64,20 @@ def policy_gradient_loss(
 ) -> Tensor:
     """The PPO-style surrogate of paper §3.3, the baseline of the closed-form KL: ``[B]``.
 
-    ``x_next`` was sampled from the old student's step at ``x``. The advantage is minus the KL as that sample shows it,
-    ``A = sum_dims [log p_teacher(x_next) - log p_old(x_next)]``, detached; the ratio is the exponential of the mean
-    log-density difference over dimensions (the Flow-GRPO convention). At ratio 1 the expected gradient is that of the
-    mean-reduced KL; around it fluctuates the score-function noise ``KL eps/std dmu`` that the closed form has not.
-    (An advantage without the sample's own part, ``-KL(x)``, would have gradient 0 in expectation: with ``baseline`` it
-    is subtracted, which leaves the expectation and takes that noise away.)
+    ``x_next`` was sampled from the old student's step at ``x``. It is :func:`grpo_loss`, the advantage minus the KL as
+    that sample shows it, ``A = sum_dims [log p_teacher(x_next) - log p_old(x_next)]``: with the sample's noise
+    ``eps`` and ``d = (mu_teacher - mu_old) / std``, ``sum(eps d) - sum(d^2) / 2``. At ratio 1 the expected gradient is
+    that of the mean-reduced KL; around it fluctuates the score-function noise ``KL eps/std dmu`` that the closed form
+    has not. (An advantage without the sample's own part, ``-KL(x) = -sum(d^2) / 2``, would have gradient 0 in
+    expectation: ``baseline`` subtracts it, which leaves the expectation and takes that noise away.)
 
     All tensors ``[B, ...]``. Raises ValueError for a deterministic step, which has no density.
     """
-    log_old = transition.log_prob(x_next, x, v_old.detach())
-    advantage = (transition.log_prob(x_next, x, v_teacher) - log_old).detach()
-    if baseline:
-        advantage = advantage + transition.kl(v_old, v_teacher).detach()
-    advantage = advantage * x[0].numel()
-    ratio = torch.exp(transition.log_prob(x_next, x, v_student) - log_old)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped)
+    eps, move = _noise_and_move(transition, x, x_next, v_teacher, v_old)
+    d = move / transition.std
+    advantage = (eps * d if baseline else eps * d - 0.5 * d.square()).flatten(1).sum(1)
+    loss, _ = grpo_loss(transition, x, x_next, v_student, v_old, advantage, clip_range, clip_range)
+    return loss
 
 
 def flow_matching_loss(v_student: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
@@ -201,14 +198,14 @@ def kl_to_reference(transition: Transition, v_student: Tensor, v_ref: Tensor) ->
 
 
 def _noise_and_move(
-    transition: Transition, x: Tensor, x_next: Tensor, v_student: Tensor, v_old: Tensor
+    transition: Transition, x: Tensor, x_next: Tensor, v: Tensor, v_old: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The old policy's noise ``(x_next - mu_old) / std`` and ``mu - mu_old = b (v - v_old)``, both ``[B, ...]``."""
     if transition.std == 0.0:
-        raise ValueError("GRPO needs the density of a step, and a deterministic one (std 0) has none: set noise_level")
+        raise ValueError("a policy gradient needs a step's density, which a deterministic one has not: set noise_level")
     v_old = v_old.detach()
     eps = (x_next.detach() - transition.mean(x.detach(), v_old)) / transition.std
-    return eps, transition.b * velocity_difference(v_student, v_old)
+    return eps, transition.b * velocity_difference(v, v_old)
 
 
 def _clipped_surrogate(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.algorithms.nft import OLD
@@ -28,16 +29,16 @@ from .helpers import (
     assert_near,
     gradients,
     kept_gradients,
-    loss_table,
     make_batches,
     make_learner,
     metrics,
     perturb,
     state,
     train_forked,
+    with_rows,
 )
 
-TRAINED, SIZE, GROUP = 3, 4, 2
+TRAINED, SIZE, GROUP, CLIP = 3, 4, 2, 2e-5
 SAMPLE_FIRST = [name for name in ALGORITHMS if name != "opd"]
 
 
@@ -53,106 +54,117 @@ def advantages_by_hand(rewards):
     for i, reward in enumerate(rewards):
         group = [rewards[j] for j in range(len(rewards)) if j // GROUP == i // GROUP]
         out.append((reward - np.mean(group)) / (np.std(group) + 1e-4))
-    return out
+    return torch.tensor(out).clamp(-5, 5)
 
 
-PULL = {"distill_weight": 0.7, "target": "velocity", "self_normalize": True}
+def loss_by_hand(kind, tr, state, x0, eps, advantage, velocity):
+    """The published loss of each sample at a step, and whether its ratio is clipped; `eps` is the forward process's."""
+    x, x_next, v_old = state
+    if kind in ("nft", "sft"):
+        x = (1 - tr.sigma) * x0 + tr.sigma * eps
+    v = velocity(STUDENT, x)
+    if kind == "sft":
+        return 0.5 * per_sample_mean((v - (eps - x0)).square()), None
+    v_base = velocity(None, x)
+    if kind == "nft":
+        v_old, r = velocity(OLD, x), advantage / 10 + 0.5
+
+        def error(u):
+            difference = x - tr.sigma * u - x0
+            return per_sample_mean(difference.square()) / per_sample_mean(difference.detach().abs())
+
+        plus, minus = 0.5 * v + 0.5 * v_old, 1.5 * v_old - 0.5 * v
+        loss = 5 * (r * error(plus) + (1 - r) * error(minus)) / 0.5
+        return loss + 0.2 * per_sample_mean((v - v_base).square()), None
+    new, old, base = (Normal(tr.a * x + tr.b * u, tr.std) for u in (v, v_old, v_base))
+    log_ratio = per_sample_mean(new.log_prob(x_next) - old.log_prob(x_next))
+    low, high, length = CLIP, CLIP, 1.0
+    if kind == "grpo_guard":
+        log_ratio = log_ratio * tr.std + per_sample_mean((new.mean - old.mean).square()) / (2 * tr.std)
+        high, length = 2 * CLIP, tr.sigma - tr.sigma_next
+    q = log_ratio.exp()
+    loss = torch.maximum(-advantage * q, -advantage * q.clamp(1 - low, 1 + high)) / length
+    return loss + 0.2 * per_sample_mean(kl_divergence(new, base)), (q < 1 - low) | (q > 1 + high)
 
 
-def pulled(batch):
-    """The batch with a target beyond its teacher."""
-    return replace(batch, rows=tuple(replace(row, strength=1.5) for row in batch.rows))
+def pull_by_hand(x, velocity):
+    """The distillation's loss of each sample, towards 1.5 times the way from the base to the teacher."""
+    v_base, v_teacher = velocity(None, x), velocity("teacher_a", x)
+    difference = velocity(STUDENT, x) - (v_base + 1.5 * (v_teacher - v_base))
+    return 0.5 * per_sample_mean(difference.square()) / per_sample_mean(difference.detach().abs())
 
 
-def distillation_by_hand(v, x, sigma, velocity):
-    """Losses `[B]` towards 1.5 times the way from the base to teacher a, in float64."""
-    v_base, v_teacher = (velocity(name, x, sigma).double() for name in (None, "teacher_a"))
-    difference = v.double() - (v_base + 1.5 * (v_teacher - v_base))
-    return 0.5 * difference.square().flatten(1).mean(1) / difference.detach().abs().flatten(1).mean(1)
+@pytest.mark.parametrize(
+    ("kind", "pull"), [*((kind, 0.0) for kind in SAMPLE_FIRST), ("nft", 0.7), ("grpo", 0.7), ("grpo_guard", 0.7)]
+)
+def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, backbone, adapters, text):
+    """An optimizer step for each group of images, and that twice, so that all but the first are off policy.
 
-
-@pytest.mark.parametrize("options", [{}, PULL], ids=["rewards", "both"])
-@pytest.mark.parametrize("kind", ["grpo", "grpo_guard"])
-def test_a_policy_gradient_round_equals_the_slow_loop(kind, options, backbone, adapters, text, monkeypatch):
-    """On policy the ratio is exactly 1, and the gradient is that of -A log p, sample by sample, step by step."""
+    The distillation is at the states of the trajectory, for NFT at those of the student's as it is then.
+    """
     perturb(adapters)
-    learner = make_learner(kind, backbone, adapters, text, beta=0.3, **options)
-    (batch,) = map(pulled, batches_of(backbone, text))
-    result, found = kept_gradients(learner, [batch], monkeypatch)
-    assert result.metrics["ratio"] == 1.0 and result.metrics["clip_fraction"] == 0.0
+    options = {} if kind == "sft" else {"beta": 0.2, "distill_weight": pull}
+    options |= {"target": "velocity", "self_normalize": True} if pull else {}
+    options |= {"grpo": {"clip_range": CLIP}, "grpo_guard": {"clip_range_lt": CLIP, "clip_range_gt": 2 * CLIP}}.get(
+        kind, {}
+    )
+    learner = make_learner(kind, backbone, adapters, text, inner=2, accumulation=1, **options)
+    perturb(adapters, seed=12)  # the student has moved on from NFT's old policy
+    batches = with_rows(
+        batches_of(backbone, text, "a" if pull else "ab", watched=True), teacher="teacher_a", weight=3.0
+    )
+    batches = with_rows(batches, strength=1.5) if pull else batches
+    seen, step, trained = [], learner.optimizer.step, adapters.parameters(STUDENT)
+    learner.optimizer.step = lambda: seen.append(([p.detach().clone() for p in trained], gradients(adapters))) or step()
+    result = learner.round(batches)
 
-    def velocity(adapter, x, sigma):
+    def velocity(batch, sigma, adapter, x):
         with adapters.using(adapter), torch.set_grad_enabled(adapter == STUDENT):
-            return backbone.velocity(x, sigma, batch.text)[0]
+            return backbone.velocity(x.float(), sigma, batch.text)[0].double()
 
-    states, x = [], batch.noise
-    for step, tr in enumerate(learner.transitions):
-        x_next = tr.sample(x, velocity(STUDENT, x, tr.sigma).detach(), batch.step_noise(step))
-        states.append((x, x_next))
-        x = x_next
-    rewards = (-x[:, 0].mean(dim=(1, 2)).double()).tolist()
-    assert result.metrics["reward/a"] == pytest.approx(np.mean(rewards))
-    advantages, total, pulls = advantages_by_hand(rewards), 0.0, []
-    for step in range(TRAINED):
-        tr, (x, x_next) = learner.transitions[step], states[step]
-        v = velocity(STUDENT, x, tr.sigma)
-        normal, base = (
-            torch.distributions.Normal(tr.a * x + tr.b * u, tr.std) for u in (v, velocity(None, x, tr.sigma))
-        )
-        if options:
-            pulls.append(distillation_by_hand(v, x, tr.sigma, velocity).mean())
-            total = total + 0.7 * pulls[-1] / TRAINED
-        log_prob = normal.log_prob(x_next)
-        kl = torch.distributions.kl_divergence(normal, base)
-        for i in range(SIZE):
-            scale = tr.std / (tr.sigma - tr.sigma_next) if kind == "grpo_guard" else 1.0
-            total = total + (-advantages[i] * scale * log_prob[i].mean() + 0.3 * kl[i].mean()) / (SIZE * TRAINED)
-    learner.optimizer.backward(total)
-    assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
-    if options:
-        assert result.metrics["distill/a"] == pytest.approx(torch.stack(pulls).mean().item(), rel=1e-5)
+    def walk(batch, policy):
+        x = batch.noise.double()
+        for n, tr in enumerate(learner.transitions):
+            v = velocity(batch, tr.sigma, policy, x).detach()
+            x_next = tr.a * x + tr.b * v + tr.std * batch.step_noise(n)
+            yield x, x_next, v
+            x = x_next
 
-
-@pytest.mark.parametrize("options", [{}, PULL], ids=["rewards", "both"])
-def test_an_nft_round_equals_the_slow_loop(options, backbone, adapters, text, monkeypatch):
-    """The distillation has states of its own, those of the student's trajectory."""
-    perturb(adapters)
-    learner = make_learner("nft", backbone, adapters, text, beta=0.1, **options)
-    perturb(adapters, seed=12)  # the student has moved on from the old policy
-    (batch,) = map(pulled, batches_of(backbone, text))
-    result, found = kept_gradients(learner, [batch], monkeypatch)
-
-    def velocity(adapter, x, sigma):
-        with adapters.using(adapter), torch.set_grad_enabled(adapter == STUDENT):
-            return backbone.velocity(x, sigma, batch.text)[0]
-
-    x = batch.noise
-    for tr in learner.transitions:
-        x = x + tr.b * velocity(OLD, x, tr.sigma)
-    advantages = advantages_by_hand((-x[:, 0].mean(dim=(1, 2)).double()).tolist())
-    total = 0.0
-    for step in range(TRAINED):
-        t = learner.transitions[step].sigma
-        x_t = (1 - t) * x + t * batch.forward_noise(step)
-        v, old, base = (velocity(name, x_t, t) for name in (STUDENT, OLD, None))
-        for i in range(SIZE):
-            r = min(max(min(max(advantages[i], -5), 5) / 10 + 0.5, 0), 1)
-
-            def error(u, i=i, x_t=x_t, t=t):
-                difference = x_t[i] - t * u - x[i]
-                return difference.square().mean() / max(difference.detach().abs().mean().item(), 1e-5)
-
-            plus, minus = 0.5 * v[i] + 0.5 * old[i], 1.5 * old[i] - 0.5 * v[i]
-            loss = 5 * (r * error(plus) + (1 - r) * error(minus)) / 0.5 + 0.1 * (v[i] - base[i]).square().mean()
-            total = total + loss / (SIZE * TRAINED)
-    x = batch.noise
-    for tr in learner.transitions[:TRAINED] if options else ():
-        v = velocity(STUDENT, x, tr.sigma)
-        total = total + 0.7 * distillation_by_hand(v, x, tr.sigma, velocity).mean() / TRAINED
-        x = (x + tr.b * v).detach()
-    learner.optimizer.backward(total)
-    assert result.losses.mean == pytest.approx(total.item(), rel=1e-4)
-    assert_near(found, gradients(adapters), rel=1e-3, floor=1e-8)
+    walks, losses, pulls, beyond = [], [], [], []
+    for number, (weights, found) in enumerate(seen):
+        with torch.no_grad():
+            for p, value in zip(trained, weights, strict=True):
+                p.copy_(value)
+        walks = walks or [list(walk(b, {"nft": OLD, "sft": "teacher_a"}.get(kind, STUDENT))) for b in batches]
+        batch, states = batches[number % len(batches)], walks[number % len(batches)]
+        pulled, x0, total = (list(walk(batch, STUDENT)) if kind == "nft" and pull else states), states[-1][1], 0.0
+        advantages = advantages_by_hand((-x0[:, 0].mean(dim=(1, 2))).tolist())
+        for n, tr in enumerate(learner.transitions[:TRAINED]):
+            at = partial(velocity, batch, tr.sigma)
+            loss, outside = loss_by_hand(kind, tr, states[n], x0, batch.forward_noise(n), advantages, at)
+            beyond.append(outside)
+            if pull:
+                pulls.append(pull_by_hand(pulled[n][0], at).mean())
+                loss = loss + pull * pulls[-1]
+            total = total + loss.mean() / TRAINED
+        learner.optimizer.backward(3.0 * total)
+        assert_near(found, gradients(adapters), rel=1e-4)
+        learner.optimizer.discard()
+        losses.append(total.item())
+    assert len(seen) == 2 * len(batches)
+    assert list(result.losses.means().values()) == pytest.approx(losses[: len(batches)], rel=1e-4, abs=1e-7)
+    assert result.grad_norm * 1e4 == pytest.approx(torch.nn.utils.get_total_norm(seen[0][1]).item(), rel=1e-5)
+    for (_, latents), states in zip(result.images, walks, strict=True):
+        torch.testing.assert_close(latents.double(), states[-1][1], rtol=1e-5, atol=1e-5)
+    if pull:
+        assert result.metrics["distill/a"] == pytest.approx(torch.stack(pulls[:TRAINED]).mean().item(), rel=1e-4)
+    if "grpo" in kind:
+        assert not torch.stack(beyond[:TRAINED]).any()
+        assert result.metrics["clip_fraction"] == pytest.approx(torch.stack(beyond).double().mean().item())
+        assert 0 < result.metrics["clip_fraction"] < 1 - 1 / len(seen)
+    if kind != "sft":
+        rewards = -walks[0][-1][1][:, 0].mean()
+        assert result.metrics["reward/a"] == pytest.approx(rewards.item(), rel=1e-5)
 
 
 def test_the_old_policy_follows_by_its_schedule(backbone, adapters, text):
@@ -163,24 +175,6 @@ def test_the_old_policy_follows_by_its_schedule(backbone, adapters, text):
     learner.finish(3)  # d = min(0.1 * 3, 0.5)
     for old, mine, new in zip(before, adapters.parameters(OLD), adapters.parameters(STUDENT), strict=True):
         torch.testing.assert_close(mine, 0.3 * old + 0.7 * new)
-
-
-def test_supervised_on_teacher_samples_equals_the_formula(backbone, adapters, text, monkeypatch):
-    learner = make_learner("sft", backbone, adapters, text)
-    (batch,) = batches_of(backbone, text, watched=True)
-    result, _ = kept_gradients(learner, [batch], monkeypatch)
-    x = batch.noise
-    with torch.no_grad():
-        adapters.use("teacher_a")
-        for tr in learner.transitions:
-            x = x + tr.b * backbone.velocity(x, tr.sigma, batch.text)[0]
-        adapters.use(STUDENT)
-        for step in range(TRAINED):
-            t, eps = learner.transitions[step].sigma, batch.forward_noise(step)
-            v = backbone.velocity((1 - t) * x + t * eps, t, batch.text)[0]
-            wanted = 0.5 * per_sample_mean((v - (eps - x)).square()).mean()
-            assert loss_table(result)[0, step].item() == pytest.approx(wanted.item(), rel=1e-5)
-    torch.testing.assert_close(result.images[0][1], x)
 
 
 @pytest.mark.slow
@@ -194,20 +188,6 @@ def test_rewards_rise(kind, backbone, adapters, text):
         rewards.append(learner.round(batches).metrics["reward/a"])
         learner.finish(completed)
     assert rewards[-1] > rewards[0] + 0.01, rewards
-
-
-def test_several_optimizer_steps_per_round(backbone, adapters, text):
-    """Four batches, two per step, two passes: four steps; the first pass's losses are reported."""
-    learner = make_learner("grpo", backbone, adapters, text, inner=2, accumulation=2, batches=2, clip_range=1e-8)
-    steps = []
-    original = learner.optimizer.step
-    learner.optimizer.step = lambda: steps.append(original()) or steps[-1]
-    result = learner.round(batches_of(backbone, text, tasks="abab"))
-    assert len(steps) == 4
-    assert result.grad_norm == steps[0]
-    assert result.losses.counts[:, :TRAINED].tolist() == [[2 * SIZE] * TRAINED] * 2
-    assert 0 < result.metrics["clip_fraction"] <= 1  # later steps are off policy
-    assert {"reward/a", "reward/b", "zero_variance/a", "monitor/b/dark"} <= result.metrics.keys()
 
 
 def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):

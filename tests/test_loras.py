@@ -44,16 +44,14 @@ def write(folder, *lines, name="loras.csv"):
 
 def test_triggers_are_put_where_the_prompt_or_the_trigger_says():
     prompts = [Prompt("a fox", {"prompt": "a fox"}, "file, line 1"), Prompt("a {trigger} fox", source="file, line 2")]
-    for trigger, first, second in (
-        ("sks", "sks, a fox", "a sks fox"),
-        ("{prompt}, by sks", "a fox, by sks", "a {prompt}, by sks fox"),
-    ):
-        made = with_trigger(prompts, trigger)
-        assert [p.text for p in made] == [first, second]
-        assert [(p.metadata, p.source) for p in made] == [(p.metadata, p.source) for p in prompts]
+    made = with_trigger(prompts, "sks")
+    assert [p.text for p in made] == ["sks, a fox", "a sks fox"]
+    assert [(p.metadata, p.source) for p in made] == [(p.metadata, p.source) for p in prompts]
+    assert [p.text for p in with_trigger(prompts[:1], "{prompt}, by sks")] == ["a fox, by sks"]
     assert with_trigger(prompts[:1], "") == prompts[:1]
-    with pytest.raises(PromptError, match="line 2"):
-        with_trigger(prompts, "")
+    for trigger in ("", "{prompt}, by sks"):  # whose caption would be the place itself
+        with pytest.raises(PromptError, match="line 2"):
+            with_trigger(prompts, trigger)
 
 
 def test_a_table_becomes_tasks(two):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gc
-import itertools
 import weakref
 
 import pytest
@@ -15,7 +14,6 @@ from diffusers.optimization import get_scheduler
 from diffusionopd.algorithms import opd
 from diffusionopd.algorithms.optim import Ema, NonFiniteError, OptimizerSettings, StudentOptimizer
 from diffusionopd.algorithms.results import Losses
-from diffusionopd.data.batches import choose_steps
 from diffusionopd.models.policies import STUDENT
 
 from .helpers import assert_near, gradients, kept_gradients, loss_table, make_batches, make_opd, perturb, with_rows
@@ -80,18 +78,6 @@ def test_fused_round_equals_three_passes(
     assert_near(found, expected, rel=1e-5)
 
 
-def test_teacher_equal_to_student_gives_zero_loss_and_gradient(backbone, adapters, text, monkeypatch):
-    perturb(adapters)
-    adapters.add_student("teacher_c", rank=8, alpha=16, target_modules=adapters.configs[STUDENT].target_modules)
-    with torch.no_grad():
-        for p, value in zip(adapters.parameters("teacher_c"), adapters.parameters(STUDENT), strict=True):
-            p.copy_(value)
-    learner = make_opd(backbone, adapters, text)
-    result, found = kept_gradients(learner, make_batches(backbone, text, tasks="c"), monkeypatch)
-    assert not result.losses.sums.any()
-    assert found and all(not g.any() for g in found)
-
-
 @pytest.mark.parametrize(
     ("watched", "steps", "without"), [(False, range(4), 0), (True, range(4), 1), (True, (0, 2), 3)]
 )
@@ -138,28 +124,25 @@ def test_training_changes_the_student_alone_and_lowers_the_loss(backbone, adapte
 
 def test_inner_epochs_train_on_the_kept_trajectory(backbone, adapters, text, monkeypatch):
     """Two inner epochs: the second one's gradient is that of the same states with the new weights."""
-    learner = make_opd(backbone, adapters, text, inner=2, scale=1e4)
-    taken, kept, weights = [], [], []
-    step, again = learner.optimizer.step, learner._again
-    monkeypatch.setattr(learner.optimizer, "step", lambda: taken.append(gradients(adapters)) or step())
-
-    def spy(visits):
-        kept.extend(visits)
-        weights.extend(p.detach().clone() for p in adapters.parameters(STUDENT))
-        return again(visits)
-
-    monkeypatch.setattr(learner, "_again", spy)
-    learner.round(make_batches(backbone, text, steps=(1, 3)))
-    assert len(taken) == 2 and [visit.step for _, visit in kept] == [1, 3, 1, 3]
+    learner, batches = (
+        make_opd(backbone, adapters, text, inner=2, scale=1e4),
+        make_batches(backbone, text, steps=(1, 3)),
+    )
+    visits = [found for batch in batches for found in learner.rollout(batch) if found[1].target]
+    student, taken, step = adapters.parameters(STUDENT), [], learner.optimizer.step
+    kept = lambda: taken.append((gradients(adapters), [p.detach().clone() for p in student])) or step()  # noqa: E731
+    monkeypatch.setattr(learner.optimizer, "step", kept)
+    learner.round(batches)
+    _, (found, weights) = taken
     with torch.no_grad():
-        for p, value in zip(adapters.parameters(STUDENT), weights, strict=True):
+        for p, value in zip(student, weights, strict=True):
             p.copy_(value)
     adapters.use(STUDENT)
-    for batch, visit in kept:
+    for batch, visit in visits:
         v = backbone.velocity(visit.x, visit.transition.sigma, batch.text)[0]
         loss = 0.5 * (visit.transition.b * (v - visit.target.v_teacher)).square().flatten(1).mean(1).mean()
-        learner.optimizer.backward(loss / len(kept))
-    assert_near(taken[1], gradients(adapters), rel=1e-5)
+        learner.optimizer.backward(loss / 4)
+    assert_near(found, gradients(adapters), rel=1e-5)
 
 
 def test_policy_gradient_round_starts_at_ratio_one(backbone, adapters, text, monkeypatch):
@@ -172,17 +155,17 @@ def test_policy_gradient_round_starts_at_ratio_one(backbone, adapters, text, mon
     for step, tr in enumerate(learner.transitions[:TRAINED]):
         adapters.use("teacher_a")
         with torch.no_grad():
-            teacher = tr.mean(x, backbone.velocity(x, tr.sigma, batch.text)[0])
+            teacher = tr.mean(x.double(), backbone.velocity(x, tr.sigma, batch.text)[0].double())
         adapters.use(STUDENT)
-        mean = tr.mean(x, backbone.velocity(x, tr.sigma, batch.text)[0])
+        mean = tr.mean(x.double(), backbone.velocity(x, tr.sigma, batch.text)[0].double())
         x_next = mean.detach() + tr.std * batch.step_noise(step)
         own, other = (torch.distributions.Normal(m, tr.std).log_prob(x_next) for m in (mean, teacher))
         advantage = (other - own).detach().flatten(1).sum(1)
         (-advantage * own.flatten(1).mean(1)).sum().div(2 * TRAINED).backward()
         total.append(-advantage)
-        x = x_next
-    assert result.losses.mean == pytest.approx(torch.stack(total).mean().item(), rel=1e-3)
-    assert_near(found, gradients(adapters), rel=1e-2)
+        x = x_next.float()
+    assert result.losses.mean == pytest.approx(torch.stack(total).mean().item(), rel=1e-4)
+    assert_near(found, gradients(adapters), rel=1e-4)
 
 
 def test_beta_pulls_towards_the_base(backbone, adapters, text, monkeypatch):
@@ -253,36 +236,6 @@ def test_non_finite_stops_before_the_step(backbone, adapters, text, monkeypatch,
     assert [fact for fact in facts if fact not in str(caught.value)] == []
     assert all(torch.equal(p, b) for p, b in zip(adapters.parameters(STUDENT), before, strict=True))
     assert all(p.grad is None for p in adapters.parameters(STUDENT))
-
-
-# --- drawn steps ------------------------------------------------------------------------------------------------------
-
-
-def test_the_mean_gradient_over_all_draws_is_the_full_one(backbone, adapters, text, monkeypatch):
-    """Unbiased, exactly: every subset of the trained steps, each as likely as the others."""
-    perturb(adapters)
-    learner = make_opd(backbone, adapters, text, "flow", 0.7)
-    full, expected = kept_gradients(learner, make_batches(backbone, text), monkeypatch)
-    subsets = list(itertools.combinations(range(TRAINED), 2))
-    total, losses = [torch.zeros_like(g) for g in expected], []
-    for subset in subsets:
-        result, found = kept_gradients(learner, make_batches(backbone, text, steps=subset), monkeypatch)
-        torch.testing.assert_close(loss_table(result), loss_table(full)[:, list(subset)], rtol=1e-5, atol=0)
-        losses.append(result.losses.mean)
-        for sum_, gradient in zip(total, found, strict=True):
-            sum_ += gradient / len(subsets)
-    assert sum(losses) / len(losses) == pytest.approx(full.losses.mean, rel=1e-5)
-    assert_near(total, expected, rel=1e-5)
-
-
-def test_draws_depend_on_the_key_alone_and_favour_no_step():
-    assert choose_steps(9, 3, 42, 7, 1) == choose_steps(9, 3, 42, 7, 1)
-    draws = [choose_steps(4, 2, 42, round_, 0) for round_ in range(600)]
-    assert all(a < b for a, b in draws)
-    counts = collections.Counter(draws)
-    assert set(counts) == set(itertools.combinations(range(4), 2))
-    assert all(70 < count < 130 for count in counts.values()), "six subsets, 100 times each on average"
-    assert choose_steps(4, 2, 42, 0, 0) != choose_steps(4, 2, 42, 0, 1) or draws[1] != choose_steps(4, 2, 42, 1, 1)
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------

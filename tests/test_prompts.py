@@ -19,12 +19,11 @@ def write(folder, name, content):
 
 
 def test_text_file_is_one_prompt_a_line(tmp_path):
-    write(tmp_path, "train.txt", "  a sign that says 'hi'\t\n\n   \nA ünïcode 日本 prompt\r\nno newline at the end")
-    assert load_prompts(tmp_path, "general_ocr", "train") == [
-        Prompt("a sign that says 'hi'"),
-        Prompt("A ünïcode 日本 prompt"),
-        Prompt("no newline at the end"),
-    ]
+    """Repeated ones are kept; a byte order mark is none."""
+    lines = "  a sign that says 'hi'\t\n\n   \nA ünïcode 日本 prompt\r\ntwice\ntwice\nno newline at the end"
+    write(tmp_path, "train.txt", b"\xef\xbb\xbf" + lines.encode())
+    texts = ["a sign that says 'hi'", "A ünïcode 日本 prompt", "twice", "twice", "no newline at the end"]
+    assert load_prompts(tmp_path, "general_ocr", "train") == [Prompt(text) for text in texts]
 
 
 def test_geneval_file_keeps_the_whole_object_for_the_scorer(tmp_path):
@@ -68,38 +67,22 @@ def test_all_bad_lines_are_named_up_to_a_number(tmp_path):
     assert named == [str(2 * n) for n in range(1, 11)] and "13" in str(error.value) and "3 more" in str(error.value)
 
 
-def test_byte_order_mark_is_ignored(tmp_path):
-    write(tmp_path, "train.txt", b"\xef\xbb\xbfa red cube\n")
-    assert load_prompts(tmp_path, "general_ocr", "train") == [Prompt("a red cube")]
-
-
-def test_repeated_prompts_are_kept(tmp_path):
-    write(tmp_path, "train.txt", "twice\ntwice\n")
-    assert len(load_prompts(tmp_path, "general_ocr", "train")) == 2
-
-
 def test_prompts_can_be_keys():
     assert len({Prompt("a", {"x": [1]}), Prompt("a", {"x": [1]}), Prompt("b")}) == 2
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "   \n\t\n", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize(("prompt_fn", "name"), [("general_ocr", "test.txt"), ("geneval", "test_metadata.jsonl")])
-def test_file_without_prompts_is_named(tmp_path, prompt_fn, name, content):
-    write(tmp_path, name, content)
-    with pytest.raises(PromptError, match=rf"{name}.*no prompt"):
-        load_prompts(tmp_path, prompt_fn, "test")
-
-
-@pytest.mark.parametrize(("prompt_fn", "name"), [("general_ocr", "train.txt"), ("geneval", "train_metadata.jsonl")])
-def test_missing_file_is_named_with_what_reads_it(tmp_path, prompt_fn, name):
+def test_a_file_that_is_none_or_holds_none_is_named(tmp_path, prompt_fn, name):
     with pytest.raises(PromptError, match=rf"{name} does not exist.*{prompt_fn}"):
-        load_prompts(tmp_path / "nowhere", prompt_fn, "train")
-
-
-def test_a_folder_in_place_of_a_file(tmp_path):
-    (tmp_path / "train.txt").mkdir()
-    with pytest.raises(PromptError, match="cannot be read"):
-        load_prompts(tmp_path, "general_ocr", "train")
+        load_prompts(tmp_path, prompt_fn, "test")
+    for content in ("", "\n\n", "   \n\t\n", b"\xef\xbb\xbf"):
+        write(tmp_path, name, content)
+        with pytest.raises(PromptError, match=rf"{name}.*no prompt"):
+            load_prompts(tmp_path, prompt_fn, "test")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(PromptError, match=rf"{name} cannot be read"):
+        load_prompts(tmp_path, prompt_fn, "test")
 
 
 def test_not_utf8_names_the_line(tmp_path):
@@ -146,8 +129,8 @@ def test_unknown_format_is_refused_with_the_known_ones(tmp_path):
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def prompts(count):
-    return [Prompt(f"prompt {i}") for i in range(count)]
+def sampler(count, groups, seed=42, task=0):
+    return PromptSampler([Prompt(f"prompt {i}") for i in range(count)], seed, task, groups)
 
 
 def walk(sampler, rounds, groups):
@@ -157,57 +140,34 @@ def walk(sampler, rounds, groups):
 @pytest.mark.parametrize(("count", "groups"), [(7, 3), (10, 5), (1, 4), (3, 8), (64, 6)])
 def test_each_prompt_comes_once_in_every_epoch(count, groups):
     epochs = 4
-    rounds = -(-epochs * count // groups)
-    order = walk(PromptSampler(prompts(count), 42, 0, groups), rounds, groups)
+    order = walk(sampler(count, groups), -(-epochs * count // groups), groups)
     for epoch in range(epochs):
         assert Counter(order[epoch * count : (epoch + 1) * count]) == Counter(range(count))
 
 
 def test_epochs_seeds_and_tasks_have_orders_of_their_own():
     count = 50
-    orders = [
-        tuple(walk(PromptSampler(prompts(count), seed, task, 1), 2 * count, 1)) for seed in (0, 1) for task in (0, 1)
-    ]
+    orders = [tuple(walk(sampler(count, 1, seed, task), 2 * count, 1)) for seed in (0, 1) for task in (0, 1)]
     halves = [half for order in orders for half in (order[:count], order[count:])]
     assert len(set(halves)) == len(halves)
     assert tuple(range(count)) not in halves
 
 
 def test_a_draw_depends_on_its_counters_alone():
-    """Asked in any order, by fresh samplers or by one, after a resume or not: the same prompt."""
+    """Asked in any order, by fresh samplers or by one, in rounds of any size: position alone counts."""
     count, groups, rounds = 11, 4, 9
-    reference = walk(PromptSampler(prompts(count), 3, 1, groups), rounds, groups)
-    sampler = PromptSampler(prompts(count), 3, 1, groups)
-    backwards = [sampler.index(r, g) for r in reversed(range(rounds)) for g in reversed(range(groups))]
-    assert backwards[::-1] == reference
-    fresh = [PromptSampler(prompts(count), 3, 1, groups).index(r, g) for r in range(rounds) for g in range(groups)]
-    assert fresh == reference
-
-
-def test_position_alone_counts_so_that_batch_geometry_only_regroups():
-    """Six groups a round walk the same sequence as two rounds of three."""
-    assert walk(PromptSampler(prompts(20), 5, 0, 6), 10, 6) == walk(PromptSampler(prompts(20), 5, 0, 3), 20, 3)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_processes_divide_a_round_without_changing_it(world):
-    """Each process asks for its own contiguous share; together they are the round of one process."""
-    groups, rounds = 6, 8
-    expected = walk(PromptSampler(prompts(13), 9, 2, groups), rounds, groups)
-    samplers = [PromptSampler(prompts(13), 9, 2, groups) for _ in range(world)]
-    share = groups // world
-    together = [
-        samplers[rank].index(r, rank * share + i) for r in range(rounds) for rank in range(world) for i in range(share)
-    ]
-    assert together == expected
+    reference, one = walk(sampler(count, groups), rounds, groups), sampler(count, groups)
+    backwards = [one.index(r, g) for r in reversed(range(rounds)) for g in reversed(range(groups))]
+    fresh = [sampler(count, groups).index(r, g) for r in range(rounds) for g in range(groups)]
+    assert backwards[::-1] == fresh == walk(sampler(count, 2), 2 * rounds, 2) == reference
 
 
 @pytest.mark.parametrize("rounds", [range(0), range(1), range(3, 7), range(0, 100), range(50, 60, 3)])
 @pytest.mark.parametrize("count", [5, 40])
 def test_used_by_lists_what_the_rounds_draw(count, rounds):
-    sampler = PromptSampler(prompts(count), 1, 0, 4)
-    assert sampler.used_by(rounds) == sorted({sampler.index(r, g) for r in rounds for g in range(4)})
+    one = sampler(count, 4)
+    assert one.used_by(rounds) == sorted({one.index(r, g) for r in rounds for g in range(4)})
 
 
 def test_used_by_of_an_endless_run_is_immediate():
-    assert PromptSampler(prompts(1000), 1, 0, 6).used_by(range(10**12)) == list(range(1000))
+    assert sampler(1000, 6).used_by(range(10**12)) == list(range(1000))

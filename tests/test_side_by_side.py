@@ -100,8 +100,8 @@ def test_a_joined_round_is_that_of_a_batch_for_each_task(
     joined = side_by_side(batches, 2 if given else 3)
     assert len(joined) == (2 if given else 1)
     found, together = kept_gradients(learner, joined, monkeypatch)
-    # The surrogate subtracts log-densities of a whole latent, which rounding moves by more.
-    rel = 2e-3 if options.get("loss") == "policy_gradient" else 1e-5
+    # The surrogate's noise is what two states differ by over a small std, which rounding moves by more.
+    rel = 1e-4 if options.get("loss") == "policy_gradient" else 1e-5
     torch.testing.assert_close(loss_table(found), loss_table(expected), rtol=rel, atol=1e-9)
     torch.testing.assert_close(found.losses.counts, expected.losses.counts)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)

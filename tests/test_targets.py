@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import pytest
 import torch
 from torch.distributions import Normal
 
-from diffusionopd.algorithms.opd import Opd, OpdSettings
+from diffusionopd.algorithms.opd import Opd
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.batches import choose_steps, step_chances
 from diffusionopd.losses import extrapolated
@@ -30,15 +31,13 @@ def test_the_extrapolated_step_is_the_product_of_powers(kernel):
     for step in schedule(kernel, SIGMAS, 0.6):
         std = step.std or 1e-3  # the limit of a deterministic step
         for strength in (0.0, 0.5, 1.0, 1.25, 2.0):
-            both, target = (
-                [Normal(step.mean(x, v), std).log_prob(points) for v in (v_teacher, v_ref)],
-                Normal(step.mean(x, extrapolated(v_ref, v_teacher, strength)), std),
-            )
-            moved = points + std
-            difference = strength * both[0] + (1 - strength) * both[1] - target.log_prob(points)
-            again = [Normal(step.mean(x, v), std).log_prob(moved) for v in (v_teacher, v_ref)]
-            other = strength * again[0] + (1 - strength) * again[1] - target.log_prob(moved)
-            torch.testing.assert_close(difference, other, rtol=1e-6, atol=1e-6)
+            target = Normal(step.mean(x, extrapolated(v_ref, v_teacher, strength)), std)
+            teacher, reference = (Normal(step.mean(x, v), std) for v in (v_teacher, v_ref))
+            constant = [
+                strength * teacher.log_prob(y) + (1 - strength) * reference.log_prob(y) - target.log_prob(y)
+                for y in (points, points + std)
+            ]
+            torch.testing.assert_close(*constant, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("reference", [None, "teacher_b"])
@@ -101,34 +100,47 @@ def test_the_loss_of_both_branches(backbone, adapters, text, monkeypatch):
 # --- which states count -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "a", "b"), [(1, 5, 2), (3, 2, 5), (3, 30, 1), (4, 1, 1)])
-def test_steps_are_drawn_as_often_as_said(count, a, b):
-    chances = step_chances(6, count, a, b)
-    assert sum(chances) == pytest.approx(count) and max(chances) <= 1
+@pytest.mark.parametrize(("count", "beta"), [(2, None), (1, (5, 2)), (3, (2, 5)), (3, (30, 1)), (4, (1, 1))])
+def test_steps_are_drawn_as_often_as_said_by_the_key_alone(count, beta):
+    chances = step_chances(6, count, *beta) if beta else None
     draws = [choose_steps(6, count, 42, n, chances=chances) for n in range(4000)]
     assert all(len(set(draw)) == count and list(draw) == sorted(draw) for draw in draws)
+    expected = dict(enumerate(chances or [count / 6] * 6))
+    assert sum(expected.values()) == pytest.approx(count) and max(expected.values()) <= 1
     found = collections.Counter(step for draw in draws for step in draw)
-    for step, chance in enumerate(chances):
-        assert abs(found[step] / 4000 - chance) <= 4 * (chance * (1 - chance) / 4000) ** 0.5, (step, chance)
+    if beta is None:  # not the steps alone: each subset
+        found += collections.Counter(draws)
+        expected |= dict.fromkeys(itertools.combinations(range(6), count), 1 / 15)
+    for what, chance in expected.items():
+        assert abs(found[what] / 4000 - chance) <= 4 * (chance * (1 - chance) / 4000) ** 0.5, (what, chance)
     assert choose_steps(6, count, 42, 7, chances=chances) == draws[7]
-    if a == b == 1:
+    assert [choose_steps(6, count, 43, n, chances=chances) for n in range(99)] != draws[:99] or beta == (30, 1)
+    if beta == (1, 1):
         assert chances == pytest.approx([count / 6] * 6)
 
 
-def test_corrected_draws_have_the_full_gradient_in_expectation(backbone, adapters, text, monkeypatch):
+def test_draws_have_the_full_gradient_in_expectation(backbone, adapters, text, monkeypatch):
+    """Where all subsets are as likely, and with the correction where they are not; without it they have another."""
     perturb(adapters)
-    full, expected = kept_gradients(make_opd(backbone, adapters, text), make_batches(backbone, text), monkeypatch)
-    drawn = {"steps_per_rollout": 1, "step_weighting": "beta(3, 1.5)"}
-    chances = OpdSettings(**drawn).chances(TRAINED)
-    for corrected in (True, False):
-        learner, total = make_opd(backbone, adapters, text, step_correction=corrected, **drawn), None
-        for step, chance in enumerate(chances):
-            result, found = kept_gradients(learner, make_batches(backbone, text, steps=(step,)), monkeypatch)
-            total = [chance * g + (total[i] if total else 0) for i, g in enumerate(found)]
-            if not corrected:
-                torch.testing.assert_close(loss_table(result), loss_table(full)[:, [step]], rtol=1e-5, atol=0)
-        if corrected:
-            assert_near(total, expected, rel=1e-5)
+    options = {"solver": "flow", "noise_level": 0.7}
+    learner = make_opd(backbone, adapters, text, **options)
+    full, expected = kept_gradients(learner, make_batches(backbone, text), monkeypatch)
+    drawn = options | {"steps_per_rollout": 1, "step_weighting": "beta(3, 1.5)"}
+    pairs = dict.fromkeys(itertools.combinations(range(TRAINED), 2), 1 / 6)
+    singles = {(step,): chance for step, chance in enumerate(step_chances(TRAINED, 1, 3, 1.5))}
+    for own, draws, near in (
+        (options, pairs, 1e-5),
+        (drawn | {"step_correction": True}, singles, 1e-5),
+        (drawn, singles, 0),
+    ):
+        learner, total = make_opd(backbone, adapters, text, **own), [torch.zeros_like(g) for g in expected]
+        for steps, chance in draws.items():
+            result, found = kept_gradients(learner, make_batches(backbone, text, steps=steps), monkeypatch)
+            total = [sum_ + chance * g for sum_, g in zip(total, found, strict=True)]
+            if "step_correction" not in own:
+                torch.testing.assert_close(loss_table(result), loss_table(full)[:, list(steps)], rtol=1e-5, atol=0)
+        if near:
+            assert_near(total, expected, rel=near)
         else:
             with pytest.raises(AssertionError):
                 assert_near(total, expected, rel=1e-2)
@@ -140,7 +152,10 @@ def test_corrected_draws_have_the_full_gradient_in_expectation(backbone, adapter
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
     for overrides, key in (
         ({"train.step_weighting": "beta(5, 2)"}, "train.step_weighting"),
-        ({"train.step_weighting": "beta(0, 2)", "train.steps_per_rollout": 1}, "train.step_weighting"),
+        *(
+            ({"train.step_weighting": f"beta({a}, 2)", "train.steps_per_rollout": 1}, "train.step_weighting")
+            for a in (0, 1000)
+        ),
         ({"train.conditional_weight": 1.0}, "train.conditional_weight"),
         ({"train.teachers[0].reference": "assets/tiny/teachers/ocr/lora"}, "train.teachers[0].reference"),
         ({"train.teachers[0].strength": -1.0}, "train.teachers[0].strength"),

@@ -19,7 +19,7 @@ from diffusionopd.algorithms.optim import NonFiniteError, StudentOptimizer
 from diffusionopd.algorithms.results import Losses, Result
 from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.config_schema import Problems, is_number
-from diffusionopd.data.batches import Batch
+from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.rounds import RoundShape
 from diffusionopd.distributed import any_process, by_rank, gather_over_processes
 from diffusionopd.losses import extrapolated
@@ -142,14 +142,10 @@ class Algorithm:
     def target(self, batch: Batch) -> Callable[[Tensor, float], Target]:
         """The targets of a batch: its teachers' velocities, or those at their ``strength`` from the references'."""
         asked, strengths = [], []
-        for rows in batch.slices.values():
-            part = batch.select(range(rows.start, rows.stop))
-            ((teacher, reference, guidance, strength),) = {
-                (row.teacher, row.reference, row.guidance, row.strength) for row in part.rows
-            }
-            policies = [teacher] if strength == 1.0 else [teacher, reference]
-            asked.append([Asked(policy, rows, part, guidance) for policy in policies])
-            strengths.append(strength)
+        for rows, part, own in _tasks(batch):
+            policies = [own.teacher] if own.strength == 1.0 else [own.teacher, own.reference]
+            asked.append([Asked(policy, rows, part, own.guidance) for policy in policies])
+            strengths.append(own.strength)
 
         def velocities(x: Tensor, sigma: float) -> Target:
             answers = iter(self._answers([one for task in asked for one in task], x, sigma))
@@ -161,11 +157,7 @@ class Algorithm:
 
     def teacher(self, batch: Batch) -> Velocity:
         """The velocities of the batch's teachers, under their own guidance."""
-        asked = []
-        for rows in batch.slices.values():
-            part = batch.select(range(rows.start, rows.stop))
-            ((teacher, guidance),) = {(row.teacher, row.guidance) for row in part.rows}
-            asked.append(Asked(teacher, rows, part, guidance))
+        asked = [Asked(own.teacher, rows, part, own.guidance) for rows, part, own in _tasks(batch)]
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return _cat([v.guided for v in self._answers(asked, x, sigma)])
@@ -226,6 +218,20 @@ class Algorithm:
             rows += len(batch.rows)
         return parts
 
+    def passes(self, batches: Sequence[Batch], result: Result, step: bool) -> Iterator[tuple[int, int, Losses]]:
+        """Inner epochs over a round: (epoch, number of a batch to train on, table of the optimizer step it belongs to).
+
+        The step follows once all its batches have been trained on; ``result`` notes those of the first epoch.
+        """
+        for epoch in range(self.sampler.num_inner_epochs):
+            for part in self.parts(batches):
+                losses = self.losses([batches[i] for i in part])
+                for i in part:
+                    yield epoch, i, losses
+                norm = self.update(losses, step)
+                if epoch == 0:
+                    result.note(losses, norm)
+
     def update(self, losses: Losses, step: bool = True) -> float | None:
         """One optimizer step, if any, after a check of the losses; the gradient's norm. Collective."""
         losses.reduce()
@@ -255,6 +261,12 @@ class Algorithm:
 
 
 _UNCHANGED = "The student has not been changed by it."
+
+
+def _tasks(batch: Batch) -> Iterator[tuple[slice, Batch, Row]]:
+    """Each task's rows in a batch, the batch of them, and one of them, which says what they have in common."""
+    for rows in batch.slices.values():
+        yield rows, batch.select(range(rows.start, rows.stop)), batch.rows[rows.start]
 
 
 def _pulled(answers: Sequence[Branches], strength: float) -> tuple[Tensor, Tensor, Tensor]:

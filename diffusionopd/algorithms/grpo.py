@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import Algorithm
+from diffusionopd.algorithms.from_rewards import FromRewards
 from diffusionopd.algorithms.results import Result
 from diffusionopd.algorithms.settings import ClipSettings, Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems, key
@@ -44,12 +44,11 @@ class GuardSettings(RewardSettings):
         return self.clip_range_lt, self.clip_range_gt
 
 
-class Grpo(Algorithm):
+class Grpo(FromRewards):
     """Every sampled step is an action, made likelier or less likely by its image's advantage (PPO clipping)."""
 
     name = "grpo"
     groups: ClassVar[tuple[type, ...]] = (GrpoSettings, TeacherSettings)
-    has_rewards = True
     objective: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(grpo_loss)
     settings: GrpoSettings | GuardSettings
 
@@ -59,31 +58,28 @@ class Grpo(Algorithm):
         images, pull = [], s.pull(self.losses(batches))
         for batch in batches:
             visits.append(walked := list(self.trajectory(batch, self.student(batch))))
-            scoring.submit(batch, walked[-1].x_next)  # runs in a thread while the next batch is sampled
-            images += [(batch, walked[-1].x_next)] * batch.wants_images
+            x0 = walked[-1].x_next
+            scoring.submit(batch, x0)  # runs in a thread while the next batch is sampled
+            if batch.wants_images:
+                images.append((batch, x0))
         self.check_samples()
         advantages, metrics = scoring.advantages(s, self.shape)
         result = Result(images, metrics)
         counted = []  # of the ratios: how many, how many clipped, their sum
-        for epoch in range(self.sampler.num_inner_epochs):
-            for part in self.parts(batches):
-                losses = self.losses([batches[i] for i in part])
-                for batch, walked, advantage in ((batches[i], visits[i], advantages[i]) for i in part):
-                    for visit in (walked[n] for n in batch.steps):
-                        tr, x, v_old = visit.transition, visit.x, visit.v.guided
-                        v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
-                        target = self.target(batch)(x, tr.sigma) if pull else None
-                        v_student = self.student(batch)(x, tr.sigma)
-                        loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantage.to(x), *s.clip)
-                        counted.append(_counted(ratio, *s.clip))
-                        if v_base is not None:
-                            loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
-                        if pull and target is not None:
-                            loss = loss + pull.loss(batch, visit.step, tr, v_student, target, note=epoch == 0)
-                        self.optimizer.backward(losses.add(batch, visit.step, loss))
-                norm = self.update(losses, step)
-                if epoch == 0:
-                    result.note(losses, norm)
+        for epoch, i, losses in self.passes(batches, result, step):
+            batch = batches[i]
+            for visit in (visits[i][n] for n in batch.steps):
+                tr, x, v_old = visit.transition, visit.x, visit.v.guided
+                v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
+                target = self.target(batch)(x, tr.sigma) if pull else None
+                v_student = self.student(batch)(x, tr.sigma)
+                loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantages[i].to(x), *s.clip)
+                counted.append(_counted(ratio, *s.clip))
+                if v_base is not None:
+                    loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
+                if pull and target is not None:
+                    loss = loss + pull.loss(batch, visit.step, tr, v_student, target, note=epoch == 0)
+                self.optimizer.backward(losses.add(batch, visit.step, loss))
         count, clipped, total = mean_over_processes(torch.stack(counted).sum(0).cpu()).tolist()
         result.metrics |= {"clip_fraction": clipped / count, "ratio": total / count}
         result.metrics |= pull.metrics() if pull else {}
@@ -91,33 +87,16 @@ class Grpo(Algorithm):
 
     @classmethod
     def check(
-        cls,
-        settings: GrpoSettings | GuardSettings,
-        sampler: SamplerSettings,
-        values: Mapping[str, Any],
-        problems: Problems,
+        cls, settings: RewardSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
     ) -> None:
         """Advantages compare several images, and steps need densities."""
-        settings.check(values, problems)
+        super().check(settings, sampler, values, problems)
         sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
-    def notes(cls, settings: GrpoSettings | GuardSettings, changed: Sequence[str]) -> list[str]:
-        """What was set for teachers that there are not."""
-        return settings.notes(changed)
-
-    @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
-        """The student samples, then is trained at every trained step."""
-        shape, sampler = plan.shape, plan.sampler
-        own = plan.nfe(sampler.guidance)
-        student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
-        sampling = shape.images_per_round * sampler.num_steps * own
-        base = student if plan.settings.beta > 0 else 0
-        visits = shape.images_per_task * sampler.trained_steps * sampler.num_inner_epochs
-        teacher, references = plan.target_nfe(visits if plan.settings.distill_weight > 0 else 0)
-        kept = 2 + 3 * sampler.trained_steps
-        return Nfe(student=student, teacher=teacher, sampling=sampling, base=base + references, kept_latents=kept)
+        """The trained steps of the trajectories are kept."""
+        return replace(super().count(plan), kept_latents=2 + 3 * plan.sampler.trained_steps)
 
 
 class GrpoGuard(Grpo):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
-from diffusionopd.algorithms.base import STUDENT, Algorithm, Models
+from diffusionopd.algorithms.base import Models
+from diffusionopd.algorithms.from_rewards import FromRewards
 from diffusionopd.algorithms.pull import Pull
 from diffusionopd.algorithms.results import Losses, Result
-from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings, TeacherSettings
-from diffusionopd.config_schema import Problems, is_number, key
+from diffusionopd.algorithms.settings import Nfe, RoundPlan, TeacherSettings
+from diffusionopd.config_schema import is_number, key
 from diffusionopd.data.batches import Batch
 from diffusionopd.losses import nft_loss, old_policy_decay, optimality, reference_penalty
+from diffusionopd.models.policies import STUDENT
 
 OLD = "old"
 
@@ -36,7 +38,7 @@ class NftSettings(RewardSettings):
     itself and takes the rest from the student."""
 
 
-class Nft(Algorithm):
+class Nft(FromRewards):
     """The old policy samples; the student moves towards what was good and away from what was bad.
 
     The old policy is a copy of the student that follows it after every round, ``old <- d old + (1 - d) student``.
@@ -44,7 +46,6 @@ class Nft(Algorithm):
 
     name = "nft"
     groups = (NftSettings, TeacherSettings)
-    has_rewards = True
     ema_each_batch = False
     settings: NftSettings
 
@@ -64,26 +65,21 @@ class Nft(Algorithm):
         advantages, metrics = scoring.advantages(s, self.shape)
         images = [(batch, x0) for batch, x0 in zip(batches, samples, strict=True) if batch.wants_images]
         result, pull = Result(images, metrics), s.pull(self.losses(batches))
-        for epoch in range(self.sampler.num_inner_epochs):
-            for part in self.parts(batches):
-                losses = self.losses([batches[i] for i in part])
-                for batch, x0, advantage in ((batches[i], samples[i], advantages[i]) for i in part):
-                    r = optimality(advantage.to(x0.device), s.adv_clip_max)
-                    for n in batch.steps:
-                        sigma = self.transitions[n].sigma
-                        x_t = (1 - sigma) * x0 + sigma * batch.forward_noise(n)
-                        v_old = self.frozen(OLD, batch, self.sampler.guidance)(x_t, sigma)
-                        v_base = self.base(batch)(x_t, sigma) if s.beta > 0 else None
-                        v_student = self.student(batch)(x_t, sigma)
-                        loss = s.adv_clip_max * nft_loss(v_student, v_old, x0, x_t, sigma, r, s.nft_beta)
-                        if v_base is not None:
-                            loss = loss + s.beta * reference_penalty(v_student, v_base)
-                        self.optimizer.backward(losses.add(batch, n, loss))
-                    if pull:
-                        self._distil(batch, losses, pull, note=epoch == 0)
-                norm = self.update(losses, step)
-                if epoch == 0:
-                    result.note(losses, norm)
+        for epoch, i, losses in self.passes(batches, result, step):
+            batch, x0 = batches[i], samples[i]
+            r = optimality(advantages[i].to(x0.device), s.adv_clip_max)
+            for n in batch.steps:
+                sigma = self.transitions[n].sigma
+                x_t = (1 - sigma) * x0 + sigma * batch.forward_noise(n)
+                v_old = self.frozen(OLD, batch, self.sampler.guidance)(x_t, sigma)
+                v_base = self.base(batch)(x_t, sigma) if s.beta > 0 else None
+                v_student = self.student(batch)(x_t, sigma)
+                loss = s.adv_clip_max * nft_loss(v_student, v_old, x0, x_t, sigma, r, s.nft_beta)
+                if v_base is not None:
+                    loss = loss + s.beta * reference_penalty(v_student, v_base)
+                self.optimizer.backward(losses.add(batch, n, loss))
+            if pull:
+                self._distil(batch, losses, pull, note=epoch == 0)
         result.metrics |= pull.metrics() if pull else {}
         return result
 
@@ -114,32 +110,13 @@ class Nft(Algorithm):
             old.copy_(tensors.get(f"old.{i}", students[i]))
 
     @classmethod
-    def check(
-        cls, settings: NftSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
-    ) -> None:
-        """Advantages compare several images."""
-        settings.check(values, problems)
-
-    @classmethod
-    def notes(cls, settings: NftSettings, changed: Sequence[str]) -> list[str]:
-        """What was set for teachers that there are not."""
-        return settings.notes(changed)
-
-    @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
-        """The old policy samples, and is asked again wherever the student is trained."""
-        shape, sampler = plan.shape, plan.sampler
-        own = plan.nfe(sampler.guidance)
-        student = shape.images_per_round * sampler.trained_steps * own * sampler.num_inner_epochs
-        sampling = shape.images_per_round * sampler.num_steps * own + student
-        base = student if plan.settings.beta > 0 else 0
+        """The old policy is asked again wherever the student is trained, which walks once more where it distils."""
+        nfe = super().count(plan)
         distils = plan.settings.distill_weight > 0
-        visits = shape.images_per_task * sampler.trained_steps * sampler.num_inner_epochs
-        teacher, references = plan.target_nfe(visits if distils else 0)
-        return Nfe(
-            student=student * (2 if distils else 1),
-            teacher=teacher,
-            sampling=sampling,
-            base=base + references,
+        return replace(
+            nfe,
+            student=nfe.student * (2 if distils else 1),
+            sampling=nfe.sampling + nfe.student,
             extra_adapters=1,
         )

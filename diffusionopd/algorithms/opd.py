@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,12 +31,13 @@ GAPS = TO_TEACHER, TO_TARGET = "teacher", "target"
 
 
 UNIFORM = "uniform"
+STEEPEST = 100  # of a beta density: far above, chances are too small for a float64
 _BETA = re.compile(r"beta\(\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\)")
 
 
 def _is_weighting(value: str) -> bool:
     beta = _BETA.fullmatch(value or "")
-    return value == UNIFORM or beta is not None and min(float(beta[1]), float(beta[2])) > 0
+    return value == UNIFORM or beta is not None and all(0 < float(shape) <= STEEPEST for shape in beta.groups())
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class OpdSettings(ComparisonSettings, ClipSettings, ReferenceSettings):
     """Of the trained steps of a rollout, this many are supervised, drawn anew for each round and task, all equally
     likely; the others cost the student's forward pass only, and those after the last one nothing. The gradient is
     the same in expectation. 0 supervises all."""
-    step_weighting: str = key("train.step_weighting", UNIFORM, form=(f'"{UNIFORM}" or "beta(a, b)"', _is_weighting))
+    step_weighting: str = key(
+        "train.step_weighting",
+        UNIFORM,
+        form=(f'"{UNIFORM}" or "beta(a, b)" with a and b up to {STEEPEST}', _is_weighting),
+    )
     """How the `steps_per_rollout` steps are drawn: "uniform", or "beta(a, b)" in proportion to that density over the
     trajectory from noise (0) to data (1): "beta(5, 2)" prefers low noise, "beta(2, 5)" high noise."""
     step_correction: bool = key("train.step_correction", False)
@@ -96,21 +101,30 @@ class Opd(Algorithm):
         backpropagated at once and then forgotten. With ``num_inner_epochs`` above 1 the visits are kept, and each
         further epoch trains on the same states with the new weights, one optimizer step per epoch.
         """
-        result, kept = Result(), list[tuple[Batch, Visit]]()
+        result, kept, losses = Result(), list[tuple[Batch, Visit]](), self.losses(batches)
         gaps = {name: self.losses(batches) for name in GAPS if any(map(_is_extrapolated, batches))}
-        for epoch in range(self.sampler.num_inner_epochs):
-            losses = self.losses(batches)
-            for batch, visit, v in self._again(kept) if epoch else self._visits(batches, result, kept):
-                loss = self._loss(batch, visit, v)
-                self.optimizer.backward(losses.add(batch, visit.step, loss))
-                if epoch == 0:
+        for batch in batches:  # of each task, or of several tasks side by side
+            for part, visit in self.rollout(batch, finish=batch.wants_images):
+                if visit.target is not None:
+                    self._learn(losses, part, visit, visit.v)
                     for name, gap in gaps.items():
-                        gap.add(batch, visit.step, _squared_distance(v, visit.target, name))
-            norm = self.update(losses, step)
-            if epoch == 0:
-                result.note(losses, norm)
+                        gap.add(part, visit.step, _squared_distance(visit.v, visit.target, name))
+                    if self.sampler.num_inner_epochs > 1:
+                        kept.append((part, replace(visit, v=Branches(*(v.detach() for v in visit.v)))))
+                if batch.wants_images and visit.step == len(self.transitions) - 1:
+                    result.images.append((part, visit.x_next))
+        result.note(losses, self.update(losses, step))
+        for _ in range(1, self.sampler.num_inner_epochs):
+            losses = self.losses(batches)
+            for part, visit in kept:
+                self._learn(losses, part, visit, self.branches(part)(visit.x, visit.transition.sigma))
+            self.update(losses, step)
         result.metrics |= _distances(gaps)
         return result
+
+    def _learn(self, losses: Losses, batch: Batch, visit: Visit, v: Branches) -> None:
+        """Accumulate the gradient at a visited state, of the student's velocities ``v`` there."""
+        self.optimizer.backward(losses.add(batch, visit.step, self._loss(batch, visit, v)))
 
     def _loss(self, batch: Batch, visit: Visit, v: Branches) -> Tensor:
         """The loss ``[B]`` at a visited state, of the student's velocities ``v`` there."""
@@ -129,24 +143,6 @@ class Opd(Algorithm):
             v_base = self.base(batch)(visit.x, tr.sigma)
             loss = loss + s.beta * distillation_loss(tr, v.guided, v_base, s.target, s.self_normalize)
         return loss if self.step_weights is None else loss * self.step_weights[visit.step]
-
-    def _visits(
-        self, batches: Sequence[Batch], result: Result, kept: list[tuple[Batch, Visit]]
-    ) -> Iterator[tuple[Batch, Visit, Branches]]:
-        """The trained states of the student's trajectories, with its velocity there; what is looked at is noted."""
-        for batch in batches:
-            for part, visit in self.rollout(batch, finish=batch.wants_images):
-                if visit.target is not None:
-                    yield part, visit, visit.v
-                    if self.sampler.num_inner_epochs > 1:
-                        kept.append((part, replace(visit, v=Branches(*(v.detach() for v in visit.v)))))
-                if batch.wants_images and visit.step == len(self.transitions) - 1:
-                    result.images.append((part, visit.x_next))
-
-    def _again(self, kept: Sequence[tuple[Batch, Visit]]) -> Iterator[tuple[Batch, Visit, Branches]]:
-        """The same states, with the velocity of the student as it is now."""
-        for batch, visit in kept:
-            yield batch, visit, self.branches(batch)(visit.x, visit.transition.sigma)
 
     @classmethod
     def check(
@@ -167,8 +163,11 @@ class Opd(Algorithm):
 
     @classmethod
     def notes(cls, settings: OpdSettings, changed: Sequence[str]) -> list[str]:
-        """The surrogate has no choice of what is compared, the closed form needs no baseline."""
-        of_other = ("train.baseline",) if settings.loss == KL else ("train.target", "train.self_normalize")
+        """The surrogate has no choice of what is compared, but its pull to the base; the closed form no baseline."""
+        if settings.loss == KL:
+            of_other = ["train.baseline"]
+        else:
+            of_other = [] if settings.beta > 0 else ["train.target", "train.self_normalize"]
         return [f"{name} is ignored: train.loss is {settings.loss}" for name in changed if name in of_other]
 
     @classmethod

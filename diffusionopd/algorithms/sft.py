@@ -36,18 +36,13 @@ class Sft(Algorithm):
         self.check_samples()
         images = [(batch, x0) for batch, x0 in zip(batches, samples, strict=True) if batch.wants_images]
         result = Result(images)
-        for epoch in range(self.sampler.num_inner_epochs):
-            for part in self.parts(batches):
-                losses = self.losses([batches[i] for i in part])
-                for batch, x0 in ((batches[i], samples[i]) for i in part):
-                    for n in batch.steps:
-                        sigma, noise = self.transitions[n].sigma, batch.forward_noise(n)
-                        x_t = (1 - sigma) * x0 + sigma * noise
-                        loss = flow_matching_loss(self.student(batch)(x_t, sigma), noise, x0)
-                        self.optimizer.backward(losses.add(batch, n, loss))
-                norm = self.update(losses, step)
-                if epoch == 0:
-                    result.note(losses, norm)
+        for _, i, losses in self.passes(batches, result, step):
+            batch, x0 = batches[i], samples[i]
+            for n in batch.steps:
+                sigma, noise = self.transitions[n].sigma, batch.forward_noise(n)
+                x_t = (1 - sigma) * x0 + sigma * noise
+                loss = flow_matching_loss(self.student(batch)(x_t, sigma), noise, x0)
+                self.optimizer.backward(losses.add(batch, n, loss))
         return result
 
     @classmethod

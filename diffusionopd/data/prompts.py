@@ -64,12 +64,13 @@ def with_trigger(prompts: Iterable[Prompt], trigger: str) -> list[Prompt]:
     """The prompts with the word that calls a LoRA: in the place of ``{trigger}``, or in front, "TRIGGER, a red fox".
 
     A trigger with ``{prompt}`` is put around each prompt instead: "{prompt}, in the style of TRIGGER". Raises
-    PromptError for a prompt that has a place for a trigger where there is none.
+    PromptError for a prompt that has a place for a trigger where there is none, or one that goes around it.
     """
     made = list(prompts)
     for index, prompt in enumerate(made):
-        if "{trigger}" in prompt.text and not trigger:
-            raise PromptError(f"{prompt.source} has {{trigger}}, but the task has no trigger: {prompt.text[:80]!r}")
+        if "{trigger}" in prompt.text and (not trigger or "{prompt}" in trigger):
+            wrong = f"the trigger goes around prompts, {trigger!r}" if trigger else "the task has no trigger"
+            raise PromptError(f"{prompt.source} has {{trigger}}, but {wrong}: {prompt.text[:80]!r}")
         if "{trigger}" in prompt.text:
             text = prompt.text.replace("{trigger}", trigger)
         elif "{prompt}" in trigger:
