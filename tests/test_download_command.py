@@ -15,20 +15,13 @@ from huggingface_hub.errors import GatedRepoError
 
 from diffusionopd.evaluation.testsets import BENCHMARKS
 from diffusionopd.rewards import clip
-from tests.loopback import CONTENT, entry, left, loopback
 from tools.download import main
 from tools.downloads import CATALOGUE, DownloadError, File, Item, Repository, choose, download, transfer
 from tools.downloads.convert import CONVERSIONS, question
 from tools.downloads.files import fetch
 
 from .conftest import ROOT
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
-        yield server
-
+from .loopback import CONTENT, entry, left
 
 ASKED = """
 async def ask(prompt, image):

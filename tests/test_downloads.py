@@ -11,15 +11,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
-from tests.loopback import CONTENT, SHA256, entry, left, loopback
 from tools.downloads import DownloadError, File, transfer
 from tools.downloads.files import SUMS, fetch, record, recorded
 
-
-@pytest.fixture
-def server(monkeypatch):
-    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
-        yield server
+from .loopback import CONTENT, SHA256, entry, left
 
 
 @pytest.fixture
