@@ -73,14 +73,15 @@ def test_results_do_not_depend_on_batch_size_or_processes(tmp_path, monkeypatch)
     both = threading.Barrier(2, timeout=60)
     monkeypatch.setattr("diffusionopd.evaluation.evaluate.barrier", lambda *_: both.wait())
 
+    scorers = [Mean(), Mean()]
+
     def process(rank: int) -> dict:
-        return evaluate(
-            generate, PROMPTS, {"mean": Mean()}, tmp_path / "shared", batch_size=3, save_images=True,
-            images_per_prompt=2, rank=rank, world=2,
-        )  # fmt: skip
+        how = {"batch_size": 3, "save_images": True, "images_per_prompt": 2, "rank": rank, "world": 2}
+        return evaluate(generate, PROMPTS, {"mean": scorers[rank]}, tmp_path / "shared", **how)
 
     with ThreadPoolExecutor(2) as pool:
         summaries["first"], summaries["second"] = pool.map(process, (0, 1))
+    assert [scorer.seen for scorer in scorers] == [11, 11]
     wanted = files_of(tmp_path / "1")
     assert len(wanted) == 22 + 3
     for name in ("4", "32", "shared"):
