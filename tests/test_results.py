@@ -43,7 +43,7 @@ def ids(path: Path) -> list[int]:
 
 def opened(folder: Path, resume=False, settings=None, texts=TEXTS, images=False, overwrite=False, **share):
     files = ResultFolder(folder, **share)
-    files.open(settings or {"seed": 1}, texts, resume, images, overwrite)
+    files.open(settings or {"seed": 1}, texts, resume=resume, need_images=images, overwrite=overwrite)
     return files
 
 
