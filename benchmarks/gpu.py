@@ -27,17 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.round import bare, compiled, matrix_peak
 from benchmarks.upstream import stock, upstream_round
-from benchmarks.world import IN_PLACE, World, add_flags
+from benchmarks.world import World, add_flags, flops_of_a_step, make_batch, seconds_of
 from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
-from diffusionopd.data.batches import Batch, Row, side_by_side
+from diffusionopd.data.batches import Batch, side_by_side
 from diffusionopd.data.noise import noise
-from diffusionopd.data.prompts import Prompt
 from diffusionopd.files import write_atomically
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT
@@ -89,19 +86,15 @@ class Bench:
         self.facts["matrix_flops_per_second"] = self.peak
         self.algorithm, _ = self.world.setup()
         self.backbone = self.algorithm.policies.backbone
-        # SDPA's kernels have formulas of their own: the plain products are counted.
         self.flops = {r: self._flops_of_a_step(r) for r in {s.resolution for s in [PUBLISHED, *OTHERS]}}
 
     def _flops_of_a_step(self, resolution: int) -> int:
         """Of an image's state without guidance: teacher forward without LoRA, student forward and backward."""
         algorithm, (batch,) = self.round_of(replace(PUBLISHED, tasks=1, images=1, resolution=resolution, guidance=1.0))
-        sigma = algorithm.transitions[0].sigma
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, sdpa_kernel(SDPBackend.MATH):
-            algorithm.base(batch)(batch.noise, sigma)
-            algorithm.student(batch)(batch.noise, sigma).sum().backward()
+        flops = flops_of_a_step(algorithm, batch)
         algorithm.optimizer.discard()
         algorithm.velocities.clear()
-        return counter.get_total_flops()
+        return flops
 
     def round_of(self, setting: Setting) -> tuple[Opd, list[Batch]]:
         """The algorithm of a setting on the one model, and the batches of a round."""
@@ -110,19 +103,14 @@ class Bench:
         resolution = setting.resolution // (8 if self.args.tiny else 1)
         sigmas = self.backbone.sigmas(self.args.steps, resolution)
         models = Models(before.policies, before.optimizer)
-        shape, steps = self.backbone.latent_shape(resolution), tuple(range(sampler.trained_steps))
+        shape, images = self.backbone.latent_shape(resolution), range(setting.images)
         batches = []
         for number in range(setting.batches):
             of_tasks = []
             for task in range(setting.tasks):
-                seeds = [(task, number, i) for i in range(setting.images)]
-                rows = [
-                    Row(f"task {task}", i, Prompt(""), f"teacher_{task}", setting.guidance, steps=steps)
-                    for i in range(setting.images)
-                ]
                 text = self.world._texts[task].index([0] * setting.images)
-                x = noise(shape, seeds).to(self.args.device)
-                of_tasks.append(Batch(tuple(rows), x, text, draw=lambda stream, step: torch.zeros(())))
+                x = noise(shape, [(task, number, i) for i in images]).to(self.args.device)
+                of_tasks.append(make_batch(task, x, text, sampler))
             batches += side_by_side(of_tasks, setting.together)
         return Opd(models, OpdSettings(), sampler, sigmas, before.shape), batches
 
@@ -151,15 +139,9 @@ class Bench:
         self.write()
 
     def _seconds(self, round_: Any) -> float:
-        on_gpu = self.args.device != "cpu"
-        if on_gpu:
-            torch.cuda.synchronize()
+        if self.args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        round_()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return seconds_of(round_, self.args.device)
 
     def answers(self, transformer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The student's velocity at a state of the published round, and the gradient of its mean square."""

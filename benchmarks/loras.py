@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.world import World, add_flags, random_lora, write_figures
+from benchmarks.world import World, add_flags, random_lora, seconds_of, write_figures
 from diffusionopd.data.noise import noise
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.lora import Adapters
@@ -72,20 +72,11 @@ def measure(args: argparse.Namespace, count: int) -> dict[str, dict[str, float]]
     ]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     operators = {way: count_operators(round_) for way, round_ in zip(WAYS, rounds, strict=True)}
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
     for _ in range(args.repeats):
         for way, round_ in zip(WAYS, rounds, strict=True):
-            seconds[way].append(timed(round_, args.device))
+            seconds[way].append(seconds_of(round_, args.device, clock))
     return {way: {"seconds": statistics.median(seconds[way]), "operators": operators[way]} for way in WAYS}
-
-
-def timed(work: Callable[[], Any], device: str) -> float:
-    """Seconds of work, on a CPU of this process."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    started = clock()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return clock() - started
 
 
 class Operators(TorchDispatchMode):

@@ -31,13 +31,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.three_pass import three_pass
 from benchmarks.upstream import stock, upstream_round
-from benchmarks.world import IN_PLACE, World, add_flags, write_figures
+from benchmarks.world import World, add_flags, flops_of_a_step, seconds_of, write_figures
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.batches import Batch, choose_steps, side_by_side
 from diffusionopd.models.acceleration import AccelerationError, check_compiler, compile_blocks
@@ -266,11 +264,11 @@ def time_all(
         for _ in tqdm(range(repeats), desc="measuring", unit="repeat"):
             for name, round_ in rounds.items():
                 if device == "cpu":
-                    seconds.setdefault(name, []).append(_seconds(round_, device))
+                    seconds.setdefault(name, []).append(seconds_of(round_, device))
                     continue
                 others = torch.cuda.memory_allocated(device) - resident[name]
                 torch.cuda.reset_peak_memory_stats(device)
-                seconds.setdefault(name, []).append(_seconds(round_, device))
+                seconds.setdefault(name, []).append(seconds_of(round_, device))
                 peaks[name] = torch.cuda.max_memory_allocated(device) - others
     except KeyboardInterrupt:
         if not seconds:
@@ -279,35 +277,18 @@ def time_all(
     return seconds, peaks
 
 
-def _seconds(round_: Round, device: str) -> float:
-    started = time.perf_counter()
-    round_()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 def matrix_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a plain square matrix product, the median of several."""
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / statistics.median([_seconds(lambda: a @ b, device) for _ in range(12)][2:])
+    return 2 * size**3 / statistics.median([seconds_of(lambda: a @ b, device) for _ in range(12)][2:])
 
 
 def needed_flops(world: World) -> int:
-    """FLOPs of a round that no way of doing it saves: teacher forwards without LoRA, student forwards and backwards.
-
-    Counted on one visit of one image.
-    """
+    """FLOPs of a round that no way of doing it saves, counted on one visit of one image."""
     algorithm, batches = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
-    batch, sigma = batches[0], algorithm.transitions[0].sigma
-    with (
-        FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # whose products are counted
-        algorithm.base(batch)(batch.noise, sigma)
-        algorithm.student(batch)(batch.noise, sigma).sum().backward()
-    return counter.get_total_flops() * world.args.batch_size * len(batches) * world.sampler.trained_steps
+    visits = world.args.batch_size * len(batches) * world.sampler.trained_steps
+    return flops_of_a_step(algorithm, batches[0]) * visits
 
 
 def summarise(

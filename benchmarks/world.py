@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusionopd.algorithms.base import Models
 from diffusionopd.algorithms.opd import Opd, OpdSettings
@@ -103,21 +106,39 @@ def assemble(
     images, tasks = len(noises[0]), len(noises)
     size, count = images // batches, tasks * batches
     shape = round_shape(BatchSettings(size, count, 1, size, count), tasks, num_processes=1, num_rounds=1)
-    steps = tuple(range(sampler.trained_steps))
-    whole = [
-        Batch(
-            tuple(
-                Row(f"task {task}", i, Prompt(""), f"teacher_{task}", sampler.guidance, steps=steps)
-                for i in range(images)
-            ),
-            x,
-            text,
-            draw=lambda stream, step: torch.zeros(()),  # the sampler adds no noise
-        )
-        for task, (x, text) in enumerate(zip(noises, texts, strict=True))
-    ]
+    whole = [make_batch(task, x, text, sampler) for task, (x, text) in enumerate(zip(noises, texts, strict=True))]
     parts = [batch.select(range(start, start + size)) for start in range(0, images, size) for batch in whole]
     return Opd(models, OpdSettings(), sampler, sigmas, shape), parts
+
+
+def make_batch(task: int, x: Tensor, text: Conditions, sampler: SamplerSettings) -> Batch:
+    """A task's images from noise ``[B, C, h, w]`` and text ``[B, ...]``."""
+    steps, teacher = tuple(range(sampler.trained_steps)), f"teacher_{task}"
+    rows = [Row(f"task {task}", i, Prompt(""), teacher, sampler.guidance, steps=steps) for i in range(len(x))]
+    return Batch(tuple(rows), x, text, draw=lambda stream, step: torch.zeros(()))  # the sampler adds no noise
+
+
+def flops_of_a_step(algorithm: Opd, batch: Batch) -> int:
+    """What no way of a step saves: the teacher's forward without its LoRA, the student's forward and backward.
+
+    SDPA's kernels have formulas of their own: the plain products are counted.
+    """
+    sigma = algorithm.transitions[0].sigma
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, sdpa_kernel(SDPBackend.MATH):
+        algorithm.base(batch)(batch.noise, sigma)
+        algorithm.student(batch)(batch.noise, sigma).sum().backward()
+    return counter.get_total_flops()
+
+
+def seconds_of(work: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that work takes, on a GPU to its end."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    started = clock()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return clock() - started
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # what is bitwise on a CPU 
 import copy
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from diffusionopd.training import load_config, train
 
 from . import forked  # noqa: F401 (makes this process one that can be forked, before anything starts threads)
 from .helpers import with_loras
+from .loopback import CONTENT, Server, loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = list(StableDiffusion3.LORA_TARGETS)
@@ -96,6 +97,13 @@ def make_lora(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         return write(seed, rank, alpha, tuple(targets or TARGETS), std)
 
     return make
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A file server on the loopback interface; see `loopback`."""
+    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
+        yield server
 
 
 @pytest.fixture

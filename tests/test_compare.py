@@ -27,7 +27,7 @@ from tools.report import (
     render_comparison,
     text_comparison,
 )
-from tools.report.comparison import min_max, unequal_settings
+from tools.report.comparison import unequal_settings
 
 from .pages import Page
 
@@ -58,6 +58,11 @@ def of_x(**models: dict[str, float]):
     return compare([model(name, x=scores) for name, scores in models.items()])
 
 
+def shown(columns, comparison) -> dict[str, str]:
+    """The first model's values by title."""
+    return {column.title: column.text(comparison.models[0]) for column in columns}
+
+
 @pytest.fixture
 def runs(tmp_path) -> Path:
     for level, name in ((0.2, "base"), (0.8, "student")):
@@ -69,11 +74,6 @@ def runs(tmp_path) -> Path:
 
 def test_averages_of_the_papers_rows():
     """Against a computation of its own; where it stands to the paper's column is pinned, because they do not agree."""
-    nan = np.nan
-    given = np.array([[1.0, nan, 3.0, nan], [3.0, 5.0, 3.0, nan], [2.0, 9.0, 3.0, nan]])
-    expected = [[0.0, nan, nan, nan], [1.0, 0.0, nan, nan], [0.5, 1.0, nan, nan]]
-    np.testing.assert_array_equal(min_max(given), expected)
-
     rows = [[float(value) for value in row] for row in published.ROWS.values()]
     columns = list(zip(*rows, strict=True))
     means = [
@@ -96,8 +96,8 @@ def test_the_papers_columns_come_first_and_each_is_of_one_data_set_for_all_rows(
     comparison = compare([model("a", zoo={"tiny": 0.1}, drawbench=drawbench, ocr={"ocr": 0.9}, geneval=more)])
     assert [column.title for column in comparison.main] == [*published.COLUMNS, "tiny", "mine"]
     assert [column.title for column in comparison.details] == ["geneval"]
-    shown = {column.title: column.text(comparison.models[0]) for column in comparison.main}
-    assert (shown["GenEval"], shown["UnifiedReward"], shown["PickScore"]) == ("0.500", "3.50", "22.00")
+    values = shown(comparison.main, comparison)
+    assert (values["GenEval"], values["UnifiedReward"], values["PickScore"]) == ("0.500", "3.50", "22.00")
 
     both = {"pickscore": {"aesthetic": 5.0}, "drawbench": {"aesthetic": 6.0}}
     assert compare([model("a", **both), model("b", **both)]).main[0].data_set == "drawbench"
@@ -114,20 +114,21 @@ def test_benchmarks_of_today_have_titles_and_scales_of_their_own():
         "dpgbench": {"dpgbench": 0.8412}, "wise": {"wise": 0.5, "wise_cultural": 0.25}, "drawbench": {"hpsv3": 10.987},
         "compbench_color": {"compbench_attribute": 0.81234}, "compbench_complex": {"compbench_complex": 0.37},
     }  # fmt: skip
-    judged = model("a", **found)
-    asked = {name: replace(each, settings={"rewards": [next(iter(each.scores))]})
-             for name, each in judged.evaluations.items()}  # fmt: skip
-    comparison = compare([replace(judged, evaluations=asked)])
-    shown = {column.title: column.text(comparison.models[0]) for column in comparison.main}
-    assert shown == {"GenEval 2": "45.7", "DPG-Bench": "84.12", "WISE": "0.500", "HPSv3": "10.99",
-                     "CompBench color": "0.8123", "CompBench complex": "0.3700"}  # fmt: skip
-    details = {column.title: column.text(comparison.models[0]) for column in comparison.details}
-    assert details == {"geneval2_am": "80.000", "geneval2_count_questions": "2.500", "geneval2_unseen": "0.010",
-                       "wise_cultural": "0.250"}  # fmt: skip
+    evaluations = model("a", **found).evaluations
+    asked = {n: replace(each, settings={"rewards": [next(iter(each.scores))]}) for n, each in evaluations.items()}
+    comparison = compare([Model("a", asked)])
+    assert shown(comparison.main, comparison) == {
+        "GenEval 2": "45.7", "DPG-Bench": "84.12", "WISE": "0.500", "HPSv3": "10.99", "CompBench color": "0.8123",
+        "CompBench complex": "0.3700",
+    }  # fmt: skip
+    assert shown(comparison.details, comparison) == {
+        "geneval2_am": "80.000", "geneval2_count_questions": "2.500", "geneval2_unseen": "0.010",
+        "wise_cultural": "0.250",
+    }  # fmt: skip
     assert any("times 100" in note for note in comparison.notes)
 
 
-def test_averages_over_different_columns_are_not_compared():
+def test_averages_over_different_columns_are_not_compared_and_what_no_two_rows_differ_in_is_in_none():
     full = {"a": {"ocr": 0.0, "hpsv2": 0.0}, "b": {"ocr": 0.5, "hpsv2": 1.0}}
     comparison = of_x(**full, c={"ocr": 1.0})
     average, common = comparison.averages
@@ -137,9 +138,6 @@ def test_averages_over_different_columns_are_not_compared():
     assert [each.title for each in of_x(**full).averages] == ["Average"]
     (crossed,) = of_x(a={"ocr": 0.0}, b={"ocr": 1.0, "hpsv2": 1.0}, c={"hpsv2": 2.0}).averages
     assert crossed.best == [False] * 3, "no column that all have"
-
-
-def test_what_no_two_rows_differ_in_is_in_no_average():
     equal = of_x(a={"ocr": 1.0, "hpsv2": 0.2}, b={"ocr": 1.0, "hpsv2": 0.3}).averages[0]
     assert (equal.values, [column.title for column in equal.columns]) == ([0.0, 1.0], ["HPSv2.1"])
     alone = of_x(a={"ocr": 1.0})
@@ -197,8 +195,8 @@ def test_page_has_the_same_prompts_of_all_models(runs):
     comparison = compare(read_models([f"<b>={runs}/base", f"{runs}/student"]))
     html = render_comparison(comparison, "Two <models>", num_images=2)
     prompts = (("p", 0), ("p", 1), ("view", 0), ("view", 2))
-    shown = [f'{name} for “{text} <{i}> & "q"”' for text, i in prompts for name in ("<b>", "student")]
-    assert [image["alt"] for image in Page(html).images] == shown
+    alts = [f'{name} for “{text} <{i}> & "q"”' for text, i in prompts for name in ("<b>", "student")]
+    assert [image["alt"] for image in Page(html).images] == alts
     for words in ("Two <models>", "tiny_scene 0.800", "± 0.400", "guidance 4.5", "Further scores"):
         assert words in Page(html).text, words
     assert html.count("★") == 1 + 2 + 1 + 1  # the legend, two columns, one detail, the average

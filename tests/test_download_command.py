@@ -15,20 +15,13 @@ from huggingface_hub.errors import GatedRepoError
 
 from diffusionopd.evaluation.testsets import BENCHMARKS
 from diffusionopd.rewards import clip
-from tests.loopback import CONTENT, entry, left, loopback
 from tools.download import main
 from tools.downloads import CATALOGUE, DownloadError, File, Item, Repository, choose, download, transfer
-from tools.downloads.convert import CONVERSIONS, question
+from tools.downloads.convert import CONVERSIONS
 from tools.downloads.files import fetch
 
 from .conftest import ROOT
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
-        yield server
-
+from .loopback import CONTENT, entry, left
 
 ASKED = """
 async def ask(prompt, image):
@@ -40,17 +33,9 @@ async def ask(prompt, image):
 def test_question_is_taken_out_of_the_source_without_running_it(server, tmp_path):
     expected = "<image>\nRate this.\nFinal Score: '1'\nCaption: [{prompt}]\n"
     server.files["/client.py"] = ("raise SystemExit\n" + ASKED).encode()
-    file = entry(
-        server,
-        hashlib.sha256(expected.encode()).hexdigest(),
-        "client.py",
-        "question.txt",
-        convert="unifiedreward_question",
-    )
+    digest = hashlib.sha256(expected.encode()).hexdigest()
+    file = entry(server, digest, "client.py", "question.txt", convert="unifiedreward_question")
     fetch(file, tmp_path)
-    for source in ("x = 1", "question = f'Rate {prompt}'", ASKED + ASKED.replace("Rate", "Judge"), "not python ("):
-        with pytest.raises(DownloadError, match="question"):
-            question([source.encode()])
     server.files["/client.py"] = b"x = 1"
     with pytest.raises(DownloadError):
         fetch(file, tmp_path, force=True)
@@ -73,9 +58,6 @@ def messages(prompt_data, image):
 def test_what_wise_asks_is_taken_out_of_its_client(tmp_path):
     made = json.loads(CONVERSIONS["wise_question"]([("raise SystemExit\n" + WISE_CLIENT).encode()]))
     assert made == {"system": "Be strict.", "question": "Rate {1}.\nPROMPT: {prompt}\nWHY: {Explanation}"}
-    for source in ("x = 1", WISE_CLIENT.replace("Explanation", "Reason"), WISE_CLIENT * 2, "not python ("):
-        with pytest.raises(DownloadError, match="question"):
-            CONVERSIONS["wise_question"]([source.encode()])
 
 
 def test_prompts_of_several_sources_become_one_file(server, tmp_path):
@@ -94,22 +76,20 @@ def test_prompts_of_several_sources_become_one_file(server, tmp_path):
     assert left(tmp_path) == ["set/SHA256SUMS", "set/test.jsonl"]
 
 
+DPG_TABLE = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+    'a,"Two cats, one\nred","k",1,0,entity,whole,"entity - whole (cats)",Are there cats?\n'
+    'a,"Two cats, one\nred","k",2,"1, 1",attribute,color,"attribute - color (cat, red)",Is one red?\n'
+    "b,A dog,k,1,0,entity,whole,entity - whole (dog),Is there a dog?\n"
+)
+
+
 def test_the_questions_of_a_table_are_grouped_by_prompt():
-    columns = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
-    table = columns + (
-        "question_natural_language\n"
-        'a,"Two cats, one\nred","k",1,0,entity,whole,"entity - whole (cats)",Are there cats?\n'
-        'a,"Two cats, one\nred","k",2,"1, 1",attribute,color,"attribute - color (cat, red)",Is one red?\n'
-        "b,A dog,k,1,0,entity,whole,entity - whole (dog),Is there a dog?\n"
-    )
-    first, second = map(json.loads, CONVERSIONS["dpgbench_prompts"]([table.encode()]).splitlines())
+    first, second = map(json.loads, CONVERSIONS["dpgbench_prompts"]([DPG_TABLE.encode()]).splitlines())
     assert first["prompt"] == "Two cats, one\nred" and second["prompt"] == "A dog"
     assert first["questions"][1] == {
         "id": 2, "question": "Is one red?", "category": "attribute - color", "needs": [1, 1],
     }  # fmt: skip
-    for wrong in (b"<html>\n<p>", table.replace("dependency", "other").encode(), table.replace(",0,", ",x,").encode()):
-        with pytest.raises(DownloadError, match="table"):
-            CONVERSIONS["dpgbench_prompts"]([wrong])
 
 
 def test_complex_prompts_get_their_kinds_from_the_lists_of_some():
@@ -117,19 +97,28 @@ def test_complex_prompts_get_their_kinds_from_the_lists_of_some():
     lists = [b"A b. More\nC d.\nE f", b"a B.", b"c d\n"]
     made = [json.loads(line) for line in CONVERSIONS["compbench_complex"](lists).splitlines()]
     assert [tuple(each.values()) for each in made] == [("A b. More", "spatial"), ("C d.", "action"), ("E f", "both")]
-    for wrong in ([b"a"], [b"<html>", b"a", b"b"], [b"a", b"", b"b"]):
-        with pytest.raises(DownloadError, match="three lists"):
-            CONVERSIONS["compbench_complex"](wrong)
+
+
+HPSV3 = 'raise SystemExit\nINSTRUCTION = """\nT - {text_prompt}\n"""\nprompt_with_special_token = "\\nR: <|Reward|>"\n'
 
 
 def test_what_hpsv3_is_told_is_taken_out_of_its_source():
-    source = (
-        'raise SystemExit\nINSTRUCTION = """\nT - {text_prompt}\n"""\nprompt_with_special_token = "\\nR: <|Reward|>"\n'
-    )
-    assert CONVERSIONS["hpsv3_instruction"]([source.encode()]) == b"\nT - {text_prompt}\n\nR: <|Reward|>"
-    for wrong in ("x = 1", source.replace("{text", "{"), source.replace("Reward", "R"), "not python ("):
-        with pytest.raises(DownloadError, match="question"):
-            CONVERSIONS["hpsv3_instruction"]([wrong.encode()])
+    assert CONVERSIONS["hpsv3_instruction"]([HPSV3.encode()]) == b"\nT - {text_prompt}\n\nR: <|Reward|>"
+
+
+def test_sources_of_another_form_are_refused():
+    for conversion, what, *wrong in (
+        ("unifiedreward_question", "question", "question = f'Rate {prompt}'", ASKED + ASKED.replace("Rate", "Judge")),
+        ("wise_question", "question", WISE_CLIENT.replace("Explanation", "Reason"), WISE_CLIENT * 2),
+        ("hpsv3_instruction", "question", HPSV3.replace("{text", "{"), HPSV3.replace("Reward", "R")),
+        ("dpgbench_prompts", "table", "<html>\n<p>", DPG_TABLE.replace("dependency", "other"),
+         DPG_TABLE.replace(",0,", ",x,")),
+        ("compbench_complex", "three lists", "a", ("<html>", "a", "b"), ("a", "", "b")),
+    ):  # fmt: skip
+        for sources in (*wrong, *(("x = 1", "not python (") if what == "question" else ())):
+            given = [sources] if isinstance(sources, str) else sources
+            with pytest.raises(DownloadError, match=what):
+                CONVERSIONS[conversion]([source.encode() for source in given])
 
 
 @pytest.mark.parametrize("gated", [None, True, False])

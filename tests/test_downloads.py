@@ -11,15 +11,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
-from tests.loopback import CONTENT, SHA256, entry, left, loopback
 from tools.downloads import DownloadError, File, transfer
 from tools.downloads.files import SUMS, fetch, record, recorded
 
-
-@pytest.fixture
-def server(monkeypatch):
-    with loopback(monkeypatch, {"/file.bin": CONTENT}) as server:
-        yield server
+from .loopback import CONTENT, SHA256, entry, left
 
 
 @pytest.fixture
@@ -75,12 +70,8 @@ def test_a_download_is_given_up_in_the_end_and_resumed_by_the_next_run(server, p
 
 
 def test_what_is_not_the_file_is_refused_and_nothing_left(server, path, tmp_path):
-    for sha256, headers in (
-        ("0" * 64, {}),
-        ("", {"Content-Type": "text/html; charset=utf-8"}),
-        ("", {"Content-Encoding": "gzip"}),
-    ):
-        server.headers["/file.bin"] = headers
+    page, packed = {"Content-Type": "text/html; charset=utf-8"}, {"Content-Encoding": "gzip"}
+    for sha256, server.headers["/file.bin"] in (("0" * 64, {}), ("", page), ("", packed)):
         with pytest.raises(DownloadError):
             fetch(entry(server, sha256), tmp_path)
         assert left(tmp_path) == []

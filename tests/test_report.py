@@ -41,15 +41,14 @@ def write_run(run: Path, rounds: int = 120) -> None:
 
 def write_evaluations(root: Path, count: int = 8) -> None:
     ramp = np.broadcast_to(np.arange(0, 256, 4), (64, 64))
-    for m, model in enumerate(("base", "teacher-compose", "teacher-ocr", "teacher-scene", "student")):
+    for m, model in enumerate(("base", *(f"teacher-{task}" for task in LEVELS), "student")):
         image = np.stack([ramp, np.full((64, 64), 40 * m), ramp.T], axis=-1).astype(np.uint8)
         for task, (base, teacher, student) in LEVELS.items():
             level = teacher if model == f"teacher-{task}" else student if model == "student" else base
-            files = ResultFolder(root / model / task)
-            files.open({}, [], resume=False, need_images=False)
+            files, wanted = ResultFolder(root / model / task), round(level * count)
+            files.open({}, [])
             for i in range(count):
-                score = float(i < round(level * count))
-                files.append([Record(i, f'a <sign> "{i}" & {task}', {}, {f"tiny_{task}": score})])
+                files.append([Record(i, f'a <sign> "{i}" & {task}', {}, {f"tiny_{task}": float(i < wanted)})])
                 files.save_image(i, image)
             files.close()
 
@@ -84,8 +83,8 @@ def test_merges_are_rows_and_pictures_and_teachers_may_be_scored_on_their_own_ta
     run, evaluations = folders
     shutil.copytree(evaluations, tmp_path / "all")
     shutil.copytree(evaluations / "base", tmp_path / "all" / "merge-ties-0.4")
-    for name in ("compose", "ocr", "scene"):
-        for other in {"compose", "ocr", "scene"} - {name}:
+    for name in LEVELS:
+        for other in LEVELS.keys() - {name}:
             shutil.rmtree(tmp_path / "all" / f"teacher-{name}" / other)
     report = collect(run, tmp_path / "all", title="")
     assert report.models == ["base", "teacher-compose", "teacher-ocr", "teacher-scene", "merge-ties-0.4", "student"]
@@ -135,11 +134,12 @@ def test_what_is_missing_is_named_and_repeated_rounds_count_once(folders, tmp_pa
         read_metrics(tmp_path)
 
 
-def test_plots_are_the_same_for_the_same_numbers():
+def test_plots_are_the_same_for_the_same_numbers_and_durations_fit():
     arguments = ([(1, 0.2), (5, 0.4)], [(5, 0.5)], 0.1, 0.9, (10, 0.8, 0.02))
     assert score_curve(*arguments) == score_curve(*arguments)
     assert score_curve([], [], 0.1, 0.9).startswith("<?xml")
     assert "<svg" in loss_curves({"a": [(1, 0.1), (2, 0.0)], "b": []})
+    assert [duration(s) for s in (44.6, 552, 11100)] == ["45 s", "9 min 12 s", "3 h 5 min"]
 
 
 @pytest.mark.parametrize(("count", "window", "width"), [(7, 9, 0), (8, 9, 3), (12, 3, 3), (20, 9, 5), (100, 9, 9)])
@@ -149,7 +149,3 @@ def test_the_running_mean_suits_the_length_of_the_run(count, window, width):
     assert [x for x, _ in found] == list(range(count if width else 0))
     near = [values[max(0, i - width // 2) : i + width // 2 + 1].mean() for i in range(len(found))]
     assert [y for _, y in found] == pytest.approx(near)
-
-
-def test_durations():
-    assert [duration(s) for s in (44.6, 552, 11100)] == ["45 s", "9 min 12 s", "3 h 5 min"]

@@ -17,6 +17,7 @@ from diffusionopd.evaluation.results import (
     EvaluationError,
     Record,
     ResultFolder,
+    Summary,
     averages_json,
     format_table,
     read_averages,
@@ -29,34 +30,50 @@ from diffusionopd.rewards import Weighted
 TEXTS = [f"prompt {i}" for i in range(6)]
 
 
-def record(sample_id: int, score: float = 1.0, name: str = "a") -> Record:
-    return Record(sample_id, TEXTS[sample_id], {"tag": "x"}, {name: score})
+PIXELS = np.zeros((8, 8, 3), np.uint8)
 
 
-def opened(
-    folder: Path, resume: bool = False, settings=None, texts=TEXTS, images=False, overwrite=False, **share
-) -> ResultFolder:
+def record(sample_id: int, score: float = 1.0) -> Record:
+    return Record(sample_id, TEXTS[sample_id], {"tag": "x"}, {"a": score})
+
+
+def ids(path: Path) -> list[int]:
+    return [r.sample_id for r in read_records(path)]
+
+
+def opened(folder: Path, resume=False, settings=None, texts=TEXTS, images=False, overwrite=False, **share):
     files = ResultFolder(folder, **share)
-    files.open(settings or {"seed": 1}, texts, resume, images, overwrite)
+    files.open(settings or {"seed": 1}, texts, resume=resume, need_images=images, overwrite=overwrite)
     return files
 
 
+def finished(folder: Path, samples: int = 6) -> None:
+    """An evaluation with images that has come to its end."""
+    files = opened(folder, texts=TEXTS[:samples], images=True)
+    for i in range(samples):
+        files.save_image(i, PIXELS)
+        files.append([record(i)])
+    files.close()
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(*values: float) -> float:
+    return np.std(values, ddof=1) / math.sqrt(len(values))
+
+
 def test_mean_and_standard_error_leave_out_what_does_not_apply():
-    summary = summarise([record(0, 1.0), record(1, 2.0), record(2, -10.0), record(3, 6.0)])["a"]
-    assert summary.mean == 3.0 and summary.count == 3
-    assert math.isclose(summary.standard_error, np.std([1, 2, 6], ddof=1) / math.sqrt(3))
-
-
-def test_a_score_that_never_applies_has_no_average():
+    found = summarise([record(0, 1.0), record(1, 2.0), record(2, -10.0), record(3, 6.0)])
+    assert found == {"a": Summary(3.0, pytest.approx(error_of(1, 2, 6)), 3, 3)}
     assert summarise([record(0, -10.0)]) == {}
 
 
 def test_standard_error_counts_prompts_not_images():
     """Images of one text count once, whether made for one line of the test set or for several."""
     records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
-    two = summarise(records)["a"]
-    assert (two.count, two.prompts, two.mean) == (4, 2, 0.5)
-    assert math.isclose(two.standard_error, np.std([0, 1], ddof=1) / math.sqrt(2))
+    assert summarise(records) == {"a": Summary(0.5, pytest.approx(error_of(0, 1)), 4, 2)}
     assert summarise(records[:1])["a"].standard_error == 0.0
 
 
@@ -70,59 +87,33 @@ def test_averages_keep_upstreams_form(tmp_path):
         read_averages(tmp_path / "nothing.json")
 
 
-def test_appended_lines_are_on_disk_at_once(tmp_path):
-    files = opened(tmp_path)
+def test_lines_are_on_disk_at_once_one_cut_short_is_dropped_and_one_in_the_middle_is_an_error(tmp_path):
+    files, path = opened(tmp_path), tmp_path / RESULTS
     files.append([record(0)])
-    line = json.loads((tmp_path / RESULTS).read_text())
-    assert line == {"sample_id": 0, "prompt": "prompt 0", "metadata": {"tag": "x"}, "scores": {"a": 1.0}}
-
-
-def test_a_line_cut_short_is_dropped_and_one_in_the_middle_is_an_error(tmp_path):
-    files = opened(tmp_path)
-    files.append([record(0), record(1)])
-    path = tmp_path / RESULTS
+    line = {"sample_id": 0, "prompt": "prompt 0", "metadata": {"tag": "x"}, "scores": {"a": 1.0}}
+    assert json.loads(path.read_text()) == line
+    files.append([record(1)])
     path.write_bytes(path.read_bytes()[:-20])
-    assert [r.sample_id for r in read_records(path)] == [0]
+    assert ids(path) == [0]
     resumed = opened(tmp_path, resume=True)
     assert resumed.done() == {0}
     resumed.append([record(1)])
-    assert [r.sample_id for r in read_records(path)] == [0, 1]
+    assert ids(path) == [0, 1]
     path.write_bytes(b'{"broken\n' + path.read_bytes())
     with pytest.raises(EvaluationError, match="line 1: not a result"):
         read_records(path)
 
 
-def test_parts_of_several_processes_are_merged_and_sorted(tmp_path):
-    first, second = opened(tmp_path, world=2), ResultFolder(tmp_path, rank=1, world=2)
-    second.append([record(1), record(3)])
-    first.append([record(0), record(2)])
-    first.close()
-    assert [r.sample_id for r in read_records(tmp_path / RESULTS)] == [0, 1, 2, 3]
+def test_parts_of_several_processes_are_merged_and_sorted_and_survive_another_number_of_processes(tmp_path):
+    opened(tmp_path, world=2).append([record(0), record(2)])
+    ResultFolder(tmp_path, rank=1, world=2).append([record(1), record(3)])
+    again = opened(tmp_path, resume=True, world=3)
+    assert again.done() == {0, 1, 2, 3}
+    again.append([record(5)])
+    ResultFolder(tmp_path, rank=2, world=3).append([record(4)])
+    again.close()
+    assert ids(tmp_path / RESULTS) == [0, 1, 2, 3, 4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([AVERAGES, RESULTS, SETTINGS])
-
-
-def test_parts_of_a_killed_run_survive_another_number_of_processes(tmp_path):
-    opened(tmp_path, world=3)
-    ResultFolder(tmp_path, rank=2, world=3).append([record(5)])
-    ResultFolder(tmp_path, rank=1, world=3).append([record(1)])
-    assert opened(tmp_path, resume=True).done() == {1, 5}
-
-
-PIXELS = np.zeros((8, 8, 3), np.uint8)
-
-
-def finished(folder: Path, samples: int = 6, **how) -> ResultFolder:
-    """An evaluation with images that has come to its end."""
-    files = opened(folder, texts=TEXTS[:samples], images=True, **how)
-    for i in range(samples):
-        files.save_image(i, PIXELS)
-        files.append([record(i)])
-    files.close()
-    return files
-
-
-def bytes_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_evaluation_is_started_over_and_another_one_is_not_replaced_unasked(tmp_path):
@@ -250,10 +241,8 @@ def test_a_weighted_figure_is_the_share_of_all_questions_with_the_error_of_a_rat
     rng = np.random.default_rng(0)
     asked = rng.integers(1, 9, 400)
     right = rng.binomial(asked, rng.uniform(0.3, 0.9, 400))
-    records = [
-        Record(i, f"p{i}", {}, {"a": r / n, "n": float(n)}) for i, (r, n) in enumerate(zip(right, asked, strict=True))
-    ]
-    records += [Record(400, "p400", {}, {"a": -10.0, "n": -10.0})]
+    scores = [{"a": r / n, "n": float(n)} for r, n in zip(right, asked, strict=True)]
+    records = [Record(i, f"p{i}", {}, each) for i, each in enumerate([*scores, {"a": -10.0, "n": -10.0}])]
     found = summarise(records, {"a": Weighted("a", "n"), "lost": Weighted("b", "n")})
     assert math.isclose(found["a"].mean, right.sum() / asked.sum()) and found["a"].count == 400 and "lost" not in found
     drawn = rng.integers(0, 400, (2000, 400))
@@ -265,36 +254,27 @@ def test_a_weighted_figure_is_the_share_of_all_questions_with_the_error_of_a_rat
 
 
 def test_a_combined_figure_is_the_plain_mean_of_means():
-    records = [
-        Record(0, "a", {}, {"one": 1.0, "two": -10.0}),
-        Record(1, "b", {}, {"one": 0.0, "two": -10.0}),
-        Record(2, "c", {}, {"one": 1.0, "two": -10.0}),
-        Record(3, "d", {}, {"one": -10.0, "two": 0.0}),
-    ]
-    found = summarise(records, combined={"overall": ("one", "two")})
-    assert math.isclose(found["overall"].mean, (2 / 3 + 0) / 2)
-    assert math.isclose(found["overall"].standard_error, found["one"].standard_error / 2)
-    assert found["overall"].count == 4
+    values = ((1.0, -10.0), (0.0, -10.0), (1.0, -10.0), (-10.0, 0.0))
+    records = [Record(i, "abcd"[i], {}, dict(zip(("one", "two"), each, strict=True))) for i, each in enumerate(values)]
+    found = summarise(records, combined={"overall": ("one", "two")})["overall"]
+    assert found == Summary(pytest.approx((2 / 3 + 0) / 2), pytest.approx(error_of(1, 0, 1) / 2), 4, 4)
     assert "overall" not in summarise(records[:3], combined={"overall": ("one", "two")})  # nothing is known of "two"
 
 
 def test_a_full_disk_is_explained_and_what_was_scored_is_kept(tmp_path):
-    texts = ["a", "b"]
-    files = ResultFolder(tmp_path)
-    files.open({}, texts, resume=False, need_images=False)
-    files.append([Record(0, "a", {}, {"s": 1.0})])
+    files, noise = opened(tmp_path), np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    files.append([record(0)])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "evaluation_results.jsonl").stat().st_size + 5, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / RESULTS).stat().st_size + 5, limits[1]))
     try:
-        with pytest.raises(FolderError, match="cannot be written.*File too large.*--resume"):
-            files.append([Record(1, "b", {}, {"s": 1.0})])
-        with pytest.raises(FolderError, match="00001.jpg cannot be written.*--resume"):
-            files.save_image(1, np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        with pytest.raises(FolderError, match="average_scores.json cannot be written.*--resume"):
-            files.close()
+        for name, write in (
+            (f"{RESULTS} cannot be written.*File too large", lambda: files.append([record(1)])),
+            ("00001.jpg cannot be written", lambda: files.save_image(1, noise)),
+            (f"{AVERAGES} cannot be written", files.close),
+        ):
+            with pytest.raises(FolderError, match=f"{name}.*--resume"):
+                write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".jsonl"]
-    again = ResultFolder(tmp_path)
-    again.open({}, texts, resume=True, need_images=False)
-    assert again.done() == {0}
+    assert opened(tmp_path, resume=True).done() == {0}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -14,10 +16,10 @@ from diffusionopd import __main__
 
 from .conftest import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch"), ROOT / ".ci" / "run"])
 
 # Answers the launcher's question for GPUs, and otherwise says how it was called, and where.
-FAKE_PYTHON = """#!/usr/bin/env bash
+FAKE_PYTHON = """
 if [ "$2" = -c ]; then echo "$FAKE_GPUS"; exit; fi
 echo "folder: $PWD"
 echo "cpu: ${ACCELERATE_USE_CPU:-} threads: ${OMP_NUM_THREADS:-} path: ${PYTHONPATH%%:*}"
@@ -25,16 +27,20 @@ printf '%s\\n' "$@"
 """
 
 
+def program(path: Path, text: str) -> str:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Run a launcher from another folder; returns its completed process and the arguments it passed on."""
-    python = tmp_path / "python"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
+    python = program(tmp_path / "python", FAKE_PYTHON)
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
 
     def run(script: str, *arguments: str, gpus: int = 0, **variables: str):
-        environment = kept | {"PYTHON": str(python), "FAKE_GPUS": str(gpus)} | variables
+        environment = kept | {"PYTHON": python, "FAKE_GPUS": str(gpus)} | variables
         command = ["bash", str(ROOT / "scripts" / "single_node" / script), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         return done, done.stdout.splitlines()
@@ -47,7 +53,10 @@ def after(lines: list[str], *options: str) -> list[str]:
     return [lines[lines.index(f"--{option}") + 1] for option in options]
 
 
-def test_scripts_parse():
+def test_scripts_parse_and_accelerate_reads_its_files():
+    for name, processes in (("single_gpu", 1), ("multi_gpu", 8), ("cpu", 1)):
+        config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+        assert (config.num_processes, config.use_cpu) == (processes, name == "cpu")
     for script in SCRIPTS:
         done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60)
         assert done.stderr == "", script
@@ -70,16 +79,12 @@ def test_processes_follow_what_is_there_and_what_is_asked_for(launch, tmp_path):
         assert lines[0] == f"folder: {tmp_path}", "relative paths are the caller's"
         assert lines[2:5] == ["-P", "-m", "diffusionopd.launch"]
         assert after(lines, "main_process_port") == ["0"] or processes == 1
-        assert after(lines, "num_processes", "config_file") == [
-            str(processes),
-            f"{ROOT}/scripts/accelerate/{config}.yaml",
-        ]
+        file = f"{ROOT}/scripts/accelerate/{config}.yaml"
+        assert after(lines, "num_processes", "config_file") == [str(processes), file]
         assert ("--multi_gpu" in lines) == (processes > 1 and "ENGINE" not in variables)
-        threads = variables.get("OMP_NUM_THREADS", "1")
-        expected = (
-            f"cpu: true threads: {threads}" if gpus == 0 or "ACCELERATE_USE_CPU" in variables else "cpu:  threads: "
-        )
-        assert lines[1] == f"{expected} path: {ROOT}"
+        on_cpu = gpus == 0 or "ACCELERATE_USE_CPU" in variables
+        threads = f"true threads: {variables.get('OMP_NUM_THREADS', 1)}" if on_cpu else " threads: "
+        assert lines[1] == f"cpu: {threads} path: {ROOT}"
 
 
 def test_mistakes_are_named(launch, tmp_path):
@@ -112,9 +117,8 @@ def test_mistakes_are_named(launch, tmp_path):
             done, lines = launch(script, **more | {variable: value})
             assert (done.returncode, lines) == (2, []) and f"{variable}={value} " in done.stderr, done.stderr
             assert done.stderr.count("\n") == 1
-    (tmp_path / "broken").write_text("#!/usr/bin/env bash\necho no torch >&2; exit 3\n")
-    (tmp_path / "broken").chmod(0o755)
-    assert launch("mopd.sh", PYTHON=str(tmp_path / "broken"))[0].returncode == 3
+    broken = program(tmp_path / "broken", "echo no torch >&2; exit 3")
+    assert launch("mopd.sh", PYTHON=broken)[0].returncode == 3
 
 
 def test_configuration_and_arguments_pass_through(launch):
@@ -166,28 +170,16 @@ def test_the_command_becomes_the_scripts(monkeypatch, capsys):
     assert (module, function) == (__main__.__name__, __main__.main.__name__) and not called
 
 
-def test_accelerate_reads_the_files():
-    for name, processes in (("single_gpu", 1), ("multi_gpu", 8), ("cpu", 1)):
-        config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
-        assert (config.num_processes, config.use_cpu) == (processes, name == "cpu")
-
-
 @pytest.fixture
 def project(tmp_path):
     """`project(script, command)`: runs it in a copy of the project's scripts; what the stand-in for Python was told."""
     folder, environment, log = tmp_path / "project", tmp_path / "environment", tmp_path / "log"
-    for name in ("scripts/install.sh", "scripts/test.sh"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text((ROOT / name).read_text())
-    for name in ("setup.py", "constraints.txt"):
-        (folder / name).write_text("")
+    (folder / "scripts").mkdir(parents=True)
+    for name in ("scripts/install.sh", "scripts/test.sh", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
     environment.mkdir()
     for name in ("python", "ruff", "mypy"):
-        program = environment / name
-        program.write_text(
-            f'#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo {environment}; else echo {name} "$@" >>{log}; fi\n'
-        )
-        program.chmod(0o755)
+        program(environment / name, f'if [ "$1" = -c ]; then echo {environment}; else echo {name} "$@" >>{log}; fi')
 
     def run(command: str) -> list[str]:
         log.unlink(missing_ok=True)
@@ -213,7 +205,7 @@ def test_install_is_skipped_when_nothing_changed(project):
 def test_the_tests_short_and_all(project):
     root, run = project
     (root / "scripts" / "environments").mkdir()
-    (root / "scripts" / "environments" / "environment.sh").write_text('echo "resolve $@" >&2')
+    program(root / "scripts" / "environments" / "environment.sh", "")
     for arguments, expected in (
         ("", "-n 2"),
         ("tests/test_a.py -k 'one or two'", "-n 2 tests/test_a.py -k one or two"),
@@ -225,16 +217,15 @@ def test_the_tests_short_and_all(project):
         assert [line.split()[0] for line in style] == ["ruff", "ruff", "mypy"]
 
 
-FAKE_UV = """#!/usr/bin/env bash
+FAKE_UV = """
 echo "uv $*" >>"$UV_CALLS"
 while [ $# -gt 0 ]; do [ "$1" = -c ] && cat "$2" >"$UV_CALLS.constraints.$$"; shift; done
 """
 
 
 def test_environments_name_their_python_and_take_the_other_versions_from_the_constraints(tmp_path):
-    uv, calls = tmp_path / "uv", tmp_path / "calls"
-    uv.write_text(FAKE_UV)
-    uv.chmod(0o755)
+    calls = tmp_path / "calls"
+    program(tmp_path / "uv", FAKE_UV)
     script = str(ROOT / "scripts" / "environments" / "environment.sh")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UV_CALLS": str(calls)}
     run = lambda *given: subprocess.run(["bash", script, *given], env=environment, check=True, timeout=60)  # noqa: E731

@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import StableDiffusion3Pipeline
 
 from diffusionopd.tiny import check, models
 from diffusionopd.tiny.flow import generate
 from diffusionopd.tiny.grammar import TASKS, captions, file_captions
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
-SIGN = 'a sign that says "347"'
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +30,10 @@ def test_what_is_shipped_is_small_safe_and_in_the_manifest():
     assert check.violations(recorded["results"]) == []
 
 
-def test_stock_pipeline_loads_and_generates():
-    pipe = StableDiffusion3Pipeline.from_pretrained(ASSETS / "model")
-    pipe.set_progress_bar_config(disable=True)
-    config = pipe.transformer.config
-    assert (config.num_layers, tuple(config.dual_attention_layers), config.qk_norm) == (4, (0,), "rms_norm")
-    options = {"num_inference_steps": 2, "max_sequence_length": models.CONTEXT, "output_type": "pt"}
-    images = pipe(SIGN, height=64, width=64, generator=torch.Generator().manual_seed(0), **options).images
-    assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all() and images.std() > 0.05
-
-
 def test_shipped_parts_are_those_of_the_code(base):
     """Same names, shapes and tokens as `models.pipeline` makes."""
-    built = models.pipeline(models.autoencoder(0), seed=0)
+    config, built = base.transformer.config, models.pipeline(models.autoencoder(0), seed=0)
+    assert (config.num_layers, tuple(config.dual_attention_layers), config.qk_norm) == (4, (0,), "rms_norm")
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         shapes = [{k: v.shape for k, v in getattr(pipe, name).state_dict().items()} for pipe in (base, built)]
         assert shapes[0] == shapes[1], name
@@ -65,9 +53,10 @@ def test_captions_fit_the_context_and_lose_nothing(base):
     assert not any(base.tokenizer_3.unk_token_id in row for row in ids)
 
 
-def test_images_do_not_depend_on_the_batch(base):
+def test_the_stock_pipeline_makes_images_that_do_not_depend_on_the_batch(base):
     texts = [c.text for c in file_captions("compose", "test")[:3]]
     together, alone = generate(base, texts, steps=2), generate(base, texts, steps=2, batch=1)
+    assert together.shape == (3, 3, 64, 64) and together.float().std() > 12
     assert (together.int() - alone.int()).abs().max() <= 1  # rounding
 
 

@@ -62,9 +62,9 @@ def test_metadata_has_the_form_of_geneval():
     assert counting["exclude"][0]["count"] == counting["include"][0]["count"] + 1
 
 
-@pytest.mark.parametrize("task", ["compose", "ocr"])
-def test_label_noise_changes_the_caption_and_stays_in_the_training_split(task):
-    rng, train = random.Random(0), {caption.text for caption in captions(task, "train")}
-    for _ in range(300):
-        caption = draw(task, rng)
-        assert corrupt(task, caption, rng).text in train - {caption.text}
+def test_label_noise_changes_the_caption_and_stays_in_the_training_split():
+    for task in ("compose", "ocr"):
+        rng, train = random.Random(0), {caption.text for caption in captions(task, "train")}
+        for _ in range(300):
+            caption = draw(task, rng)
+            assert corrupt(task, caption, rng).text in train - {caption.text}

@@ -40,7 +40,8 @@ from diffusionopd.training.command import plain_warnings
 from diffusionopd.training.keys import SCHEMA, with_paths
 from diffusionopd.training.resume import read_run_config
 from diffusionopd.training.settings import WatchSettings
-from tools.publishing import public, run_of
+from tools.publishing.content import run_of
+from tools.publishing.public import public
 from tools.report import Drawn, render_gallery
 from tools.report.collect import machine_facts
 

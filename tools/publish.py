@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from diffusionopd.config_schema import redacted
 from diffusionopd.files import path_flag, write_atomically, writing
-from tools.publishing import PublishError, check_name, check_token, find_student, publication, upload
 from tools.publishing.card import render_card
+from tools.publishing.content import PublishError, find_student, publication
 from tools.publishing.scores import read_scores
+from tools.publishing.upload import check_name, check_token, upload
 from tools.report.evaluated import EVALUATION
 
 

@@ -239,20 +239,13 @@ class ResultFolder:
         kept = [record for record in records if not need_images or self.image_path(record.sample_id).is_file()]
         return Start(kept, max(saved, wanted), [])
 
-    def open(
-        self,
-        settings: Mapping[str, Any],
-        texts: Sequence[str],
-        resume: bool = False,
-        need_images: bool = False,
-        overwrite: bool = False,
-    ) -> None:
+    def open(self, settings: Mapping[str, Any], texts: Sequence[str], **how: bool) -> None:
         """Make the folder ready for appending: what an evaluation left there is kept or removed.
 
         The order is such that a kill at any moment leaves results beside the settings that they were made with.
         Arguments and errors as of `look`.
         """
-        start = self.look(settings, texts, resume, need_images, overwrite)
+        start = self.look(settings, texts, **how)
         self._check_lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / AVERAGES).unlink(missing_ok=True)
