@@ -237,6 +237,15 @@ def test_kept_bytes_are_those_that_autograd_saves(gpu_kernels, config, half):
     assert cost.kept == pytest.approx(saved_bytes(real(config, TARGETS, half), 2, half), rel=0.01)
 
 
+def test_attention_keeps_what_one_kernel_keeps():
+    """Queries, keys, values, result and a float32 a row and head: not a matrix of all pairs of tokens."""
+    one = SMALL | {"num_layers": 1}
+    kept = [counted(one, ["attn.to_q"], resolution=side, half=False).kept for side in (16, 32, 48)]
+    per_token = (kept[1] - kept[0]) / (256 - 64)  # of 64, 256 and 576 tokens
+    assert (kept[2] - kept[1]) / (576 - 256) == pytest.approx(per_token)
+    assert per_token > 4 * (4 * 48 + 3)
+
+
 def peak_bytes(work) -> int:
     """The most that torch's CPU allocator held during the work, beyond what it held before."""
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

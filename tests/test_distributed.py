@@ -36,6 +36,17 @@ def test_noise_is_normal_and_depends_on_all_of_its_key_alone():
         generator(1, -1)
 
 
+def test_a_parameter_without_gradient_keeps_none(monkeypatch):
+    """Two processes imitated by a sum that doubles: the mean is the gradient itself; no gradient stays no gradient."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda value: 2 * value)
+    reached, unreached = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))
+    (reached * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    distributed.average_gradients([unreached, reached])
+    assert unreached.grad is None
+    assert torch.equal(reached.grad, torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_in_a_single_process_nothing_is_exchanged():
     def fail():
         raise OSError("disk full")
