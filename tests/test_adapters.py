@@ -108,7 +108,7 @@ def test_using_restores_the_previous_adapter(adapters):
 
 def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters, tmp_path):
     """The diffusers file, loaded by the stock pipeline, draws what our backbone draws."""
-    from diffusionopd.evaluation.sampling import sample_images
+    from diffusionopd.evaluation.sampling import sample_latents
     from diffusionopd.models.loading import load_text_encoder
 
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_stock_pipeline_gives_the_same_image(pipeline_folder, backbone, adapters
     encoder = load_text_encoder(str(pipeline_folder), max_sequence_length=14)
     prompt = "a photo of a red circle"
     backbone.negative = Conditions.of(encoder([NEGATIVE]))
-    ours = sample_images(backbone, Conditions.of(encoder([prompt])), latents, 4, 2.0, resolution=64)
+    ours = backbone.decode(sample_latents(backbone, Conditions.of(encoder([prompt])), latents, 4, 2.0, resolution=64))
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
     pipeline.load_lora_weights(tmp_path)
