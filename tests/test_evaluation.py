@@ -22,7 +22,7 @@ from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
 from diffusionopd.evaluation.job import Job, Model
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
-from diffusionopd.evaluation.sampling import ImageGenerator, sample_images
+from diffusionopd.evaluation.sampling import ImageGenerator, sample_latents
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.loading import load_text_encoder
@@ -143,7 +143,7 @@ def test_sampling_is_the_euler_method_written_out(backbone, text):
     positive, negative = text(3, 1), text(1, 2)
     latents = torch.randn(3, *backbone.latent_shape(64), generator=torch.Generator().manual_seed(0))
     backbone.negative = negative
-    images = sample_images(backbone, positive, latents, 4, 2.0, resolution=64)
+    images = backbone.decode(sample_latents(backbone, positive, latents, 4, 2.0, resolution=64))
     sigmas = backbone.sigmas(4, 64).tolist()
     x = latents
     with torch.no_grad():

@@ -21,7 +21,18 @@ from diffusionopd.transitions import schedule
 def sample_latents(
     backbone: Backbone, conditions: Conditions, latents: Tensor, num_steps: int, guidance: float, *, resolution: int
 ) -> Tensor:
-    """Latents `[B, C, h, w]` of images; arguments as of :func:`sample_images`."""
+    """Latents of images by the first-order ODE (paper eq. 12: x' = x + dt v), or as the backbone's `multistep` has it.
+
+    Args:
+        conditions: of B prompts.
+        latents: noise `[B, C, h, w]` float32 on the backbone's device.
+        num_steps: sampler steps of the schedule.
+        guidance: classifier-free guidance; 1 is none.
+        resolution: pixels a side, which the schedule's shift may depend on.
+
+    Returns:
+        `[B, C, h, w]`, for `Backbone.decode`.
+    """
     transitions = schedule("ode", backbone.sigmas(num_steps, resolution))
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
@@ -33,24 +44,6 @@ def sample_latents(
     for visit in walk(latents, transitions, velocity, draw_noise=no_noise, multistep=backbone.multistep):
         latents = visit.x_next
     return latents
-
-
-def sample_images(
-    backbone: Backbone, conditions: Conditions, latents: Tensor, num_steps: int, guidance: float, *, resolution: int
-) -> Tensor:
-    """Images by the first-order ODE (paper eq. 12: x' = x + dt v), or as the backbone's `multistep` has it, decoded.
-
-    Args:
-        conditions: of B prompts.
-        latents: noise `[B, C, h, w]` float32 on the backbone's device.
-        num_steps: sampler steps of the schedule.
-        guidance: classifier-free guidance; 1 is none.
-        resolution: pixels a side, which the schedule's shift may depend on.
-
-    Returns:
-        float32 `[B, 3, H, W]` in [0, 1], on the VAE's device.
-    """
-    return backbone.decode(sample_latents(backbone, conditions, latents, num_steps, guidance, resolution=resolution))
 
 
 @dataclass(frozen=True)
@@ -72,6 +65,7 @@ class ImageGenerator:
         keys = [(Stream.EVALUATION, self.seed, *sample) for sample in samples]
         latents = noise(self.backbone.latent_shape(self.resolution), keys).to(self.backbone.device)
         conditions = self.cache.get(prompts, self.backbone.device)
-        return sample_images(
-            self.backbone, conditions, latents, self.num_steps, self.guidance_scale, resolution=self.resolution
+        how = self.num_steps, self.guidance_scale
+        return self.backbone.decode(
+            sample_latents(self.backbone, conditions, latents, *how, resolution=self.resolution)
         )

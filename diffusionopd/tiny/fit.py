@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,14 +51,6 @@ def fit(
             print(f"{name} {done:5.1%} step {step} loss {mean_loss:.4f}", flush=True)
     if average:
         average.copy_to(parameters)
-
-
-def save(value: Any, file: Path) -> None:
-    """Write plain values and tensors to one file, atomically; ``torch.load(file, weights_only=True)`` reads it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    torch.save(value, temporary)
-    os.replace(temporary, file)
 
 
 def _of_rank_0(value: float) -> float:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from diffusionopd.tiny import fit
+from diffusionopd.files import write_atomically
 from diffusionopd.tiny.grammar import corrupt, draw
 from diffusionopd.tiny.models import CONTEXT, LATENT_CHANNELS, LATENT_SIDE, SHIFT
 from diffusionopd.tiny.render import RESOLUTION, dull_vividness, render
@@ -48,7 +49,8 @@ def pool(folder: Path, task: str, vae: AutoencoderKL, dull: bool = False) -> Poo
         scaled = (vae.encode(x).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
         latents.append(scaled.half())
     made = torch.cat(latents).contiguous(), captions, wrong
-    fit.save(made, path)
+    torch.save(made, content := io.BytesIO())
+    write_atomically(path, content.getvalue())
     return made
 
 

@@ -19,8 +19,7 @@ from tools.report.pages import aligned, data_uri, image_of, render_page
 from tools.report.plots import Points
 
 PACKAGES = ("diffusionopd", "torch", "diffusers", "transformers", "peft", "accelerate")
-
-
+IMAGES = 6  # test prompts of each task that are shown, the first ones
 BASE, STUDENT, MERGE = "base", "student", "merge-"
 
 
@@ -101,13 +100,12 @@ def points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, flo
     return [(row["round"], row[key]) for row in rows if is_number(row.get(key))]
 
 
-def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_images: int = 6) -> Report:
+def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0) -> Report:
     """Read a run folder and `<evaluations>/{base,teacher-<task>,student}/<task>/`; `merge-*`, and teachers on other
     tasks, where they are there.
 
     Args:
         seconds: wall-clock time of the distillation, where known to be more than its rounds together.
-        num_images: test prompts per task to show, the first ones.
 
     Raises:
         ReportError: something is missing, with its path.
@@ -126,7 +124,7 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
             scores = {model: read_averages(folders[model] / AVERAGES)[reward] for model in there}
             keys = (f"monitor/{name}/{reward}", f"eval/{name}/{reward}", f"loss/{name}")
             monitored, evaluated, loss = (points(rows, key) for key in keys)
-            images = _images(shown, reward, num_images)
+            images = _images(shown, reward)
             tasks.append(Task(name, reward, scores, monitored, evaluated, loss, images))
         rounds = int(rows[-1]["round"])
         seconds = max(seconds, sum(value for _, value in points(rows, "seconds")))
@@ -140,10 +138,10 @@ def collect(run: Path, evaluations: Path, title: str, seconds: float = 0.0, num_
     return Report(title, tasks, rounds, seconds, facts)
 
 
-def _images(folders: Mapping[str, Path], reward: str, count: int) -> list[Image]:
+def _images(folders: Mapping[str, Path], reward: str) -> list[Image]:
     records = {model: {r.sample_id: r for r in read_records(folder / RESULTS)} for model, folder in folders.items()}
     images = []
-    for sample_id in sorted(set.intersection(*map(set, records.values())))[:count]:
+    for sample_id in sorted(set.intersection(*map(set, records.values())))[:IMAGES]:
         files = {model: folder / "images" / f"{sample_id:05d}.jpg" for model, folder in folders.items()}
         for file in files.values():
             if not file.is_file():

@@ -130,19 +130,14 @@ def find_columns(models: Sequence[Model]) -> Iterator[Column]:
         if any(model.score(*place) for model in models):
             taken.add(place)
             yield Column(title, *place, digits, paper=True)
-    others = {
-        (score, data_set): _other_column(score, data_set, detail=_is_detail(score, evaluation))
-        for model in measured
-        for data_set, evaluation in model.evaluations.items()
-        for score in evaluation.scores
-        if (score, data_set) not in taken
-    }
+    others = {}
+    for data_set, evaluation in (pair for model in measured for pair in model.evaluations.items()):
+        for score in evaluation.scores:
+            if (score, data_set) not in taken:
+                title, digits = benchmarks.title_of(score, data_set)
+                detail = _is_detail(score, evaluation)
+                others[score, data_set] = Column(title, score, data_set, digits, detail=detail)
     yield from sorted(others.values(), key=lambda column: column.detail)
-
-
-def _other_column(score: str, data_set: str, detail: bool) -> Column:
-    title, digits = benchmarks.title_of(score, data_set)
-    return Column(title, score, data_set, digits, detail=detail)
 
 
 def _is_detail(score: str, evaluation: Evaluation) -> bool:

@@ -30,7 +30,7 @@ def running_mean(points: Points, window: int = 5) -> list[tuple[float, float]]:
 
 
 def score_curve(
-    monitored: Points, evaluated: Points, base: float, teacher: float, final: tuple[float, float, float] | None = None
+    monitored: Points, evaluated: Points, base: float, teacher: float, final: tuple[float, float, float]
 ) -> str:
     """A task's score over rounds as SVG, between the levels of base and teacher.
 
@@ -49,9 +49,8 @@ def score_curve(
         axes.plot(*_columns(smooth), "-", color=STUDENT, linewidth=2, label="running mean")
     if evaluated:
         axes.plot(*_columns(evaluated), "D", color=STUDENT, markersize=5, label="test prompts")
-    if final is not None:
-        x, y, error = final
-        axes.errorbar([x], [y], yerr=[error], fmt="*", color=STUDENT, markersize=13, capsize=3, label="final, test")
+    x, y, error = final
+    axes.errorbar([x], [y], yerr=[error], fmt="*", color=STUDENT, markersize=13, capsize=3, label="final, test")
     _legend(axes)
     return _svg(figure)
 
