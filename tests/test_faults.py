@@ -28,10 +28,10 @@ def fails_with(error: type[Exception], facts: tuple[str, ...], config) -> None:
         assert fact in text, fact
 
 
-# ---- disks -----------------------------------------------------------------------------------------------------------
+# ---- disks; capsys keeps in memory what pytest would write to a file -------------------------------------------------
 
 
-def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, tmp_path):
+def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, tmp_path, capsys):
     def config(rounds):
         return tiny_config(num_epochs=rounds, resume_from="auto")
 
@@ -44,13 +44,13 @@ def test_a_full_disk_ends_the_run_and_costs_one_save(tiny_config, tmp_path):
     assert [row["round"] for row in metrics(tmp_path / "logs" / "run")] == [1, 2]
 
 
-def test_a_full_disk_is_found_before_weights_load(tiny_config, tmp_path, no_weights):
+def test_a_full_disk_is_found_before_weights_load(tiny_config, tmp_path, no_weights, capsys):
     run = str(tmp_path / "run")
     with no_file_longer_than(1000):
         fails_with(FolderError, (run, "File too large", "save_dir"), tiny_config(save_dir=run))
 
 
-def test_embeddings_that_cannot_be_stored_end_the_run_at_its_start(tiny_config, tmp_path):
+def test_embeddings_that_cannot_be_stored_end_the_run_at_its_start(tiny_config, tmp_path, capsys):
     cache = str(tmp_path / "cache")
     with no_file_longer_than(8000):
         fails_with(FolderError, (cache, "File too large", "cache_dir"), tiny_config(cache_dir=cache))

@@ -56,6 +56,7 @@ WITHOUT_WEIGHTS = (
     "part_class(index, 'scheduler')",
     "self.kind.config_class",
     "kind",
+    "reader",
     "LoraConfig",
     "AutoConfig",
     "AutoTokenizer",
