@@ -51,6 +51,7 @@ class Algorithm:
 
     name: ClassVar[str]
     verb: ClassVar[str] = "training"
+    sampled_by: ClassVar[str] = "the student"  # whose trajectories it trains on
     groups: ClassVar[tuple[type, ...]]  # of its keys; the first is its own settings
     has_teachers: ClassVar[bool] = False
     has_rewards: ClassVar[bool] = False

@@ -45,6 +45,7 @@ class Nft(FromRewards):
     """
 
     name = "nft"
+    sampled_by = "its old policy"
     groups = (NftSettings, TeacherSettings)
     ema_each_batch = False
     settings: NftSettings

@@ -23,6 +23,7 @@ class Sft(Algorithm):
     """Each task's teacher samples, and the student learns to draw the same images by flow matching."""
 
     name = "sft"
+    sampled_by = "the teachers"
     groups = (SftSettings, TeacherSettings)
     has_teachers = True
 

@@ -29,7 +29,6 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _ALWAYS = ("train.loss", "train.target")  # of the algorithm's settings; the others where they are not the default
-_SAMPLED_BY = {"nft": "by its old policy", "sft": "by the teachers"}
 
 
 def render_card(
@@ -62,7 +61,7 @@ def render_card(
         algorithm=_name_of(algorithm),
         picture=picture and PICTURE,
         picture_round=picture and int(picture.stem.split("-")[1]),
-        sampled_by=_SAMPLED_BY.get(algorithm.name, "by the student"),
+        sampled_by=algorithm.sampled_by,
         recipe=list(_recipe(student)),
         has_metrics=(student.run / METRICS).is_file(),
         has_teachers=algorithm.has_teachers,
