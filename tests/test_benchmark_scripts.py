@@ -121,7 +121,7 @@ def test_a_random_model_is_distilled_by_the_projects_own_script(shape, preset, t
     options += [f"--config.{key}={value}" for key, value in sizes.items()]
     start("tools/profile_round.py", *options, timeout=300, **environment)
     stages = json.loads((tmp_path / "summary.json").read_text())["stage_seconds"]
-    assert {"forward, teacher_geneval", "forward, student"} <= stages.keys()
+    assert {"forward, frozen policies", "forward, student"} <= stages.keys()
 
 
 @pytest.mark.slow

@@ -140,10 +140,15 @@ class Adapters:
         """
         if self._places is not None:
             return self._places
-        self._places = {**{name: place for place, name in enumerate(self._teachers)}, None: len(self._teachers)}
-        for layer in self.transformer.modules():
-            if isinstance(layer, FusedLoraLinear) and (stacked := _stacked(layer, self._teachers)):
-                layer.stacked, self._stacked_on = stacked, stacked[0].device
+        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
+        # A layer of PEFT's own knows one adapter at a time.
+        others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
+        names = [name for name in self._teachers if name not in others]
+        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
+        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
+            layer.stacked = _stacked(layer, names)
+            if layer.stacked is not None:
+                self._stacked_on = layer.stacked[0].device
         return self._places
 
     def _narrow(self) -> None:
