@@ -131,7 +131,6 @@ def bare_processor(kind: Any, tokenizer: Any, image_processor: Any = None) -> An
 
 def vision_language(kind: Any, config: Any, tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
     """A language model of width 32 that sees images; ``text`` and ``vision`` are options of its own."""
-    torch.manual_seed(1)
     sizes = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,

@@ -17,6 +17,7 @@ from .common import LATENTS, Case, dynamic_scheduler, qwen_tokenizer, randomised
 
 def components(tokenizer: Qwen2Tokenizer, **options: Any) -> dict[str, Any]:
     """What the pipeline is made of; ``options`` are the transformer's."""
+    torch.manual_seed(1)
     encoder = vision_language(
         Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, tokenizer,
         {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, {"fullatt_block_indexes": [0]},

@@ -29,11 +29,7 @@ def build(folder: Path) -> None:
         {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False
     )
     tokenizer.chat_template = CHAT
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    text_encoder = vision_language(
-        Qwen3VLForConditionalGeneration, Qwen3VLConfig, tokenizer, {"head_dim": 16, "rope_parameters": rope},
-        {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-    )  # fmt: skip
+    torch.manual_seed(1)
     transformer = QwenImage21Transformer2DModel(
         in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=32,
         axes_dims_rope=(4, 6, 6),
@@ -41,6 +37,11 @@ def build(folder: Path) -> None:
     vae = AutoencoderKLQwenImage21(
         base_dim=4, decoder_base_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, **LATENTS
     )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text_encoder = vision_language(
+        Qwen3VLForConditionalGeneration, Qwen3VLConfig, tokenizer, {"head_dim": 16, "rope_parameters": rope},
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    )  # fmt: skip
     pipe = QwenImage21Pipeline(
         scheduler=dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         vae=vae.eval(),
