@@ -227,7 +227,7 @@ def upstream(bench: Bench) -> None:
     bench.time(PUBLISHED, "upstream", 2, upstream_round(bench.world), beside=ours)
 
 
-def settings(*settings: Setting) -> Callable[[Bench], None]:
+def by_default(*settings: Setting) -> Callable[[Bench], None]:
     """The default in other settings."""
 
     def time_all(bench: Bench) -> None:
@@ -242,10 +242,10 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "precision": precision,
     "published": published,
     "separate": separate,
-    "384": settings(*OTHERS),
+    "384": by_default(*OTHERS),
     "upstream": upstream,
     "merged": merged,
-    "large": settings(LARGE),
+    "large": by_default(LARGE),
 }
 UNCOMPILED = ("uncompiled", "precision")
 

@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import platform
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -253,14 +252,7 @@ class Runner:
         return found
 
     def _start(self, run: Run, what: str, *command: str) -> None:
-        log = self.logs / run.world / f"{run.name}.{what}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        process = FORKS.Process(target=_script, args=(command, log))
-        process.start()
-        process.join()
-        if process.exitcode:
-            end = log.read_text(encoding="utf-8")[-1500:]
-            raise RuntimeError(f"{what} ended with status {process.exitcode}; the end of {log}:\n{end}")
+        _start(self.logs / run.world / f"{run.name}.{what}.log", *command)
 
     def _result(self, run: Run, scores: dict[str, dict[str, list[float]]]) -> Result:
         world, rows, curve, backwards = WORLDS[run.world], [], [], 0
@@ -293,6 +285,18 @@ class Runner:
             machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             date=datetime.date.today().isoformat(),
         )
+
+
+def _start(log: Path, *command: str) -> None:
+    """Run a script in a process of its own. Raises RuntimeError with the end of its log if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")  # of an earlier start
+    process = FORKS.Process(target=_script, args=(command, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        end = log.read_text(encoding="utf-8")[-1500:]
+        raise RuntimeError(f"{command[0]} ended with status {process.exitcode}; the end of {log}:\n{end}")
 
 
 def _script(command: Sequence[str], log: Path) -> None:
@@ -371,9 +375,12 @@ def measure_variance(runner: Runner, seed: int) -> str:
     if file.is_file():
         return ""
     quick = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0"] if runner.quick else []
-    command = [sys.executable, "experiments/claims/variance.py", "--seed", str(seed), "--output", str(file), *quick]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return f"variance-seed{seed}: {done.stderr[-1500:]}" if done.returncode else ""
+    log, script = runner.logs / f"variance-seed{seed}.log", "experiments/claims/variance.py"
+    try:
+        _start(log, script, "--seed", str(seed), "--output", str(file), *quick)
+    except RuntimeError as error:
+        return f"variance-seed{seed}: {error}"
+    return ""
 
 
 def forecast(runs: Sequence[Run], runner: Runner) -> str:

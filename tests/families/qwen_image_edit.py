@@ -55,7 +55,7 @@ def prompts(folder: Path) -> list[str]:
 
 
 def embedded(pipe: Any, text: str, image: Image.Image) -> Tensor:
-    """The pipeline's embeddings with what transformers 5 wants to be told, and diffusers 0.42 does not tell it."""
+    """The pipeline's embeddings with what transformers 5 asks for, and diffusers 0.42 does not tell it."""
     small = image.resize((32, 32), Image.Resampling.LANCZOS)
     text = pipe.prompt_template_encode.format(f"Picture 1: <|vision_start|><|image_pad|><|vision_end|>{text}")
     inputs = pipe.processor(text=[text], images=[small], return_tensors="pt")
