@@ -82,8 +82,9 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
     )
     at = f"{args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s per GPU"
     print_table(
-        ("a round", f"{shape.images_per_round} images, {shape.num_processes} processes"),
-        ("side by side", f"{tasks} tasks of {shape.tasks_per_round}; {fitting} would fit into {args.gpu_gb:g} GB"),
+        ("images a round", f"{shape.images_per_round}"),
+        ("processes", f"{shape.num_processes}"),
+        ("tasks side by side", f"{tasks} of {shape.tasks_per_round}; {fitting} would fit into {args.gpu_gb:g} GB"),
         *((name, f"{f'{n} NFE, ' if n else ''}{tera(f)}, {f / flops:.0%}") for name, (n, f) in kinds.items()),
         ("together", f"{nfe} NFE, {tera(flops)}, {tera(flops / shape.images_per_round)} per image"),
         ("time", f"{seconds:.3g} s per round, {3600 / seconds:.0f} rounds per hour, at {at}"),
