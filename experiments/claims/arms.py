@@ -27,8 +27,8 @@ RATES = {
     "multitask_guard": (3e-4, 5e-4, 1e-3),
     "cascade_nft": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "cascade_alone": (5e-4, 1e-3, 2e-3, 4e-3),
-    "opd": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    "paper": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "opd": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "paper": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 """Learning rates tried (the teachers' own: 2e-3): three, and more where validation chose the edge of them."""
 REFERENCES = {"opd": "opd_0.001", "paper": "paper_0.001"}
