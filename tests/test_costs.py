@@ -332,6 +332,9 @@ def test_a_published_round():
     assert flops_of(merged, cost) == flops_of(plan, cost) - 72 * 2 * 9 * cost.lora_forward
     peak, sharded = (sum(memory(plan, cost, shards).values()) for shards in (1, 8))
     assert sharded < peak < sum(memory(merged, cost, 1).values())
+    config.mixed_precision = "no"
+    frozen = [memory(each, cost, 1)["base transformer"] for each in (plan, check(config, 8, sources=False))]
+    assert frozen == [2 * (cost.parameters + cost.buffers), 4 * (cost.parameters + cost.buffers)]
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
-from diffusionopd.evaluation.job import Job, Model
+from diffusionopd.evaluation.job import Job, Model, lora_hash
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_latents
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
@@ -223,6 +223,18 @@ def test_a_student_is_a_checkpoint_its_lora_or_a_lora_alone(tmp_path):
     assert find_lora(str(alone)) == alone
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         find_lora(str(checkpoint.with_name("checkpoint-31")))
+
+
+def test_a_lora_is_told_by_its_tensors_and_its_alpha(make_lora, tmp_path):
+    path = make_lora(seed=1)
+    shutil.copytree(path, tmp_path / "copy")
+    lora, copy = load_lora(path), load_lora(tmp_path / "copy")
+    name, changed = max(lora.a), replace(copy, alpha=dict(copy.alpha))
+    assert lora_hash(lora) == lora_hash(copy)
+    changed.alpha[name] *= 2
+    assert lora_hash(changed) != lora_hash(lora)
+    copy.b[name] += 1
+    assert lora_hash(copy) != lora_hash(lora)
 
 
 def test_values_that_no_image_can_be_made_with():

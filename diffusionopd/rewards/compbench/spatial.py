@@ -59,7 +59,7 @@ def position_score(relation: str | None, first: Found, second: Found) -> float:
     along, across = {
         "on the right of": (-x, y), "on the left of": (x, y), "on the bottom of": (-y, x), "on the top of": (y, x),
     }.get(relation or "", (0.0, 0.0))  # fmt: skip
-    if along <= 0 or along <= abs(across):
+    if along <= abs(across):
         return 0.0
     shared = overlap(first, second)
     return 1.0 if shared < MOST_OVERLAP else MOST_OVERLAP / shared
