@@ -95,11 +95,10 @@ def test_a_difference_has_the_paired_clustered_error_and_the_seeds():
 def test_verdicts_in_every_direction(results):
     assert judged(results()) == [HOLDS, HOLDS, HOLDS, HOLDS, UNDECIDED, UNMEASURED], "equal speed is not less"
     assert judged(results(seeds=(1,)))[:4] == [UNDECIDED] * 4, "one seed decides nothing"
-    worse = [result(f"opd_{rate}.80", seed, 0.5) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)]
+    rates = [name for name in arms_of(TINY) if name.startswith("opd_")]
+    worse = [result(f"{rate}.80", seed, 0.5) for rate in rates for seed in (1, 2, 3)]
     assert judged(results(*worse))[1:3] == [FAILS, FAILS], "a part that fails decides"
-    spread = [
-        result(f"opd_{rate}.80", seed, 0.5 + 0.2 * seed) for rate in ("0.0005", "0.001", "0.002") for seed in (1, 2, 3)
-    ]
+    spread = [result(f"{rate}.80", seed, 0.5 + 0.2 * seed) for rate in rates for seed in (1, 2, 3)]
     assert judged(results(*spread))[1] == UNDECIDED, "0.7 to 1.1, by the seed"
     assert judged(results(without=("base",)))[0] == UNMEASURED
 
