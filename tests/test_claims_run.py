@@ -12,7 +12,7 @@ from diffusionopd.files import write_atomically
 from diffusionopd.tiny.grammar import captions
 from diffusionopd.training import check, load_config
 from experiments.claims import run as driver
-from experiments.claims.arms import OPD_ROUNDS, TEACHER_ROUNDS
+from experiments.claims.arms import OPD_ROUNDS, RATES, TEACHER_ROUNDS
 from experiments.claims.config import arms_of
 from experiments.claims.results import ClaimsError, Result
 from experiments.claims.run import Run, Runner, plan, run_all
@@ -57,10 +57,9 @@ def test_what_others_need_comes_before_them_and_once():
     assert [each.name for each in Run("tiny", "paper_0.001", "", 1).needs][-1] == "paper_0.001.80-seed1"
     early = Run("tiny", "strength_opd_24_2", "", 3).teachers
     assert [each.name for each in early] == [f"teacher_{task}.early-seed3" for task in tasks]
-    assert [run.name for run in plan("tiny", ["strength_opd_60_1", "folded_opd_at2"], [1])][-2:] == [
-        "folded_opd-seed1",
-        "folded_opd_at2-seed1",
-    ]
+    names = [run.name for run in plan("tiny", ["strength_opd_60_1", "folded_opd_at2"], [1])]
+    assert names[-2:] == ["folded_opd-seed1", "folded_opd_at2-seed1"]
+    assert names[-3] == f"opd_{RATES['opd'][-1]:g}-seed1", "strength 1 is what validation chooses of the rates"
 
 
 @pytest.mark.slow
@@ -144,17 +143,16 @@ def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(d
 
 
 def test_of_several_candidates_the_chosen_one_is_tested():
-    """And what other arms are compared with, whatever is chosen."""
     names = ("base", "opd_0.001", "opd_0.002", "multitask_nft_0.001", "multitask_nft_0.002")
     runs = [Run("tiny", name, "", 1) for name in names]
     runner = Runner(ROOT, ROOT, chosen=frozenset({("tiny", "multitask_nft_0.002"), ("crossed", "opd_0.002")}))
-    assert [run.arm for run in runs if runner.tests(run)] == ["base", "opd_0.001", "multitask_nft_0.002"]
+    assert [run.arm for run in runs if runner.tests(run)] == ["base", "multitask_nft_0.002"]
     assert not any(Runner(ROOT, ROOT, test=False, chosen=runner.chosen).tests(run) for run in runs)
     stages = [Run("tiny", name, stage, 1) for name in names[3:] for stage in ("alone", "teachers", "")]
     assert [run.name for run in stages if runner.waits(run)] == ["multitask_nft_0.001-seed1"]
-    assert [run.arm for run in runs if runner.waits(run)] == ["opd_0.002", "multitask_nft_0.001"]
+    assert [run.arm for run in runs if runner.waits(run)] == ["opd_0.001", "opd_0.002", "multitask_nft_0.001"]
     other_seed = [Run("tiny", name, "alone" if "multi" in name else "", 2) for name in names]
-    assert [run.arm for run in other_seed if runner.waits(run)] == ["opd_0.002", "multitask_nft_0.001"]
+    assert [run.arm for run in other_seed if runner.waits(run)] == ["opd_0.001", "opd_0.002", "multitask_nft_0.001"]
     assert not any(Runner(ROOT, ROOT, test=False).waits(run) for run in other_seed[3:]), "a screen has all seeds"
     asked = [run.name for run in plan("tiny", ["base", "merge_rewarded_sum_1"], [2]) if "teacher" not in run.name]
     assert asked == ["merge_rewarded_sum_1-seed1", "base-seed2", "merge_rewarded_sum_1-seed2"]

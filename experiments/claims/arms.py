@@ -9,7 +9,7 @@ and the 80 rounds of the distillation as much as 40 T or 48 T.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TEACHER_ROUNDS, EARLY_TEACHER_ROUNDS = 60, 24
@@ -29,10 +29,12 @@ RATES = {
     "cascade_alone": (5e-4, 1e-3, 2e-3, 4e-3),
     "opd": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "paper": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "sft": (1e-3, 4e-3, 8e-3),
+    "closed": (1e-3, 4e-3, 8e-3),
+    "plain": (1e-3, 2e-3, 4e-3),
+    "centred": (1e-3, 2e-3, 4e-3),
 }
 """Learning rates tried (the teachers' own: 2e-3): three, and more where validation chose the edge of them."""
-REFERENCES = {"opd": "opd_0.001", "paper": "paper_0.001"}
-"""Of each loss, the arm at the rate of all other arms; what these are compared with are its 80 rounds."""
 GROUPS = {
     "claims": "The paper's claims",
     "strength": "Targets short of the teachers and beyond them",
@@ -84,10 +86,11 @@ class Arm:
         return {stage: rounds * (num_tasks if self.per_task else 1) for stage, rounds in self.rounds.items()}
 
 
-def arms(tasks: Sequence[str], shipped: Sequence[str]) -> dict[str, Arm]:
+def arms(tasks: Sequence[str], shipped: Sequence[str], rate: float) -> dict[str, Arm]:
     """Every arm of a world with these tasks, of which some have a teacher that is shipped.
 
-    Where all have, targets and steps are varied in full; elsewhere a few of them show whether it is alike.
+    ``rate``: of the method where no other is tried. Where all teachers are shipped, targets and steps are varied in
+    full; elsewhere a few of them show whether it is alike.
     """
     full = len(shipped) == len(tasks)
     kinds = (REWARDED, SHIPPED) if full else (REWARDED,)
@@ -108,7 +111,8 @@ def arms(tasks: Sequence[str], shipped: Sequence[str]) -> dict[str, Arm]:
         *(arm for teachers in kinds for arm in _merges(teachers)),
     ]
     assert len({arm.name for arm in every}) == len(every)
-    return {arm.name: arm for arm in every}
+    at_rate = {"train.learning_rate": rate}
+    return {a.name: replace(a, changes={**at_rate, **a.changes}) if a.kind == "opd" else a for a in every}
 
 
 def _opd(name: str, label: str, group: str, changes: Mapping[str, Any], rounds: int = OPD_ROUNDS, **more: Any) -> Arm:
@@ -146,21 +150,26 @@ def _distilled() -> Iterator[Arm]:
             own = {**changes, "train.learning_rate": rate, "eval_freq": 10}
             text = f"DiffusionOPD, {label}, rate {rate:g}"
             yield Arm(f"{loss}_{rate:g}", text, "claims", "opd", rounds, changes=own, teachers=REWARDED, choice=loss)
-    yield _opd("sft", "SFT on the teachers' samples", "claims", {"train.algorithm": "sft"})
+    for rate in RATES["sft"]:
+        own = {"train.algorithm": "sft", "train.learning_rate": rate}
+        yield _opd(f"sft_{rate:g}", f"SFT on the teachers' samples, rate {rate:g}", "claims", own, choice="sft")
 
 
 def _estimators() -> Iterator[Arm]:
-    """Noise and estimators, with the paper's loss, all at one rate."""
-    yield Arm("closed_0", "the paper's loss, closed form, ODE", "claims", "same", of="paper_0.001")
-    surrogate = {"train.loss": "policy_gradient"}
+    """Noise and estimators, with the paper's loss."""
+    yield Arm("closed_0", "the paper's loss, closed form, ODE", "claims", "same", of="paper")
+    surrogate, twice = {"train.loss": "policy_gradient"}, {HALF: OPD_ROUNDS, "": 2 * OPD_ROUNDS}
     for noise in (0.3, 0.7):
-        common, text = {**PAPER, "sample.noise_level": noise}, f"noise {noise:g}"
-        stages = {HALF: OPD_ROUNDS, "": 2 * OPD_ROUNDS}
-        label = f"the paper's loss, closed form, {text}"
-        yield Arm(f"closed_{noise:g}", label, "claims", "opd", stages, changes=common, teachers=REWARDED)
-        yield _opd(f"plain_{noise:g}", f"PPO-style, {text}", "claims", common | surrogate)
-        own = common | surrogate | {"train.baseline": True}
-        yield _opd(f"centred_{noise:g}", f"PPO-style, baseline subtracted, {text}", "claims", own)
+        for kind, label, changes, rounds in (
+            ("closed", "the paper's loss, closed form", {}, twice),
+            ("plain", "PPO-style", surrogate, {"": OPD_ROUNDS}),
+            ("centred", "PPO-style, baseline subtracted", surrogate | {"train.baseline": True}, {"": OPD_ROUNDS}),
+        ):
+            choice = f"{kind}_{noise:g}"
+            for rate in RATES[kind]:
+                own = {**PAPER, **changes, "sample.noise_level": noise, "train.learning_rate": rate}
+                name, text = f"{choice}_{rate:g}", f"{label}, noise {noise:g}, rate {rate:g}"
+                yield Arm(name, text, "claims", "opd", rounds, changes=own, teachers=REWARDED, choice=choice)
 
 
 def _strengths(teacher_rounds: Sequence[int], strengths: Sequence[float]) -> Iterator[Arm]:
@@ -170,7 +179,7 @@ def _strengths(teacher_rounds: Sequence[int], strengths: Sequence[float]) -> Ite
                 name = f"strength_{loss}_{rounds}_{strength:g}"
                 text = f"{label}, teachers of {rounds} rounds, strength {strength:g}"
                 if (strength, rounds) == (1.0, TEACHER_ROUNDS):
-                    yield Arm(name, text, "strength", "same", of=f"{REFERENCES[loss]}.{HALF}")
+                    yield Arm(name, text, "strength", "same", of=f"{loss}.{HALF}")
                 else:
                     own = {**changes, "strength": strength}
                     yield _opd(name, text, "strength", own, teacher_rounds=rounds)

@@ -31,7 +31,7 @@ def get_config(name: str) -> ConfigDict:
 
 def arms_of(world: World) -> dict[str, Arm]:
     """The arms of a world by name."""
-    return arms(world.names, [task.name for task in world.tasks if task.shipped])
+    return arms(world.names, [task.name for task in world.tasks if task.shipped], world.rate)
 
 
 def _of_arm(world: World, arm: Arm) -> ConfigDict:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from experiments.claims.arms import GROUPS, HALF, REFERENCES, Arm
+from experiments.claims.arms import GROUPS, HALF, LOSSES, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
 from experiments.claims.results import ClaimsError, Result, Runs, overall, read_results, rounds_to, staged
@@ -45,8 +45,8 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
         return []
     names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
     if group != "claims":  # the method by itself comes first, with our loss, then with the paper's
-        names = [*((arms[name], HALF) for name in REFERENCES.values()), *names]
-    ours = staged(REFERENCES["opd"], HALF)
+        names = [*((arms[name], HALF) for name in map(chosen.get, LOSSES) if name), *names]
+    ours = staged(chosen.get("opd", ""), HALF)
     reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else ours
     for arm, stage in names:
         name = staged(arm.name, stage)

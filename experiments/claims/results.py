@@ -98,9 +98,6 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
     if len({result.quick for by_seed in runs.values() for result in by_seed.values()}) > 1:
         raise ClaimsError(f"{folder} mixes quick runs with others; move one kind elsewhere")
     arms, chosen = arms_of(world), dict[str, str]()
-    for arm in arms.values():
-        if arm.kind == "same" and arm.of in runs:
-            runs[arm.name] = runs[arm.of]
     for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
         among = {a.name: runs.get(staged(a.name, a.decisive), {}) for a in arms.values() if a.choice == choice}
         among = {name: by_seed for name, by_seed in among.items() if by_seed}
@@ -112,6 +109,9 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         for stage in best.rounds or ("",):
             if staged(best.name, stage) in runs:
                 runs[staged(choice, stage)] = runs[staged(best.name, stage)]
+    for arm in arms.values():
+        if arm.kind == "same" and arm.of in runs:
+            runs[arm.name] = runs[arm.of]
     return runs, chosen
 
 

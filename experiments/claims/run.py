@@ -40,7 +40,7 @@ from diffusionopd.evaluation.results import read_records
 from diffusionopd.files import write_atomically
 from diffusionopd.training import check, load_config
 from diffusionopd.training.plan import Plan
-from experiments.claims.arms import EARLY, EARLY_TEACHER_ROUNDS, GROUPS, HALF, REFERENCES, REWARDED, SHIPPED, Arm
+from experiments.claims.arms import EARLY, EARLY_TEACHER_ROUNDS, GROUPS, HALF, REWARDED, SHIPPED, Arm
 from experiments.claims.config import SHIPPED_LORA, arms_of
 from experiments.claims.report import screen, write
 from experiments.claims.results import ClaimsError, Result, read_result, read_results
@@ -125,8 +125,7 @@ class Runner:
     """Where runs happen and where results go.
 
     ``quick``: a few rounds. ``test``: whether test prompts are scored; of several arms of one choice only those that
-    are ``chosen``, by world and name, and what others are compared with; teachers at an ``early`` stage only for arms
-    that have them.
+    are ``chosen``, by world and name; teachers at an ``early`` stage only for arms that have them.
     """
 
     logs: Path
@@ -150,7 +149,7 @@ class Runner:
         return other_seed or rounds.get(run.stage, 0) > rounds.get(run.what.decisive, 0)
 
     def _goes_on(self, run: Run) -> bool:
-        return run.arm in REFERENCES.values() or (run.world, run.arm) in self.chosen
+        return (run.world, run.arm) in self.chosen
 
     def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
@@ -324,14 +323,14 @@ def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence
 
     for seed in sorted({FIRST_SEED, *seeds}):
         for name in arms:
-            arm = arms_in(world)[name]
-            if seed not in seeds and not arm.choice:
-                continue
-            if arm.kind == "same":
-                name = arm.of.removesuffix(f".{HALF}")
-                arm = arms_in(world)[name]
-            for stage in [s for s in arm.rounds if s in stages] or arm.rounds or ("",):
-                add(Run(world, name, stage, seed))
+            asked = [arms_in(world)[name]]
+            if asked[0].kind == "same":  # as what validation chooses
+                choice = asked[0].of.removesuffix(f".{HALF}")
+                asked = [arm for arm in arms_in(world).values() if arm.choice == choice]
+            for arm in asked:
+                if seed in seeds or arm.choice:
+                    for stage in [s for s in arm.rounds if s in stages] or arm.rounds or ("",):
+                        add(Run(world, arm.name, stage, seed))
     return list(found)
 
 

@@ -136,7 +136,7 @@ def claims(runs: Runs, world: World, variance: Sequence[Mapping[str, Any]]) -> l
         Claim(
             "The closed form beats the PPO-style surrogate at equal noise.",
             "Average of the closed form minus that of the surrogate, plain or with its baseline subtracted, is above 0 "
-            "after as many rounds (the paper's loss, one rate).",
+            "after as many rounds (the paper's loss, each at its best rate by validation).",
             [
                 lead(runs, world, f"noise {noise}, {word} surrogate", f"closed_{noise}.80", f"{kind}_{noise}")
                 for noise in ("0.3", "0.7")

@@ -91,6 +91,8 @@ class World:
     name: str
     title: str
     tasks: Sequence[WorldTask]
+    rate: float = 1e-3
+    """The learning rate of the method in arms that are not about rates: where all were tried, validation's choice."""
 
     @property
     def names(self) -> list[str]:
@@ -162,6 +164,7 @@ CANDIDATES = [
             WorldTask("vivid", "scene", "tiny_scene", _crossed(True)),
             WorldTask("dull", "scene", "tiny_dull", _crossed(False)),
         ],
+        rate=8e-3,
     ),
     World("crowded", "the tasks of the first two", [_PLACE, _REPAINT, _OCR, _VIVID, _DULL]),
     World(
