@@ -101,7 +101,9 @@ FAULTS = {
     "T5 did not come": (removed("text_encoder_3"), "text_encoder_3 .*null"),
     "tokenizer did not come": (removed("tokenizer_2"), "tokenizer_2"),
     "scheduler did not come": (removed("scheduler"), "scheduler"),
-    "weights did not come": (lambda folder: (folder / "vae" / WEIGHTS["vae"]).unlink(), f"vae.*{WEIGHTS['vae']}"),
+    "weights did not come": (
+        lambda folder: (folder / "vae" / WEIGHTS["vae"]).unlink(), f"vae.*{WEIGHTS['vae']}(?!.*\\.bin)",
+    ),
     "VAE of another class": (configured("model_index.json", vae=["diffusers", "AutoencoderTiny"]), "AutoencoderTiny"),
     "VAE's config of another class": (configured("vae/config.json", _class_name="AutoencoderTiny"), "AutoencoderTiny"),
     "DDIM": (scheduled("DDIMScheduler"), "DDIMScheduler"),

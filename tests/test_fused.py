@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from benchmarks.upstream import restore_layers
-from diffusionopd.models.fused import FusedLoraLinear, fuse_norms
+from diffusionopd.models.fused import FusedLoraLinear, fuse_norms, narrow
 from diffusionopd.models.loading import load_backbone
 
 from .helpers import perturb, velocities, with_loras
@@ -58,6 +58,21 @@ def test_in_half_precision_they_are_as_near_to_float32_as_the_stock_layers(
     deviations = [(relative(mine, e), relative(other, e)) for mine, other, e in zip(fused, stock, exact, strict=True)]
     mean = [sum(column) / len(deviations) for column in zip(*deviations, strict=True)]
     assert 1e-4 < mean[0] < 1.1 * mean[1], mean
+
+
+def test_narrowed_weights_that_the_loss_does_not_reach_have_no_gradient(pipeline_folder, make_lora):
+    """Zeros would let the optimizer's momentum and weight decay move them."""
+    half = load_backbone(str(pipeline_folder), dtype=torch.bfloat16)
+    with_loras(half, make_lora)
+    layers = [layer for layer in half.transformer.modules() if isinstance(layer, FusedLoraLinear)][:2]
+    reached, other = ([layer.lora_A["student"].weight, layer.lora_B["student"].weight] for layer in layers)
+    for weight in (*reached, *other):
+        weight.requires_grad_(True)
+    narrow(layers, "student")
+    sum(part.float().square().sum() for part in layers[0].narrowed["student"]).backward()
+    for weight in reached:
+        torch.testing.assert_close(weight.grad, 2 * weight.detach(), rtol=1e-2, atol=1e-6)
+    assert [weight.grad for weight in other] == [None, None]
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
