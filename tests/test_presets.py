@@ -43,6 +43,19 @@ def test_mopd_has_the_published_plan():
         assert part in text
 
 
+def test_the_plan_says_what_a_key_changes():
+    usual = plan_of(f"{OPD}:mopd").describe().splitlines()
+    for key, value in (
+        ("train.teachers[1].strength", "1.3"),
+        ("train.teachers[1].scale", "0.7"),
+        ("train.ema_repeats", "2"),
+        ("train.lr_warmup_steps", "11"),
+        ("eval_freq", "13"),
+    ):
+        changed = plan_of(f"{OPD}:mopd", GPUS, (key, value)).describe().splitlines()
+        assert sum(value in line for line in changed if line not in usual) == 1, (key, changed)
+
+
 def test_forward_passes_count_guidance_and_trained_steps():
     nfe = plan_of(f"{OPD}:mopd").nfe_per_round
     assert (nfe.student, nfe.teacher, nfe.sampling, nfe.base) == (72 * 9 * 2, 24 * 9 * (2 + 2 + 1), 0, 0)
