@@ -49,7 +49,7 @@ def test_the_plan_says_what_a_key_changes():
         ("train.teachers[1].strength", "1.3"),
         ("train.teachers[1].scale", "0.7"),
         ("train.ema_repeats", "2"),
-        ("train.lr_warmup_steps", "11"),
+        ("train.lr_scheduler", "cosine"),
         ("eval_freq", "13"),
     ):
         changed = plan_of(f"{OPD}:mopd", GPUS, (key, value)).describe().splitlines()
