@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments.claims.arms import GROUPS, HALF, LOSSES, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.results import ClaimsError, Result, Runs, overall, read_results, rounds_to, staged
+from experiments.claims.results import ClaimsError, Result, Runs, candidates, overall, read_results, rounds_to, staged
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
 from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
@@ -137,7 +137,7 @@ def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) ->
         "fights": fights(runs, world),
         "tables": {title: found for group, title in GROUPS.items() if (found := rows(runs, world, group, chosen))},
         "chosen": chosen,
-        "candidates": _candidates(runs, world, chosen),
+        "candidates": {choice: _candidates(runs, world, choice) for choice in chosen},
         "seeds": sorted({result.seed for result in results}),
         "there": len({result.name for result in results}),
         "known": known,
@@ -145,16 +145,10 @@ def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) ->
     }
 
 
-def _candidates(runs: Runs, world: World, chosen: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Of each choice, the arms among which validation chose: label -> mean over tasks and seeds there, best first."""
-    found: dict[str, dict[str, float]] = {}
-    for choice in chosen:
-        among = [arm for arm in arms_of(world).values() if arm.choice == choice]
-        there = {arm.label: runs.get(staged(arm.name, arm.decisive), {}).values() for arm in among}
-        there = {label: results for label, results in there.items() if results}
-        scores = {label: fmean(overall(each, world) for each in results) for label, results in there.items()}
-        found[choice] = dict(sorted(scores.items(), key=lambda item: -item[1]))
-    return found
+def _candidates(runs: Runs, world: World, choice: str) -> dict[str, float]:
+    """The arms among which validation chose, by label, best first."""
+    scores = {arms_of(world)[name].label: score for name, score in candidates(runs, world, choice).items()}
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
 def as_json(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

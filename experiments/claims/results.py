@@ -99,12 +99,9 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         raise ClaimsError(f"{folder} mixes quick runs with others; move one kind elsewhere")
     arms, chosen = arms_of(world), dict[str, str]()
     for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
-        among = {a.name: runs.get(staged(a.name, a.decisive), {}) for a in arms.values() if a.choice == choice}
-        among = {name: by_seed for name, by_seed in among.items() if by_seed}
-        seeds = set.intersection(*map(set, among.values())) if among else set()
-        if not seeds:
+        if not (scores := candidates(runs, world, choice)):
             continue
-        best = arms[max(among, key=lambda name: fmean(overall(among[name][seed], world) for seed in sorted(seeds)))]
+        best = arms[max(scores, key=lambda name: scores[name])]
         chosen[choice] = best.name
         for stage in best.rounds or ("",):
             if staged(best.name, stage) in runs:
@@ -113,6 +110,16 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         if arm.kind == "same" and arm.of in runs:
             runs[arm.name] = runs[arm.of]
     return runs, chosen
+
+
+def candidates(runs: Runs, world: World, choice: str) -> dict[str, float]:
+    """The arms of a choice that are there -> mean over tasks and the seeds that all of them have, on validation, at
+    the decisive stage; empty without such a seed."""
+    arms = [arm for arm in arms_of(world).values() if arm.choice == choice]
+    among = {arm.name: runs.get(staged(arm.name, arm.decisive), {}) for arm in arms}
+    among = {name: by_seed for name, by_seed in among.items() if by_seed}
+    seeds = sorted(set.intersection(*map(set, among.values()))) if among else []
+    return {name: fmean(overall(by_seed[seed], world) for seed in seeds) for name, by_seed in among.items() if seeds}
 
 
 def overall(result: Result, world: World) -> float:
