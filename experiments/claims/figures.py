@@ -94,5 +94,5 @@ def _draw(axes: Axes, results: list[Result], task: str, abscissa: Abscissa, **lo
     x = [fmean(abscissa(result, number) for result in results) for number in rounds]
     scores = [[curve[number] for curve in curves] for number in rounds]
     look["label"] += f" ({len(results)} seed{'s' if len(results) > 1 else ''})"
-    axes.plot(x, [*map(fmean, scores)], linewidth=1.8, **look)
+    axes.plot(x, [*map(fmean, scores)], linewidth=1.8, marker=".", markersize=5, **look)  # where it was scored
     axes.fill_between(x, [*map(min, scores)], [*map(max, scores)], color=look["color"], alpha=0.15, linewidth=0)
