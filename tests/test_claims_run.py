@@ -181,8 +181,8 @@ def test_the_quick_form_from_rewards_to_the_report(tmp_path):
     results = tmp_path / "quick" / "results" / "tiny"
     found = {path.name.removesuffix("-seed1.json"): json.loads(path.read_text()) for path in results.iterdir()}
     teachers = {f"teacher_{task}{stage}" for task in TINY.names for stage in ("", ".early")}
-    assert found.keys() == {*arms, *teachers, "folded_opd"}
-    teacher, student = found["teacher_scene"], found["opd_0.001"]
+    assert found.keys() == {*arms, *teachers, "folded_opd", "opd_0.001.80"}
+    teacher, student = found["teacher_scene"], found["opd_0.001.80"]
     assert (teacher["rounds"], teacher["forwards"], teacher["backwards"]) == (4, 4 * 192, 4 * 48)
     assert [number for number, _ in teacher["curve"]] == [0, 2, 4] and list(teacher["curve"][0][1]) == ["scene"]
     assert (student["forwards"], student["backwards"]) == (2 * 216, 2 * 108)
