@@ -29,9 +29,9 @@ RATES = {
     "cascade_alone": (5e-4, 1e-3, 2e-3, 4e-3),
     "opd": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "paper": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    "sft": (1e-3, 4e-3, 8e-3),
-    "closed": (1e-3, 4e-3, 8e-3),
-    "plain": (1e-3, 2e-3, 4e-3),
+    "sft": (1e-3, 4e-3, 8e-3, 1.6e-2),
+    "closed": (1e-3, 4e-3, 8e-3, 1.6e-2),
+    "plain": (5e-4, 1e-3, 2e-3, 4e-3),
     "centred": (1e-3, 2e-3, 4e-3),
 }
 """Learning rates tried (the teachers' own: 2e-3): three, and more where validation chose the edge of them."""
