@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.claims.arms import HALF
 from experiments.claims.results import Result, Runs
 from experiments.claims.worlds import World
 from tools.report.plots import BASE, SERIES, style
@@ -27,8 +28,12 @@ NOISE = {
     "closed_0.7": ("noise 0.7", RED, "-"),
 }
 ESTIMATORS = {
-    f"{kind}_{noise}": (f"{label}, noise {noise}", color, line)
-    for kind, label, line in (("closed", "closed form", "-"), ("plain", "plain", ":"), ("centred", "centred", "--"))
+    f"{kind}_{noise}{stage}": (f"{label}, noise {noise}", color, line)
+    for kind, stage, label, line in (  # over as many rounds
+        ("closed", f".{HALF}", "closed form", "-"),
+        ("plain", "", "plain", ":"),
+        ("centred", "", "centred", "--"),
+    )
     for noise, color in (("0.3", GREEN), ("0.7", RED))
 }
 STRENGTH = {
