@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from scipy import stats
 from diffusionopd.transitions import transition
 from experiments.claims import variance
 from experiments.claims.config import arms_of
-from experiments.claims.report import write
+from experiments.claims.report import rows, write
 from experiments.claims.results import ClaimsError, Result, read_results, rounds_to
 from experiments.claims.verdicts import FAILS, HOLDS, UNDECIDED, UNMEASURED, claims, contrast, fights, lead, speed
 from experiments.claims.worlds import TINY
@@ -87,9 +88,29 @@ def test_a_difference_has_the_paired_clustered_error_and_the_seeds():
     assert part.mean == pytest.approx(sum(by_seed) / 2)
     assert part.prompt_error == pytest.approx(np.std(by_prompt, ddof=1) / math.sqrt(3))
     assert part.seed_error == pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(2))
-    bound = math.hypot(stats.t.ppf(0.975, 1) * part.seed_error, 1.96 * part.prompt_error)
+    bound = math.hypot(stats.t.ppf(0.975, 1) * part.seed_error, stats.t.ppf(0.975, 2) * part.prompt_error)
     assert part.bound == pytest.approx(bound)
     assert part.verdict == UNDECIDED, "seeds .067 and .067 apart from 0, but two are too few"
+
+
+def test_prompts_of_one_combination_are_one_cluster_and_more_seeds_bring_no_prompts():
+    """Against a slow loop over the captions' objects."""
+    captions = next(task for task in TINY.tasks if task.name == "compose").captions("test")
+    scores = np.random.default_rng(0).random(len(captions))
+    runs = {"own": {seed: result("opd", seed, test={"compose": list(scores + 1e-3 * seed)}) for seed in (1, 2, 3)}}
+    part = contrast(runs, "", [(1.0, "own", "compose")])
+    sums: dict[str, float] = {}
+    for caption, score in zip(captions, scores, strict=True):
+        things = caption.metadata["include"]
+        objects = sorted(f"{thing['count']} {thing['color']} {thing['class']}" for thing in things)
+        key = str(objects) + str(caption.metadata["tag"] == "counting") * (len(things) == 1)
+        sums[key] = sums.get(key, 0.0) + score - scores.mean()
+    assert 1 < len(sums) < len(captions) and part.clusters == len(sums)
+    variance = sum(each**2 for each in sums.values()) / len(captions) ** 2 * len(sums) / (len(sums) - 1)
+    assert part.prompt_error == pytest.approx(math.sqrt(variance))
+    few = replace(part, values={1: 0.060, 2: 0.061, 3: 0.059}, prompt_error=0.05, clusters=13)
+    assert few.verdict == UNDECIDED and few.seeds_needed is None
+    assert replace(few, prompt_error=0.0, values={1: 0.06, 2: 0.09, 3: 0.03}).seeds_needed == 4, "3.18 x .03 / 2"
 
 
 def test_verdicts_in_every_direction(results):
@@ -135,7 +156,7 @@ def test_a_speed_is_only_decided_where_it_is_seen(results):
         runs["closed_0"] = {seed: result("closed_0", seed, **one) for seed in (1, 2, 3)}
         runs["closed_0.7"] = {seed: result("closed_0.7", seed, **other) for seed in (1, 2, 3)}
         part = speed(runs, "", "closed_0.7", "closed_0", "ocr", 0.9)
-        assert part.verdict == verdict and (value is None or part.mean == pytest.approx(value, abs=0.02))
+        assert part.verdict == verdict and part.mean == (value and pytest.approx(value, abs=0.02))
     points = [(0, {"ocr": 0.2}), (10, {"ocr": 0.4}), (20, {"ocr": 0.3})]
     found = [rounds_to(points, "ocr", level) for level in (0.3, 0.2, 0.41)]
     assert found == [
@@ -164,6 +185,10 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
     assert all(arm.label in text for arm in arms_of(TINY).values() if arm.group != "claims" or arm.kind != "same")
     content = json.loads((tmp_path / "out" / "claims.json").read_text())
     assert all(claim["statement"] in text for claim in content[0]["claims"]) and len(printed) == 7
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    for row in rows(*read_results(folder, TINY)[:1], TINY, "start", {}):
+        assert (row["lead"] is None) == (row["name"] in ("fresh_rewarded_opd", "fresh_shipped_opd"))
     for name in ("methods", "noise", "estimators", "strength"):
         assert (tmp_path / "out" / f"tiny-{name}.png").read_bytes()[:4] == b"\x89PNG" and f"(tiny-{name}.png)" in text
 

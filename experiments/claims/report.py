@@ -33,7 +33,8 @@ from experiments.claims.worlds import CANDIDATES, WORLDS, World
 RESULTS = Path(__file__).with_name("results")
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
-    "Average: base 0, each task's NFT teacher 1. Passes: forward passes of single images, in thousands; cost: these "
+    "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of starts, over the fresh "
+    "student of the same teachers with our loss. Passes: forward passes of single images, in thousands; cost: these "
     "and two more for each backward pass; and with the teachers' own."
 )
 
@@ -44,12 +45,12 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
     if not any(result.test for a in arms.values() if a.group == group and a.kind != "same" for result in _of(runs, a)):
         return []
     names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
-    if group != "claims":  # the method by itself comes first, with our loss, then with the paper's
+    if group not in ("claims", "start"):  # the method by itself comes first, with our loss, then with the paper's
         names = [*((arms[name], HALF) for name in map(chosen.get, LOSSES) if name), *names]
     ours = staged(chosen.get("opd", ""), HALF)
-    reference = None if group == "claims" else "fresh_rewarded_opd" if group == "start" else ours
     for arm, stage in names:
         name = staged(arm.name, stage)
+        reference = None if group == "claims" else f"fresh_{arm.teachers}_opd" if group == "start" else ours
         results = [result for result in runs.get(name, {}).values() if result.test]
         if not results:
             continue
@@ -111,7 +112,7 @@ def difference(part: Part | None) -> str:
 def part_cells(part: Part) -> list[str]:
     """A line of a claim's table."""
     if part.mean is None:
-        return [part.name, "–", "–", "–", f"{part.verdict}: {part.why_none}"]
+        return [part.name, "–", "–", "–", f"{part.verdict}: {part.open_because or part.why_none}"]
     seeds = ", ".join(f"{value:+.3f}" for value in part.values.values())
     verdict = f"**{part.verdict}**" + (f": {part.open_because}" if part.open_because else "")
     if part.verdict == "undecided" and not part.open_because:

@@ -1,14 +1,15 @@
 """The paper's claims (arXiv 2605.15055, sections 3.3 and 4) in a world, each with the rule by which runs decide it.
 
 A number is decided where it is further from its limit than its 95% bound. The bound has two errors, shown apart: that
-over prompts (of the differences, paired and clustered by prompt) and that over seeds (Student's t).
+over prompts (of the differences, paired, clustered by what a split may not tear apart) and that over seeds, each with
+Student's t.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.claims.results import Runs, rounds_to
-from experiments.claims.worlds import World
+from experiments.claims.worlds import WORLDS, World
 
 HOLDS, FAILS, UNDECIDED, UNMEASURED = "holds", "does not hold", "undecided", "not measured yet"
 MOST_SEEDS = 20
@@ -31,6 +32,7 @@ class Part:
     name: str
     values: Mapping[int, float]  # by seed
     prompt_error: float = 0.0  # standard error of the mean over seeds by the prompts alone
+    clusters: int = 0  # of prompts, that it is from; of several tasks the fewest
     why_none: str = ""
     open_because: str = ""
 
@@ -52,23 +54,33 @@ class Part:
     @property
     def verdict(self) -> str:
         """Whether it is above 0."""
+        if self.open_because:
+            return UNDECIDED
         if self.mean is None:
             return UNMEASURED
-        if self.open_because or abs(self.mean) <= self.bound:
+        if abs(self.mean) <= self.bound:
             return UNDECIDED
         return HOLDS if self.mean > 0 else FAILS
 
     @property
     def seeds_needed(self) -> int | None:
-        """How many seeds would decide it, were mean and spreads to stay; None if not ``MOST_SEEDS``."""
+        """How many seeds would decide it, were mean, spread and the prompts' error to stay; None if not ``MOST_SEEDS``.
+
+        The prompts are the same for every seed, so their error does not shrink as that over seeds does.
+        """
         wanted = (n for n in range(2, MOST_SEEDS + 1) if abs(self.mean or 0) > self._bound(n))
         return next(wanted, None) if self.seed_error is not None and not self.open_because else None
 
     def _bound(self, seeds: int) -> float:
         if self.seed_error is None or seeds < 2:
             return math.inf
-        t = float(stats.t.ppf(0.975, seeds - 1))
-        return math.hypot(t * self.seed_error, 1.96 * self.prompt_error) * (len(self.values) / seeds) ** 0.5
+        by_seeds = _t(seeds) * self.seed_error * (len(self.values) / seeds) ** 0.5
+        return math.hypot(by_seeds, _t(self.clusters) * self.prompt_error if self.prompt_error else 0.0)
+
+
+def _t(number: int) -> float:
+    """Half of the 95% interval of a mean of so many, in standard errors."""
+    return float(stats.t.ppf(0.975, number - 1))
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,20 @@ def contrast(runs: Runs, name: str, terms: Terms) -> Part:
         scores = np.array([runs[run][seed].test[task] for seed in seeds], dtype=np.float64)
         by_task[task] = by_task.get(task, 0.0) + weight * scores
     values = dict(zip(seeds, sum(each.mean(1) for each in by_task.values()).tolist(), strict=True))
-    variance = sum(each.mean(0).var(ddof=1) / each.shape[1] for each in by_task.values() if each.shape[1] > 1)
-    return Part(name, values, math.sqrt(variance))
+    world = WORLDS[runs[terms[0][1]][seeds[0]].world]
+    errors = [_variance(each.mean(0), world.clusters(task)) for task, each in by_task.items()]
+    clusters = min((count for _, count in errors if count > 1), default=0)
+    return Part(name, values, math.sqrt(sum(variance for variance, _ in errors)), clusters)
+
+
+def _variance(scores: np.ndarray, clusters: Sequence[int]) -> tuple[float, int]:
+    """Of the mean of scores [prompts], of which those of one cluster may depend on each other; number of clusters.
+
+    A quick run has the first prompts alone.
+    """
+    sums = np.bincount(clusters[: len(scores)], scores - scores.mean())
+    count = len(sums)
+    return (count / (count - 1) * float(np.square(sums).sum()) / len(scores) ** 2 if count > 1 else 0.0), count
 
 
 def lead(runs: Runs, world: World, name: str, run: str, other: str) -> Part:
@@ -171,7 +195,7 @@ def _teachers(runs: Runs, world: World) -> Iterator[Part]:
     for kind, tasks in (("teacher", world.names), ("guard", world.names[-1:])):
         for task in tasks:
             one = contrast(runs, f"{kind}_{task}", [(1.0, f"{kind}_{task}", task), (-0.5, "base", task)])
-            yield Part(one.name, {s: v - 0.5 for s, v in one.values.items()}, one.prompt_error, one.why_none)
+            yield replace(one, values={s: v - 0.5 for s, v in one.values.items()})
 
 
 def _student(runs: Runs, world: World) -> Iterator[Part]:
@@ -213,9 +237,7 @@ def speed(runs: Runs, name: str, slow: str, fast: str, task: str, share: float) 
             values[seed] = math.log(found[0][0] / found[1][0])  # type: ignore[operator]
         else:
             why = "never reached, or before the first evaluation, in a seed"
-    if not values:
-        return Part(name, {}, why_none=why or "no seed has all") if not why else Part(name, {0: 0.0}, open_because=why)
-    return Part(name, values, open_because=why)
+    return Part(name, values, why_none="" if values or why else "no seed has all", open_because=why)
 
 
 def _estimators(variance: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
@@ -233,7 +255,7 @@ def _estimators(variance: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
                 error = fmean(s["error"] / s["variance"] for s, _ in found)
                 noise = fmean(s["variance"] / (s["variance"] + between) for s, between in found)
                 values = {
-                    "0.25 - |measured / predicted variance - 1|": 0.25 - abs(fit - 1),
+                    "0.25 - abs(measured / predicted variance - 1)": 0.25 - abs(fit - 1),
                     "1.5 - squared error of the mean / that expected": 1.5 - error,
                     "noise / total variance - 0.5": noise - 0.5,
                 }

@@ -116,6 +116,12 @@ class World:
                 if not file.is_file() or file.read_text(encoding="utf-8") != content:
                     write_atomically(file, content)
 
+    def clusters(self, task: str) -> list[int]:
+        """The cluster of each different test prompt of a task: what a split may not tear apart."""
+        captions = next(each for each in self.tasks if each.name == task).captions("test")
+        numbers: dict[tuple, int] = {}
+        return [numbers.setdefault(_combination(caption), len(numbers)) for caption in captions]
+
     def digest(self) -> str:
         """Of its prompts, rewards and order."""
         text = [[t.name, t.reward, *(c.text for split in SPLITS for c in t.lines(split))] for t in self.tasks]
