@@ -15,7 +15,7 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache, partial
@@ -172,11 +172,18 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
     loras = [*flags.lora, *(flags.lora_hf_path or [])]
     if flags.merge:
         return found + _merges(flags, [load_lora(each) for each in loras] or _teacher_loras(teachers))
-    for source in loras:
-        path = Path(source).absolute()
-        name = path.parent.name if path.name in WEIGHTS else path.name.removesuffix(".safetensors")
-        found.append(Model(name, load_lora(source)))
-    return found
+    return found + [Model(name, load_lora(each)) for name, each in zip(_names(loras), loras, strict=True)]
+
+
+def _names(loras: Sequence[str]) -> list[str]:
+    """What LoRAs are called: the ends of their paths, with folders above where these are the same."""
+    paths = [Path(each).absolute() for each in loras]
+    paths = [path.parent if path.name in WEIGHTS else path for path in paths]
+    parts = [[*path.parts[1:-1], path.name.removesuffix(".safetensors")] for path in paths]
+    names = [own[-1] for own in parts]
+    for depth in range(2, 1 + max(map(len, parts), default=0)):
+        names = ["-".join(own[-depth:]) if names.count(n) > 1 else n for own, n in zip(parts, names, strict=True)]
+    return names
 
 
 def find_benchmarks(
@@ -232,7 +239,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     pretrained = config.get("pretrained", {})
     own_base = pretrained if flags.model in (None, pretrained.get("model")) else {}
     source = {
-        "revision": flags.revision or pretrained.get("revision") or None,
+        "revision": flags.revision or own_base.get("revision") or None,
         "variant": flags.variant or own_base.get("variant") or None,
         "config": flags.model_config or own_base.get("config") or None,
     }

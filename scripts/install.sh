@@ -38,7 +38,9 @@ _install() {
     if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
         echo "Installing the project${extras:+ with $extras} (the first time takes minutes)"
         python -m pip install --disable-pip-version-check --quiet -e "$target" -c "$root/constraints.txt" || return 1
-        echo "$wanted" >>"$stamp"
+        # Of another checkout, or of this one as it was, nothing is installed any more
+        { grep -F "$root[" "$stamp" 2>/dev/null | grep -F "${wanted#"$target"}" || true; echo "$wanted"; } >"$stamp.new"
+        mv "$stamp.new" "$stamp"
     fi
 }
 

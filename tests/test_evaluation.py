@@ -187,13 +187,14 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     assert find_benchmark("assets/tiny/dataset/ocr").rewards == ("tiny_ocr",)
     sample = {"eval_num_steps": 9, "eval_guidance_scale": 3.0}
     its = task | {"eval_guidance_scale": 1.0, "eval_num_steps": 7}
-    for described, given, wanted in ((task, (), (9, 3.0)), (its, (), (7, 1.0)), (its, (5, 2.0), (5, 2.0))):
+    for described, given, wanted in ((task, (), (9, 3.0)), (its, (), (7, 1.0)), (its, (5, 0.0), (5, 0.0))):
         found = find_benchmark("ocr", of(described, sample=sample), (), None, *given)
         assert (found.num_steps, found.guidance_scale) == wanted
     task |= {"dataset": "mine"}
     assert find_benchmark("ocr", of(task)).rewards == ("ocr",)
-    several = find_benchmark("ocr", of(task | {"dataset": None, "datasets": ["mine", "dataset/drawbench"]}))
-    assert [prompt.text for prompt in several.prompts] == ['"one"', '"two"', '"three"'] * 2
+    more = {"dataset": None, "datasets": ["mine", "dataset/drawbench"], "trigger": "sks"}
+    several = find_benchmark("ocr", of(task | more))
+    assert [prompt.text for prompt in several.prompts] == ['sks, "one"', 'sks, "two"', 'sks, "three"'] * 2
     chosen = find_benchmark(str(tmp_path / "mine"), {}, ["jpeg_compressibility"])
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     Path("bad").mkdir()
@@ -233,6 +234,7 @@ def test_a_lora_is_told_by_its_tensors_and_its_alpha(make_lora, tmp_path):
     assert lora_hash(lora) == lora_hash(copy)
     changed.alpha[name] *= 2
     assert lora_hash(changed) != lora_hash(lora)
+    assert lora_hash(replace(lora, rslora=True)) != lora_hash(lora)
     copy.b[name] += 1
     assert lora_hash(copy) != lora_hash(lora)
 
@@ -376,6 +378,17 @@ def test_a_merge_is_scored_as_the_same_merge_from_a_file(command, make_lora, tmp
     assert len(set(scores.values())) == 4 and scores["merge-sum-0.5"] == pytest.approx(wanted, abs=0.02)
 
 
+def test_loras_of_one_folder_name_have_names_of_their_own_and_another_base_no_revision_of_the_runs(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))
+    run = tiny_run("owner/model", []) | {"pretrained": {"model": "owner/model", "revision": "abc"}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    loras = [f"assets/tiny/teachers/{task}/lora" for task in ("compose", "ocr")]
+    flags = ["--lora", loras[0], "--lora", loras[1], "--config", str(tmp_path / "config.json")]
+    flags += ["--dataset", "scene", "--model", "assets/tiny/model", "--output_dir", str(tmp_path / "out")]
+    job = script["make_job"](script["parse_flags"](flags))
+    assert [model.name for model in job.models] == ["compose-lora", "ocr-lora"] and job.revision is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -392,6 +405,7 @@ def test_a_merge_is_scored_as_the_same_merge_from_a_file(command, make_lora, tmp
         ("--base --config config/tiny.py:nonesuch", "has no 'nonesuch'"),
         ("--base --config README.json", "is not the config.json of a run"),
         ("--base --rewards aesthetic --guidance_scale -1", "at least 0"),
+        ("--base --rewards aesthetic --num_inference_steps 0", "at least 1"),
         ("--base --rewards aesthetic --reward_options aesthetic", "REWARD.OPTION=VALUE"),
         ("--base --rewards aesthetic --reward_options aesthetic.x=1", "its options:"),
     ],

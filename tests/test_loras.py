@@ -18,6 +18,7 @@ from diffusionopd.data.prompts import Prompt, PromptError, with_trigger
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.tiny import flow
 from diffusionopd.training import check, load_config, train
+from diffusionopd.training.loading import load_loras
 from tools import merged
 
 from .conftest import ROOT
@@ -188,6 +189,18 @@ def test_two_loras_in_one_run_with_its_page(tiny_config, two, pipeline_folder, m
     monkeypatch.setattr(sys, "argv", ["merged", str(run / "samples")])
     with pytest.raises(SystemExit):
         merged.main()
+
+
+def test_names_that_differ_in_a_dash_alone_have_loras_of_their_own(tiny_config):
+    config = tiny_config(num_epochs=1)
+    for task, name in zip(config.train.teachers, ("a-b", "a_b"), strict=True):
+        task["name"] = name
+    plan = check(config, 1)
+    loras = load_loras(plan, {})
+    for task in plan.teachers:
+        expected, found = load_lora(task.lora_path), loras[task.adapter]
+        assert all(torch.equal(found.b[module], expected.b[module]) for module in expected.b)
+    assert train(config).is_dir()
 
 
 def tensors(run):

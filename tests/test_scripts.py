@@ -191,15 +191,17 @@ def project(tmp_path):
 
 
 def test_install_is_skipped_when_nothing_changed(project):
-    """With an active environment, pip runs once for each set of extras and each state of the requirements."""
+    """With an active environment, pip runs once for each set of extras and each change of the requirements, back too."""
     folder, run = project
     (pip,) = run("source scripts/install.sh tiny")
     assert f"{folder}[tiny]" in pip
     assert run("source scripts/install.sh tiny") == []
     assert len(run("source scripts/install.sh dev")) == 1
     assert run("source scripts/install.sh tiny") == []
-    (folder / "constraints.txt").write_text("torch==2.13.0\n")
-    assert len(run("source scripts/install.sh tiny")) == 1
+    before = (folder / "constraints.txt").read_text()
+    for constraints in ("torch==2.13.0\n", before):
+        (folder / "constraints.txt").write_text(constraints)
+        assert len(run("source scripts/install.sh tiny")) == 1
 
 
 def test_the_tests_short_and_all(project):

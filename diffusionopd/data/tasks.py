@@ -80,8 +80,8 @@ class Task:
 
     @property
     def adapter(self) -> str:
-        """The teacher's adapter: a task may be called anything, a module attribute may not."""
-        return "teacher_" + self._module_name
+        """The teacher's adapter."""
+        return "teacher_" + self.name
 
     @property
     def has_lora(self) -> bool:
@@ -91,11 +91,7 @@ class Task:
     @property
     def reference_adapter(self) -> str | None:
         """The reference's adapter; None where it is the base."""
-        return None if unset(self.reference) else "reference_" + self._module_name
-
-    @property
-    def _module_name(self) -> str:
-        return "".join(c if c.isalnum() else "_" for c in self.name)
+        return None if unset(self.reference) else "reference_" + self.name
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -303,7 +303,7 @@ def _merge_settings(what: Merge) -> dict[str, Any]:
 
 def lora_hash(lora: LoraWeights) -> str:
     """A short hash of a LoRA's tensors and scales: training again under the same name must not look the same."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"rslora" if lora.rslora else b"")
     for name in sorted(lora.a):
         digest.update(f"{name} {lora.alpha[name]}".encode())
         for tensor in (lora.a[name], lora.b[name]):

@@ -110,17 +110,18 @@ def find_benchmark(
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
     with_metadata = dataset in _WITH_METADATA or (folder / "test_metadata.jsonl").is_file()
     prompt_fn = task.get("prompt_fn") or ("geneval" if with_metadata else "general_ocr")
-    prompts = load_folders(folders, prompt_fn, "test")[0][:limit]
+    prompts = load_folders(folders, prompt_fn, "test", trigger=task.get("trigger") or "")[0][:limit]
     if unfit := unfit_lines(prompts, chosen, options):
         raise PromptError(
             f"dataset '{dataset}' has prompts that cannot be scored. Repair or remove these lines, or choose with "
             f"--rewards what scores them:\n{listed(unfit)}"
         )
+    num_steps = first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps"))
+    guidance_scale = first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"))
     return Benchmark(
         dataset if task or dataset in BENCHMARKS else folder.resolve().name,
         prompts,
         chosen,
-        first(num_steps, task.get("eval_num_steps"), sample.get("eval_num_steps")) or defaults().num_steps,
-        first(guidance_scale, task.get("eval_guidance_scale"), sample.get("eval_guidance_scale"))
-        or defaults().guidance_scale,
+        defaults().num_steps if num_steps is None else num_steps,
+        defaults().guidance_scale if guidance_scale is None else guidance_scale,
     )
