@@ -191,7 +191,7 @@ def project(tmp_path):
 
 
 def test_install_is_skipped_when_nothing_changed(project):
-    """With an active environment, pip runs once for each set of extras and each change of the requirements, back too."""
+    """In an active environment pip runs once for each set of extras and each change of the requirements, also back."""
     folder, run = project
     (pip,) = run("source scripts/install.sh tiny")
     assert f"{folder}[tiny]" in pip
