@@ -26,7 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import redacted, unset
-from diffusionopd.evaluation.job import TIMEOUT, Job, Merge, Model, run
+from diffusionopd.evaluation.job import TIMEOUT, Job, Merge, Model, check, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
@@ -88,10 +88,14 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
     parser.add_argument("--batch_size", type=int, help="images a process makes at a time (default 16)")
     parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
+    parser.add_argument("--without", nargs="+", default=[], metavar="REWARD", help="leave these rewards out")
     form = "REWARD.OPTION=VALUE, as docs/rewards.md has them"
     parser.add_argument("--reward_options", nargs="+", default=[], metavar="OPTION", help=form)
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
     parser.add_argument("--resume", action="store_true", help="go on where it stopped, instead of starting over")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check all but the base's weights, scorers too, and stop"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another evaluation that is in the folder")
     parser.add_argument("--cache_dir", help="folder of the prompt embeddings (default .cache/text)")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
@@ -200,7 +204,9 @@ def find_benchmarks(
     found, problems = [], []
     for dataset in flags.dataset:
         try:
-            found.append(find_benchmark(dataset, config, *own, options=options, defaults=defaults))
+            found.append(
+                find_benchmark(dataset, config, *own, options=options, defaults=defaults, without=flags.without)
+            )
         except ValueError as error:
             problems.append(str(error))
     try:
@@ -270,6 +276,16 @@ def make_job(flags: argparse.Namespace) -> Job:
     return job
 
 
+def _tables(job: Job, state: PartialState) -> list[str]:
+    """The scores, as they are printed."""
+    results = run(job, state)
+    heads = {name: f"\n{name}" if len(results) > 1 else "" for name in results}
+    return [
+        *(f"{heads[name]}\n{format_table(scores)}" for name, scores in results.items()),
+        f"\nwritten to {job.output}",
+    ]
+
+
 def main() -> None:
     """Flags to job to tables; a mistake of the user's ends in one line, not in a traceback."""
     flags = parse_flags()
@@ -279,12 +295,10 @@ def main() -> None:
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
             state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=TIMEOUT))
             with ending_together():
-                results = run(job, state)
+                lines = [*check(job, state), "dry run: nothing was made"] if flags.dry_run else _tables(job, state)
     except ValueError as error:
         sys.exit(f"error: {redacted(error)}")
-    for name, scores in results.items():
-        state.print(f"\n{name}\n{format_table(scores)}" if len(results) > 1 else f"\n{format_table(scores)}")
-    state.print(f"\nwritten to {job.output}")
+    state.print("\n".join(lines))
     state.destroy_process_group()
 
 

@@ -17,7 +17,8 @@
 # TEACHERS       whose scores are in the table too (default "pickscore ocr geneval")
 # LIMIT          prompts of each benchmark (default all): for a trial
 # EVAL_ARGS      further arguments of the evaluation. UnifiedReward, one of its scores, needs a running server
-#                (docs/rewards.md): "--reward_options unifiedreward.base_url=http://..."
+#                (docs/rewards.md): "--reward_options unifiedreward.base_url=http://...", or "--without unifiedreward";
+#                the scorers' packages: pip install -e '.[geneval,hpsv2,ocr]' -c constraints.txt
 # DOWNLOAD=false when everything is there already
 # FOLDER         where it is written (default logs/reproduce, in the current folder)
 set -euo pipefail
@@ -67,12 +68,16 @@ if $DOWNLOAD; then
 fi
 echo "== Checking"
 bash "$here/scripts/single_node/mopd.sh" --dry_run "${overrides[@]}"
-echo "== Distilling"
-bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
-echo "== Evaluating"
 read -ra named <<<"${EVAL_ARGS:-}"
 if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
 for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
-bash "$here/scripts/single_node/eval.sh" --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
-    --dataset "${datasets[@]}" --output_dir "$FOLDER/evaluation" --save_images --resume
+evaluate() {
+    bash "$here/scripts/single_node/eval.sh" --base "${named[@]}" --dataset "${datasets[@]}" \
+        --output_dir "$FOLDER/evaluation" --save_images --resume "$@"
+}
+evaluate --config "$CONFIG" --dry_run # scorers and their servers, before the hours
+echo "== Distilling"
+bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
+echo "== Evaluating"
+evaluate --config "$FOLDER/run/config.json" --checkpoint_path "$FOLDER/run"
 python "$here/tools/compare.py" "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"

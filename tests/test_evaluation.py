@@ -389,6 +389,22 @@ def test_loras_of_one_folder_name_have_names_of_their_own_and_another_base_no_re
     assert [model.name for model in job.models] == ["compose-lora", "ocr-lora"] and job.revision is None
 
 
+def test_a_dry_run_builds_scorers_and_fits_loras_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    lora = {f"transformer.nonesuch.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    save_file(lora, tmp_path / "lora.safetensors")
+    arguments = ["--dataset", "scene", "--model", "assets/tiny/model", "--output_dir", tmp_path / "out", "--dry_run"]
+    arguments += ["--rewards", "unifiedreward", "jpeg_compressibility", "--config", "config/tiny.py:mopd"]
+    script = str(ROOT / "scripts" / "evaluate.py")
+    monkeypatch.chdir(ROOT)
+    for flags, fact in ((["--base"], "does not answer"), (["--lora", tmp_path / "lora.safetensors"], "nonesuch")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*arguments, *flags])])
+        with pytest.raises(SystemExit, match=fact):
+            runpy.run_path(script, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--base", "--without", "unifiedreward"])
+    runpy.run_path(script, run_name="__main__")
+    assert "base on scene: 384 images" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -204,6 +204,18 @@ def test_install_is_skipped_when_nothing_changed(project):
         assert len(run("source scripts/install.sh tiny")) == 1
 
 
+def test_a_reproduction_asks_for_its_scorers_before_it_trains(tmp_path):
+    (tmp_path / "scripts" / "single_node").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "reproduce.sh", tmp_path / "scripts")
+    for name, status in (("mopd.sh", 0), ("eval.sh", 3)):
+        program(tmp_path / "scripts" / "single_node" / name, f'echo {name} "$@" >>calls; exit {status}')
+    variables = os.environ | {"DOWNLOAD": "false", "EVAL_ARGS": "--without unifiedreward"}
+    command = ["bash", "scripts/reproduce.sh"]
+    assert subprocess.run(command, cwd=tmp_path, env=variables, timeout=60).returncode == 3
+    trained, scored = (tmp_path / "calls").read_text().splitlines()
+    assert all("--dry_run" in call for call in (trained, scored)) and "--without unifiedreward" in scored
+
+
 def test_the_tests_short_and_all(project):
     root, run = project
     (root / "scripts" / "environments").mkdir()

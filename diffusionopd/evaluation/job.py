@@ -30,7 +30,7 @@ from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import build_scorers, digests
+from diffusionopd.rewards import Scorer, build_scorers, digests
 
 _RUNTIME_OPTIONS = frozenset(
     "device base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
@@ -146,13 +146,36 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
         EngineError, RewardError, BackboneError, AdapterError, TextCacheError, EvaluationError, HeldError, FolderError:
             as the parts do.
     """
+    dtype = _look_together(job, state)
+    folders = [job.folder(model, benchmark) for model, benchmark in job.evaluations]
+    with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
+        return _run(job, state, dtype, iter(locks))
+
+
+def check(job: Job, state: PartialState) -> list[str]:
+    """What `run` finds out before the base loads, and no more: a line for each evaluation. Raises as it does."""
+    _look_together(job, state)
+    _find_loras(job)
+    _build_scorers(job, state)
+    return [
+        f"{model.name} on {benchmark.name}: {len(benchmark.prompts) * job.images_per_prompt} images, "
+        f"{benchmark.num_steps} steps, guidance {model.guidance_on(benchmark):g}; {', '.join(benchmark.rewards)}"
+        for model, benchmark in job.evaluations
+    ]
+
+
+def _look_together(job: Job, state: PartialState) -> torch.dtype:
+    """Look at the output folders, on one process for all; returns the dtype of the images' model."""
     dtype = job.dtype or torch.float32
     if job.dtype is None and state.device.type == "cuda":
         dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
-    folders = [job.folder(model, benchmark) for model, benchmark in job.evaluations]
-    with hold(folders, "output folder", _OUTPUT_FOLDER) as locks:
-        return _run(job, state, dtype, iter(locks))
+    return dtype
+
+
+def _build_scorers(job: Job, state: PartialState) -> dict[str, Scorer]:
+    names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
+    return build_scorers(names, str(state.device), job.reward_options)
 
 
 def _look(job: Job, dtype: torch.dtype) -> None:
@@ -171,8 +194,7 @@ def _run(
     if rank == 0:
         ensure_writable(job.output, "output folder", _OUTPUT_FOLDER)
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
-    names = dict.fromkeys(name for benchmark in job.benchmarks for name in benchmark.rewards)
-    scorers = build_scorers(names, str(device), job.reward_options)
+    scorers = _build_scorers(job, state)
     cache, policies = load_models(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
     for model, benchmark in job.evaluations:

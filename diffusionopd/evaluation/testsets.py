@@ -69,6 +69,7 @@ def find_benchmark(
     guidance_scale: float | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     defaults: Callable[[], Defaults] = lambda: _PUBLISHED,
+    without: Sequence[str] = (),
 ) -> Benchmark:
     """The test prompts of a benchmark, the rewards to score it with, and how its images are made.
 
@@ -80,6 +81,7 @@ def find_benchmark(
         limit: use the first prompts only.
         options: of rewards, by name.
         defaults: gives the base model's own steps and guidance; called at last, for what is left open.
+        without: rewards that are left out.
 
     Raises:
         BenchmarkError: an unknown name, or no reward to score with.
@@ -102,9 +104,10 @@ def find_benchmark(
     # A folder that a named benchmark has its prompts in is scored as that is.
     of_folder = (names for where, names in BENCHMARKS.values() if Path(located(where)).resolve() == folder.resolve())
     chosen = tuple(rewards) or next(of_folder, ()) or tuple(task.get("proxy_reward") or ())
+    chosen = tuple(name for name in chosen if name not in without)
     if not chosen:
         raise BenchmarkError(f"nothing is known to score dataset '{dataset}' with: choose with --rewards")
-    for name in chosen:
+    for name in (*chosen, *without):
         check_name(name)
     if limit is not None and limit < 1:
         raise BenchmarkError(f"a limit of {limit} prompts leaves nothing to evaluate")
