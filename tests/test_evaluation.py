@@ -390,7 +390,7 @@ def test_loras_of_one_folder_name_have_names_of_their_own_and_another_base_no_re
 
 
 def test_a_dry_run_builds_scorers_and_fits_loras_and_makes_nothing(tmp_path, capsys, monkeypatch):
-    lora = {f"transformer.nonesuch.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    lora = {f"transformer.nonesuch.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(lora, tmp_path / "lora.safetensors")
     arguments = ["--dataset", "scene", "--model", "assets/tiny/model", "--output_dir", tmp_path / "out", "--dry_run"]
     arguments += ["--rewards", "unifiedreward", "jpeg_compressibility", "--config", "config/tiny.py:mopd"]

@@ -27,7 +27,7 @@ from experiments.claims.arms import GROUPS, HALF, LOSSES, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
 from experiments.claims.results import ClaimsError, Result, Runs, candidates, overall, read_results, rounds_to, staged
-from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead
+from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead, sixth
 from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
 RESULTS = Path(__file__).with_name("results")
@@ -124,7 +124,7 @@ def part_cells(part: Part) -> list[str]:
     return [part.name, f"{part.mean:+.3f}", f"{part.prompt_error:.3f} / {error}", seeds, verdict]
 
 
-def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _world(folder: Path, world: World) -> dict[str, Any] | None:
     runs, chosen = read_results(folder, world)
     if not any(result.test for by_seed in runs.values() for result in by_seed.values()):
         return None
@@ -134,7 +134,7 @@ def _world(folder: Path, world: World, variance: Sequence[Mapping[str, Any]]) ->
         "world": world,
         "runs": runs,
         "quick": results[0].quick,
-        "claims": claims(runs, world, variance),
+        "claims": claims(runs, world),
         "fights": fights(runs, world),
         "tables": {title: found for group, title in GROUPS.items() if (found := rows(runs, world, group, chosen))},
         "chosen": chosen,
@@ -152,14 +152,15 @@ def _candidates(runs: Runs, world: World, choice: str) -> dict[str, float]:
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
-def as_json(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Verdicts and numbers as plain values."""
+def as_json(found: Sequence[Mapping[str, Any]], estimators: Claim) -> list[dict[str, Any]]:
+    """Verdicts and numbers as plain values; the sixth claim, measured with the shipped teachers, is an entry apart."""
 
     def claim(one: Claim) -> dict[str, Any]:
         parts = [{**asdict(p), "mean": p.mean, "seed_error": p.seed_error, "verdict": p.verdict} for p in one.parts]
         return {"statement": one.statement, "rule": one.rule, "verdict": one.verdict, "parts": parts}
 
-    return [{"world": w["world"].name, "chosen": w["chosen"], "claims": list(map(claim, w["claims"]))} for w in found]
+    worlds = [{"world": w["world"].name, "chosen": w["chosen"], "claims": list(map(claim, w["claims"]))} for w in found]
+    return [*worlds, {"world": "shipped teachers", "chosen": {}, "claims": [claim(estimators)]}]
 
 
 def write(results: Path, output: Path) -> list[str]:
@@ -168,7 +169,7 @@ def write(results: Path, output: Path) -> list[str]:
     Raises ClaimsError for results that cannot be read or put side by side.
     """
     variance = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("variance-seed*.json"))]
-    found = [one for world in WORLDS.values() if (one := _world(results, world, variance))]
+    found, estimators = [one for world in WORLDS.values() if (one := _world(results, world))], sixth(variance)
     if not found:
         raise ClaimsError(f"{results} holds no results with test scores; make some: python experiments/claims/run.py")
     output.mkdir(parents=True, exist_ok=True)
@@ -184,14 +185,17 @@ def write(results: Path, output: Path) -> list[str]:
         keep_trailing_newline=True,
     )
     environment.filters |= {"measured": measured, "difference": difference, "part_cells": part_cells}
-    page = environment.get_template("claims.md.j2").render(worlds=found, variance=variance, note=COST_NOTE)
+    page = environment.get_template("claims.md.j2").render(
+        worlds=found, estimators=estimators, variance=variance, note=COST_NOTE
+    )
     (output / "claims.md").write_text(page, encoding="utf-8")
-    (output / "claims.json").write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (output / "claims.json").write_text(json.dumps(as_json(found, estimators), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     verdicts = [
         f"{one['world'].name}: {number}. {claim.verdict:17s} {claim.statement}"
         for one in found
         for number, claim in enumerate(one["claims"], 1)
     ]
+    verdicts.append(f"shipped teachers: 6. {estimators.verdict:17s} {estimators.statement}")
     return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and the plots"]
 
 
