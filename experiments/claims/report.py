@@ -34,7 +34,7 @@ RESULTS = Path(__file__).with_name("results")
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
     "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of starts, over the fresh "
-    "student of the same teachers with our loss. Passes: forward passes of single images, in thousands; cost: these "
+    "student of the same teachers with our loss. NFE: forward passes of single images, in thousands; cost: these "
     "and two more for each backward pass; and with the teachers' own."
 )
 
