@@ -36,6 +36,7 @@ from .helpers_rewards import (
     OPEN_CLIP,
     STD,
     assert_same_on_a_gpu,
+    incomplete,
     open_clip_state,
     save_byte_tokenizer,
     smooth_images,
@@ -274,7 +275,7 @@ def owl(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
+def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch, tmp_path):
     """As transformers' own way from the model's output to boxes."""
     monkeypatch.setattr(spatial_module, "THRESHOLD", 0.0)  # random weights are not sure of anything
     pytest.importorskip("scipy")
@@ -297,8 +298,9 @@ def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
             np.testing.assert_allclose(found[name].box, wanted["boxes"][own][best], atol=1e-3)
     scores = scorer.score(pixels[None], ["a cat near a dog"], [{}])
     assert list(scores) == ["compbench_spatial"] and 0 <= scores["compbench_spatial"][0] <= 1
-    with pytest.raises(RewardError, match="hf download nobody/none"), pytest.warns(UserWarning):
-        load_detector("nobody/none", "cpu", "float32")
+    for name, fact in (("nobody/none", "hf download nobody/none"), (incomplete(owl, tmp_path / "owl"), "owl.*weight")):
+        with pytest.raises(RewardError, match=fact), pytest.warns(UserWarning):
+            load_detector(name, "cpu", "float32")
 
 
 # ---- other relations, and complex prompts ----------------------------------------------------------------------------

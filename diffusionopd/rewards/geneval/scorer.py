@@ -88,7 +88,7 @@ class GenEval:
             device: where both run.
             dtype: of both; published scores are those of float32.
             detector: "converted", "transformers:NAME" or "mmdet:CONFIG.py", see `build_detector`.
-            checkpoint: mmdetection's .pth file, of which a converted copy is kept beside it.
+            checkpoint: mmdetection's .pth file, converted each time that it is loaded.
             clip: that names colours, hub id or folder.
             batch_size: images that the detector sees at once, enlarged to 800 pixels.
 
