@@ -267,7 +267,8 @@ class JudgeServer:
         except (ValueError, LookupError, TypeError) as error:
             raise self._error("gave an answer that is no chat completion", answer.text) from error
         first = self._first_tokens(choice, answer.text) if question.probabilities else {}
-        return Answer(re.sub(r"(?s)^.*</think>\s*", "", text), first)
+        # Thoughts that max_tokens cuts off end nowhere, and no answer follows.
+        return Answer(re.sub(r"(?s)^.*</think>\s*|<think>.*", "", text), first)
 
     def _first_tokens(self, choice: Any, text: str) -> dict[str, float]:
         """Token -> probability, of what the first token of a completion could have been."""
