@@ -1,5 +1,6 @@
 """The registry, images in every form, composites, and the worker thread."""
 
+import math
 import threading
 import time
 import warnings
@@ -124,7 +125,7 @@ def test_names_and_options_are_checked_without_loading_anything():
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
 
 
-def test_jpeg_size_in_kilobytes_and_its_negative():
+def test_jpeg_size_in_kilobytes_and_its_negative(monkeypatch):
     batch = torch.cat([images(1, 64), torch.full((1, 3, 64, 64), 0.5)])
     scorers = {name: build_scorer(name) for name in ("jpeg_compressibility", "jpeg_incompressibility")}
     scores = score_all(scorers, batch, ["a", "b"], [{}, {}])
@@ -132,6 +133,9 @@ def test_jpeg_size_in_kilobytes_and_its_negative():
     assert sizes[0] > 3 * sizes[1] > 0
     assert 0.3 < sizes[1] < 2  # kB: a flat image is little more than the file's header
     np.testing.assert_array_equal(scores["jpeg_compressibility"], -sizes)
+    monkeypatch.setattr(Image.Image, "save", lambda image, file, **_: file.write(bytes(10_000)))
+    (score,) = scorers["jpeg_compressibility"].score(batch[:1], ["a"], [{}])["jpeg_compressibility"]
+    assert score != NOT_APPLICABLE and math.isclose(score, -10, abs_tol=1e-5), "that size applies as any other"
 
 
 # ---- composite -------------------------------------------------------------------------------------------------------
