@@ -122,6 +122,29 @@ def test_names_and_options_are_checked_without_loading_anything():
             act()
 
 
+WRONG = {
+    "ocr": {"engine": "paddle"}, "geneval": {"detector": "foo", "dtype": "fp32", "batch_size": 0},
+    "hpsv2": {"engine": "openclip"}, "hpsv3": {"batch_size": -1, "dtype": "int8"}, "pickscore": {"dtype": 16},
+    "dpgbench": {"concurrency": 2.5, "attempts": True, "retries": -1, "backoff": -1, "timeout": 0},
+    "unifiedreward": {"question": "question.txt", "retries": "3"},
+}  # fmt: skip
+
+
+def test_all_wrong_values_of_options_are_said_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "question.txt").write_text("How good is it?")
+    with pytest.raises(RewardError) as caught:
+        check_options(WRONG)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == sum(map(len, WRONG.values()))
+    for name, options in WRONG.items():
+        for value in options.values():
+            assert any(f"'{name}'" in line and str(value) in line for line in lines), (name, value)
+        with pytest.raises(RewardError, match=str(next(iter(options.values())))):
+            build_scorer(name, options=options)
+    check_options({"geneval": {"detector": "mmdet:a.py", "batch_size": 1}, "unifiedreward": {"question": "none.txt"}})
+
+
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ def test_what_is_missing_or_another_is_named_with_the_command(folder, tmp_path, 
     (tmp_path / "text.pth").write_bytes(b"not a checkpoint")
     for name, options, fact in (
         ("clipscore", {"model": "nobody/no-such-clip"}, "hf download nobody/no-such-clip"),
-        ("clipscore", {"dtype": "int8"}, "no dtype"),
+        ("clipscore", {"dtype": "int8"}, "dtype='int8'"),
         ("clipscore", {"model": incomplete(folder, tmp_path / "clip")}, "clip' .*weight"),
         ("aesthetic", {"head": str(tmp_path / "none.pth")}, "python -m tools.download rewards aesthetic"),
         ("aesthetic", {"head": str(tmp_path / "other.pth")}, "is not the checkpoint of reward 'aesthetic'"),

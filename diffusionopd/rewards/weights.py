@@ -4,7 +4,7 @@ import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusionopd.rewards.base import RewardError, fetch_command, official_file
 
 StateDict = Mapping[str, Tensor]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Built = TypeVar("Built")
 Module = TypeVar("Module", bound=nn.Module)
 Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
@@ -22,8 +23,8 @@ Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
 
 def scorer_dtype(name: str) -> torch.dtype:
     """The floating-point dtype of a name such as "float32". Raises `RewardError` for any other name."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise RewardError(f"'{name}' is no dtype of a scorer: use float32, bfloat16 or float16")
+    if name not in get_args(Dtype):
+        raise RewardError(f"'{name}' is no dtype of a scorer: use one of {', '.join(get_args(Dtype))}")
     return getattr(torch, name)
 
 

@@ -23,7 +23,7 @@ from diffusionopd.rewards.compbench.phrases import (
 from diffusionopd.rewards.compbench.spatial import DETECTOR, Detector, load_detector, spatial_score
 from diffusionopd.rewards.hpsv2 import to_transformers
 from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, filled, load_official, load_tokenizer, scorer_dtype
 
 CLIP_B = "reward_ckpts/clip_vit_b32_openai.safetensors"
 """OpenAI's ViT-B/32 in open_clip's names."""
@@ -101,7 +101,7 @@ class Attribute:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         checkpoint: str = blip_vqa.CHECKPOINT,
         tokenizer: str = blip_vqa.TOKENIZER,
     ):
@@ -122,7 +122,7 @@ class Attribute:
 class SpatialRelation:
     """`compbench_spatial`: two objects and where they stand, 0 to 1; by another detector than the official one."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", detector: str = DETECTOR):
+    def __init__(self, device: str = "cpu", dtype: Dtype = "float32", detector: str = DETECTOR):
         """Args: `detector`, an OWLv2, hub id or folder. Raises `RewardError` as `load_detector`."""
         load_parser()
         self.detect = load_detector(detector, device, dtype)
@@ -143,7 +143,9 @@ class SpatialRelation:
 class NonSpatial:
     """`compbench_nonspatial`: cosine of CLIP ViT-B/32, about 0.3, for prompts of who does what."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", checkpoint: str = CLIP_B, tokenizer: str = CLIP_L):
+    def __init__(
+        self, device: str = "cpu", dtype: Dtype = "float32", checkpoint: str = CLIP_B, tokenizer: str = CLIP_L
+    ):
         """Args: `checkpoint`, the file; `tokenizer`, CLIP's. Raises `RewardError` as `load_clip_b`."""
         self.clip = load_clip_b(checkpoint, tokenizer, device, dtype)
 
@@ -162,7 +164,7 @@ class Complex:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         checkpoint: str = blip_vqa.CHECKPOINT,
         tokenizer: str = blip_vqa.TOKENIZER,
         clip: str = CLIP_B,

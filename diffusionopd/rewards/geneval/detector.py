@@ -24,6 +24,14 @@ For each image GenEval's class name -> detections of a score above `rules.THRESH
 """
 
 
+def parse_choice(choice: str) -> tuple[str, str]:
+    """Kind and name ("" for "converted") of a choice of `build_detector`'s. Raises `RewardError` for another."""
+    kind, _, name = choice.partition(":")
+    if choice != "converted" and not (kind in ("transformers", "mmdet") and name):
+        raise RewardError(f"detector '{choice}' is none of converted, transformers:HUB_ID_OR_FOLDER, mmdet:CONFIG.py")
+    return kind, name
+
+
 def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype) -> Detector:
     """The detector of a choice.
 
@@ -36,16 +44,14 @@ def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype
         RewardError: no such choice; weights that are missing, with the command that fetches them, or that do not fit.
         ImportError: no scipy, without which transformers does not build the model.
     """
-    kind, _, name = choice.partition(":")
-    if kind == "mmdet" and name:
+    kind, name = parse_choice(choice)
+    if kind == "mmdet":
         return mmdet_detector(name, checkpoint, device)
-    if choice == "converted":
+    if kind == "converted":
         model = convert(checkpoint)
-    elif kind == "transformers" and name:
+    else:
         warnings.warn(f"GenEval scores by the detector {name} are not comparable with published ones", stacklevel=3)
         model = load_model(name)
-    else:
-        raise RewardError(f"detector '{choice}' is none of converted, transformers:HUB_ID_OR_FOLDER, mmdet:CONFIG.py")
     return partial(detect, model.to(device, dtype).requires_grad_(False).eval())
 
 
