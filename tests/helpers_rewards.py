@@ -3,11 +3,13 @@
 import itertools
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
@@ -54,6 +56,15 @@ def save_clip(path) -> str:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(path)
+    return str(path)
+
+
+def incomplete(folder: str, path) -> str:
+    """A copy of a model's folder, at `path`, whose file lacks a tensor."""
+    shutil.copytree(folder, path)
+    state = load_file(path / "model.safetensors")
+    state.pop(next(name for name, value in state.items() if value.ndim == 2))
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     return str(path)
 
 

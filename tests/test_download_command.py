@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -60,11 +61,19 @@ def test_what_wise_asks_is_taken_out_of_its_client(tmp_path):
     assert made == {"system": "Be strict.", "question": "Rate {1}.\nPROMPT: {prompt}\nWHY: {Explanation}"}
 
 
-def test_prompts_of_several_sources_become_one_file(server, tmp_path):
+def test_prompts_of_several_sources_become_one_file(server, tmp_path, monkeypatch):
     """By their number, whatever the order of the files; parts do not stay behind."""
     of = lambda n: [{"Prompt": f"p{n}", "Explanation": "e", "Category": "time", "prompt_id": n}]  # noqa: E731
     server.files |= {"/b.json": json.dumps(of(2)).encode(), "/a.json": json.dumps(of(1)).encode()}
     file = File("set/test.jsonl", (f"{server.url}/b.json",), convert="wise_prompts", also=(f"{server.url}/a.json",))
+    server.statuses["/a.json"] = 404
+    with pytest.raises(DownloadError, match="404"):
+        fetch(file, tmp_path)
+    assert left(tmp_path) == ["set/test.jsonl.part"], "the first has arrived"
+    server.statuses.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tools.downloads.files.sha256", Mock(side_effect=KeyboardInterrupt))
+        fetch(file, tmp_path)
     assert fetch(file, tmp_path) and not fetch(file, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / file.path).read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["p1", "p2"] and lines[0].keys() == {*of(1)[0], "prompt"} - {"Prompt"}

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -67,6 +68,16 @@ def test_a_download_is_given_up_in_the_end_and_resumed_by_the_next_run(server, p
     server.cuts, server.statuses = 0, {}
     fetch(entry(server), tmp_path, pause=0)
     assert server.requests[-1] == ("/file.bin", "bytes=1000-") and path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_has_arrived_outlives_a_stop_while_it_is_verified(server, path, tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, DownloadError)):
+        patch.setattr("tools.downloads.files.sha256", Mock(side_effect=error))
+        fetch(entry(server), tmp_path)
+    assert left(tmp_path) == ["folder/file.bin.part"]
+    fetch(entry(server), tmp_path)
+    assert server.requests[1:] == [("/file.bin", "bytes=300000-")] and path.read_bytes() == CONTENT
 
 
 def test_what_is_not_the_file_is_refused_and_nothing_left(server, path, tmp_path):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
-from diffusionopd.evaluation.job import Job, Model, lora_hash
+from diffusionopd.evaluation.job import Job, Model, lora_hash, settings_of
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_latents
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
@@ -276,6 +276,16 @@ def test_reward_options_come_from_the_configuration_and_from_flags():
         "unifiedreward": {"timeout": 2.5, "base_url": "http://localhost:1/v1"},
     }
     assert configured == {"pickscore": {"model": "a", "dtype": "float32"}}
+
+
+@pytest.mark.parametrize(("options", "same"), [({"batch_size": 1, "device": "cuda:1"}, True), ({"dtype": "x"}, False)])
+def test_where_and_in_what_batches_a_scorer_runs_makes_no_other_evaluation(options, same):
+    job = Job("model", [BASE], [replace(MINE, rewards=("geneval",))], Path("out"))
+    found = [
+        settings_of(each, BASE, job.benchmarks[0], torch.float32)
+        for each in (job, replace(job, reward_options={"geneval": options}))
+    ]
+    assert (found[0] == found[1]) is same
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

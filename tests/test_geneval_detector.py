@@ -167,6 +167,7 @@ class FakeMmdet:
         self.version, self.weights, self.seen = version, weights, []
 
     def init_detector(self, config, checkpoint, device):
+        self.given = config, checkpoint
         return types.SimpleNamespace(state_dict=lambda: self.weights)
 
     def inference_detector(self, model, picture):
@@ -195,10 +196,12 @@ def files(tmp_path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_mmdetection_is_given_bgr_and_read_in_both_versions(version, files, pixels, monkeypatch):
+def test_mmdetection_is_given_bgr_and_read_in_both_versions(version, files, pixels, tmp_path, monkeypatch):
     fake = FakeMmdet(version, {"a": torch.zeros(1)})
     monkeypatch.setitem(sys.modules, "mmdet", types.SimpleNamespace(apis=fake))
-    detector = build_detector(f"mmdet:{files[0]}", files[1], "cpu", torch.float32)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    detector = build_detector("mmdet:~/config.py", "~/w.pth", "cpu", torch.float32)
+    assert fake.given == files
     objects = detector(pixels)
     np.testing.assert_array_equal(fake.seen[1], pixels[1][:, :, ::-1])
     assert [list(picture) for picture in objects] == [["dog"], ["dog"]]

@@ -244,13 +244,16 @@ def test_a_weighted_figure_is_the_share_of_all_questions_with_the_error_of_a_rat
     scores = [{"a": r / n, "n": float(n)} for r, n in zip(right, asked, strict=True)]
     records = [Record(i, f"p{i}", {}, each) for i, each in enumerate([*scores, {"a": -10.0, "n": -10.0}])]
     found = summarise(records, {"a": Weighted("a", "n"), "lost": Weighted("b", "n")})
-    assert math.isclose(found["a"].mean, right.sum() / asked.sum()) and found["a"].count == 400 and "lost" not in found
+    assert math.isclose(found["a"].mean, right.sum() / asked.sum()) and "lost" not in found
+    assert (found["a"].count, found["a"].prompts) == (400, 400)
     drawn = rng.integers(0, 400, (2000, 400))
     spread = np.std(right[drawn].sum(axis=1) / asked[drawn].sum(axis=1))
     assert math.isclose(found["a"].standard_error, spread, rel_tol=0.06)
     twice = [Record(i, f"p{i % 400}", {}, r.scores) for i, r in enumerate([*records[:400], *records[:400]])]
     again = summarise(twice, {"a": Weighted("a", "n")})["a"]
-    assert math.isclose(again.standard_error, found["a"].standard_error), "images of one prompt count once"
+    assert math.isclose(again.standard_error, found["a"].standard_error) and again.prompts == 400, (
+        "images of one prompt count once"
+    )
 
 
 def test_a_combined_figure_is_the_plain_mean_of_means():

@@ -1,5 +1,6 @@
 """The registry, images in every form, composites, and the worker thread."""
 
+import math
 import threading
 import time
 import warnings
@@ -121,10 +122,33 @@ def test_names_and_options_are_checked_without_loading_anything():
             act()
 
 
+WRONG = {
+    "ocr": {"engine": "paddle"}, "geneval": {"detector": "foo", "dtype": "fp32", "batch_size": 0},
+    "hpsv2": {"engine": "openclip"}, "hpsv3": {"batch_size": -1, "dtype": "int8"}, "pickscore": {"dtype": 16},
+    "dpgbench": {"concurrency": 2.5, "attempts": True, "retries": -1, "backoff": -1, "timeout": 0},
+    "unifiedreward": {"question": "question.txt", "retries": "3"},
+}  # fmt: skip
+
+
+def test_all_wrong_values_of_options_are_said_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "question.txt").write_text("How good is it?")
+    with pytest.raises(RewardError) as caught:
+        check_options(WRONG)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == sum(map(len, WRONG.values()))
+    for name, options in WRONG.items():
+        for value in options.values():
+            assert any(f"'{name}'" in line and str(value) in line for line in lines), (name, value)
+        with pytest.raises(RewardError, match=str(next(iter(options.values())))):
+            build_scorer(name, options=options)
+    check_options({"geneval": {"detector": "mmdet:a.py", "batch_size": 1}, "unifiedreward": {"question": "none.txt"}})
+
+
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
 
 
-def test_jpeg_size_in_kilobytes_and_its_negative():
+def test_jpeg_size_in_kilobytes_and_its_negative(monkeypatch):
     batch = torch.cat([images(1, 64), torch.full((1, 3, 64, 64), 0.5)])
     scorers = {name: build_scorer(name) for name in ("jpeg_compressibility", "jpeg_incompressibility")}
     scores = score_all(scorers, batch, ["a", "b"], [{}, {}])
@@ -132,6 +156,9 @@ def test_jpeg_size_in_kilobytes_and_its_negative():
     assert sizes[0] > 3 * sizes[1] > 0
     assert 0.3 < sizes[1] < 2  # kB: a flat image is little more than the file's header
     np.testing.assert_array_equal(scores["jpeg_compressibility"], -sizes)
+    monkeypatch.setattr(Image.Image, "save", lambda image, file, **_: file.write(bytes(10_000)))
+    (score,) = scorers["jpeg_compressibility"].score(batch[:1], ["a"], [{}])["jpeg_compressibility"]
+    assert score != NOT_APPLICABLE and math.isclose(score, -10, abs_tol=1e-5), "that size applies as any other"
 
 
 # ---- composite -------------------------------------------------------------------------------------------------------

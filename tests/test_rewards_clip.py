@@ -1,5 +1,7 @@
 """PickScore, CLIPScore and the aesthetic predictor against their official recipes, on a tiny CLIP of random weights."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.helpers_rewards import (
     WIDTH,
     assert_every_form_scores_the_same,
     cropped_pixels,
+    incomplete,
     save_clip,
     smooth_images,
 )
@@ -99,15 +102,21 @@ def test_scores_on_a_gpu_are_those_on_a_cpu(name, folder, images, head):
     np.testing.assert_allclose(gpu, cpu, rtol=1e-3)
 
 
-def test_what_is_missing_or_another_is_named_with_the_command(folder, tmp_path):
+def test_what_is_missing_or_another_is_named_with_the_command(folder, tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_bytes(b"not a checkpoint")
     for name, options, fact in (
         ("clipscore", {"model": "nobody/no-such-clip"}, "hf download nobody/no-such-clip"),
-        ("clipscore", {"dtype": "int8"}, "no dtype"),
+        ("clipscore", {"dtype": "int8"}, "dtype='int8'"),
+        ("clipscore", {"model": incomplete(folder, tmp_path / "clip")}, "clip' .*weight"),
         ("aesthetic", {"head": str(tmp_path / "none.pth")}, "python -m tools.download rewards aesthetic"),
         ("aesthetic", {"head": str(tmp_path / "other.pth")}, "is not the checkpoint of reward 'aesthetic'"),
         ("aesthetic", {"head": str(tmp_path / "text.pth")}, "is not the checkpoint of reward 'aesthetic'"),
     ):
         with pytest.raises(RewardError, match=fact):
             build_scorer(name, options={"model": folder} | options)
+    for error in (PermissionError(13, "denied"), MemoryError()):  # of the machine, not of the file
+        monkeypatch.setattr("torch.load", Mock(side_effect=error))
+        with pytest.raises(RewardError, match="other.pth") as caught:
+            build_scorer("aesthetic", options={"model": folder, "head": str(tmp_path / "other.pth")})
+        assert type(error).__name__ in str(caught.value) and "tools.download" not in str(caught.value)

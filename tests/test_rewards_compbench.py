@@ -36,6 +36,7 @@ from .helpers_rewards import (
     OPEN_CLIP,
     STD,
     assert_same_on_a_gpu,
+    incomplete,
     open_clip_state,
     save_byte_tokenizer,
     smooth_images,
@@ -104,7 +105,8 @@ def test_without_spacy_the_commands_are_named(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RewardError, match=r"pip install -e '\.\[compbench\]' && pip install https://\S+en_core_web_sm"):
         phrases.load_parser()
-    assert check_prompts(["compbench_attribute"], ["red"], [{}]) == {}
+    found = check_prompts(["compbench_attribute", "compbench_spatial"], ["red", "red near blue"], [{}] * 2)
+    assert list(found) == [0], "what needs no parser"
 
 
 # ---- attributes ------------------------------------------------------------------------------------------------------
@@ -253,7 +255,8 @@ def test_a_spatial_score_needs_both_objects_and_a_half():
     assert spatial_score(Spatial("cat", "dog", "on the right of"), {"cat": left, "dog": right}) == 0.0  # 0.3
     assert spatial_score(asked, {"cat": left}) == spatial_score(asked, {}) == 0.0
     assert spatial_score(Spatial(None, None, "near"), {"cat": left}) == 0.0
-    assert list(check_prompts(["compbench_spatial"], ["a cat", "a cat near a dog"], [{}] * 2)) == [0]
+    prompts = ["a cat", "a cat near a dog", "Rome near the Leaning Tower"]
+    assert list(check_prompts(["compbench_spatial"], prompts, [{}] * 3)) == [0, 2]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +277,7 @@ def owl(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
+def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch, tmp_path):
     """As transformers' own way from the model's output to boxes."""
     monkeypatch.setattr(spatial_module, "THRESHOLD", 0.0)  # random weights are not sure of anything
     pytest.importorskip("scipy")
@@ -297,8 +300,9 @@ def test_a_detector_finds_the_best_box_of_each_name(owl, monkeypatch):
             np.testing.assert_allclose(found[name].box, wanted["boxes"][own][best], atol=1e-3)
     scores = scorer.score(pixels[None], ["a cat near a dog"], [{}])
     assert list(scores) == ["compbench_spatial"] and 0 <= scores["compbench_spatial"][0] <= 1
-    with pytest.raises(RewardError, match="hf download nobody/none"), pytest.warns(UserWarning):
-        load_detector("nobody/none", "cpu", "float32")
+    for name, fact in (("nobody/none", "hf download nobody/none"), (incomplete(owl, tmp_path / "owl"), "owl.*weight")):
+        with pytest.raises(RewardError, match=fact), pytest.warns(UserWarning):
+            load_detector(name, "cpu", "float32")
 
 
 # ---- other relations, and complex prompts ----------------------------------------------------------------------------
@@ -345,4 +349,5 @@ def test_complex_is_the_mean_of_what_applies(blip, clip_b, monkeypatch):
         "compbench_complex",
         *(f"compbench_complex_{p}" for p in ("attribute", "spatial", "action")),
     }
-    assert list(check_prompts(["compbench_complex"], ["p"] * 3, [{}, {"kind": "action"}, {"kind": "x"}])) == [0, 2]
+    kinds = [{}, {"kind": "action"}, {"kind": "x"}, {"kind": "action"}]
+    assert list(check_prompts(["compbench_complex"], [*prompts, "red"], kinds)) == [0, 2, 3]

@@ -22,7 +22,7 @@ from diffusionopd.rewards import (
 )
 from diffusionopd.rewards.judges.dpgbench import CATEGORIES, DpgBench
 from diffusionopd.rewards.judges.geneval2 import SKILLS, GenEval2
-from diffusionopd.rewards.judges.questions import load_questions
+from diffusionopd.rewards.judges.questions import OwnQuestion, load_questions
 from diffusionopd.rewards.judges.server import Answer
 from diffusionopd.rewards.judges.wise import Wise, WiseVerified, read_grades, read_verdict
 
@@ -234,12 +234,14 @@ WISE = [
 GRADES = {
     "Consistency: 2\nRealism: 1\nAesthetic Quality: 0": (2, 1, 0),
     "**Consistency:** 1\n**Realism**: 2\n**Aesthetic Quality** 2": (1, 2, 2),
+    "Consistency: 2.\nRealism: 1.\nAesthetic Quality: 0.": (2, 1, 0),
     "2\n1\n0": (2, 1, 0), "consistency：0, realism：0, aesthetic quality：1": (0, 0, 1),
     "Consistency: 2\nRealism: 1": None, "Consistency: 12\nRealism: 1\nAesthetic Quality: 1": None,
     "Consistency: 3\nRealism: 1\nAesthetic Quality: 1": None, "2\n1": None, "": None,
+    "Consistency: 1.5\nRealism: 1\nAesthetic Quality: 1": None,
 }  # fmt: skip
-VERDICTS = {"Score: 1": 1, "**Score**: 0": 0, "1": 1, "I think so.\nScore: 1": 1, "Score: 10": None, "Score: 2": None,
-            "0\n1": None, "Score: 1/5": None, "": None}  # fmt: skip
+VERDICTS = {"Score: 1": 1, "**Score**: 0": 0, "1": 1, "I think so.\nScore: 1.": 1, "Score: 0.5": None,
+            "Score: 10": None, "Score: 2": None, "0\n1": None, "Score: 1/5": None, "": None}  # fmt: skip
 
 
 def test_grades_and_verdicts_are_read_or_not():
@@ -344,7 +346,7 @@ def test_own_questions_are_asked_and_averaged_as_their_file_says(server, own):
 
 def test_an_image_with_an_answer_that_cannot_be_read_does_not_apply(server, own):
     own.write_text("questions: [{name: q, ask: Rate it., number: '(\\d+)', range: [0, 10]}]")
-    said = iter(["8", "11", "11", "11", "?", "?", "10"])
+    said = iter(["8", "11", "11", "11", "?", "<think>7, or", "10"])
     server.answer = lambda number, body: chat(next(said))
     scorer = build_scorer("judge", options={"base_url": server.address, "model": "m", "questions": str(own)})
     with pytest.warns(UserWarning, match="'11'"):
@@ -358,6 +360,8 @@ def test_the_documented_questions_are_read(own):
     own.write_text(text)
     shown, quality = load_questions(str(own)).questions
     assert shown.read(Answer("Yes", {"Yes": 0.5, " yes": 0.25, "No": 0.25})) == 0.75
+    either = OwnQuestion("a", "b", answer=("yes", "correct"))
+    assert [either.read(Answer(said)) for said in ("Correct.", "No", "wrong", "")] == [1, 0, None, None]
     assert [quality.read(Answer(said)) for said in ("Score: 4.5", "Score: 6", "fine")] == [0.875, None, None]
 
 
@@ -365,6 +369,7 @@ BAD = {
     "questions: [": "YAML", "- a": "questions", "questions: []": "questions", "questions: [1]": "question 1",
     "average: harmonic\nquestions: [{name: a b, ask: '', answer: yes}]": r"harmonic.*name.*'ask'.*quote",
     "model: x\nquestions: [{name: a, ask: b, answer: 'yes', number: x}]": "'model'.*either 'answer'",
+    "questions: [{name: a, ask: b, answer: [light blue, red, x-ray, '3.5']}]": r"'light blue', 'x-ray', '3\.5'",
     "questions: [{name: a, ask: b, number: '(', range: [5, 1]}]": r"'number'.*range.*\[5, 1\]",
     "questions: [{name: a, ask: b, number: x, range: [1, 2], probability: true}]": "one group.*probability",
     "questions: [{name: a, ask: b, answer: 'yes', needs: [c], weight: 0}]": "weight.*needs c",

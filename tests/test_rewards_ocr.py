@@ -184,11 +184,6 @@ def test_what_the_engine_raises_is_no_score(monkeypatch):
         Ocr().score([rendered("A")], ['"A"'], [{}])
 
 
-def test_another_engine_is_refused():
-    with pytest.raises(RewardError, match="'rapidocr' or 'paddleocr', not 'tesseract'"):
-        build_scorer("ocr", options={"engine": "tesseract"})
-
-
 # ---- PaddleOCR, by stand-ins with the arguments and results that its documentation gives ----------------------------
 
 

@@ -33,7 +33,7 @@ from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import Scorer, build_scorers, digests
 
 _RUNTIME_OPTIONS = frozenset(
-    "device base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
+    "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
 )
 """Options that say where a scorer runs or how long to wait for it, not what it scores."""
 _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."

@@ -125,7 +125,7 @@ def _weighted(records: Sequence[Record], figure: Weighted) -> Summary:
         residuals[prompt] = residuals.get(prompt, 0.0) + weight * (value - mean)
     n = len(residuals)
     spread = math.sqrt(n / (n - 1) * math.fsum(each**2 for each in residuals.values())) if n > 1 else 0.0
-    return Summary(mean, spread / total if total else 0.0, len(pairs))
+    return Summary(mean, spread / total if total else 0.0, len(pairs), n)
 
 
 def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
@@ -93,9 +93,11 @@ def build_scorer(name: str, device: str = "cpu", options: Mapping[str, Any] | No
 
     Raises:
         RewardError: unknown name, a package that is not installed (with the command that installs it), a file or server
-            that is not there, or an option that the scorer does not have.
+            that is not there, or an option that the scorer does not have or that has a value that it cannot have.
     """
     factory = _factory(name, options or {})
+    if found := _wrong_values(factory, options or {}):
+        raise RewardError(f"reward '{name}': {'; '.join(found)}")
     own = {"device": device} if "device" in inspect.signature(factory).parameters else {}
     given = {o: user_path(v) if isinstance(v, str) and v.startswith("~") else v for o, v in (options or {}).items()}
     with _packages(name):
@@ -140,7 +142,7 @@ def check_options(options: Mapping[str, Mapping[str, Any]], used: Iterable[str] 
         except RewardError as error:
             problems.append(str(error))
             continue
-        problems += [f"reward '{name}': {what}" for what in getattr(factory, "problems", lambda **_: [])(**given)]
+        problems += [f"reward '{name}': {what}" for what in _wrong_values(factory, given)]
     if problems:
         raise RewardError("\n".join(problems))
 
@@ -195,6 +197,18 @@ def _factory(name: str, options: Mapping[str, Any]) -> Any:
         known = ", ".join(signature.parameters) or "none"
         raise RewardError(f"reward '{name}': {error}; its options: {known}") from error
     return factory
+
+
+def _wrong_values(factory: Any, options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of options: by their `Literal` annotations, and by the scorer's own `problems`."""
+    annotations = {name: each.annotation for name, each in inspect.signature(factory).parameters.items()}
+    listed = {name: get_args(each) for name, each in annotations.items() if get_origin(each) is Literal}
+    found = [
+        f"{name} must be one of {', '.join(listed[name])}, not {name}={value!r}"
+        for name, value in options.items()
+        if value not in listed.get(name, [value])
+    ]
+    return found + getattr(factory, "problems", lambda **_: [])(**options)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.clip import CLIP_L, load_clip
 from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.weights import filled, load_official
+from diffusionopd.rewards.weights import Dtype, filled, load_official
 
 HEAD = "reward_ckpts/sac+logos+ava1-l14-linearMSE.pth"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -39,7 +39,7 @@ def load_head(path: str, width: int) -> AestheticHead:
 class Aesthetic:
     """`aesthetic`: what people would rate the image, about 1 to 10, whatever the prompt."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", model: str = CLIP_L, head: str = HEAD):
+    def __init__(self, device: str = "cpu", dtype: Dtype = "float32", model: str = CLIP_L, head: str = HEAD):
         """Args: `model`, CLIP as hub id or folder; `head`, the predictor's file. Raises as `load_clip`, `load_head`."""
         self.clip = load_clip(model, model, device, dtype)
         self.head = load_head(head, self.clip.model.config.projection_dim).to(device)

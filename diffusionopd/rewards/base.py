@@ -91,6 +91,15 @@ def unfit(
     return found
 
 
+def not_whole(least: Mapping[str, int], /, **options: Any) -> list[str]:
+    """Which of the options (those left out are defaults) are not whole numbers of at least so much."""
+    return [
+        f"{name} must be a whole number of at least {low}, not {name}={options[name]!r}"
+        for name, low in least.items()
+        if name in options and (type(options[name]) is not int or options[name] < low)
+    ]
+
+
 def fetch_command(reward: str) -> str:
     """What fetches the files of a reward."""
     return f"python -m tools.download rewards {reward}"

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
-from diffusionopd.rewards.weights import from_hub, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, load_pretrained, load_tokenizer, scorer_dtype
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_H_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -76,13 +76,11 @@ def load_clip(model: str, processor: str, device: str, dtype: str) -> Clip:
     """The CLIP of a hub id or folder with the tokenizer of `processor`, once for all rewards that use the same weights.
 
     Raises:
-        RewardError: weights that cannot be had, with the command that fetches them; no such dtype.
+        RewardError: as `load_pretrained` and `load_tokenizer`; no such dtype.
     """
     number = scorer_dtype(dtype)
-    with from_hub("CLIP model", model, processor):
-        loaded = CLIPModel.from_pretrained(model, dtype=number, use_safetensors=True)
-    tokenizer = load_tokenizer(CLIPTokenizer, processor)
-    return Clip(loaded.to(device).requires_grad_(False).eval(), tokenizer)
+    loaded = load_pretrained(CLIPModel, "CLIP model", model, processor)
+    return Clip(loaded.to(device, number), load_tokenizer(CLIPTokenizer, processor))
 
 
 class PickScore:
@@ -92,7 +90,7 @@ class PickScore:
     """
 
     def __init__(
-        self, device: str = "cpu", dtype: str = "float32", model: str = PICKSCORE, processor: str = CLIP_H_PROCESSOR
+        self, device: str = "cpu", dtype: Dtype = "float32", model: str = PICKSCORE, processor: str = CLIP_H_PROCESSOR
     ):
         """Args: `model` and `processor`, hub ids or local folders. Raises as `load_clip`."""
         self.clip = load_clip(model, processor, device, dtype)
@@ -105,7 +103,7 @@ class PickScore:
 class ClipScore:
     """`clipscore`: CLIP-L/14's logit of image and prompt divided by 100, about 0.24 to 0.30."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", model: str = CLIP_L):
+    def __init__(self, device: str = "cpu", dtype: Dtype = "float32", model: str = CLIP_L):
         """Args: `model`, hub id or local folder. Raises as `load_clip`."""
         self.clip = load_clip(model, model, device, dtype)
 

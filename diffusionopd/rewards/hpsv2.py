@@ -3,7 +3,7 @@
 import functools
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from diffusionopd.rewards.base import RewardError, Scores
 from diffusionopd.rewards.clip import CLIP_H_PROCESSOR, Clip
 from diffusionopd.rewards.images import Images, each_uint8, fit_and_pad
-from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPS_v2.1_compressed.pt"
 
@@ -135,10 +135,10 @@ class Hpsv2:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         checkpoint: str = CHECKPOINT,
         tokenizer: str = CLIP_H_PROCESSOR,
-        engine: str = "transformers",
+        engine: Literal["transformers", "open_clip"] = "transformers",
     ):
         """Load the model.
 
@@ -148,10 +148,8 @@ class Hpsv2:
             engine: "transformers", or "open_clip", which the official code runs on.
 
         Raises:
-            RewardError: no such engine; as `load_hps_clip` and `load_open_clip`.
+            RewardError: as `load_hps_clip` and `load_open_clip`.
         """
-        if engine not in ("transformers", "open_clip"):
-            raise RewardError(f"reward 'hpsv2': engine must be 'transformers' or 'open_clip', not {engine!r}")
         self.clip: Clip | OpenClip
         if engine == "open_clip":
             self.clip = load_open_clip(checkpoint, device, dtype)

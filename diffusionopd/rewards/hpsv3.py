@@ -19,9 +19,17 @@ from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
-from diffusionopd.rewards.base import RewardError, Scores, UnfitPromptError, fetch_command, official_file, unfit
+from diffusionopd.rewards.base import (
+    RewardError,
+    Scores,
+    UnfitPromptError,
+    fetch_command,
+    not_whole,
+    official_file,
+    unfit,
+)
 from diffusionopd.rewards.images import Images, each_uint8, levels, normalised
-from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPSv3.safetensors"
 INSTRUCTION = "reward_ckpts/hpsv3_instruction.txt"
@@ -159,7 +167,7 @@ class Hpsv3:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         checkpoint: str = CHECKPOINT,
         tokenizer: str = TOKENIZER,
         instruction: str = INSTRUCTION,
@@ -170,6 +178,7 @@ class Hpsv3:
         self.model, self.tokenizer = load_hpsv3(checkpoint, tokenizer, device, dtype)
 
     check = staticmethod(functools.partial(unfit, _refuse_tokens))
+    problems = staticmethod(functools.partial(not_whole, {"batch_size": 1}))
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""

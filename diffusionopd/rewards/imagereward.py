@@ -17,7 +17,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from diffusionopd.rewards.aesthetic import AestheticHead
 from diffusionopd.rewards.base import Scores
 from diffusionopd.rewards.images import Images, each_uint8, resize_and_crop
-from diffusionopd.rewards.weights import StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/ImageReward.pt"
 TOKENIZER = "bert-base-uncased"
@@ -101,7 +101,7 @@ class ImageReward:
     """
 
     def __init__(
-        self, device: str = "cpu", dtype: str = "float32", checkpoint: str = CHECKPOINT, tokenizer: str = TOKENIZER
+        self, device: str = "cpu", dtype: Dtype = "float32", checkpoint: str = CHECKPOINT, tokenizer: str = TOKENIZER
     ):
         """Args: `checkpoint`, the official file; `tokenizer`, hub id or folder. Raises as `load_imagereward`."""
         self.model, self.tokenizer = load_imagereward(checkpoint, tokenizer, device, dtype)

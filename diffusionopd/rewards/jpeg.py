@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusionopd.rewards.base import Scores
+from diffusionopd.rewards.base import NOT_APPLICABLE, Scores
 from diffusionopd.rewards.images import Images, each_uint8
 
 QUALITY = 95
@@ -25,7 +25,9 @@ class JpegIncompressibility:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
             sizes.append(buffer.tell() / 1000)
-        return {self.name: self.sign * np.array(sizes, dtype=np.float64)}
+        scores = self.sign * np.array(sizes, dtype=np.float64)
+        scores[scores == NOT_APPLICABLE] += 1e-6  # of 10,000 bytes, and a score all the same
+        return {self.name: scores}
 
 
 class JpegCompressibility(JpegIncompressibility):

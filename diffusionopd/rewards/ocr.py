@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _paddleocr_2(make: Callable[..., Any], gpu: int | None) -> Reader:
 class Ocr:
     """`ocr`: share of the wanted text that the image shows, 0 to 1."""
 
-    def __init__(self, engine: str = "rapidocr", device: str = "cpu"):
+    def __init__(self, engine: Literal["rapidocr", "paddleocr"] = "rapidocr", device: str = "cpu"):
         """Load the engine.
 
         Args:
@@ -112,12 +112,10 @@ class Ocr:
             device: where PaddleOCR runs; RapidOCR runs on the CPU.
 
         Raises:
-            ImportError: a package is missing. `RewardError` where it is PaddleOCR's, or for another engine.
+            ImportError: a package is missing. `RewardError` where it is PaddleOCR's.
         """
         import rapidfuzz  # noqa: F401  (missing packages are to be found before images are made)
 
-        if engine not in ("rapidocr", "paddleocr"):
-            raise RewardError(f"reward 'ocr': engine must be 'rapidocr' or 'paddleocr', not {engine!r}")
         self._alphabet: Alphabet = tuple
         self._unreadable: set[str] = set()  # what has been warned about
         if engine == "rapidocr":

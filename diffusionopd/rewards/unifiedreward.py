@@ -100,6 +100,17 @@ class UnifiedReward(JudgeServer):
         self._question = load_question(self.question)
         super().__post_init__()
 
+    @classmethod
+    def problems(cls, **options: Any) -> list[str]:
+        """As `JudgeServer.problems`, with a file that is not the question."""
+        found, path = super().problems(**options), options.get("question", cls.question)
+        try:
+            if Path(located(path)).is_file():  # without it, it asks in words of its own
+                load_question(path)
+        except RewardError as error:
+            found.append(str(error))
+        return found
+
     def parse(self, answer: str) -> float | None:
         """The score in [0, 1] that an answer states; None if it states none."""
         value = final_score(answer)

@@ -2,27 +2,29 @@
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusionopd.rewards.base import RewardError, fetch_command, official_file
 
 StateDict = Mapping[str, Tensor]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Built = TypeVar("Built")
 Module = TypeVar("Module", bound=nn.Module)
+Pretrained = TypeVar("Pretrained", bound=PreTrainedModel)
 Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
 
 
 def scorer_dtype(name: str) -> torch.dtype:
     """The floating-point dtype of a name such as "float32". Raises `RewardError` for any other name."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise RewardError(f"'{name}' is no dtype of a scorer: use float32, bfloat16 or float16")
+    if name not in get_args(Dtype):
+        raise RewardError(f"'{name}' is no dtype of a scorer: use one of {', '.join(get_args(Dtype))}")
     return getattr(torch, name)
 
 
@@ -35,13 +37,16 @@ def load_official(reward: str, path: str, build: Callable[[Any], Built]) -> Buil
         build: from the file's content to a model.
 
     Raises:
-        RewardError: the file is missing (with the command that fetches it), or `build` fails on what it holds.
+        RewardError: the file is missing (with the command that fetches it), cannot be read, or `build` fails on what it
+            holds.
     """
     place = official_file(reward, path)
     try:
         if place.suffix == ".safetensors":
             return build(load_file(place))
         return build(torch.load(place, map_location="cpu", weights_only=True))
+    except (OSError, MemoryError) as error:
+        raise RewardError(f"{place}, which reward '{reward}' needs, cannot be read: {error!r}") from error
     except Exception as error:  # torch and the key maps raise whatever they meet in a file of another kind
         # torch's own words advise to run the code in it
         said = "it holds more than weights, which is not run" if isinstance(error, pickle.UnpicklingError) else error
@@ -75,6 +80,26 @@ def from_hub(what: str, name: str, *more: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         fetch = " && ".join(f"hf download {each}" for each in dict.fromkeys((name, *more)))
         raise RewardError(f"the {what} '{name}' cannot be loaded: {error}. To fetch it: {fetch}") from error
+
+
+def load_pretrained(
+    kind: type[Pretrained], what: str, name: str, *more: str, unused: Collection[str] = ()
+) -> Pretrained:
+    """A model of this class from the hub or a local folder, as it is stored; frozen and in evaluation mode.
+
+    Args:
+        what: the model is called so in messages; `more`: as of `from_hub`.
+        unused: entries of the model that no output depends on, which a file need not have.
+
+    Raises:
+        RewardError: it cannot be had, with the command that fetches it; or its files lack tensors, in whose place
+            transformers puts random ones.
+    """
+    with from_hub(what, name, *more):
+        model, told = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(set(told["missing_keys"]).difference(unused)):
+            raise ValueError(f"its files lack {missing[0]} ({len(missing)} tensors in all)")
+    return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:

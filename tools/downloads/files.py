@@ -63,7 +63,7 @@ def verify(file: File, path: Path) -> None:
 
 
 def _load(url: str, file: File, path: Path, pause: float) -> None:
-    """Load, verify and put into place. What does not verify is removed."""
+    """Load, verify and put into place. What does not verify is removed; what was not verified yet stays."""
     place = path.with_name(f"{path.name}.part")  # a file, or the hub client's folder
     if url.startswith(HUB):
         partial, expected = receive_from_hub(url, place), stated(url)[1]
@@ -71,25 +71,30 @@ def _load(url: str, file: File, path: Path, pause: float) -> None:
         partial, expected = place, file.sha256
         receive(resolve(url), partial, pause, file.size if file.size and not file.convert else LARGEST)
     more = [path.with_name(f"{path.name}.{number}.part") for number, _ in enumerate(file.also)]
+    for another, to in zip(file.also, more, strict=True):
+        receive(resolve(another), to, pause)
+    made = path.with_name(f"{path.name}.made.part") if file.convert else partial
+    keep = False
     try:
-        for another, to in zip(file.also, more, strict=True):
-            receive(resolve(another), to, pause)
         if file.convert:
-            sources = [each.read_bytes() for each in (partial, *more)]
-            partial.write_bytes(CONVERSIONS[file.convert](sources))
-        actual = sha256(partial)
+            made.write_bytes(CONVERSIONS[file.convert]([each.read_bytes() for each in (partial, *more)]))
+        actual = sha256(made)
         if not actual.startswith(expected):
             raise DownloadError(
                 f"what was sent for {path} is not the published file (SHA-256 {actual[:12]}… instead of "
                 f"{expected[:12]}…). Nothing of it is kept; try again, or without mirrors and proxies"
             )
-        force_to_disk(partial)
-        os.replace(partial, path)
+        force_to_disk(made)
+        os.replace(made, path)
         record(path, actual)
+    except (OSError, KeyboardInterrupt):  # nothing is known against it
+        keep = True
+        raise
     finally:
-        for each in (partial, *more):
-            each.unlink(missing_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
+        if not keep:
+            for each in (partial, *more, made):
+                each.unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 # ---- Digests ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from diffusionopd.rewards.compbench.phrases import (
 from diffusionopd.rewards.compbench.spatial import DETECTOR, Detector, load_detector, spatial_score
 from diffusionopd.rewards.hpsv2 import to_transformers
 from diffusionopd.rewards.images import Images, each_uint8
-from diffusionopd.rewards.weights import filled, load_official, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import Dtype, filled, load_official, load_tokenizer, scorer_dtype
 
 CLIP_B = "reward_ckpts/clip_vit_b32_openai.safetensors"
 """OpenAI's ViT-B/32 in open_clip's names."""
@@ -70,9 +70,23 @@ def _pairs(images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[st
     return list(zip(each_uint8(images), prompts, metadata, strict=True))
 
 
+def _can_parse() -> bool:
+    try:
+        load_parser()
+    except RewardError:
+        return False
+    return True
+
+
 def _need_relation(prompt: str, metadata: Mapping[str, Any]) -> None:
     if relation_in(prompt) is None:
         raise UnfitPromptError("names no spatial relation of T2I-CompBench's", prompt)
+
+
+def _need_objects(prompt: str, metadata: Mapping[str, Any]) -> None:
+    _need_relation(prompt, metadata)
+    if spatial(prompt).first is None:
+        raise UnfitPromptError("has no noun (names are none) that could be looked for", prompt)
 
 
 def _kind(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -87,7 +101,7 @@ class Attribute:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         checkpoint: str = blip_vqa.CHECKPOINT,
         tokenizer: str = blip_vqa.TOKENIZER,
     ):
@@ -98,11 +112,7 @@ class Attribute:
     @staticmethod
     def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """As `unfit`: prompts without a noun phrase, where there is what finds them."""
-        try:
-            load_parser()
-        except RewardError:
-            return {}
-        return unfit(lambda prompt, data: noun_phrases(prompt), prompts, metadata)
+        return unfit(lambda prompt, data: noun_phrases(prompt), prompts, metadata) if _can_parse() else {}
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""
@@ -112,25 +122,30 @@ class Attribute:
 class SpatialRelation:
     """`compbench_spatial`: two objects and where they stand, 0 to 1; by another detector than the official one."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", detector: str = DETECTOR):
+    def __init__(self, device: str = "cpu", dtype: Dtype = "float32", detector: str = DETECTOR):
         """Args: `detector`, an OWLv2, hub id or folder. Raises `RewardError` as `load_detector`."""
         load_parser()
         self.detect = load_detector(detector, device, dtype)
 
-    check = staticmethod(functools.partial(unfit, _need_relation))
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """As `unfit`: prompts without a relation or, where there is what finds it, without a noun."""
+        return unfit(_need_objects if _can_parse() else _need_relation, prompts, metadata)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without a relation, first of all."""
+        """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without relation or noun, first of all."""
         pairs = _pairs(images, prompts, metadata)
         for _, prompt, data in pairs:
-            _need_relation(prompt, data)
+            _need_objects(prompt, data)
         return {"compbench_spatial": relations(self.detect, pairs)}
 
 
 class NonSpatial:
     """`compbench_nonspatial`: cosine of CLIP ViT-B/32, about 0.3, for prompts of who does what."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", checkpoint: str = CLIP_B, tokenizer: str = CLIP_L):
+    def __init__(
+        self, device: str = "cpu", dtype: Dtype = "float32", checkpoint: str = CLIP_B, tokenizer: str = CLIP_L
+    ):
         """Args: `checkpoint`, the file; `tokenizer`, CLIP's. Raises `RewardError` as `load_clip_b`."""
         self.clip = load_clip_b(checkpoint, tokenizer, device, dtype)
 
@@ -149,7 +164,7 @@ class Complex:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         checkpoint: str = blip_vqa.CHECKPOINT,
         tokenizer: str = blip_vqa.TOKENIZER,
         clip: str = CLIP_B,
@@ -162,7 +177,10 @@ class Complex:
         self.clip = load_clip_b(clip, clip_tokenizer, device, dtype)
         self.detect = load_detector(detector, device, dtype)
 
-    check = staticmethod(functools.partial(unfit, _kind))
+    @staticmethod
+    def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """As `unfit`: prompts without a kind, and those of `Attribute.check`."""
+        return Attribute.check(prompts, metadata) | unfit(_kind, prompts, metadata)
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without a kind, first of all."""

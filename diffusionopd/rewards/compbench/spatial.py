@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from diffusionopd.rewards.compbench.phrases import Spatial
-from diffusionopd.rewards.weights import from_hub, load_tokenizer, scorer_dtype
+from diffusionopd.rewards.weights import load_pretrained, load_tokenizer, scorer_dtype
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 THRESHOLD = 0.1  # of OWLv2's scores; UniDet's are taken above 0.5
@@ -76,19 +76,17 @@ def spatial_score(asked: Spatial, found: Mapping[str, Found]) -> float:
 
 @functools.cache
 def load_detector(name: str, device: str, dtype: str) -> Detector:
-    """An OWLv2 of a hub id or folder. Raises `RewardError`, with the command that fetches it."""
+    """An OWLv2 of a hub id or folder. Raises `RewardError` as `load_pretrained` and `load_tokenizer`."""
     number = scorer_dtype(dtype)
     warnings.warn(
         f"spatial relations are found by {name}, not by T2I-CompBench's own detector: these scores are not comparable "
         "with published ones",
         stacklevel=3,
     )
-    with from_hub("detector", name):
-        model = Owlv2ForObjectDetection.from_pretrained(name, use_safetensors=True)
-        side = model.config.vision_config.image_size
-        processor = Owlv2ImageProcessorPil(size={"height": side, "width": side})
-    tokenizer = load_tokenizer(CLIPTokenizer, name)
-    return functools.partial(_detect, model.to(device, number).requires_grad_(False).eval(), processor, tokenizer)
+    model = load_pretrained(Owlv2ForObjectDetection, "detector", name)
+    side = model.config.vision_config.image_size
+    processor = Owlv2ImageProcessorPil(size={"height": side, "width": side})
+    return functools.partial(_detect, model.to(device, number), processor, load_tokenizer(CLIPTokenizer, name))
 
 
 @torch.no_grad()

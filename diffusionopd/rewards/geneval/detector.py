@@ -10,17 +10,26 @@ import numpy as np
 import torch
 from transformers import Mask2FormerForUniversalSegmentation
 
+from diffusionopd.files import located
 from diffusionopd.rewards.base import RewardError
 from diffusionopd.rewards.geneval.convert import UNUSED, convert, read_checkpoint
 from diffusionopd.rewards.geneval.mask2former import by_class, detect
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
-from diffusionopd.rewards.weights import from_hub
+from diffusionopd.rewards.weights import load_pretrained
 
 Detector = Callable[[np.ndarray], list[dict[str, list[Detection]]]]
 """Finds the objects in B images of one size, uint8 `[B, H, W, 3]`, RGB.
 
 For each image GenEval's class name -> detections of a score above `rules.THRESHOLD`, in any order.
 """
+
+
+def parse_choice(choice: str) -> tuple[str, str]:
+    """Kind and name ("" for "converted") of a choice of `build_detector`'s. Raises `RewardError` for another."""
+    kind, _, name = choice.partition(":")
+    if choice != "converted" and not (kind in ("transformers", "mmdet") and name):
+        raise RewardError(f"detector '{choice}' is none of converted, transformers:HUB_ID_OR_FOLDER, mmdet:CONFIG.py")
+    return kind, name
 
 
 def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype) -> Detector:
@@ -35,27 +44,20 @@ def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype
         RewardError: no such choice; weights that are missing, with the command that fetches them, or that do not fit.
         ImportError: no scipy, without which transformers does not build the model.
     """
-    kind, _, name = choice.partition(":")
-    if kind == "mmdet" and name:
+    kind, name = parse_choice(choice)
+    if kind == "mmdet":
         return mmdet_detector(name, checkpoint, device)
-    if choice == "converted":
+    if kind == "converted":
         model = convert(checkpoint)
-    elif kind == "transformers" and name:
+    else:
         warnings.warn(f"GenEval scores by the detector {name} are not comparable with published ones", stacklevel=3)
         model = load_model(name)
-    else:
-        raise RewardError(f"detector '{choice}' is none of converted, transformers:HUB_ID_OR_FOLDER, mmdet:CONFIG.py")
     return partial(detect, model.to(device, dtype).requires_grad_(False).eval())
 
 
 def load_model(name: str) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former of COCO's 80 classes, from the hub or a folder. Raises `RewardError` as `build_detector`."""
-    with from_hub("detector", name):
-        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True
-        )
-    if missing := set(report["missing_keys"]) - UNUSED:
-        raise RewardError(f"{name} is not the Mask2Former expected: it lacks {min(missing)} ({len(missing)} in all)")
+    model = load_pretrained(Mask2FormerForUniversalSegmentation, "detector", name, unused=UNUSED)
     labels = model.config.id2label
     if (len(labels), labels[0], labels[len(labels) - 1]) != (80, "person", "toothbrush"):
         raise RewardError(f"detector '{name}' has other classes than COCO's 80 in order: give one of COCO instances")
@@ -79,6 +81,7 @@ def mmdet_detector(config: str, checkpoint: str, device: str) -> Detector:
             "environment of its own (https://mmdetection.readthedocs.io, mim install mmcv mmdet); "
             "the detector 'converted' has the same weights and needs none"
         ) from error
+    config, checkpoint = located(config), located(checkpoint)
     if not Path(config).is_file():
         raise RewardError(f"detector 'mmdet:{config}': there is no file {config}")
     weights = read_checkpoint(checkpoint)  # first: mmdetection would run what a pickle holds

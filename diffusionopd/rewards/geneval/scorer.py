@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusionopd.rewards.base import NOT_APPLICABLE, Scores, unfit
+from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores, not_whole, unfit
 from diffusionopd.rewards.clip import CLIP_L, Clip, load_clip
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
-from diffusionopd.rewards.geneval.detector import build_detector
+from diffusionopd.rewards.geneval.detector import build_detector, parse_choice
 from diffusionopd.rewards.geneval.rules import Detection, Verdict, judge, parse_request, select_objects
 from diffusionopd.rewards.images import Images, to_uint8
-from diffusionopd.rewards.weights import scorer_dtype
+from diffusionopd.rewards.weights import Dtype, scorer_dtype
 
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BACKGROUND = (0x99, 0x99, 0x99)
@@ -76,7 +76,7 @@ class GenEval:
     def __init__(
         self,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         detector: str = "converted",
         checkpoint: str = CHECKPOINT,
         clip: str = CLIP_L,
@@ -88,7 +88,7 @@ class GenEval:
             device: where both run.
             dtype: of both; published scores are those of float32.
             detector: "converted", "transformers:NAME" or "mmdet:CONFIG.py", see `build_detector`.
-            checkpoint: mmdetection's .pth file, of which a converted copy is kept beside it.
+            checkpoint: mmdetection's .pth file, converted each time that it is loaded.
             clip: that names colours, hub id or folder.
             batch_size: images that the detector sees at once, enlarged to 800 pixels.
 
@@ -101,6 +101,16 @@ class GenEval:
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
     check = staticmethod(partial(unfit, parse_request))
+
+    @staticmethod
+    def problems(**options: Any) -> list[str]:
+        """What is wrong with options, found without loading anything."""
+        found = not_whole({"batch_size": 1}, **options)
+        try:
+            parse_choice(str(options.get("detector", "converted")))
+        except RewardError as error:
+            found.append(str(error))
+        return found
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`. Raises `UnfitPromptError` for a prompt without GenEval's metadata, first of all."""

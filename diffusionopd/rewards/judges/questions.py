@@ -44,10 +44,10 @@ class OwnQuestion:
             return (value - low) / (high - low) if low <= value <= high else None
         if self.probability:
             return min(1.0, sum(p for token, p in answer.first.items() if token.strip().lower() in self.answer))
-        if {"yes", "no"} & set(self.answer):
-            said = yes_or_no(answer)
-            return None if said is None else float(("yes" if said else "no") in self.answer)
-        return float(answer.word() in self.answer) if answer.word() else None
+        if answer.word() in self.answer:
+            return 1.0
+        wrong = yes_or_no(answer) is not None if {"yes", "no"} & set(self.answer) else answer.word()
+        return 0.0 if wrong else None
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,11 @@ def _problems(given: Any, before: set[str]) -> list[str]:
     if ("answer" in given) == ("number" in given):
         found.append("needs either 'answer', the right words, or 'number', a pattern that finds a number")
     words = given.get("answer", "yes")
-    if not all(isinstance(word, str) and word.strip() for word in (words if isinstance(words, list) else [words])):
-        found.append(f"has an answer that is no word: {words!r} (YAML takes yes and no for true and false: quote them)")
+    if lost := [word for word in (words if isinstance(words, list) else [words]) if not _is_word(word)]:
+        found.append(
+            f"has an answer that is not one word of letters and digits: {', '.join(map(repr, lost))} (YAML takes yes "
+            "and no for true and false: quote them)"
+        )
     if "number" in given:
         found += _number_problems(given)
     if not isinstance(given.get("probability", False), bool) or ("probability" in given and "number" in given):
@@ -121,6 +124,11 @@ def _problems(given: Any, before: set[str]) -> list[str]:
     elif lost := [each for each in needs if each not in before]:
         found.append(f"needs {', '.join(lost)}, which no question before it is called")
     return found
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it is what `Answer.word` may give."""
+    return isinstance(value, str) and re.fullmatch(r"\w+", value.strip()) is not None
 
 
 def _number_problems(given: Mapping[str, Any]) -> list[str]:

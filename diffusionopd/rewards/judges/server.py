@@ -23,7 +23,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from diffusionopd.config_schema import is_number
-from diffusionopd.rewards.base import RewardError, RewardUnavailableError, Scores
+from diffusionopd.rewards.base import RewardError, RewardUnavailableError, Scores, not_whole
 from diffusionopd.rewards.images import Images, each_uint8
 
 LONGEST_PAUSE = 60  # seconds; a server may ask for hours in Retry-After
@@ -176,17 +176,14 @@ class JudgeServer:
     def problems(cls, **options: Any) -> list[str]:
         """What is wrong with options, found without asking a server; those left out are the defaults."""
         given: dict[str, Any] = {each.name: each.default for each in fields(cls)} | options
-        least = {"concurrency": 1, "attempts": 1, "retries": 0, "backoff": 0}
-        found = [
-            f"{name} must be a number of at least {low}, not {name}={given[name]!r}"
-            for name, low in least.items()
-            if not is_number(given[name]) or given[name] < low
-        ]
+        found = not_whole({"concurrency": 1, "attempts": 1, "retries": 0}, **given)
         found += [
             f"{name} must be seconds above 0, not {name}={given[name]!r}"
             for name in ("timeout", "connect_timeout")
             if not is_number(given[name]) or given[name] <= 0
         ]
+        if not is_number(given["backoff"]) or given["backoff"] < 0:
+            found.append(f"backoff must be seconds of at least 0, not backoff={given['backoff']!r}")
         if not isinstance(given["model"], str) or not given["model"]:
             found.append("model must be the name under which the server has the model")
         if "extra" in options and not isinstance(options["extra"], Mapping):
@@ -267,7 +264,8 @@ class JudgeServer:
         except (ValueError, LookupError, TypeError) as error:
             raise self._error("gave an answer that is no chat completion", answer.text) from error
         first = self._first_tokens(choice, answer.text) if question.probabilities else {}
-        return Answer(re.sub(r"(?s)^.*</think>\s*", "", text), first)
+        # Thoughts that max_tokens cuts off end nowhere, and no answer follows.
+        return Answer(re.sub(r"(?s)^.*</think>\s*|<think>.*", "", text), first)
 
     def _first_tokens(self, choice: Any, text: str) -> dict[str, float]:
         """Token -> probability, of what the first token of a completion could have been."""

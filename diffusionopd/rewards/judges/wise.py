@@ -49,7 +49,7 @@ def category(prompt: str, metadata: Mapping[str, Any]) -> str:
 def read_grades(answer: Answer) -> dict[str, float] | None:
     """The three grades of an answer, by name or one a line; None unless all are there and from 0 to 2."""
     text = answer.text
-    named = re.findall(r"(?i)\b(consistency|realism|aesthetic quality)[\s*:：]*([0-2])(?![\d.])", text)
+    named = re.findall(r"(?i)\b(consistency|realism|aesthetic quality)[\s*:：]*([0-2])(?!\d|\.\d)", text)
     found = {name.lower().replace(" ", "_"): float(grade) for name, grade in named}
     if not found and len(lines := re.findall(r"(?m)^\s*([0-2])\s*$", text)) >= len(WEIGHTS):
         found = dict(zip(WEIGHTS, map(float, lines), strict=False))
@@ -58,7 +58,7 @@ def read_grades(answer: Answer) -> dict[str, float] | None:
 
 def read_verdict(answer: Answer) -> dict[str, float] | None:
     """The verdict of an answer, 0 or 1, named or alone on a line; None if there is none."""
-    named = re.search(r"(?i)\bscore[\s*:：]*([01])(?![\d./])", answer.text)
+    named = re.search(r"(?i)\bscore[\s*:：]*([01])(?!\d|\.\d|/)", answer.text)
     lines = re.findall(r"(?m)^\s*([01])\s*$", answer.text)
     if not named and len(lines) != 1:
         return None
