@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -196,6 +197,40 @@ def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):
     result, found = kept_gradients(learner, batches_of(backbone, text), monkeypatch)
     assert result.metrics["zero_variance/a"] == 1.0
     assert all(not g.any() for g in found)
+
+
+def test_a_full_memory_is_no_prompts_fault(backbone, adapters, text):
+    """In decoding, and in a scorer, whose errors are named after it."""
+
+    def full(latents):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def failing(latents):
+        try:
+            full(latents)
+        except torch.OutOfMemoryError as error:
+            raise RewardError("reward 'dark' failed") from error
+
+    learner = make_learner("nft", backbone, adapters, text, Darkness(failing))
+    for decode in (backbone.decode, full):
+        backbone.decode = decode
+        with pytest.raises(torch.OutOfMemoryError):
+            learner.round(batches_of(backbone, text))
+
+
+def test_states_are_kept_where_they_are_trained(backbone, adapters, text):
+    learner, seen, kept = make_learner("grpo", backbone, adapters, text), [], []
+    walk, step = learner.trajectory, learner.optimizer.step
+
+    def noted(*given):
+        for visit in walk(*given):
+            seen.append(weakref.ref(visit))
+            yield visit
+
+    learner.trajectory = noted
+    learner.optimizer.step = lambda: kept.extend(ref().step for ref in seen if ref()) or step()
+    learner.round(make_batches(backbone, text, size=SIZE, tasks="ab", steps=(1,)))
+    assert len(seen) == 2 * 4 and kept == [1, 1]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
