@@ -21,7 +21,7 @@ from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.distributed import TIMEOUT, set_timeout, together
+from diffusionopd.distributed import TIMEOUT, by_rank, gather_over_processes, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.locks import Lock, hold
@@ -203,7 +203,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
     metrics = _open_metrics(plan, resume, accelerator, closing)
-    scorers = _build_scorers(plan, str(device), closing)
+    scorers = _build_scorers(plan, accelerator, closing)
     monitor = _build_monitor(plan, backbone, str(device), closing)
     batches = Batches(
         plan.shape,
@@ -353,15 +353,19 @@ def _build_rewards(plan: Plan, device: str, closing: ExitStack) -> dict[str, Rew
     return workers
 
 
-def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dict[str, RewardWorker]]:
-    """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
+def _build_scorers(plan: Plan, accelerator: Accelerator, closing: ExitStack) -> dict[str, dict[str, RewardWorker]]:
+    """By task its proxy rewards, for evaluations; one that a process cannot have is said and left out. Collective."""
     scorers: dict[str, dict[str, RewardWorker]] = {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         for name in task.proxy_reward:
+            failure = ""
             try:
-                scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
+                scorer = build_scorer(name, str(accelerator.device), plan.watch.reward_options.get(name))
             except RewardError as error:
-                warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+                failure = str(error)
+            if failures := by_rank(gather_over_processes([failure])):
+                if accelerator.is_main_process:
+                    warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {failures}", stacklevel=2)
                 continue
             worker = RewardWorker(scorer, 1, name=name, timeout=plan.watch.reward_timeout)
             closing.callback(worker.close, cancel=True)
