@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies
-from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
@@ -182,9 +183,11 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     loras = load_loras(plan, models, resume.start_rescaled)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
-    texts = [NEGATIVE]
+    texts, lora = [NEGATIVE], plan.read(LoraSettings)
+    tries = resume.folder is None and lora.student_init == FROM_TEACHERS and not lora.student_init_scale
     for index, task in enumerate(plan.tasks):
-        drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
+        # Scales of a start are tried on the first round of every task, which need not visit them all.
+        drawn = samplers[task.name].used_by(chain([0] * tries, plan.shape.rounds_of(index, resume.completed)))
         texts += [train[task.name][i].key for i in drawn] + [prompt.key for prompt in test.get(task.name, [])]
     text = fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras)
@@ -220,8 +223,8 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
         rank=accelerator.process_index,
     )
     closing.callback(batches.close)
-    if merged and not plan.read(LoraSettings).student_init_scale:
-        choose_scale(algorithm, batches.round(0), merged, accelerator.print)
+    if merged and tries:
+        choose_scale(algorithm, batches, merged, accelerator.print)
         if ema is not None:
             ema.load([p.detach() for p in optimizer.parameters])
     return Run(
