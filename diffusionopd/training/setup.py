@@ -37,7 +37,7 @@ from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
-from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.checkpoint import load_state, make_newest
 from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
@@ -312,6 +312,8 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     """The metrics of the rounds that are kept, and the trackers; the run folder's configuration is written."""
     run_dir, is_main = plan.run.run_dir, accelerator.is_main_process
     with writing(run_dir, "run folder", _RUN_FOLDER):
+        if is_main and resume.folder and resume.folder.resolve().parent == (run_dir / "checkpoints").resolve():
+            make_newest(resume.folder)  # before the metrics of what was saved later go
         metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
         # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later; so is
         # that of the start, which is round 0.
