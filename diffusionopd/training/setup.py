@@ -325,7 +325,7 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     closing.callback(metrics.close)
     # What is no plain value becomes text.
     shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
-    metrics.start_trackers(plan.run.run_project, shown)
+    metrics.start_trackers(plan.run.run_project, plan.run.run_name or run_dir.name, shown)
     return metrics
 
 
