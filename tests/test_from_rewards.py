@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 import weakref
@@ -389,6 +390,19 @@ def test_prompts_that_rewards_cannot_score_are_said_before_weights_load(tiny_con
                 assert problem.startswith("train.teachers[1].dataset ")
                 found |= Counter(re.findall(r"(\w+)\.txt, line \d+: ", problem))
         assert found == wanted, changes
+
+
+def test_every_task_is_watched_in_turn(tiny_config):
+    """At the start, every so many rounds, and at the end."""
+    plan = check(tiny_config(train__task_order="alternate", num_epochs=43, monitor_freq=10, sample_freq=10), 1)
+    for tasks in range(2, 6):
+        own = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, num_tasks=tasks))
+        for wants in (own.wants_scores, own.wants_grid):
+            watched = {n for n in range(1, 44) if wants(n)}
+            rows = [range(first, first + tasks) for first in (1, 10, 20, 30, 44 - tasks)]
+            assert watched == {n for row in rows for n in row} | {n for n in range(40, 40 + tasks) if n <= 43}
+            for row in rows:
+                assert {task for n in row for task in own.shape.tasks_of(n - 1)} == set(range(tasks))
 
 
 def test_rounds_of_a_task_are_those_that_visit_it(tiny_config):
