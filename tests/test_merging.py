@@ -114,6 +114,7 @@ def test_a_start_is_one_and_has_teachers(tmp_path):
         ({"train.student_init": "teachers"}, "config/teacher.py:tiny_scene", "student_init"),
         ({"train.lora_path": "5"}, "config/tiny.py:mopd_merged", "lora_path is 5"),
         (
+            {"train.lora_target_modules": "('attn.to_q',)"},
             "config/tiny.py:mopd_merged",
             r"lora_target_modules .*attn\.",
         ),
