@@ -93,14 +93,31 @@ def test_a_samples_prompt_and_noise_are_a_function_of_its_counters():
         batches.close()
 
 
+def make_tasks(weights, accumulation=1):
+    """Tasks a, b, ... of four backward batches each."""
+    tasks = [Task(name, weight=weight) for name, weight in zip("abc", weights, strict=False)]
+    sampler = PromptSampler(PROMPTS, 42, 0, 4)
+    known = {"prompts": dict.fromkeys("abc", PROMPTS), "samplers": dict.fromkeys("abc", sampler)}
+    return dataclasses.replace(
+        make(), tasks=tasks, shape=RoundShape(3, 1, len(tasks), 4, 2, 2, 2, accumulation), **known
+    )
+
+
 def test_rows_have_their_tasks_share_of_the_loss():
     for given, expected in (((0.1, 0.1, 0.1), [1.0] * 3), ((3.0, 1.0, 2.0), [1.5, 0.5, 1.0])):
-        tasks = [Task(name, weight=weight) for name, weight in zip("abc", given, strict=True)]
-        sampler = PromptSampler(PROMPTS, 42, 0, 4)
-        known = {"prompts": dict.fromkeys("abc", PROMPTS), "samplers": dict.fromkeys("abc", sampler)}
-        batches = dataclasses.replace(make(), tasks=tasks, shape=RoundShape(3, 1, 3, 4, 2, 2, 2, 1), **known)
-        found = {row.task: row.weight for batch in batches.round(0) for row in batch.rows}
+        found = {row.task: row.weight for batch in make_tasks(given).round(0) for row in batch.rows}
         assert list(found.values()) == expected, "exactly 1 where all are equal"
+
+
+def test_every_optimizer_step_has_each_tasks_share():
+    """Where that divides: else, and where a round has one step, a task comes after the other."""
+    for accumulation, expected in (
+        (8, "aaaabbbb"), (16, "aaaabbbb"), (4, "aabbaabb"), (2, "abababab"), (1, "aaaabbbb")
+    ):  # fmt: skip
+        made = make_tasks([1.0, 1.0], accumulation).round(0)
+        assert "".join(task for batch in made for task in batch.slices) == expected
+        for task in "ab":
+            assert [r.sample for b in made for r in b.rows if r.task == task] == list(range(8))
 
 
 def test_streams_seeds_and_rounds_never_share_noise():

@@ -9,13 +9,24 @@ import os
 import shutil
 import socket
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusionopd.training.checkpoint import CheckpointError, find_latest, load_state, locate, save, save_state, verify
+from diffusionopd.training.checkpoint import (
+    CheckpointError,
+    find_latest,
+    folders,
+    load_state,
+    locate,
+    make_newest,
+    save,
+    save_state,
+    verify,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +327,35 @@ def test_a_failing_write_at_every_file_operation_leaves_the_others(tmp_path, mon
 
     at_every_operation(tmp_path, monkeypatch, failing)
     assert len(failed) > 16
+
+
+def test_a_checkpoint_that_is_gone_on_from_is_the_newest(tmp_path, monkeypatch):
+    """From then on; what fails at any moment damages neither it nor the others."""
+
+    def fail(args, original):
+        if original.__name__ == "write_bytes":
+            original(args[0], args[1][: len(args[1]) // 2])
+        raise OSError(errno.EIO, "gone")
+
+    for n in (1, 2, 3):
+        save_round(tmp_path, n)
+    made = []
+    for moment in range(20):
+        with monkeypatch.context() as patch, suppress(OSError):
+            seen = interrupt(patch, moment, fail)
+            make_newest(tmp_path / "checkpoint-1")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made.append(find_latest(tmp_path).name)
+        for n in (1, 2, 3):
+            verify(tmp_path / f"checkpoint-{n}")
+        if made[-1] == "checkpoint-1":
+            make_newest(tmp_path / "checkpoint-3")
+    assert moment > seen[0] > 6 and set(made) == {"checkpoint-1", "checkpoint-3"}
+    make_newest(tmp_path / "checkpoint-1")
+    assert find_latest(tmp_path) == locate(tmp_path) == tmp_path / "checkpoint-1"
+    save_round(tmp_path, 4, limit=2)
+    assert [folder.name for folder in folders(tmp_path)] == ["checkpoint-4", "checkpoint-1"]
 
 
 def test_errors_of_the_writer_leave_nothing(tmp_path):

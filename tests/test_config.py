@@ -280,16 +280,18 @@ def test_paths_of_every_key_and_task(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "assets" / "tiny" / "teachers" / "ocr" / "lora", checkpoint / "lora")
     (checkpoint.parent / "latest").write_text("checkpoint-2\n")
     task = config.train.teachers[0]
-    task["lora_path"] = config.train.lora_path = "~/run"
+    task["lora_path"] = task["reference"] = config.train.lora_path = "~/run"
+    task["strength"] = 1.5
     task["dataset"] = "~/ocr"
     assert all(f"{tmp_path}/home/ocr" in text for text in problems_of(config))
     (tmp_path / "dataset" / "ocr").rename(tmp_path / "home" / "ocr")
     plan = check(config, 8)
-    assert {plan.tasks[0].lora_path, plan.values["train.lora_path"]} == {str(checkpoint)}
+    assert {plan.tasks[0].lora_path, plan.tasks[0].reference, plan.values["train.lora_path"]} == {str(checkpoint)}
     checkpoint.rename(checkpoint.with_name("moved"))
     (checkpoint.parent / "latest").unlink()
-    task["lora_path"] = config.train.lora_path = "~/run/checkpoints/latest"
-    assert {text.split(" ")[0] for text in problems_of(config)} == {"train.lora_path", "train.teachers[0].lora_path"}
+    task["lora_path"] = task["reference"] = config.train.lora_path = "~/run/checkpoints/latest"
+    wrong = {"train.lora_path", "train.teachers[0].lora_path", "train.teachers[0].reference"}
+    assert {text.split(" ")[0] for text in problems_of(config)} == wrong
 
     tiny = check(load_config("config/tiny.py:mopd"), 1)
     assert Path(tiny.values["pretrained.model"]) == ROOT / "assets" / "tiny" / "model"

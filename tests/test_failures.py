@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +12,16 @@ import torch.distributed as dist
 
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.prompts import load_prompts
+from diffusionopd.data.tasks import Task
 from diffusionopd.failures import OutOfMemoryError, ending_together, memory_advice
+from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
-from diffusionopd.training import agreement, check, train
+from diffusionopd.training import agreement, check, setup, train
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.command import plain_errors
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.resume import RunError, find_start
+from diffusionopd.training.settings import WatchSettings
 
 from .forked import Ended, fork
 from .helpers import assert_latest_loads, change_models
@@ -43,6 +48,26 @@ def test_a_process_that_waits_in_a_collective_ends_with_the_one_that_failed():
                 assert last == "ValueError: the cat is on the keyboard" and "because" not in end.errors
             else:
                 assert last.endswith("because rank 0 failed: ValueError: the cat is on the keyboard")
+
+
+def test_a_scorer_that_one_process_lacks_is_left_out_by_all(monkeypatch):
+    def build(name, *_):
+        if name == "ocr" and dist.get_rank() == 1:
+            raise RewardError("its weights are on machine 0")
+        return JpegCompressibility()
+
+    def work(rank):
+        dist.init_process_group("gloo")
+        tasks = [Task("one", proxy_reward={"ocr": 1.0, "tiny_ocr": 1.0}), Task("two", proxy_reward={"ocr": 1.0})]
+        plan = SimpleNamespace(tasks=tasks, watch=WatchSettings(eval_freq=1))
+        with ExitStack() as closing:
+            found = setup._build_scorers(plan, SimpleNamespace(device="cpu", is_main_process=rank == 0), closing)
+        print({task: list(own) for task, own in found.items()})
+
+    monkeypatch.setattr(setup, "build_scorer", build)
+    ends = fork(work, 2)
+    assert [end.out for end in ends] == ["{'one': ['tiny_ocr']}\n"] * 2
+    assert [end.errors.count("rank 1: its weights are on machine 0") for end in ends] == [2, 0]
 
 
 def test_one_process_is_not_watched_and_a_full_memory_comes_with_advice():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -198,6 +200,40 @@ def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):
     assert all(not g.any() for g in found)
 
 
+def test_a_full_memory_is_no_prompts_fault(backbone, adapters, text):
+    """In decoding, and in a scorer, whose errors are named after it."""
+
+    def full(latents):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def failing(latents):
+        try:
+            full(latents)
+        except torch.OutOfMemoryError as error:
+            raise RewardError("reward 'dark' failed") from error
+
+    learner = make_learner("nft", backbone, adapters, text, Darkness(failing))
+    for decode in (backbone.decode, full):
+        backbone.decode = decode
+        with pytest.raises(torch.OutOfMemoryError):
+            learner.round(batches_of(backbone, text))
+
+
+def test_states_are_kept_where_they_are_trained(backbone, adapters, text):
+    learner, seen, kept = make_learner("grpo", backbone, adapters, text), [], []
+    walk, step = learner.trajectory, learner.optimizer.step
+
+    def noted(*given):
+        for visit in walk(*given):
+            seen.append(weakref.ref(visit))
+            yield visit
+
+    learner.trajectory = noted
+    learner.optimizer.step = lambda: kept.extend(ref().step for ref in seen if ref()) or step()
+    learner.round(make_batches(backbone, text, size=SIZE, tasks="ab", steps=(1,)))
+    assert len(seen) == 2 * 4 and kept == [1, 1]
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +390,19 @@ def test_prompts_that_rewards_cannot_score_are_said_before_weights_load(tiny_con
                 assert problem.startswith("train.teachers[1].dataset ")
                 found |= Counter(re.findall(r"(\w+)\.txt, line \d+: ", problem))
         assert found == wanted, changes
+
+
+def test_every_task_is_watched_in_turn(tiny_config):
+    """At the start, every so many rounds, and at the end."""
+    plan = check(tiny_config(train__task_order="alternate", num_epochs=43, monitor_freq=10, sample_freq=10), 1)
+    for tasks in range(2, 6):
+        own = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, num_tasks=tasks))
+        for wants in (own.wants_scores, own.wants_grid):
+            watched = {n for n in range(1, 44) if wants(n)}
+            rows = [range(first, first + tasks) for first in (1, 10, 20, 30, 44 - tasks)]
+            assert watched == {n for row in rows for n in row} | {n for n in range(40, 40 + tasks) if n <= 43}
+            for row in rows:
+                assert {task for n in row for task in own.shape.tasks_of(n - 1)} == set(range(tasks))
 
 
 def test_rounds_of_a_task_are_those_that_visit_it(tiny_config):

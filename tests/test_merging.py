@@ -89,17 +89,22 @@ def test_a_student_takes_the_merge_and_keeps_what_is_fresh(backbone, loras, text
 
 
 def test_a_run_starts_at_the_scale_with_the_smallest_loss(tmp_path, capsys):
-    """Its first loss is the smallest that was tried, and it goes on from there."""
-    overrides = {"save_dir": tmp_path / "run", "cache_dir": tmp_path / "text", "num_epochs": 1}
+    """Its first loss is the smallest that was tried, and it goes on from there; tried on all tasks, in whatever order
+    they are trained."""
+    overrides = {"cache_dir": tmp_path / "text", "num_epochs": 1}
     overrides |= {"sample.num_steps": 3, "sample.train_batch_size": 2, "train.batch_size": 2, "train.lora_rank": 8}
     overrides |= {"monitor_freq": 0, "sample_freq": 0, "train.student_init_scale": 0.0}
-    config = load_config("config/tiny.py:mopd_merged", [(name, str(value)) for name, value in overrides.items()])
-    train(config)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "times the sum" in line]
-    tried = [part.split() for part in line.rpartition(": ")[2].split(", ")]
-    best = min(tried, key=lambda pair: float(pair[1]))
-    assert line.startswith(f"at {best[0]} times") and len(tried) == 5
-    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    said = []
+    for order in ("alternate", "together"):
+        given = overrides | {"save_dir": tmp_path / order, "train.task_order": order}
+        train(load_config("config/tiny.py:mopd_merged", [(name, str(value)) for name, value in given.items()]))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "times the sum" in line]
+        tried = [part.split() for part in line.rpartition(": ")[2].split(", ")]
+        best = min(tried, key=lambda pair: float(pair[1]))
+        assert line.startswith(f"at {best[0]} times") and len(tried) == 5
+        said.append([float(number) for pair in tried for number in pair])
+    assert said[0] == pytest.approx(said[1], rel=1e-3)
+    (row,) = map(json.loads, (tmp_path / "together" / "metrics.jsonl").read_text().splitlines())
     assert row["loss"] == pytest.approx(float(best[1]), rel=1e-3)
 
 
@@ -108,6 +113,11 @@ def test_a_start_is_one_and_has_teachers(tmp_path):
         ({"train.lora_path": "assets/tiny/teachers/ocr/lora"}, "config/tiny.py:mopd_merged", "student_init"),
         ({"train.student_init": "teachers"}, "config/teacher.py:tiny_scene", "student_init"),
         ({"train.lora_path": "5"}, "config/tiny.py:mopd_merged", "lora_path is 5"),
+        (
+            {"train.lora_target_modules": "('attn.to_q',)"},
+            "config/tiny.py:mopd_merged",
+            r"lora_target_modules .*attn\.",
+        ),
     ):
         with pytest.raises(ConfigError, match=rf"train\.{key}"):
             check(load_config(file, [("save_dir", str(tmp_path)), *overrides.items()]), 1)

@@ -109,7 +109,7 @@ class Accelerator:
         if method == self.failing:
             raise ConnectionError("tracker offline")
 
-    def init_trackers(self, project, config=None):
+    def init_trackers(self, project, config=None, init_kwargs=None):
         self._called("init_trackers", project)
 
     def log(self, values, step=None):
@@ -132,7 +132,7 @@ def test_trackers_get_the_numbers_and_a_failing_one_is_reported_once(tmp_path):
         writer = MetricsWriter(path, trackers, accelerator)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            writer.start_trackers("project", {"seed": 1})
+            writer.start_trackers("project", "run", {"seed": 1})
             writer.write({"round": 7, "loss": 2.0, "note": "text stays in the file", "steps": 3})
             writer.write({"round": 8})
             writer.close()

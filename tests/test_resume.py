@@ -12,6 +12,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from diffusionopd.algorithms.opd import Opd
 from diffusionopd.config_schema import FREE, REFUSE, REWARDS, ROUND, TEACHERS, flatten
 from diffusionopd.data.tasks import FIELDS
 from diffusionopd.models.policies import STUDENT, Policies
@@ -473,10 +474,15 @@ def test_other_versions_are_said_in_one_line(saved_run, monkeypatch):
     assert "python" not in note
 
 
-def test_the_checkpoint_that_was_resumed_is_kept(finished):
+def test_the_checkpoint_that_was_resumed_is_gone_on_from_and_kept(finished, monkeypatch):
     folder, config = finished("opd", rounds=2, num_epochs=4, num_checkpoint_limit=1)
     root = folder / "checkpoints"
     before, config.resume_from = student(root / "checkpoint-1"), str(root / "checkpoint-1")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Opd, "round", lambda *_, **__: 1 / 0)
+        train(config)
+    config.resume_from = "auto"  # not the later one, whose metrics are gone
     train(config)
+    assert [row["round"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert sorted(path.name for path in checkpoint.folders(root)) == ["checkpoint-1", "checkpoint-4"]
     assert_bitwise(student(root / "checkpoint-1"), before)

@@ -181,7 +181,8 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 
 def test_the_round_is_finished_and_saved_once(finished_runs, tiny_config, monkeypatch, capfd):
-    """The signal comes in a round that is saved only because of it, and while one is saved that is saved anyway."""
+    """The signal comes in a round that is saved only because of it, while one is saved that is saved anyway, and in the
+    last."""
     complete = finished_runs("nft")
     options = {"train__algorithm": "nft", "train__ema": True, "train__ema_interval": 2}
     for name, owner, freq, number in (
@@ -200,7 +201,9 @@ def test_the_round_is_finished_and_saved_once(finished_runs, tiny_config, monkey
         assert output.err.count(number.name) == 1 and "round 1" in output.err, "what it finishes is said once"
         assert number.name in output.out and str(last) in output.out and "resume_from=auto" in output.out
         if not freq:
-            assert_same_end(complete / "checkpoints" / "checkpoint-3", train(config))
+            with monkeypatch.context() as patch:
+                signal_at(patch, Nft, "round", 2, signal.SIGUSR1)  # the last one: the run is complete
+                assert_same_end(complete / "checkpoints" / "checkpoint-3", train(config))
 
 
 def test_an_evaluation_stops_between_batches_and_is_made_up_for(tiny_config, monkeypatch):

@@ -15,6 +15,7 @@ from diffusionopd.data.batches import choose_steps, step_chances
 from diffusionopd.losses import extrapolated
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training.checks import check
+from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.keys import load_config
 from diffusionopd.transitions import KERNELS, schedule
 
@@ -164,6 +165,15 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
         given = {"save_dir": tmp_path, **overrides}
         with pytest.raises(ConfigError, match=key.replace("[", r"\[").replace("]", r"\]")):
             check(load_config("config/tiny.py:mopd", [(name, str(value)) for name, value in given.items()]), 1)
+
+
+def test_a_model_with_one_branch_has_no_loss_of_two():
+    """FLUX.1-dev is given its guidance."""
+    config = load_config("config/flux1.py:mopd", [("train.conditional_weight", "1.0")])
+    with pytest.raises(ConfigError) as caught:
+        check(config, 8, sources=False, model=read_pipeline("black-forest-labs/FLUX.1-dev"))
+    (problem,) = caught.value.problems
+    assert problem.startswith("train.conditional_weight ") and "train.teachers[0].guidance_scale" in problem
 
 
 def test_the_plan_counts_what_a_round_spends(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate import PartialState, tracking
+from accelerate import Accelerator, PartialState, tracking
 from PIL import Image
 
 from diffusionopd.training import train
@@ -115,6 +116,21 @@ def test_mlflow_gets_numbers_and_files(monkeypatch, tmp_path, grid):
     assert values["eval/ocr_fast/ocr"] == 0.5 and step == {"step": 2}
     assert content == (TEXT, "evaluation/round-000002.md")
     assert where == {"local_path": str(grid), "artifact_path": "samples"}
+
+
+def test_a_run_has_its_name(monkeypatch):
+    """In the words of each, as accelerate's own code hands them on."""
+    given = {}
+    calls = {"wandb": ("init", "name"), "swanlab": ("init", "experiment_name"), "mlflow": ("start_run", "run_name")}
+    for tracker, (start, _) in calls.items():
+        record = {start: lambda _tracker=tracker, **words: given.update({_tracker: words})}
+        others = {"search_experiments": lambda **_: [], "create_experiment": lambda **_: 1, "config": {}}
+        stand_in(monkeypatch, tracker, **others, **record)
+    PartialState()
+    accelerator = SimpleNamespace(log_with=list(calls), trackers=[])
+    accelerator.init_trackers = partial(Accelerator.init_trackers, accelerator)
+    MetricsWriter(None, list(calls), accelerator).start_trackers("project", "mine", None)
+    assert {tracker: given[tracker][word] for tracker, (_, word) in calls.items()} == dict.fromkeys(calls, "mine")
 
 
 def test_every_tracker_is_one_of_accelerates():

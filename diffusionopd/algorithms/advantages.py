@@ -112,7 +112,8 @@ class Scoring:
     def advantages(self, settings: RewardSettings, shape: RoundShape) -> tuple[list[Tensor], dict[str, float]]:
         """The clipped advantages ``[B]`` of every batch, float32 on the CPU, and what is reported. Collective.
 
-        Raises RewardError on every process, naming task and rank, if some scores cannot be had.
+        Raises RewardError on every process, naming task and rank, if some scores cannot be had; torch.OutOfMemoryError
+        where that was why.
         """
         tables, metrics = self._gathered(shape), dict[str, float]()
         values: dict[str, Tensor] = {}
@@ -156,8 +157,17 @@ class Scoring:
                     prompts = [row.prompt for row in batch.rows[batch.slices[task]]]
                     scores[-1].append((task, future.result()))
         except Exception as error:  # noqa: BLE001 - a scorer may raise whatever its libraries raise
+            _raise_if_memory(error)
             remedy = way_out(error, prompts, _RESUME, f"{_RESUME} --allow_config_change")
             failure = f"the samples of task {task!r} cannot be scored: {error}. To continue, {remedy}"
         if failures := by_rank(gather_over_processes([failure])):
             raise RewardError(f"{failures}. The student has not been changed by this round.")
         return scores
+
+
+def _raise_if_memory(error: BaseException | None) -> None:
+    """Raise the error for a full memory that ``error`` is or was caused by: no prompt is to blame for it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        error = error.__cause__

@@ -57,8 +57,12 @@ class Grpo(FromRewards):
         s, scoring, visits = self.settings, Scoring(self.rewards, self.policies.backbone.decode), []
         images, pull = [], s.pull(self.losses(batches))
         for batch in batches:
-            visits.append(walked := list(self.trajectory(batch, self.student(batch))))
-            x0 = walked[-1].x_next
+            kept = {}  # of a step that is not trained nothing but the way to the image is needed
+            for visit in self.trajectory(batch, self.student(batch)):
+                if visit.step in batch.steps:
+                    kept[visit.step] = visit
+            visits.append(kept)
+            x0 = visit.x_next
             scoring.submit(batch, x0)  # runs in a thread while the next batch is sampled
             if batch.wants_images:
                 images.append((batch, x0))
@@ -95,8 +99,8 @@ class Grpo(FromRewards):
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:
-        """The trained steps of the trajectories are kept."""
-        return replace(super().count(plan), kept_latents=2 + 3 * plan.sampler.trained_steps)
+        """State and velocity of the trained steps of the trajectories are kept, the state after the last, the image."""
+        return replace(super().count(plan), kept_latents=2 + 2 * plan.sampler.trained_steps)
 
 
 class GrpoGuard(Grpo):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from diffusionopd.data.tasks import Task, loss_weights
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rows import take
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,14 @@ def side_by_side(batches: Sequence[Batch], tasks: int) -> list[Batch]:
     return [join(group[start : start + tasks]) for group in alike.values() for start in range(0, len(group), tasks)]
 
 
+def optimizer_steps(by_task: Sequence[Sequence[T]], size: int) -> list[list[T]]:
+    """The ``size`` batches of each optimizer step of a round: as many of each task, if these can be; else in order."""
+    share, rest = divmod(size, len(by_task))
+    share = len(by_task[0]) if rest else share
+    ordered = [b for start in range(0, len(by_task[0]), share) for own in by_task for b in own[start : start + share]]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
 class BatchError(ValueError):
     """The batches of a round cannot be made; the message names the round and says why."""
 
@@ -171,13 +182,14 @@ class Batches:
 
     def _make(self, index: int) -> list[Batch]:
         shape, wanted, size = self.shape, self.wants_images(index), self.shape.backward_size
-        made = []
+        made = list[list[Batch]]()  # by task
         for task in shape.tasks_of(index):
+            made.append([])
             for batch in range(shape.batches_per_task):
                 first = (batch * shape.num_processes + self.rank) * shape.batch_size
                 for start in range(first, first + shape.batch_size, size):
-                    made.append(self._batch(index, task, range(start, start + size), wanted and batch == 0))
-        parts = (made[start : start + shape.batches_per_step] for start in range(0, len(made), shape.batches_per_step))
+                    made[-1].append(self._batch(index, task, range(start, start + size), wanted and batch == 0))
+        parts = optimizer_steps(made, shape.batches_per_step)
         joined = [batch for part in parts for batch in side_by_side(part, shape.tasks_per_pass)]
         return [batch.pin_memory() for batch in joined] if self.device.type == "cuda" else joined
 

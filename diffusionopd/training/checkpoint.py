@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,7 @@ def save(
         _clean(root)
         partial.mkdir()
         write(partial)
-        known = [int(place) for place in map(_sequence, folders(root)) if place < float("inf")]
-        _finalize(partial, 1 + max(known, default=0))
+        _finalize(partial, 1 + _last_sequence(root))
         _publish(partial, root / name)
         write_atomically(root / LATEST, name + "\n", fsync=True)
     except (OSError, SafetensorError) as error:  # the second where a library lets Rust write
@@ -91,6 +90,14 @@ def verify(folder: str | Path, hashes: bool = True) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {size}")
         if hashes and sha256(path) != digest:
             raise CheckpointError(f"{path} does not match its sha256: its content has changed since it was saved")
+
+
+def make_newest(folder: Path) -> None:
+    """Let a checkpoint be the newest of its run, which goes on from it: what was saved later is another branch's."""
+    sequence, files = _read_manifest(folder)
+    if sequence < (last := _last_sequence(folder.parent)):
+        _write_manifest(folder, last + 1, files)
+    write_atomically(folder.parent / LATEST, folder.name + "\n", fsync=True)
 
 
 def find_latest(root: str | Path) -> Path | None:
@@ -196,11 +203,16 @@ def _finalize(folder: Path, sequence: int) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         force_to_disk(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    manifest = {"format": FORMAT, "sequence": sequence, "files": files}
-    write_json(folder / MANIFEST, manifest | {"digest": _digest(manifest)}, fsync=True)
+        files[path.relative_to(folder).as_posix()] = path.stat().st_size, sha256(path)
+    _write_manifest(folder, sequence, files)
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         force_to_disk(path)
+
+
+def _write_manifest(folder: Path, sequence: int, files: Mapping[str, tuple[int, str]]) -> None:
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    manifest = {"format": FORMAT, "sequence": sequence, "files": listed}
+    write_json(folder / MANIFEST, manifest | {"digest": _digest(manifest)}, fsync=True)
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -286,6 +298,11 @@ def _sequence(folder: Path) -> float:
         return _read_manifest(folder)[0]
     except (CheckpointError, OSError):
         return float("inf")
+
+
+def _last_sequence(root: Path) -> int:
+    """That of the newest checkpoint whose manifest can be read; 0 without any."""
+    return max((int(place) for place in map(_sequence, folders(root)) if place < float("inf")), default=0)
 
 
 def _digest(manifest: dict[str, Any]) -> str:

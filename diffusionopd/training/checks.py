@@ -30,7 +30,8 @@ from diffusionopd.data.rounds import TOGETHER, BatchSettings, RoundShape, round_
 from diffusionopd.data.tasks import Task, check_tasks
 from diffusionopd.models.backbone import EMBEDDED
 from diffusionopd.models.loading import BackboneError, ModelInfo, is_here, read_model
-from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.lora_files import LoraWeights
+from diffusionopd.models.lora_fit import find_all, linear_layers
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
@@ -222,15 +223,19 @@ def _check_fits(
             model.family.shape_of(values["resolution"], model.configs)
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
-    asked = [("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)]
-    for place, task in tasks.items():
-        if algorithm.uses_teachers(values):
-            asked.append((f"{place}.guidance_scale", task.guidance_scale, own.get(task.model, model)))
-        if values["eval_freq"]:
-            asked.append((f"{place}.eval_guidance_scale", task.eval_guidance_scale, model))
-    for name, guidance, of in asked:
+    trained = [
+        ("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)
+    ]
+    if algorithm.uses_teachers(values):
+        trained += [(f"{p}.guidance_scale", t.guidance_scale, own.get(t.model, model)) for p, t in tasks.items()]
+    evaluated = [(f"{p}.eval_guidance_scale", t.eval_guidance_scale, model) for p, t in tasks.items()]
+    for name, guidance, of in [*trained, *evaluated] if values["eval_freq"] else trained:
         if problems.good(name) and (problem := of.guidance_problem(guidance)):
             problems.add(name, f"is {guidance:g}, but {problem}", "Set it to 1.0.")
+    name, embedded = "train.conditional_weight", [place for place, _, of in trained if of.guidance == EMBEDDED]
+    if embedded and problems.good(name) and is_used(name, values["train.algorithm"]) and values[name] > 0:
+        what = f"is {values[name]:g}, but guidance is an input of the model of {', '.join(embedded)}: it has one branch"
+        problems.add(name, what, "Set it to 0.")
     if model.guidance == EMBEDDED and values["train.cfg"] is False:
         usual = f"{model.defaults.guidance_scale:g} is usual"
         what = "is False, which is guidance 1, but the base model has guidance as an input: it costs no second forward"
@@ -280,7 +285,10 @@ def _check_loras(
         here = {key: s for key, s in named.items() if problems.good(key) and not unset(s) and Path(s).exists()}
         try:
             model = own.get(source) if source else base
-            _, wrong, said = find_all(here, source or values.get("pretrained.model") or "", model)
+            found, wrong, said = find_all(here, source or values.get("pretrained.model") or "", model)
+            if model and not source:
+                starts = [lora for place, lora in found.items() if place.endswith("].lora_path")]
+                _check_targets(values, starts, model, problems)
         except BackboneError as error:
             problems.add("pretrained.model", f"cannot be used: {error}", "")
             return []
@@ -288,6 +296,20 @@ def _check_loras(
             problems.add(place, f"cannot be used: {what}", "Leave it empty for the model itself." if source else "")
         notes += said
     return notes
+
+
+def _check_targets(
+    values: Mapping[str, Any], teachers: Sequence[LoraWeights], model: ModelInfo, problems: Problems
+) -> None:
+    """A student that starts at the sum of its teachers has every layer that they have."""
+    name, start = "train.lora_target_modules", "train.student_init"
+    if not problems.good(name, start) or values[start] != FROM_TEACHERS:
+        return
+    ends = [f".{end}" for end in values[name] or model.family.LORA_TARGETS]
+    own = {layer for layer in linear_layers(model.empty_transformer()) if f".{layer}".endswith(tuple(ends))}
+    if lacking := sorted({layer for teacher in teachers for layer in teacher.a} - own):
+        what = f"leaves out {len(lacking)} layers of the teachers that the student starts from, such as {lacking[0]}"
+        problems.add(name, what, f"Add their names, or set {start} to {FRESH!r}.")
 
 
 def _check_sources(values: Mapping[str, Any], problems: Problems) -> None:
@@ -340,8 +362,8 @@ def _find_runs(values: dict[str, Any], problems: Problems) -> None:
     """Put the checkpoint of it in the place of a run folder that a LoRA is to come from."""
     tasks = values["train.teachers"] if problems.good("train.teachers") else []
     named = [(f"train.teachers[{i}].", task) for i, task in enumerate(tasks) if isinstance(task, dict)]
-    for place, holder in [("", values), *named]:
-        name = "lora_path" if place else "train.lora_path"
+    places = [(place, holder, name) for place, holder in named for name in ("lora_path", "reference")]
+    for place, holder, name in [("", values, "train.lora_path"), *places]:
         if isinstance(path := holder.get(name), str) and not unset(path):
             try:
                 if (found := locate(path)) != Path(path):

@@ -89,9 +89,10 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                     _flush(run)
 
                 # --- save, stop
-                if (completed and _is_due(plan.run.save_freq, completed)) or completed == shape.num_rounds:
+                last = completed == shape.num_rounds
+                if last or (completed and _is_due(plan.run.save_freq, completed)):
                     saved, saved_after = _save(run, completed), completed
-                if stop.agreed():
+                if not last and stop.agreed():  # after the last round there is nothing to go on with
                     if saved_after != completed:
                         saved = _save(run, completed)
                     break

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionopd.files import force_to_disk, write_atomically
-from diffusionopd.training.trackers import evaluation_table, names_for, show_grid, show_table
+from diffusionopd.training.trackers import evaluation_table, init_kwargs, names_for, show_grid, show_table
 
 
 class MetricsWriter:
@@ -32,9 +32,10 @@ class MetricsWriter:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
+    def start_trackers(self, project: str, run_name: str, config: dict[str, Any]) -> None:
         """`accelerator.init_trackers`, called by every process; a tracker that cannot start is reported and dropped."""
-        self._try(lambda: self._accelerator.init_trackers(project, config=config))
+        own = init_kwargs(self._log_with, run_name)
+        self._try(lambda: self._accelerator.init_trackers(project, config=config, init_kwargs=own))
 
     def write(self, row: dict[str, Any], grid: Path | None = None) -> None:
         """Write a round's row, which has its number as `round`; a value that is not finite becomes null.

@@ -12,7 +12,7 @@ from diffusionopd.algorithms.optim import EmaSettings, OptimizerSettings
 from diffusionopd.algorithms.settings import Nfe, RoundPlan
 from diffusionopd.config_schema import read, unset
 from diffusionopd.config_schema.paths import with_origin
-from diffusionopd.data.rounds import CASCADE, TOGETHER
+from diffusionopd.data.rounds import ALTERNATE, CASCADE, TOGETHER
 from diffusionopd.data.tasks import Task, loss_weights
 from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.schedules import FAMILY
@@ -58,7 +58,9 @@ class Plan(RoundPlan):
         return self._is_watched(number, self.watch.sample_freq)
 
     def _is_watched(self, number: int, every: int) -> bool:
-        return every > 0 and (number in (1, self.shape.num_rounds) or number % every == 0)
+        # Where tasks alternate, single rounds might always be the same one's.
+        row, rounds = self.shape.num_tasks if self.shape.task_order == ALTERNATE else 1, self.shape.num_rounds
+        return every > 0 and (number <= row or number > rounds - row or number % every < row)
 
     def describe(self) -> str:
         """The plan as a table for people, without a trailing newline."""
@@ -172,7 +174,7 @@ class Plan(RoundPlan):
 
 _VISITS = {
     TOGETHER: "each with one visit of every task",
-    "alternate": "each with one task, in turn",
+    ALTERNATE: "each with one task, in turn",
     CASCADE: "each with one task, one after another",
 }
 

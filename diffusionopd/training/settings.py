@@ -106,9 +106,9 @@ class WatchSettings:
 
     monitor_freq: int = key("monitor_freq", 10, "[0, inf)", resume=FREE)
     """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are logged,
-    not trained on."""
+    not trained on. With `train.task_order` "alternate" a round of each task, in a row, is scored."""
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
-    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never."""
+    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never; "alternate" as above."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
     """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never. The first is
     before round 1, of what the student starts as."""

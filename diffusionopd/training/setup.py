@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from diffusionopd.config_schema import is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
-from diffusionopd.distributed import TIMEOUT, set_timeout, together
+from diffusionopd.distributed import TIMEOUT, by_rank, gather_over_processes, set_timeout, together
 from diffusionopd.failures import ending_together
 from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.locks import Lock, hold
@@ -31,12 +32,12 @@ from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies
-from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
-from diffusionopd.training.checkpoint import load_state
+from diffusionopd.training.checkpoint import load_state, make_newest
 from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
@@ -182,9 +183,11 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     loras = load_loras(plan, models, resume.start_rescaled)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
-    texts = [NEGATIVE]
+    texts, lora = [NEGATIVE], plan.read(LoraSettings)
+    tries = resume.folder is None and lora.student_init == FROM_TEACHERS and not lora.student_init_scale
     for index, task in enumerate(plan.tasks):
-        drawn = samplers[task.name].used_by(plan.shape.rounds_of(index, resume.completed))
+        # Scales of a start are tried on the first round of every task, which need not visit them all.
+        drawn = samplers[task.name].used_by(chain([0] * tries, plan.shape.rounds_of(index, resume.completed)))
         texts += [train[task.name][i].key for i in drawn] + [prompt.key for prompt in test.get(task.name, [])]
     text = fill_text_cache(plan, texts, accelerator, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras)
@@ -203,7 +206,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     if resume.folder is not None:
         restore(resume, optimizer, ema, algorithm)
     metrics = _open_metrics(plan, resume, accelerator, closing)
-    scorers = _build_scorers(plan, str(device), closing)
+    scorers = _build_scorers(plan, accelerator, closing)
     monitor = _build_monitor(plan, backbone, str(device), closing)
     batches = Batches(
         plan.shape,
@@ -220,8 +223,8 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
         rank=accelerator.process_index,
     )
     closing.callback(batches.close)
-    if merged and not plan.read(LoraSettings).student_init_scale:
-        choose_scale(algorithm, batches.round(0), merged, accelerator.print)
+    if merged and tries:
+        choose_scale(algorithm, batches, merged, accelerator.print)
         if ema is not None:
             ema.load([p.detach() for p in optimizer.parameters])
     return Run(
@@ -309,6 +312,8 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     """The metrics of the rounds that are kept, and the trackers; the run folder's configuration is written."""
     run_dir, is_main = plan.run.run_dir, accelerator.is_main_process
     with writing(run_dir, "run folder", _RUN_FOLDER):
+        if is_main and resume.folder and resume.folder.resolve().parent == (run_dir / "checkpoints").resolve():
+            make_newest(resume.folder)  # before the metrics of what was saved later go
         metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
         # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later; so is
         # that of the start, which is round 0.
@@ -320,7 +325,7 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     closing.callback(metrics.close)
     # What is no plain value becomes text.
     shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in plan.values.items()}
-    metrics.start_trackers(plan.run.run_project, shown)
+    metrics.start_trackers(plan.run.run_project, plan.run.run_name or run_dir.name, shown)
     return metrics
 
 
@@ -353,15 +358,19 @@ def _build_rewards(plan: Plan, device: str, closing: ExitStack) -> dict[str, Rew
     return workers
 
 
-def _build_scorers(plan: Plan, device: str, closing: ExitStack) -> dict[str, dict[str, RewardWorker]]:
-    """By task its proxy rewards, for evaluations; one that is not available is said and left out."""
+def _build_scorers(plan: Plan, accelerator: Accelerator, closing: ExitStack) -> dict[str, dict[str, RewardWorker]]:
+    """By task its proxy rewards, for evaluations; one that a process cannot have is said and left out. Collective."""
     scorers: dict[str, dict[str, RewardWorker]] = {}
     for task in plan.tasks if plan.watch.eval_freq else ():
         for name in task.proxy_reward:
+            failure = ""
             try:
-                scorer = build_scorer(name, device, plan.watch.reward_options.get(name))
+                scorer = build_scorer(name, str(accelerator.device), plan.watch.reward_options.get(name))
             except RewardError as error:
-                warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {error}", stacklevel=2)
+                failure = str(error)
+            if failures := by_rank(gather_over_processes([failure])):
+                if accelerator.is_main_process:
+                    warnings.warn(f"task {task.name!r} is trained without evaluating {name}: {failures}", stacklevel=2)
                 continue
             worker = RewardWorker(scorer, 1, name=name, timeout=plan.watch.reward_timeout)
             closing.callback(worker.close, cancel=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from diffusionopd.algorithms.base import Algorithm
-from diffusionopd.data.batches import Batch
+from diffusionopd.data.batches import Batches
+from diffusionopd.data.rounds import TOGETHER
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.merging import Merged, merge
@@ -34,9 +35,11 @@ def start_from_teachers(
     return merged
 
 
-def choose_scale(algorithm: Algorithm, batches: Sequence[Batch], merged: Merged, say: Callable[[str], None]) -> None:
-    """Scale the start to the smallest mean loss on the first of ``batches`` of each task. Collective."""
-    first = {tuple(batch.slices): batch for batch in reversed(batches)}
+def choose_scale(algorithm: Algorithm, batches: Batches, merged: Merged, say: Callable[[str], None]) -> None:
+    """Scale the start to the smallest mean loss on the first batch of every task. Collective."""
+    whole = replace(batches.shape, task_order=TOGETHER, drawn=0)
+    made = replace(batches, shape=whole, settings=replace(batches.settings, prefetch=False)).round(0)
+    first = {tuple(batch.slices): batch for batch in reversed(made)}
     tried = [replace(batch, wants_images=False) for batch in first.values()]
     losses = {}
     for scale in sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")
 """Those of accelerate's that are tested here."""
 
 _PLAIN_NAMES = ("swanlab", "mlflow")
+_RUN_NAME = {"wandb": "name", "swanlab": "experiment_name", "mlflow": "run_name"}  # TensorBoard has the run's folder
 GRID, TABLE = "samples", "evaluation"
 Table = tuple[list[str], list[list[Any]]]
 """The names of columns, and rows."""
+
+
+def init_kwargs(trackers: Sequence[str], run_name: str) -> dict[str, dict[str, str]]:
+    """What accelerate's ``init_trackers`` passes on, by tracker: each calls the name of a run something else."""
+    return {tracker: {_RUN_NAME[tracker]: run_name} for tracker in trackers if tracker in _RUN_NAME}
 
 
 def names_for(tracker: Any, values: Mapping[str, float]) -> dict[str, float]:
