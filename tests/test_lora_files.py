@@ -349,6 +349,11 @@ def test_every_lora_that_does_not_fit_is_named_before_weights_load(tiny_config, 
     places = ("train.lora_path", "train.teachers[0].lora_path", "train.teachers[1].lora_path")
     for problem, place, module in zip(sorted(caught.value.problems), places, broken, strict=True):
         assert problem.startswith(place) and module in problem
+    config = tiny_config()
+    for end in ("attn.to_vv", "pos_embed.proj", "attn.norm_q"):  # there is none, a convolution, a norm
+        config.train.lora_target_modules = ["attn.to_q", end]
+        with pytest.raises(ConfigError, match=rf"train\.lora_target_modules.*{end}"):
+            check(config, 1)
     for scale in (0, float("inf"), "1"):
         config.train.teachers[0]["scale"] = scale
         with pytest.raises(ConfigError, match="scale"):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from diffusionopd.models.lora_files import (
     load_lora,
     refuse,
 )
-from diffusionopd.models.lora_fit import fit, linear_layers
+from diffusionopd.models.lora_fit import ends_in, find_targets, fit
 
 
 class Adapters:
@@ -55,12 +55,23 @@ class Adapters:
         self._narrowed: dict[str, list[FusedLoraLinear]] = {}  # layers of each adapter on a base in half precision
         transformer.register_forward_pre_hook(lambda *_: self._narrow())
 
-    def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
+    def add_student(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str],
+        others: Collection[str] = (),
+        seed: int = 0,
+    ) -> None:
         """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base.
 
-        ``target_modules`` are ends of names.
+        ``target_modules`` are ends of names, ``others`` full names. Errors as of :func:`find_targets`.
         """
-        targets = _linear_targets(self.transformer, target_modules)
+        found = find_targets(self.transformer, target_modules)
+        every = set(others).union(*found.values())
+        targets = _exactly(every) if every.difference(*found.values()) else _for_peft(self.transformer, found)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -82,8 +93,8 @@ class Adapters:
     def start_from(self, name: str, weights: LoraWeights, scale: float = 1.0) -> None:
         """Give the fresh adapter ``name`` the effect ``scale * B A`` of ``weights``, whose alphas are their ranks.
 
-        Components that its rank leaves over stay as they are: fresh. Raises AdapterError for modules that it does not
-        have and for larger ranks.
+        Its rank is at least theirs; components that it leaves over stay as they are: fresh. Raises AdapterError for
+        modules that it does not have.
         """
         layers = dict(self._layers(name))
         refuse(weights.source, {f"modules that {name} does not adapt": weights.a.keys() - layers.keys()})
@@ -259,18 +270,19 @@ class Adapters:
                 parameter.requires_grad_(not own.inference_mode)
 
 
-def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
+def _for_peft(transformer: nn.Module, found: Mapping[str, Collection[str]]) -> list[str]:
     """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
 
     In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
     """
-    linear, targets = linear_layers(transformer), list[str]()
     modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
-    for end in ends:
-        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
-        layers = hit & linear.keys()
-        targets += sorted(layers) if layers and hit != layers else [end]
-    return targets
+    alone = {end for end, layers in found.items() if len(layers) == sum(ends_in(name, end) for name in modules)}
+    return [target for end, layers in found.items() for target in ([end] if end in alone else sorted(layers))]
+
+
+def _exactly(names: Collection[str]) -> str:
+    """Full names for PEFT, which takes those of a list for ends: "proj_out" is also a layer of FLUX.1's blocks."""
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def _stacked(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
@@ -296,8 +308,8 @@ def _config_of(weights: LoraWeights) -> LoraConfig:
     return LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=sorted(ranks),
-        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(name): x for name, x in weights.alpha.items() if x != alpha},
+        target_modules=_exactly(ranks),
+        rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(name)}": x for name, x in weights.alpha.items() if x != alpha},
         use_rslora=weights.rslora,
     )

@@ -30,7 +30,7 @@ from diffusionopd.data.rounds import TOGETHER, BatchSettings, RoundShape, round_
 from diffusionopd.data.tasks import Task, check_tasks
 from diffusionopd.models.backbone import EMBEDDED
 from diffusionopd.models.loading import BackboneError, ModelInfo, is_here, read_model
-from diffusionopd.models.lora_fit import find_all
+from diffusionopd.models.lora_fit import find_all, find_targets
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
@@ -216,12 +216,18 @@ def _check_fits(
     own: Mapping[str, ModelInfo],
     problems: Problems,
 ) -> None:
-    """The resolution and every guidance are ones that the base model has, or a teacher's own."""
+    """The resolution, the student's modules and every guidance are ones that the base model has, or a teacher's own."""
     if problems.good("resolution"):
         try:
             model.family.shape_of(values["resolution"], model.configs)
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
+    name, targets = "train.lora_target_modules", values["train.lora_target_modules"]
+    if problems.good(name) and targets:
+        try:
+            find_targets(model.empty_transformer(), targets)
+        except ValueError as error:
+            problems.add(name, f"cannot be used: {error}", "Name ends of linear layers' names, or set it to None.")
     asked = [("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)]
     for place, task in tasks.items():
         if algorithm.uses_teachers(values):
