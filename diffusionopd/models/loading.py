@@ -372,9 +372,9 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
     For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
-    and of the VAE if that encodes images. For a hub id: the repository and the commit that ``revision`` resolves to.
-    For a single file: the beginning of every tensor of its text encoders, and what holds for its ``config``. For all,
-    the variant and the major versions of the libraries that encode.
+    and of the VAE if that encodes images; and which encoders its index is without. For a hub id: the repository and the
+    commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its text encoders, and
+    what holds for its ``config``. For all, the variant and the major versions of the libraries that encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
@@ -386,6 +386,8 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
         digest.update(f"{found.source}@{root.name}".encode())
         return digest.hexdigest()[:16]
     patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if family.READS_IMAGES else []))
+    for name in _absent_encoders(found.info.configs["index"], family):  # their folders may still be there
+        digest.update(f"no {name}".encode())
     for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]
