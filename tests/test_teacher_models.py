@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -143,7 +144,19 @@ def test_policies_of_several_transformers_are_asked_by_transformer(policies, tex
     monkeypatch.setattr(HostWeights, "come", lambda host: moved.append(host))
     order, own = [], Policies.use
     monkeypatch.setattr(Policies, "use", lambda self, name: (order.append(name), own(self, name))[1])
+    layers = [layer for layer in policies.home("teacher_d").adapters.transformer.modules() if hasattr(layer, "stacked")]
+
+    def stacked():
+        return [layer for layer in layers if layer.stacked is not None]
+
+    policies._passes(asked)
+    assert layers and not stacked(), "their weights wait yet, elsewhere"
     together, policies.together = policies.frozen(asked), False
+    assert stacked()
+    other = HostWeights(torch.nn.Linear(1, 1), policies.backbone.device)
+    policies._come_to(dataclasses.replace(policies.home("teacher_c"), host=other))
+    assert not stacked(), "they have gone"
+    moved.clear()
     assert order == [], "a forward of each transformer, in which each sample has its own LoRA"
     answers = policies.frozen(asked)
     assert order == ["teacher_c", "teacher_d", "teacher_a", None]

@@ -47,10 +47,9 @@ class Adapters:
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer.requires_grad_(False)
         self._active: list[str] = []
-        self._teachers: list[str] = []
+        self._teachers: list[str] = []  # those that can be side by side, in this order
         self._chosen: list[Chosen] = []
-        self._places: dict[str | None, int] | None = None  # of the frozen adapters, once they are side by side
-        self._stacked_on = torch.device("cpu")
+        self._stacked_on: torch.device | None = None  # where they are; None: they are not
         self.configs: dict[str, LoraConfig] = {}
         self._narrowed: dict[str, list[FusedLoraLinear]] = {}  # layers of each adapter on a base in half precision
         transformer.register_forward_pre_hook(lambda *_: self._narrow())
@@ -113,8 +112,9 @@ class Adapters:
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""
         self.add_from(name, source)
-        self._teachers.append(name)
-        self._places = None
+        if all(isinstance(layer, FusedLoraLinear) for _, layer in self._layers(name)):
+            self._teachers.append(name)  # a layer of PEFT's own knows one adapter at a time
+        self.apart()
 
     def use(self, name: str | None) -> None:
         """Make ``name`` the adapter of the next forward, or none of them (the bare base) for None."""
@@ -125,7 +125,7 @@ class Adapters:
 
     def together(self, names: Collection[str | None]) -> bool:
         """Whether samples of one forward can have these adapters, the bare base for None: :meth:`use_each`."""
-        return set(names) <= self._side_by_side().keys()
+        return set(names) <= {*self._teachers, None}
 
     def use_each(self, names: Sequence[str | None]) -> None:
         """Give each sample of the next forward its adapter, or none; those that are frozen teachers can be together.
@@ -136,7 +136,9 @@ class Adapters:
         if len(set(names)) == 1:
             self.use(names[0])
             return
-        places = [self._side_by_side()[name] for name in names]
+        if self._stacked_on is None:
+            self._stack()
+        places = [len(self._teachers) if name is None else self._teachers.index(name) for name in names]
         # Groups of equal samples, as large as all can be: fewer and larger products.
         size = math.gcd(*(len(list(group)) for _, group in itertools.groupby(places)))
         self.use(None)
@@ -144,23 +146,21 @@ class Adapters:
         self._chosen.append(Chosen(len(places), adapters))
 
     @torch.no_grad()
-    def _side_by_side(self) -> dict[str | None, int]:
-        """The places of the frozen teachers in what each layer holds of all of them; the last one is empty.
+    def _stack(self) -> None:
+        """Have the teachers side by side in each layer, where it is now, in the type of the base; the last is empty."""
+        for layer in self.transformer.modules():
+            if isinstance(layer, FusedLoraLinear):
+                layer.stacked = _stacked(layer, self._teachers)
+                if layer.stacked is not None:
+                    self._stacked_on = layer.stacked[0].device
 
-        They are held in the type of the base.
-        """
-        if self._places is not None:
-            return self._places
-        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
-        # A layer of PEFT's own knows one adapter at a time.
-        others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
-        names = [name for name in self._teachers if name not in others]
-        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
-        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
-            layer.stacked = _stacked(layer, names)
-            if layer.stacked is not None:
-                self._stacked_on = layer.stacked[0].device
-        return self._places
+    def apart(self) -> None:
+        """Free what :meth:`use_each` has made, which it makes again: it stays where it is when the weights move."""
+        if self._stacked_on is not None:
+            for layer in self.transformer.modules():
+                if isinstance(layer, FusedLoraLinear):
+                    layer.stacked = None
+            self._stacked_on = None
 
     def _narrow(self) -> None:
         """Before each forward on a base in half precision: the weights of the adapter in use, in its dtype."""
