@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
+from diffusionopd.evaluation.results import EvaluationError
 from diffusionopd.models.conditions import Conditions
-from diffusionopd.models.loading import load_backbone, load_text_encoder, read_model
+from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model
 from diffusionopd.models.teacher_models import read_teacher_model
+from diffusionopd.training.loading import find_teacher_models
+from scripts import evaluate
 
 from .families.common import PROMPTS
 from .families.flux2 import CASE, DEV
@@ -42,3 +48,18 @@ def test_a_distilled_teacher_beside_its_base_has_no_guidance(tmp_path):
     assert base.evaluations_at(4.0) == 2 and teacher.evaluations_at(4.0) == teacher.load(base).evaluations_at(4.0) == 1
     alone = read_teacher_model(str(tmp_path / "distilled" / "transformer"), read_model(str(tmp_path / "base")))
     assert alone.evaluations_at(4.0) == 2
+    config = tmp_path / "config.json"
+    for model, other, refused in (("base", "distilled", True), ("distilled", "base", False)):
+        own, base = str(tmp_path / other), str(tmp_path / model)
+        config.write_text(json.dumps({"train": {"teachers": [{"name": "a", "model": own, "guidance_scale": 4.0}]}}))
+        flags = ["--config", config, "--model", base, "--teacher", "a", "--dataset", "drawbench", "--rewards", "ocr"]
+        flags = evaluate.parse_flags([*map(str, flags), "--output_dir", str(tmp_path / "out")])
+        task = SimpleNamespace(name="a", model=own, guidance_scale=4.0)
+        settings = SimpleNamespace(source={"model": base}, resolution=32)
+        plan = SimpleNamespace(teachers=[task], teacher_models={}, read=lambda kind, given=settings: given)
+        for look, error in (
+            (lambda flags=flags: evaluate.make_job(flags), EvaluationError),
+            (lambda plan=plan: find_teacher_models(plan), BackboneError),
+        ):
+            with pytest.raises(error, match="distilled.*1.0") if refused else nullcontext():
+                look()

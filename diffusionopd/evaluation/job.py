@@ -126,6 +126,13 @@ class Job:
         pairs = product(self.models, self.benchmarks)
         return [(model, benchmark) for model, benchmark in pairs if model.only_on in (None, benchmark.name)]
 
+    def check_guidance(self, base: models.ModelInfo) -> None:
+        """Raise EvaluationError for a guidance that a model's transformer, the base's or its own, does not take."""
+        for model, benchmark in self.evaluations:
+            scale = model.guidance_on(benchmark)
+            if problem := (model.own or base).guidance_problem(scale):
+                raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
+
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
         parts = [item.name for item, of in ((model, self.models), (benchmark, self.benchmarks)) if len(of) > 1]

@@ -95,7 +95,7 @@ class ModelInfo:
     def guidance_problem(self, guidance: float) -> str:
         """Why it cannot be asked at ``guidance``; empty if it can."""
         if self.guidance == NO_GUIDANCE and guidance != 1.0:
-            return "the base model is distilled and takes no guidance"
+            return f"{self.model} is distilled and takes no guidance"
         return ""
 
     def empty_transformer(self) -> nn.Module:

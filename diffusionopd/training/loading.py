@@ -14,6 +14,7 @@ from diffusionopd.distributed import LONGEST_TIMEOUT, together
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import (
+    BackboneError,
     encoder_place,
     find_device,
     load_backbone,
@@ -70,6 +71,10 @@ def find_teacher_models(plan: Plan) -> dict[str, TeacherModel]:
         model = read_teacher_model(source, base)
         assert model is not None  # it was downloaded
         model.family.shape_of(plan.read(BaseSettings).resolution, model.configs)
+        for task in (task for task in plan.teachers if task.model == source):
+            if problem := model.guidance_problem(task.guidance_scale):
+                what = f"the guidance_scale of {task.name} is {task.guidance_scale:g}, but {problem}"
+                raise BackboneError(f"{what}. Set it to 1.0.")
         found[source] = model
     return found
 
