@@ -110,6 +110,11 @@ class Backbone(ABC):
         return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
 
     @classmethod
+    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
+        """What its stock pipeline is called with for our ``guidance``."""
+        return {"guidance_scale": guidance}
+
+    @classmethod
     @abstractmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
