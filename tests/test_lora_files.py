@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,12 +380,14 @@ def test_another_base_is_told_where_names_can_be_compared(trained_on, origins, d
     assert is_of_another_base(trained_on, origins) is differs
 
 
-def test_another_base_is_a_warning_or_a_note(adapters, tmp_path, tiny_config):
+def test_another_base_is_a_warning_or_a_note(adapters, tmp_path, tiny_config, pipeline_folder):
     adapters.save_peft("teacher_a", tmp_path, "owner/other")
     with pytest.warns(UserWarning, match="owner/other.*owner/base"):
         find_all({"t": str(tmp_path)}, "owner/base", None)
-    config = tiny_config()
+    config, model = tiny_config(), read_model(str(pipeline_folder))
     config.train.teachers[0]["lora_path"] = str(tmp_path)
+    model = replace(model, configs={**model.configs, "text_encoder": {"_name_or_path": "owner/clip"}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert any("owner/other" in note for note in check(config, 1).notes)
+        assert find_all({"t": str(tmp_path)}, "/somewhere/else", model)[2], "the name of an encoder says nothing"

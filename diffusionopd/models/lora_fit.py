@@ -89,7 +89,9 @@ def find_all(
     """
     found, wrong, notes = {}, {}, []
     transformer = model.empty_transformer() if model and sources else None
-    origins = [str(config.get("_name_or_path") or "") for config in (model.configs if model else {}).values()]
+    # Of these alone: text encoders come from models of their own.
+    known = [model.configs[part] for part in ("index", "transformer")] if model else []
+    origins = [str(config.get("_name_or_path") or "") for config in known]
     for name, source in sources.items():
         try:
             weights = load_lora(source) if isinstance(source, str) else source
