@@ -365,7 +365,7 @@ def load_text_encoder(
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
+    return MeasuringEncoder(encode, tokenizers, lambda row: length - info.family.tokens_around(pipeline, row))
 
 
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
