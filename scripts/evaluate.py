@@ -270,9 +270,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     job = Job(**{name: value for name, value in named.items() if value is not None})
     if idle := {model.name for model in models} - {model.name for model, _ in job.evaluations}:
         raise EvaluationError(f"--own_task leaves nothing to evaluate {', '.join(sorted(idle))} on: name its --dataset")
-    for scale in (model.guidance_on(benchmark) for model, benchmark in job.evaluations):
-        if problem := read_base().guidance_problem(scale):
-            raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
+    job.check_guidance(read_base())
     return job
 
 

@@ -20,7 +20,18 @@ from experiments.claims import variance
 from experiments.claims.config import arms_of
 from experiments.claims.report import rows, write
 from experiments.claims.results import ClaimsError, Result, read_results, rounds_to
-from experiments.claims.verdicts import FAILS, HOLDS, UNDECIDED, UNMEASURED, claims, contrast, fights, lead, sixth, speed
+from experiments.claims.verdicts import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    UNMEASURED,
+    claims,
+    contrast,
+    fights,
+    lead,
+    sixth,
+    speed,
+)
 from experiments.claims.worlds import TINY
 
 from .conftest import ROOT

@@ -23,6 +23,7 @@ from .families import CASES, qwen_image
 from .families.common import PROMPTS, write_lora
 from .helpers import metrics
 from .test_families import Small, far
+from .test_flux2 import assert_tells_what_is_cut
 
 CASE = CASES["qwen_image_edit"]
 
@@ -98,6 +99,19 @@ def test_prompts_without_an_image_are_qwen_images(model):
     common = {"prompt": PROMPTS, "num_inference_steps": 5, "output_type": "latent", "height": 32, "width": 32}
     expected = CASE.stock(small.pipeline(), x, 3.5, common | {"max_sequence_length": CASE.length})
     assert far(small.sample(backbone, 3.5), expected) < 1e-5
+
+
+def test_rows_are_no_longer_than_is_set_and_cuts_are_told(model):
+    prompts = CASE.prompts(model)
+    whole = load_text_encoder(str(model), max_sequence_length=CASE.length)(prompts)
+    lengths = [len(row["tokens"]) for row in whole]
+    assert_tells_what_is_cut(model, prompts, lengths)
+    rows = load_text_encoder(str(model), max_sequence_length=lengths[0])(prompts)
+    for row, full in zip(rows, whole, strict=True):
+        assert torch.equal(row["tokens"], full["tokens"][: lengths[0]])
+        assert torch.equal(row["negative"], full["negative"])
+    with pytest.raises(ValueError, match="max_sequence_length"):  # the image itself is longer
+        load_text_encoder(str(model), max_sequence_length=len(whole[0]["negative"]) - 1)(prompts)
 
 
 @pytest.mark.slow

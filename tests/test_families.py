@@ -26,7 +26,7 @@ from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
 
 from .families import CASES
-from .families.common import STEPS, Case, random_lora
+from .families.common import PROMPTS, STEPS, Case, random_lora
 
 TEACHER = "teacher"
 
@@ -255,6 +255,21 @@ def test_facts_known_before_weights_load_are_the_models(small):
         backbone.latent_shape(33)
     kind = backbone.guidance_of(backbone.configs)
     assert [backbone.evaluations_at(scale) for scale in (0.0, 1.0, 3.5)] == [1, 1, 2 if kind == CLASSIFIER_FREE else 1]
+
+
+def test_the_arguments_for_guidance_are_those_that_the_stock_pipeline_is_compared_at(small):
+    given: dict[str, Any] = {}
+
+    def record(*args: Any, **options: Any) -> None:
+        given.update(options)
+        raise Given
+
+    case = CASES[small.case.family.removesuffix("_edit")]  # whose pipeline for prompts without images is qwen_image's
+    for guidance in case.guidances:
+        with pytest.raises(Given):
+            case.stock(record, torch.zeros(2, 4, 4, 4), guidance, {"prompt": list(PROMPTS)})
+        for name, value in small.backbone().pipeline_guidance(guidance).items():
+            assert value == (given[name][0] if isinstance(given[name], list) else given[name])
 
 
 def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_are_refused(small):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
 from diffusers.loaders import single_file_utils
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from diffusionopd.models.flux1 import Flux1
 from diffusionopd.models.flux2 import Flux2
-from diffusionopd.models.loading import read_model
+from diffusionopd.models.loading import load_backbone, read_model
+from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.lora_fit import fit, linear_layers
 from diffusionopd.models.z_image import ZImage
@@ -121,3 +124,39 @@ def test_a_file_adds_what_the_stock_pipelines_reader_makes_of_it(case, tmp_path)
     narrow = write(tmp_path / "narrow", {name: (torch.ones(3, 3), torch.ones(3, 3), 3)}, "diffusion_model.{}".format)
     with pytest.raises(AdapterError):
         fit(load_lora(narrow), empty)
+
+
+def test_a_layer_whose_name_ends_others_is_adapted_by_itself(tmp_path):
+    """FLUX.1's proj_out, beside those of its single blocks or without: here, saved, and read again by others."""
+
+    def empty():
+        return load_backbone(str(tmp_path / "model")).transformer
+
+    def added(transformer, name):
+        layers = (layer for layer in transformer.named_modules() if isinstance(layer[1], LoraLayer))
+        return {module.removeprefix("base_model.model."): layer.get_delta_weight(name) for module, layer in layers}
+
+    def diffusers(transformer):
+        tensors, metadata = FluxPipeline.lora_state_dict(str(tmp_path / "diffusers"), return_lora_metadata=True)
+        FluxPipeline.load_lora_into_transformer(tensors, None, transformer, "default", metadata)
+        return transformer
+
+    CASES["flux1"].build(tmp_path / "model")
+    shapes = linear_layers(empty())
+    for names in (shapes, [name for name in shapes if ".attn." in name or name == "proj_out"]):
+        layers = random_layers({name: shapes[name] for name in sorted(names)})
+        adapters = Adapters(empty())
+        adapters.add_from("student", write(tmp_path / "lora", layers, str))
+        adapters.save_peft("student", tmp_path / "peft")
+        adapters.save_diffusers("student", tmp_path / "diffusers")
+        for transformer, adapter in (
+            (adapters.transformer, "student"),
+            (PeftModel.from_pretrained(empty(), tmp_path / "peft"), "default"),
+            (diffusers(empty()), "default"),
+        ):
+            found = added(transformer, adapter)
+            assert found.keys() == layers.keys()
+            for name, layer in layers.items():
+                torch.testing.assert_close(found[name].double(), delta(*layer), rtol=1e-4, atol=1e-6)
+        for folder in ("peft", "diffusers"):
+            assert_reads(tmp_path / folder, empty(), {name: delta(*layer) for name, layer in layers.items()})

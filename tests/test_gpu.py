@@ -113,6 +113,14 @@ def test_switches_change_nothing_but_time(run):
         assert_near(switched, plain, rel=0 if "prefetch" in switch else 2e-4)
 
 
+def test_two_tasks_on_a_model_that_waits_on_the_host(run, pipeline_folder, shared):
+    """One as it is, one with a LoRA, in one forward."""
+    tasks = [{**task, "model": str(pipeline_folder)} for task in shared[0]]
+    tasks[0]["lora_path"] = ""
+    there, waiting = (run(f"on{place}", train__teachers=tasks, teacher_device=place)[1] for place in ("", "cpu"))
+    assert_near(waiting, there, rel=2e-4)
+
+
 @pytest.fixture
 def half_model(pipeline_folder, make_lora):
     """`half_model(kind)`: base in half precision on the GPU, a student and two teachers."""

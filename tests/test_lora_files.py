@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -349,6 +350,11 @@ def test_every_lora_that_does_not_fit_is_named_before_weights_load(tiny_config, 
     places = ("train.lora_path", "train.teachers[0].lora_path", "train.teachers[1].lora_path")
     for problem, place, module in zip(sorted(caught.value.problems), places, broken, strict=True):
         assert problem.startswith(place) and module in problem
+    config = tiny_config()
+    for end in ("attn.to_vv", "pos_embed.proj", "attn.norm_q"):  # there is none, a convolution, a norm
+        config.train.lora_target_modules = ["attn.to_q", end]
+        with pytest.raises(ConfigError, match=rf"train\.lora_target_modules.*{end}"):
+            check(config, 1)
     for scale in (0, float("inf"), "1"):
         config.train.teachers[0]["scale"] = scale
         with pytest.raises(ConfigError, match="scale"):
@@ -374,12 +380,14 @@ def test_another_base_is_told_where_names_can_be_compared(trained_on, origins, d
     assert is_of_another_base(trained_on, origins) is differs
 
 
-def test_another_base_is_a_warning_or_a_note(adapters, tmp_path, tiny_config):
+def test_another_base_is_a_warning_or_a_note(adapters, tmp_path, tiny_config, pipeline_folder):
     adapters.save_peft("teacher_a", tmp_path, "owner/other")
     with pytest.warns(UserWarning, match="owner/other.*owner/base"):
         find_all({"t": str(tmp_path)}, "owner/base", None)
-    config = tiny_config()
+    config, model = tiny_config(), read_model(str(pipeline_folder))
     config.train.teachers[0]["lora_path"] = str(tmp_path)
+    model = replace(model, configs={**model.configs, "text_encoder": {"_name_or_path": "owner/clip"}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert any("owner/other" in note for note in check(config, 1).notes)
+        assert find_all({"t": str(tmp_path)}, "/somewhere/else", model)[2], "the name of an encoder says nothing"

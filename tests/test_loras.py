@@ -21,7 +21,7 @@ from diffusionopd.training import check, load_config, train
 from diffusionopd.training.loading import load_loras
 from tools import merged
 
-from .conftest import ROOT
+from .conftest import ROOT, TARGETS
 from .pages import Page
 
 HEADER = "name,lora,scale,trigger,prompts,guidance_scale"
@@ -29,11 +29,11 @@ HEADER = "name,lora,scale,trigger,prompts,guidance_scale"
 
 @pytest.fixture
 def two(make_lora, tmp_path):
-    """Two LoRAs beside a table of them, in a folder that is not the current one."""
+    """Two LoRAs beside a table of them, in a folder that is not the current one; one adapts more than is usual."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for i in range(2):
-        (folder / f"lora{i}").symlink_to(make_lora(20 + i, rank=4 + i))
+        (folder / f"lora{i}").symlink_to(make_lora(20 + i, rank=4 + i, targets=[*TARGETS, *["ff.net.2"] * i]))
         (folder / f"prompts{i}.txt").write_text("a red circle\na {trigger} square\na green triangle\n")
     return folder
 
@@ -179,6 +179,7 @@ def test_two_loras_in_one_run_with_its_page(tiny_config, two, pipeline_folder, m
     assert len(page.images) == 2 * 2 * (len(models) + 1)
     assert "a sks square" in page.text and "by, a red circle" in page.text
     a, b, student = (load_lora(f) for f in (two / "lora0", two / "lora1", run / "checkpoints" / "checkpoint-2"))
+    assert student.a.keys() == a.a.keys() | b.a.keys() != a.a.keys()
     loras = {"LoRA": [(a, 0.5)], "base": [], "sum": [(a, 0.5), (b, 1)], "sum / n": [(a, 0.25), (b, 0.5)]}
     guidance = dict.fromkeys(loras, 2.0) | {"student": 1.0}
     texts = ["sks, a red circle", "a sks square"]

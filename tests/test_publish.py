@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.evaluation.job import lora_hash
-from diffusionopd.models.loading import load_backbone
+from diffusionopd.models.loading import ModelInfo, load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
+from diffusionopd.models.qwen_image import QwenImage
+from diffusionopd.models.sd3 import StableDiffusion3
+from diffusionopd.models.z_image import ZImage
 from tools.publish import main
 from tools.publishing.card import render_card
 from tools.publishing.content import find_student
@@ -111,6 +114,22 @@ def test_metadata_of_the_card(run, tmp_path, monkeypatch):
         assert fact in card.text, fact
     assert "## Scores" not in card.text
     assert json.loads((out / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+def test_the_code_of_the_card_is_for_the_bases_pipeline(run):
+    student = find_student(str(run))
+    assert student.model.family is StableDiffusion3
+    values = student.values | {"sample.eval_guidance_scale": 4.5}
+    for model, facts in (
+        (student.model, ("StableDiffusion3Pipeline.from_single_file(", "guidance_scale=4.5,")),
+        (ModelInfo("m", ZImage, {"index": {"_class_name": "ZImagePipeline"}}), ("ZImagePipeline.", "_scale=3.5,")),
+        (ModelInfo("m", QwenImage, {"index": {"_class_name": "Q"}}), ("true_cfg_scale=4.5, negative_prompt=' ',",)),
+        (None, ("4.5",)),
+    ):
+        card = render_card(replace(student, values=values, base_model="a/b/c.safetensors", model=model), "me/name")
+        code = card.partition("```python")[2].partition("```")[0]
+        assert [fact for fact in facts if fact not in code] == []
+        compile(code, "card", "exec")
 
 
 def test_cards_of_all_algorithms_say_what_was_learnt_from(run):

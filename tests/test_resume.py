@@ -371,6 +371,11 @@ def test_the_base_models_digest_sees_its_weights_and_not_its_adapters(backbone, 
         backbone.transformer.transformer_blocks[2].ff.net[0].proj.bias[0] += 1e-6
     now = weight_digests(tasks, policies)
     assert [name for name in before if now[name] != before[name]] == list(before)[:2]
+    of_a = set()
+    for name, alpha in (("x", 1.0), ("^x", 1.0), ("^x", 2.0)):  # runs of before have plain names
+        adapters.configs["teacher_a"].alpha_pattern = {name: alpha}
+        of_a.add(weight_digests(tasks, policies)["the teacher of a"])
+    assert len(of_a) == 2
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.sana import pipeline_sana
 
 from diffusionopd.evaluation.sampling import sample_latents
 from diffusionopd.models.conditions import NEGATIVE, Conditions
 from diffusionopd.models.loading import BackboneError, load_backbone, load_text_encoder, read_model
+from diffusionopd.models.sana import Sana
 
 from .families.sana import build, scheduler, stock
 from .test_bases import scheduled
@@ -81,3 +83,10 @@ def test_sprint_is_refused(tmp_path):
     build(tmp_path / "sprint", guidance_embeds=True)
     with pytest.raises(BackboneError, match="Sprint"):
         read_model(str(tmp_path / "sprint"))
+
+
+def test_the_default_resolution_is_that_of_the_pipelines_bins():
+    vae = {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]}
+    for size, name in ((16, "512"), (32, "1024"), (64, "2048"), (128, "4096")):
+        defaults = Sana.defaults_of({"transformer": {"sample_size": size}, "vae": vae})
+        assert [defaults.resolution] * 2 == getattr(pipeline_sana, f"ASPECT_RATIO_{name}_BIN")["1.0"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation import job as evaluation
 from diffusionopd.evaluation.results import SETTINGS
+from diffusionopd.models import pipeline_files
 from diffusionopd.models.loading import BackboneError, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Home, Policies, Request
@@ -80,6 +83,27 @@ def test_every_form_is_the_stock_transformer(pipeline_folder, base, backbone, de
     assert read_teacher_model("owner/not-here", base, download=False) is None
 
 
+def test_of_a_model_of_the_hub_weights_of_a_variant_do(base, pipeline_folder, tmp_path, monkeypatch):
+    """Where there are no plain ones; the hub is imitated by a folder."""
+    remote, here = tmp_path / "remote", tmp_path / "here"
+    transformer_of(7).save_pretrained(remote / "transformer", variant="fp16")
+    shutil.copy(pipeline_folder / "model_index.json", remote)
+    files = {str(file.relative_to(remote)): file for file in remote.rglob("*") if file.is_file()}
+
+    def download(model, revision=None, allow_patterns=()):
+        for name, file in files.items():
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (here / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, here / name)
+        return str(here)
+
+    monkeypatch.setattr(pipeline_files, "snapshot_download", download)
+    monkeypatch.setattr(pipeline_files.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pipeline_files.HfApi, "list_repo_files", lambda *_, **options: list(files))
+    model = read_teacher_model("owner/half", base)
+    assert (here / "transformer" / "diffusion_pytorch_model.fp16.safetensors").is_file() and model.digest()
+
+
 def test_what_cannot_stand_beside_the_base_is_named_before_weights_load(pipeline_folder, base, deeper, tmp_path):
     """Each difference of configurations, and whatever is wrong with the weights."""
     other = tmp_path / "other"
@@ -143,7 +167,19 @@ def test_policies_of_several_transformers_are_asked_by_transformer(policies, tex
     monkeypatch.setattr(HostWeights, "come", lambda host: moved.append(host))
     order, own = [], Policies.use
     monkeypatch.setattr(Policies, "use", lambda self, name: (order.append(name), own(self, name))[1])
+    layers = [layer for layer in policies.home("teacher_d").adapters.transformer.modules() if hasattr(layer, "stacked")]
+
+    def stacked():
+        return [layer for layer in layers if layer.stacked is not None]
+
+    policies._passes(asked)
+    assert layers and not stacked(), "their weights wait yet, elsewhere"
     together, policies.together = policies.frozen(asked), False
+    assert stacked()
+    other = HostWeights(torch.nn.Linear(1, 1), policies.backbone.device)
+    policies._come_to(dataclasses.replace(policies.home("teacher_c"), host=other))
+    assert not stacked(), "they have gone"
+    moved.clear()
     assert order == [], "a forward of each transformer, in which each sample has its own LoRA"
     answers = policies.frozen(asked)
     assert order == ["teacher_c", "teacher_d", "teacher_a", None]

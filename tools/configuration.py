@@ -64,7 +64,8 @@ def _families() -> str:
         family = pkgutil.resolve_name(place)
         own = " | ".join(str(getattr(family.DEFAULTS, name)) for name in names)
         rows.append(f"| {pipeline} | {own} | {', '.join(f'`{name}`' for name in family.LORA_TARGETS)} |")
-    note = "Distilled variants have others (docs/families.md); `--dry_run` prints what a run takes."
+    others = "Distilled variants have others (docs/families.md), SANA its transformer's resolution"
+    note = f"{others}; `--dry_run` prints what a run takes."
     return "## What None stands for, by model family\n\n" + "\n".join(rows) + f"\n\n{note}"
 
 

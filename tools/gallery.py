@@ -94,6 +94,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     if is_here(job.base, job.revision, job.config):
         info = read_model(**job.source, download=False)
         info.family.shape_of(job.resolution, info.configs)
+        job.check_guidance(info)
     return job
 
 

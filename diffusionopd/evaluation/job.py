@@ -22,6 +22,7 @@ from diffusionopd.locks import Lock, hold, refuse_if_held
 from diffusionopd.models import loading as models
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.loading import ModelInfo
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
@@ -125,6 +126,13 @@ class Job:
         """What is evaluated on what, in order."""
         pairs = product(self.models, self.benchmarks)
         return [(model, benchmark) for model, benchmark in pairs if model.only_on in (None, benchmark.name)]
+
+    def check_guidance(self, base: ModelInfo) -> None:
+        """Raise EvaluationError for a guidance that a model's transformer, the base's or its own, does not take."""
+        for model, benchmark in self.evaluations:
+            scale = model.guidance_on(benchmark)
+            if problem := (model.own or base).guidance_problem(scale):
+                raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""

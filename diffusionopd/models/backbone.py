@@ -74,7 +74,7 @@ class Backbone(ABC):
     """The transformer's option that says how wide ``tokens`` are."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
     TOKENS_AROUND: ClassVar[int] = 0
-    """Of ``max_sequence_length``, what the family's own text around a prompt takes: it is cut so much earlier."""
+    """See :meth:`tokens_around`."""
     FIXED_LENGTH: ClassVar[bool] = True
     """Whether every prompt's conditions have one shape, so that batches of a size do."""
     PADDABLE: ClassVar[bool] = True
@@ -108,6 +108,11 @@ class Backbone(ABC):
     def evaluations_of(cls, guidance: float, configs: Configs) -> int:
         """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
         return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
+
+    @classmethod
+    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
+        """What its stock pipeline is called with for our ``guidance``."""
+        return {"guidance_scale": guidance}
 
     @classmethod
     @abstractmethod
@@ -157,6 +162,12 @@ class Backbone(ABC):
     @abstractmethod
     def encode(cls, pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int) -> list[Row]:
         """One row per prompt by the pipeline's own encoders, in order; ``NEGATIVE`` may be among the prompts."""
+
+    @classmethod
+    def tokens_around(cls, pipeline: Any, row: Row) -> int:
+        """Of ``max_sequence_length``, what the family's own text around the prompt of a row takes: it is cut so much
+        earlier."""
+        return cls.TOKENS_AROUND
 
     @classmethod
     def inert_of(cls, transformer: nn.Module) -> set[str]:

@@ -35,7 +35,6 @@ class Flux2(Backbone):
         "attn.add_v_proj", "attn.to_add_out", "attn.to_qkv_mlp_proj", "attn.to_out",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
-    TOKENS_AROUND = 12  # of klein's chat template; dev's is longer
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
         "vae": ("latent_channels", "block_out_channels", "batch_norm_eps"),
@@ -101,6 +100,19 @@ class Flux2(Backbone):
         """See :meth:`Backbone.encode`."""
         tokens, _ = pipeline.encode_prompt(cls.texts(prompts), device=device, max_sequence_length=max_sequence_length)
         return [{"tokens": row} for row in tokens]
+
+    @classmethod
+    def tokens_around(cls, pipeline: Any, row: Row) -> int:
+        """See :meth:`Backbone.tokens_around`: of the chat template, and dev's system message."""
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True}
+        chat: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+        if message := getattr(pipeline, "system_message", None):
+            parts = {"system": message, "user": ""}
+            chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
+        else:
+            options |= {"add_generation_prompt": True, "enable_thinking": False}
+        alone = pipeline.tokenizer("").input_ids  # what the tokenizer puts around any text
+        return len(pipeline.tokenizer.apply_chat_template(chat, **options)["input_ids"]) - len(alone)
 
     @classmethod
     def lora_layers(cls, shapes: Shapes) -> Mapping[str, RowSplit]:

@@ -95,7 +95,7 @@ class ModelInfo:
     def guidance_problem(self, guidance: float) -> str:
         """Why it cannot be asked at ``guidance``; empty if it can."""
         if self.guidance == NO_GUIDANCE and guidance != 1.0:
-            return "the base model is distilled and takes no guidance"
+            return f"{self.model} is distilled and takes no guidance"
         return ""
 
     def empty_transformer(self) -> nn.Module:
@@ -365,16 +365,16 @@ def load_text_encoder(
             rows = info.family.encode(pipeline, list(prompts), device, length)
         return [{name: part.cpu() for name, part in row.items()} for row in rows]
 
-    return MeasuringEncoder(encode, tokenizers, length - info.family.TOKENS_AROUND)
+    return MeasuringEncoder(encode, tokenizers, lambda row: length - info.family.tokens_around(pipeline, row))
 
 
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
     For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
-    and of the VAE if that encodes images. For a hub id: the repository and the commit that ``revision`` resolves to.
-    For a single file: the beginning of every tensor of its text encoders, and what holds for its ``config``. For all,
-    the variant and the major versions of the libraries that encode.
+    and of the VAE if that encodes images; and which encoders its index is without. For a hub id: the repository and the
+    commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its text encoders, and
+    what holds for its ``config``. For all, the variant and the major versions of the libraries that encode.
     """
     versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
@@ -386,6 +386,8 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
         digest.update(f"{found.source}@{root.name}".encode())
         return digest.hexdigest()[:16]
     patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if family.READS_IMAGES else []))
+    for name in _absent_encoders(found.info.configs["index"], family):  # their folders may still be there
+        digest.update(f"no {name}".encode())
     for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
     return digest.hexdigest()[:16]

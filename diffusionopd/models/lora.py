@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from diffusionopd.models.lora_files import (
     load_lora,
     refuse,
 )
-from diffusionopd.models.lora_fit import fit, linear_layers
+from diffusionopd.models.lora_fit import ends_in, find_targets, fit
 
 
 class Adapters:
@@ -47,20 +47,30 @@ class Adapters:
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer.requires_grad_(False)
         self._active: list[str] = []
-        self._teachers: list[str] = []
+        self._teachers: list[str] = []  # those that can be side by side, in this order
         self._chosen: list[Chosen] = []
-        self._places: dict[str | None, int] | None = None  # of the frozen adapters, once they are side by side
-        self._stacked_on = torch.device("cpu")
+        self._stacked_on: torch.device | None = None  # where they are; None: they are not
         self.configs: dict[str, LoraConfig] = {}
         self._narrowed: dict[str, list[FusedLoraLinear]] = {}  # layers of each adapter on a base in half precision
         transformer.register_forward_pre_hook(lambda *_: self._narrow())
 
-    def add_student(self, name: str, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
+    def add_student(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str],
+        others: Collection[str] = (),
+        seed: int = 0,
+    ) -> None:
         """Add a trainable float32 LoRA: gaussian ``A``, a function of ``seed``; zero ``B``: it starts as the base.
 
-        ``target_modules`` are ends of names.
+        ``target_modules`` are ends of names, ``others`` full names. Errors as of :func:`find_targets`.
         """
-        targets = _linear_targets(self.transformer, target_modules)
+        found = find_targets(self.transformer, target_modules)
+        every = set(others).union(*found.values())
+        targets = _exactly(every) if every.difference(*found.values()) else _for_peft(self.transformer, found)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -82,8 +92,8 @@ class Adapters:
     def start_from(self, name: str, weights: LoraWeights, scale: float = 1.0) -> None:
         """Give the fresh adapter ``name`` the effect ``scale * B A`` of ``weights``, whose alphas are their ranks.
 
-        Components that its rank leaves over stay as they are: fresh. Raises AdapterError for modules that it does not
-        have and for larger ranks.
+        Its rank is at least theirs; components that it leaves over stay as they are: fresh. Raises AdapterError for
+        modules that it does not have.
         """
         layers = dict(self._layers(name))
         refuse(weights.source, {f"modules that {name} does not adapt": weights.a.keys() - layers.keys()})
@@ -102,8 +112,9 @@ class Adapters:
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""
         self.add_from(name, source)
-        self._teachers.append(name)
-        self._places = None
+        if all(isinstance(layer, FusedLoraLinear) for _, layer in self._layers(name)):
+            self._teachers.append(name)  # a layer of PEFT's own knows one adapter at a time
+        self.apart()
 
     def use(self, name: str | None) -> None:
         """Make ``name`` the adapter of the next forward, or none of them (the bare base) for None."""
@@ -114,7 +125,7 @@ class Adapters:
 
     def together(self, names: Collection[str | None]) -> bool:
         """Whether samples of one forward can have these adapters, the bare base for None: :meth:`use_each`."""
-        return set(names) <= self._side_by_side().keys()
+        return set(names) <= {*self._teachers, None}
 
     def use_each(self, names: Sequence[str | None]) -> None:
         """Give each sample of the next forward its adapter, or none; those that are frozen teachers can be together.
@@ -125,7 +136,9 @@ class Adapters:
         if len(set(names)) == 1:
             self.use(names[0])
             return
-        places = [self._side_by_side()[name] for name in names]
+        if self._stacked_on is None:
+            self._stack()
+        places = [len(self._teachers) if name is None else self._teachers.index(name) for name in names]
         # Groups of equal samples, as large as all can be: fewer and larger products.
         size = math.gcd(*(len(list(group)) for _, group in itertools.groupby(places)))
         self.use(None)
@@ -133,23 +146,21 @@ class Adapters:
         self._chosen.append(Chosen(len(places), adapters))
 
     @torch.no_grad()
-    def _side_by_side(self) -> dict[str | None, int]:
-        """The places of the frozen teachers in what each layer holds of all of them; the last one is empty.
+    def _stack(self) -> None:
+        """Have the teachers side by side in each layer, where it is now, in the type of the base; the last is empty."""
+        for layer in self.transformer.modules():
+            if isinstance(layer, FusedLoraLinear):
+                layer.stacked = _stacked(layer, self._teachers)
+                if layer.stacked is not None:
+                    self._stacked_on = layer.stacked[0].device
 
-        They are held in the type of the base.
-        """
-        if self._places is not None:
-            return self._places
-        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
-        # A layer of PEFT's own knows one adapter at a time.
-        others = {name for layer in layers if not isinstance(layer, FusedLoraLinear) for name in layer.lora_A}
-        names = [name for name in self._teachers if name not in others]
-        self._places = {**{name: place for place, name in enumerate(names)}, None: len(names)}
-        for layer in (layer for layer in layers if isinstance(layer, FusedLoraLinear)):
-            layer.stacked = _stacked(layer, names)
-            if layer.stacked is not None:
-                self._stacked_on = layer.stacked[0].device
-        return self._places
+    def apart(self) -> None:
+        """Free what :meth:`use_each` has made, which it makes again: it stays where it is when the weights move."""
+        if self._stacked_on is not None:
+            for layer in self.transformer.modules():
+                if isinstance(layer, FusedLoraLinear):
+                    layer.stacked = None
+            self._stacked_on = None
 
     def _narrow(self) -> None:
         """Before each forward on a base in half precision: the weights of the adapter in use, in its dtype."""
@@ -259,18 +270,19 @@ class Adapters:
                 parameter.requires_grad_(not own.inference_mode)
 
 
-def _linear_targets(transformer: nn.Module, ends: Sequence[str]) -> list[str]:
+def _for_peft(transformer: nn.Module, found: Mapping[str, Collection[str]]) -> list[str]:
     """The ends of names, one that other modules have too by the full names of the linear layers: PEFT refuses others.
 
     In FLUX.2 "attn.to_out" is a layer of single blocks, and a list with one in joint blocks.
     """
-    linear, targets = linear_layers(transformer), list[str]()
     modules = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
-    for end in ends:
-        hit = {name for name in modules if name == end or name.endswith(f".{end}")}
-        layers = hit & linear.keys()
-        targets += sorted(layers) if layers and hit != layers else [end]
-    return targets
+    alone = {end for end, layers in found.items() if len(layers) == sum(ends_in(name, end) for name in modules)}
+    return [target for end, layers in found.items() for target in ([end] if end in alone else sorted(layers))]
+
+
+def _exactly(names: Collection[str]) -> str:
+    """Full names for PEFT, which takes those of a list for ends: "proj_out" is also a layer of FLUX.1's blocks."""
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def _stacked(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
@@ -296,8 +308,8 @@ def _config_of(weights: LoraWeights) -> LoraConfig:
     return LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=sorted(ranks),
-        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(name): x for name, x in weights.alpha.items() if x != alpha},
+        target_modules=_exactly(ranks),
+        rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(name)}": x for name, x in weights.alpha.items() if x != alpha},
         use_rslora=weights.rslora,
     )

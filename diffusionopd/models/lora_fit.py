@@ -25,6 +25,19 @@ def linear_layers(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def ends_in(name: str, end: str) -> bool:
+    """Whether whole parts of a module's name are its ``end``."""
+    return name == end or name.endswith(f".{end}")
+
+
+def find_targets(transformer: nn.Module, ends: Sequence[str]) -> dict[str, set[str]]:
+    """Ends of names -> the linear layers that have them. Raises AdapterError for an end that none has."""
+    layers = linear_layers(transformer)
+    found = {end: {name for name in layers if ends_in(name, end)} for end in ends}
+    refuse("target modules", {"no linear layer's name ends so": [end for end, own in found.items() if not own]})
+    return found
+
+
 def fit(weights: LoraWeights, transformer: nn.Module) -> LoraWeights:
     """The LoRA by the names of ``transformer``'s modules, whose parameters may be on the meta device.
 
@@ -76,7 +89,9 @@ def find_all(
     """
     found, wrong, notes = {}, {}, []
     transformer = model.empty_transformer() if model and sources else None
-    origins = [str(config.get("_name_or_path") or "") for config in (model.configs if model else {}).values()]
+    # Of these alone: text encoders come from models of their own.
+    known = [model.configs[part] for part in ("index", "transformer")] if model else []
+    origins = [str(config.get("_name_or_path") or "") for config in known]
     for name, source in sources.items():
         try:
             weights = load_lora(source) if isinstance(source, str) else source

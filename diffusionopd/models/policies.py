@@ -56,7 +56,7 @@ class Policies:
         self.adapters = adapters
         self.others = others or {}
         self.together = together
-        self._come: HostWeights | None = None  # of the weights on the device, those that would else wait
+        self._come: Home | None = None  # whose weights are on the device, of those that would else wait
 
     def _backbones(self) -> list[Backbone]:
         return list(dict.fromkeys([self.backbone, *(other.backbone for other in self.others.values())]))
@@ -141,11 +141,13 @@ class Policies:
 
     def _come_to(self, home: Home) -> Home:
         """Have the weights of a policy's transformer on the device, in the place of others that would wait."""
-        if home.host is not None and home.host is not self._come:
-            if self._come is not None:
-                self._come.go()
+        before = self._come.host if self._come else None
+        if home.host is not None and home.host is not before:
+            if self._come and before:
+                self._come.adapters.apart()
+                before.go()
             home.host.come()
-            self._come = home.host
+            self._come = home
         return home
 
 

@@ -50,6 +50,12 @@ class QwenImage(Backbone):
         return f"its transformer has {', '.join(found)}: {' and '.join(dict.fromkeys(found.values()))}"
 
     @classmethod
+    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
+        """See :meth:`Backbone.pipeline_guidance`; without a negative prompt there is none."""
+        negative = {"negative_prompt": cls.NEGATIVE_PROMPT} if guidance > 1 else {}
+        return {"true_cfg_scale": guidance, **negative}
+
+    @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = int(2 ** len(configs["vae"]["temperal_downsample"]))

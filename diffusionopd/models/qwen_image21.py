@@ -54,6 +54,12 @@ class QwenImage21(Backbone):
         return replace(cls.DEFAULTS, num_steps=len(own))
 
     @classmethod
+    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
+        """See :meth:`Backbone.pipeline_guidance`; without a negative prompt there is none."""
+        negative = {"negative_prompt": cls.NEGATIVE_PROMPT} if guidance > 1 else {}
+        return {"true_cfg_scale": guidance, **negative}
+
+    @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`: four tokens of an image are a token's place in a prompt."""
         side = side_of(resolution, _FACTOR, 2 * _FACTOR)

@@ -36,7 +36,6 @@ class QwenImageEdit(QwenImage):
     READERS = {"processor": ImageTextProcessor}
     READS_IMAGES = True
     DEFAULTS = replace(QwenImage.DEFAULTS, max_sequence_length=1024)  # of which an image takes 200
-    TOKENS_AROUND = 208  # of the template and an image
     VARIANTS: ClassVar[Mapping[str, str]] = LAYERED  # zero_cond_t is 2511's: images are seen at time 0
 
     @classmethod
@@ -70,9 +69,20 @@ class QwenImageEdit(QwenImage):
             pipeline.encode_prompt(prompt=[each], max_sequence_length=max_sequence_length, **seen)[0][0]
             for each in (text, cls.NEGATIVE_PROMPT)
         )
+        if len(negative) > max_sequence_length:
+            what = f"is {max_sequence_length}, but {file} takes {len(negative)} tokens with an empty prompt"
+            raise ValueError(f"max_sequence_length {what}: raise it by as many as prompts have, to 1024 if in doubt")
+        tokens = tokens[:max_sequence_length]  # the pipeline itself cuts nothing
         pixels = pipeline.image_processor.preprocess(image, large, large).unsqueeze(2)
         latents = pipeline._encode_vae_image(pixels.to(device, pipeline.vae.dtype), generator=None)
         return {"tokens": tokens, "negative": negative, "image": latents[0, :, 0]}
+
+    @classmethod
+    def tokens_around(cls, pipeline: Any, row: Row) -> int:
+        """See :meth:`Backbone.tokens_around`; an image is among them."""
+        if "negative" not in row:
+            return super().tokens_around(pipeline, row)
+        return len(row["negative"]) - len(pipeline.tokenizer(cls.NEGATIVE_PROMPT).input_ids)
 
     def _negatives(self, conditions: Conditions) -> Conditions:
         """See :meth:`Backbone._negatives`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,10 +43,15 @@ class Sana(Backbone):
         return ""
 
     @classmethod
+    def defaults_of(cls, configs: Configs) -> Defaults:
+        """Models of 512 to 4096 pixels differ by the size of their transformer's latents."""
+        return replace(cls.DEFAULTS, resolution=configs["transformer"].get("sample_size", 32) * _factor(configs))
+
+    @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         config = configs["transformer"]
-        factor = 2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1)
+        factor = _factor(configs)
         side = side_of(resolution, factor, factor * config["patch_size"])
         return config["in_channels"], side, side
 
@@ -106,3 +112,8 @@ class Sana(Backbone):
         found = iter(rows(texts, instruction) if texts else ())
         negative = rows([cls.NEGATIVE_PROMPT], None) if NEGATIVE in prompts else []
         return [negative[0] if prompt == NEGATIVE else next(found) for prompt in prompts]
+
+
+def _factor(configs: Configs) -> int:
+    """Pixels a latent position, a side."""
+    return int(2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1))

@@ -99,7 +99,8 @@ class LoraSettings:
     """LoRA to start the student from (forms as for teachers); None is a fresh one. It keeps its rank and effect."""
     student_init: str = key("train.student_init", FRESH, choices=(FRESH, FROM_TEACHERS))
     """Where a student without `train.lora_path` starts: "fresh", as the base, or at its "teachers": the sum of their
-    LoRAs (task arithmetic), cut to its rank; what the cut loses is printed."""
+    LoRAs (task arithmetic), cut to its rank; what the cut loses is printed. It then adapts what they adapt, too, unless
+    `train.lora_target_modules` says what."""
     student_init_scale: float = key("train.student_init_scale", 0.0, "[0, inf)")
     """What multiplies that sum; 0: the one of 0.2, 0.4, ..., 1 with the smallest loss on a batch of each task."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
@@ -110,4 +111,4 @@ class LoraSettings:
         "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)
     )
     """Linear layers that get one, by the ends of their names; None: the model family's own (docs/configuration.md has
-    them)."""
+    them), and those of teachers that it starts from."""

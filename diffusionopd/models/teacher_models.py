@@ -116,6 +116,8 @@ def read_teacher_model(source: str, base: ModelInfo, *, download: bool = True) -
         listing: Collection[str] | None = ()
         if root and not Path(source).exists():
             listing = fetch_weights(source, root, [found], None) if download else None
+            if listing and (variants := sorted(found.variants(listing))):
+                listing = fetch_weights(source, root, [found], variants[0])
         problems = weight_problems([found], model._variant, listing)
         problems += _differences(model, base, root)
         if unsupported := base.family.unsupported(model.configs):

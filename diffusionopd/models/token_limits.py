@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusionopd.models.conditions import NEGATIVE, Row, TextEncoder, split_reference
 
 
-def cut_tokens(tokenizers: Mapping[str, Any], prompts: Sequence[str], max_sequence_length: int) -> dict[str, str]:
-    """Prompts that are cut -> how many tokens each tokenizer loses. CLIP's limit is its own, others' is given."""
+def cut_tokens(tokenizers: Mapping[str, Any], texts: Sequence[str], limits: Sequence[int]) -> dict[str, str]:
+    """Texts that are cut -> how many tokens each tokenizer loses. CLIP's limit is its own, others' are given."""
     losses: dict[str, dict[str, list[str]]] = {}
-    texts = [split_reference(prompt)[0] for prompt in prompts if prompt != NEGATIVE]
     for name, tokenizer in tokenizers.items():
-        limit = tokenizer.model_max_length if "CLIP" in type(tokenizer).__name__ else max_sequence_length
-        for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids if texts else (), strict=True):
+        own = [tokenizer.model_max_length] * len(texts) if "CLIP" in type(tokenizer).__name__ else limits
+        every = tokenizer(list(texts), verbose=False).input_ids if texts else ()
+        for text, limit, ids in zip(texts, own, every, strict=True):
             if len(ids) > limit:
                 lost = f"{len(ids) - limit} of {len(ids)} tokens beyond the {limit}"
                 losses.setdefault(text, {}).setdefault(lost, []).append(name)
@@ -27,16 +27,21 @@ def cut_tokens(tokenizers: Mapping[str, Any], prompts: Sequence[str], max_sequen
 
 
 class MeasuringEncoder:
-    """A text encoder that notes in `cut` which of its prompts are cut, as `cut_tokens` has them."""
+    """A text encoder that notes in `cut` which of its prompts are cut, as `cut_tokens` has them.
 
-    def __init__(self, encode: TextEncoder, tokenizers: Mapping[str, Any], max_sequence_length: int):
-        self._encode, self._tokenizers, self._length = encode, tokenizers, max_sequence_length
+    ``limit``: how many tokens of its prompt a row has room for.
+    """
+
+    def __init__(self, encode: TextEncoder, tokenizers: Mapping[str, Any], limit: Callable[[Row], int]):
+        self._encode, self._tokenizers, self._limit = encode, tokenizers, limit
         self.cut: dict[str, str] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[Row]:
         """As `TextEncoder`."""
-        self.cut |= cut_tokens(self._tokenizers, prompts, self._length)
-        return self._encode(prompts)
+        rows = self._encode(prompts)
+        own = [(split_reference(p)[0], self._limit(r)) for p, r in zip(prompts, rows, strict=True) if p != NEGATIVE]
+        self.cut |= cut_tokens(self._tokenizers, [text for text, _ in own], [limit for _, limit in own])
+        return rows
 
 
 def describe_cut(cut: Mapping[str, str], most: int = 3) -> str:

@@ -55,6 +55,11 @@ class ZImage(Backbone):
         return Defaults(num_steps=8, guidance_scale=1.0, max_sequence_length=512, mixed_precision="bf16")
 
     @classmethod
+    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
+        """See :meth:`Backbone.pipeline_guidance`."""
+        return {"guidance_scale": round(guidance - 1, 6)}
+
+    @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
         """See :meth:`Backbone.shape_of`."""
         factor = halvings(configs["vae"])

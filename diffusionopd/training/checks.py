@@ -31,7 +31,7 @@ from diffusionopd.data.tasks import Task, check_tasks
 from diffusionopd.models.backbone import EMBEDDED
 from diffusionopd.models.loading import BackboneError, ModelInfo, is_here, read_model
 from diffusionopd.models.lora_files import LoraWeights
-from diffusionopd.models.lora_fit import find_all, linear_layers
+from diffusionopd.models.lora_fit import ends_in, find_all, find_targets, linear_layers
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
 from diffusionopd.rewards import REGISTRY, RewardError, check_options
@@ -217,12 +217,18 @@ def _check_fits(
     own: Mapping[str, ModelInfo],
     problems: Problems,
 ) -> None:
-    """The resolution and every guidance are ones that the base model has, or a teacher's own."""
+    """The resolution, the student's modules and every guidance are ones that the base model has, or a teacher's own."""
     if problems.good("resolution"):
         try:
             model.family.shape_of(values["resolution"], model.configs)
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
+    name, targets = "train.lora_target_modules", values["train.lora_target_modules"]
+    if problems.good(name) and targets:
+        try:
+            find_targets(model.empty_transformer(), targets)
+        except ValueError as error:
+            problems.add(name, f"cannot be used: {error}", "Name ends of linear layers' names, or set it to None.")
     trained = [
         ("sample.guidance_scale", values["sample.guidance_scale"] if values["train.cfg"] is True else 1.0, model)
     ]
@@ -301,12 +307,12 @@ def _check_loras(
 def _check_targets(
     values: Mapping[str, Any], teachers: Sequence[LoraWeights], model: ModelInfo, problems: Problems
 ) -> None:
-    """A student that starts at the sum of its teachers has every layer that they have."""
+    """A student that starts at the sum of its teachers has every layer that they have, unless it is told others."""
     name, start = "train.lora_target_modules", "train.student_init"
-    if not problems.good(name, start) or values[start] != FROM_TEACHERS:
+    if not problems.good(name, start) or values[start] != FROM_TEACHERS or not values[name]:
         return
-    ends = [f".{end}" for end in values[name] or model.family.LORA_TARGETS]
-    own = {layer for layer in linear_layers(model.empty_transformer()) if f".{layer}".endswith(tuple(ends))}
+    layers = linear_layers(model.empty_transformer())
+    own = {layer for layer in layers if any(ends_in(layer, end) for end in values[name])}
     if lacking := sorted({layer for teacher in teachers for layer in teacher.a} - own):
         what = f"leaves out {len(lacking)} layers of the teachers that the student starts from, such as {lacking[0]}"
         problems.add(name, what, f"Add their names, or set {start} to {FRESH!r}.")

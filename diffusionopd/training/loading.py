@@ -14,6 +14,7 @@ from diffusionopd.distributed import LONGEST_TIMEOUT, together
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import (
+    BackboneError,
     encoder_place,
     find_device,
     load_backbone,
@@ -26,7 +27,7 @@ from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Home
-from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
 from diffusionopd.models.text_cache import TextCache
@@ -70,6 +71,10 @@ def find_teacher_models(plan: Plan) -> dict[str, TeacherModel]:
         model = read_teacher_model(source, base)
         assert model is not None  # it was downloaded
         model.family.shape_of(plan.read(BaseSettings).resolution, model.configs)
+        for task in (task for task in plan.teachers if task.model == source):
+            if problem := model.guidance_problem(task.guidance_scale):
+                what = f"the guidance_scale of {task.name} is {task.guidance_scale:g}, but {problem}"
+                raise BackboneError(f"{what}. Set it to 1.0.")
         found[source] = model
     return found
 
@@ -125,11 +130,14 @@ def load_models(
     if STUDENT in loras:
         adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
     else:
+        targets = lora.lora_target_modules
+        starts = plan.teachers if lora.student_init == FROM_TEACHERS and not targets else ()
         adapters.add_student(
             STUDENT,
             rank=lora.lora_rank,
             alpha=lora.lora_alpha,
-            target_modules=lora.lora_target_modules or backbone.LORA_TARGETS,
+            target_modules=targets or backbone.LORA_TARGETS,
+            others={module for task in starts for module in loras[task.adapter].a},
             seed=plan.values["seed"],
         )
     for task in plan.teachers:

@@ -378,9 +378,13 @@ def weight_digests(tasks: Sequence[Task], policies: Policies) -> dict[str, str]:
     frozen |= {f"the reference of {task.name}": task.reference_adapter for task in tasks if task.reference_adapter}
     for what, adapter in frozen.items():
         adapters = policies.home(adapter).adapters
-        options = vars(adapters.configs[adapter]).items()
-        scale = json.dumps({name: v for name, v in options if "alpha" in name or "rslora" in name}, sort_keys=True)
-        digests[what] = _sha256([scale.encode(), *map(_bytes, adapters.parameters(adapter))])
+        config = adapters.configs[adapter]
+        # By plain names, as runs have them that began before the patterns were whole names.
+        alphas = {name.removeprefix("^"): alpha for name, alpha in config.alpha_pattern.items()}
+        scale = {"alpha_pattern": alphas, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+        digests[what] = _sha256(
+            [json.dumps(scale, sort_keys=True).encode(), *map(_bytes, adapters.parameters(adapter))]
+        )
     return digests
 
 

@@ -189,7 +189,9 @@ def write(results: Path, output: Path) -> list[str]:
         worlds=found, estimators=estimators, variance=variance, note=COST_NOTE
     )
     (output / "claims.md").write_text(page, encoding="utf-8")
-    (output / "claims.json").write_text(json.dumps(as_json(found, estimators), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (output / "claims.json").write_text(
+        json.dumps(as_json(found, estimators), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     verdicts = [
         f"{one['world'].name}: {number}. {claim.verdict:17s} {claim.statement}"
         for one in found

@@ -54,7 +54,7 @@ def render_card(
         load_base=_load_base(student),
         diffusers_file=DIFFUSERS_WEIGHTS,
         steps=watch.eval_num_steps,
-        guidance=watch.eval_guidance_scale,
+        guidance=_guidance(student, watch.eval_guidance_scale),
         resolution=values["resolution"],
         strengths=[f"{strength:.4g}" for strength in student.strengths],
         rounds=student.rounds,
@@ -105,8 +105,16 @@ def _load_base(student: Student) -> str:
     if model.endswith(".safetensors"):
         repository, file = _repository(model), "/".join(model.split("/")[2:])
         address = f"https://huggingface.co/{repository}/blob/{revision or 'main'}/{file}"
-        return f'StableDiffusion3Pipeline.from_single_file("{address}")'
+        pipeline = student.model.configs["index"]["_class_name"] if student.model else "ItsPipeline"
+        return f'{pipeline}.from_single_file("{address}")'
     return f'DiffusionPipeline.from_pretrained("{model}"' + (f', revision="{revision}")' if revision else ")")
+
+
+def _guidance(student: Student, scale: float) -> str:
+    """The arguments that the base's pipeline has for it."""
+    if student.model is None:
+        return f"**guidance_of_the_base,  # {scale:g}, by its pipeline's names"
+    return ", ".join(f"{name}={value!r}" for name, value in student.model.family.pipeline_guidance(scale).items()) + ","
 
 
 def _recipe(student: Student) -> Iterator[tuple[str, str]]:

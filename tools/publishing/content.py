@@ -10,7 +10,9 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from diffusionopd.config_schema import flatten, read
 from diffusionopd.files import located
+from diffusionopd.models.loading import BackboneError, ModelInfo, read_model
 from diffusionopd.models.lora_files import (
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
@@ -19,7 +21,9 @@ from diffusionopd.models.lora_files import (
     LoraWeights,
     load_lora,
 )
+from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import checkpoint
+from diffusionopd.training.keys import SCHEMA, with_paths
 from diffusionopd.training.resume import read_run_config, read_saved_config
 from tools.publishing.public import public
 from tools.report.collect import read_metrics
@@ -43,6 +47,7 @@ class Student:
         values: flat, with the defaults of keys that are newer than it.
         rounds: of training.
         base_model: the base on the hub, as configurations name it; None where only a local one is known.
+        model: what the base's files say; None where they cannot be had.
     """
 
     folder: Path
@@ -51,6 +56,7 @@ class Student:
     rounds: int
     lora: LoraWeights = field(repr=False)
     base_model: str | None = None
+    model: ModelInfo | None = field(default=None, repr=False)
 
     @property
     def run(self) -> Path:
@@ -88,7 +94,11 @@ def find_student(path: str, base_model: str | None = None) -> Student:
     if base_model is None and _ON_HUB.fullmatch(model) and not Path(located(model.split("/")[0])).exists():
         base_model = model
     config = read_run_config(folder / CONFIG)
-    return Student(folder, config, values, int(state["round"]), load_lora(folder), base_model)
+    try:
+        info = read_model(**read(BaseSettings, SCHEMA.defaults() | flatten(with_paths(config))).source)
+    except BackboneError:
+        info = None
+    return Student(folder, config, values, int(state["round"]), load_lora(folder), base_model, info)
 
 
 def publication(student: Student, card: str) -> dict[str, bytes]:
