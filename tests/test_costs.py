@@ -310,7 +310,7 @@ ALGORITHMS = {
 def test_nfe_is_what_a_run_counts(tiny_config, tmp_path, name):
     """Announced by its plan, and by the prediction of its cost."""
     config = tiny_config(num_epochs=1, **ALGORITHMS[name])
-    plan, cost = check(config, 1), counted(SMALL | {"num_layers": 1})
+    plan, cost = check(config, 1), counted(SMALL | {"num_layers": 1}, targets=["attn.to_q"])
     train(config)
     nfe, seen = plan.nfe_per_round, metrics(tmp_path / "logs" / "run")[0]["evaluations"]
     assert seen == nfe.student + nfe.teacher + nfe.sampling + nfe.base

@@ -157,7 +157,7 @@ class NoText:
 
 
 def test_batches_are_joined_inside_an_optimizer_step(backbone, adapters, text):
-    """Three tasks of two batches in two steps: the second has the second task's last batch beside the third's."""
+    """Three tasks of two batches in two steps: one batch of each task in a step."""
     shape = RoundShape(3, 1, 3, 2, 2, 2, 1, accumulation=3, tasks_per_pass=3)
     tasks, sampler = [Task(name) for name in "abc"], PromptSampler([Prompt("")], 42, 0, 4)
     known = {"prompts": dict.fromkeys("abc", [Prompt("")]), "samplers": dict.fromkeys("abc", sampler)}
@@ -166,11 +166,11 @@ def test_batches_are_joined_inside_an_optimizer_step(backbone, adapters, text):
         steps=lambda index, task: (task,), wants_images=lambda index: True, device=CPU, dtype=torch.float32,
     ).round(0)  # fmt: skip
     first = [("".join(batch.slices), batch.rows[0].sample) for batch in found]
-    assert first == [("ab", 0), ("a", 2), ("bc", 2), ("c", 0)]
-    assert [row.steps for row in found[0].rows] == [(0,), (0,), (1,), (1,)] and found[0].steps == (0, 1)
+    assert first == [("abc", 0), ("abc", 2)]
+    assert [row.steps for row in found[0].rows] == [(0,), (0,), (1,), (1,), (2,), (2,)] and found[0].steps == (0, 1, 2)
     learner = make_opd(backbone, adapters, text)
     learner.shape = shape
-    assert learner.parts(found) == [[0, 1], [2, 3]]
+    assert learner.parts(found) == [[0], [1]]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
