@@ -413,6 +413,16 @@ def test_trackers(monkeypatch):
     check(config, 8)
 
 
+def test_rewards_that_cannot_be_had_are_named(tiny_config):
+    config = tiny_config(reward_options={"imagereward": {"checkpoint": "reward_ckpts/none.pt"}})
+    config.train.teachers[0]["proxy_reward"] = {"imagereward": 1.0, "jpeg_compressibility": 1.0}
+    for watched in (1, 0):
+        config.monitor_freq = config.eval_freq = watched
+        assert [("imagereward" in n, "reward_ckpts/none.pt" in n) for n in check(config, 1).notes] == [
+            (True, True)
+        ] * watched
+
+
 def test_settings_without_effect_are_named_once():
     unused = ("debug", "reward_fn", "sample.sde_window_size", "train.timestep_shift")
     config = load_config(
@@ -420,5 +430,6 @@ def test_settings_without_effect_are_named_once():
     )
     config.sample.sde_window_range = [0, 0]  # a list where the default is a tuple: the same setting
     config.reward_fn = {"ocr": 1.0}
+    config.monitor_freq = config.eval_freq = 0
     (note,) = check(config, 8).notes
     assert all(name in note for name in unused) and "sde_window_range" not in note

@@ -15,6 +15,7 @@ from diffusionopd.config_schema.problems import nearest
 from diffusionopd.config_schema.secrets import REMEDY, find_secrets
 from diffusionopd.files import located, sha256, user_path
 from diffusionopd.rewards.base import (
+    FOLDER,
     NOT_APPLICABLE,
     Combined,
     RewardError,
@@ -23,6 +24,7 @@ from diffusionopd.rewards.base import (
     Scores,
     UnfitPromptError,
     Weighted,
+    official_file,
 )
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
 from diffusionopd.rewards.images import Images, to_uint8
@@ -182,6 +184,23 @@ def digests(name: str, options: Mapping[str, Any]) -> list[str]:
     factory = _factory(name, options)
     files: list[str] = factory.files(options) if hasattr(factory, "files") else []
     return [sha256(path) for path in map(located, files) if Path(path).is_file()]
+
+
+def lacking(name: str, options: Mapping[str, Any] | None = None) -> str:
+    """What keeps a reward from being built here, as far as its packages and files tell without loading; or nothing."""
+    try:
+        factory = _factory(name, options or {})
+        for option, parameter in inspect.signature(factory).parameters.items():
+            value = (options or {}).get(option, parameter.default)
+            if (
+                isinstance(value, str)
+                and value.startswith(FOLDER)
+                and option not in getattr(factory, "dispensable", ())
+            ):
+                official_file(name, value)
+    except RewardError as error:
+        return str(error)
+    return ""
 
 
 def _factory(name: str, options: Mapping[str, Any]) -> Any:

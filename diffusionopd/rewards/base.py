@@ -105,6 +105,10 @@ def fetch_command(reward: str) -> str:
     return f"python -m tools.download rewards {reward}"
 
 
+FOLDER = "reward_ckpts/"
+"""Where the official files of rewards are."""
+
+
 def official_file(reward: str, path: str) -> Path:
     """The place of a file of a reward. Raises `RewardError`, with the command that fetches it, if it is missing."""
     place = Path(located(path))

@@ -87,6 +87,7 @@ class UnifiedReward(JudgeServer):
 
     name: ClassVar[str] = "unifiedreward"
     asks: ClassVar[str] = "question"
+    dispensable: ClassVar[tuple[str, ...]] = ("question",)  # without its file it asks in words of its own
     start: ClassVar[str] = START
     must_be_listed: ClassVar[bool] = False
     side: ClassVar[int] = 512

@@ -34,7 +34,7 @@ from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.lora_fit import ends_in, find_all, find_targets, linear_layers
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, BaseSettings
 from diffusionopd.models.teacher_models import TeacherModel, read_teacher_model
-from diffusionopd.rewards import REGISTRY, RewardError, check_options
+from diffusionopd.rewards import REGISTRY, RewardError, check_options, lacking
 from diffusionopd.training.checkpoint import CheckpointError, locate
 from diffusionopd.training.keys import SCHEMA, is_used, unsaved, with_loras, with_paths
 from diffusionopd.training.plan import Plan, T
@@ -124,8 +124,13 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     assert sampler and batches
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
-    notes = (*_notes(values, sampler, algorithm, settings, shape), *lora_notes)
-    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, notes)
+    notes = [*_notes(values, sampler, algorithm, settings, shape), *lora_notes]
+    if sources and (algorithm.has_rewards or watch.monitor_freq or watch.eval_freq):
+        without = "the run cannot start" if algorithm.has_rewards else "it is left out"
+        names = dict.fromkeys(name for task in tasks for name in task.proxy_reward)
+        absent = {name: what for name in names if (what := lacking(name, watch.reward_options.get(name)))}
+        notes += [f"reward {name} cannot be had here, {without}: {what}" for name, what in absent.items()]
+    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, tuple(notes))
 
 
 def _notes(
