@@ -228,7 +228,7 @@ class Runner:
 
     def _evaluate(self, run: Run, split: str) -> dict[str, list[float]]:
         """Task -> score of each different prompt."""
-        arm, world, output = run.what, WORLDS[run.world], self.logs / run.world / "scores" / run.name / split
+        arm, world, output = run.what, WORLDS[run.world], self.folder(run) / "scores" / run.name / split
         if arm.kind == "base":
             which = ["--base"]
         elif arm.kind == "merge":
