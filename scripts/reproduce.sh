@@ -70,14 +70,13 @@ echo "== Checking"
 bash "$here/scripts/single_node/mopd.sh" --dry_run "${overrides[@]}"
 read -ra named <<<"${EVAL_ARGS:-}"
 if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
-for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
-evaluate() {
-    bash "$here/scripts/single_node/eval.sh" --base "${named[@]}" --dataset "${datasets[@]}" \
-        --output_dir "$FOLDER/evaluation" --save_images --resume "$@"
-}
-evaluate --config "$CONFIG" --dry_run # scorers and their servers, before the hours
+# Prompts, scorers and their servers, before the hours; whichever the base is, so the smallest
+bash "$here/scripts/single_node/eval.sh" --config "$CONFIG" --base --model "$here/assets/tiny/model" "${named[@]}" \
+    --dataset "${datasets[@]}" --output_dir "$FOLDER/check" --dry_run
 echo "== Distilling"
 bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
 echo "== Evaluating"
-evaluate --config "$FOLDER/run/config.json" --checkpoint_path "$FOLDER/run"
+for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
+bash "$here/scripts/single_node/eval.sh" --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
+    --dataset "${datasets[@]}" --output_dir "$FOLDER/evaluation" --save_images --resume
 python "$here/tools/compare.py" "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"

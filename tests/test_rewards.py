@@ -23,6 +23,7 @@ from diffusionopd.rewards import (
     build_composite,
     build_scorer,
     check_options,
+    lacking,
     score_all,
     to_uint8,
 )
@@ -336,3 +337,17 @@ def test_a_batch_over_its_time_is_given_up_until_it_ends():
         time.sleep(0.01)
     assert "mean" in limited.score(images(1), ["p"], [{}])
     limited.close(cancel=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing"),
+    [
+        ("geneval", {"checkpoint": "reward_ckpts/none.pth"}, True),
+        ("geneval", {"checkpoint": "reward_ckpts/none.pth", "detector": "transformers:owner/name"}, False),
+        ("unifiedreward", {"question": "reward_ckpts/none.txt"}, False),
+        ("imagereward", {"checkpoint": "reward_ckpts/none.pt"}, True),
+        ("jpeg_compressibility", {}, False),
+    ],
+)
+def test_files_that_a_reward_lacks_are_named_without_loading(name, options, missing):
+    assert (options.get("checkpoint", " ") in lacking(name, options)) == missing == bool(lacking(name, options))

@@ -161,7 +161,7 @@ def run(job: Job, state: PartialState) -> dict[str, dict[str, dict[str, Summary]
 
 
 def check(job: Job, state: PartialState) -> list[str]:
-    """What `run` finds out before the base loads, and no more: a line for each evaluation. Raises as it does."""
+    """What `run` finds out before the base loads, writing nothing: a line for each evaluation. Raises as it does."""
     _look_together(job, state)
     _find_loras(job)
     _build_scorers(job, state)

@@ -186,17 +186,15 @@ def digests(name: str, options: Mapping[str, Any]) -> list[str]:
     return [sha256(path) for path in map(located, files) if Path(path).is_file()]
 
 
-def lacking(name: str, options: Mapping[str, Any] | None = None) -> str:
+def lacking(name: str, options: Mapping[str, Any]) -> str:
     """What keeps a reward from being built here, as far as its packages and files tell without loading; or nothing."""
     try:
-        factory = _factory(name, options or {})
-        for option, parameter in inspect.signature(factory).parameters.items():
-            value = (options or {}).get(option, parameter.default)
-            if (
-                isinstance(value, str)
-                and value.startswith(FOLDER)
-                and option not in getattr(factory, "dispensable", ())
-            ):
+        factory = _factory(name, options)
+        bound = inspect.signature(factory).bind_partial(**options)
+        bound.apply_defaults()
+        idle = factory.dispensable(options) if hasattr(factory, "dispensable") else ()
+        for option, value in bound.arguments.items():
+            if option not in idle and isinstance(value, str) and value.startswith(FOLDER):
                 official_file(name, value)
     except RewardError as error:
         return str(error)

@@ -85,9 +85,13 @@ class UnifiedReward(JudgeServer):
     api_key_variable: str = "UNIFIEDREWARD_API_KEY"
     question: str = QUESTION
 
+    @staticmethod
+    def dispensable(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Options whose files need not be there: without one it asks in words of its own."""
+        return ("question",)
+
     name: ClassVar[str] = "unifiedreward"
     asks: ClassVar[str] = "question"
-    dispensable: ClassVar[tuple[str, ...]] = ("question",)  # without its file it asks in words of its own
     start: ClassVar[str] = START
     must_be_listed: ClassVar[bool] = False
     side: ClassVar[int] = 512

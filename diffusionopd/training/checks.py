@@ -124,13 +124,19 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     assert sampler and batches
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
-    notes = [*_notes(values, sampler, algorithm, settings, shape), *lora_notes]
-    if sources and (algorithm.has_rewards or watch.monitor_freq or watch.eval_freq):
-        without = "the run cannot start" if algorithm.has_rewards else "it is left out"
-        names = dict.fromkeys(name for task in tasks for name in task.proxy_reward)
-        absent = {name: what for name in names if (what := lacking(name, watch.reward_options.get(name)))}
-        notes += [f"reward {name} cannot be had here, {without}: {what}" for name, what in absent.items()]
-    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, tuple(notes))
+    notes = (*_notes(values, sampler, algorithm, settings, shape), *lora_notes)
+    notes += _reward_notes(tasks, algorithm, watch) if sources else ()
+    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, notes)
+
+
+def _reward_notes(tasks: Sequence[Task], algorithm: type[Algorithm], watch: WatchSettings) -> tuple[str, ...]:
+    """Rewards that cannot be had here, of those that are asked."""
+    if not (algorithm.has_rewards or watch.monitor_freq or watch.eval_freq):
+        return ()
+    without = "the run cannot start" if algorithm.has_rewards else "it is left out"
+    names = dict.fromkeys(name for task in tasks for name in task.proxy_reward)
+    absent = {name: what for name in names if (what := lacking(name, watch.reward_options.get(name, {})))}
+    return tuple(f"reward {name} cannot be had here, {without}: {what}" for name, what in absent.items())
 
 
 def _notes(

@@ -103,6 +103,11 @@ class GenEval:
     check = staticmethod(partial(unfit, parse_request))
 
     @staticmethod
+    def dispensable(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Options whose files need not be there: another detector has its own."""
+        return ("checkpoint",) if str(options.get("detector", "")).startswith("transformers:") else ()
+
+    @staticmethod
     def problems(**options: Any) -> list[str]:
         """What is wrong with options, found without loading anything."""
         found = not_whole({"batch_size": 1}, **options)
