@@ -1,6 +1,7 @@
 """The published distillation on the random model that ``full_size.py`` wrote: what it costs, before any download.
 
-``mopd`` is ``config/opd.py:mopd`` with the model, teachers and prompts of that folder; ``small_mopd`` the same, small.
+``mopd`` is ``config/opd.py:mopd`` with the model, teachers and prompts of that folder, ``merge`` is
+``config/merge.py:sd35`` of ten LoRAs; ``small_mopd`` and ``small_merge`` are the same, small.
 Those of other families are called like their shapes (``z_image``, ``small_z_image``).
 The environment variable FULL_SIZE names another folder than ``logs/full_size``, for both files.
 """
@@ -28,10 +29,11 @@ SHAPES = {
 """Name -> the published model, and the configuration that distils it."""
 
 _published = runpy.run_path(str(ROOT / "config" / "opd.py"))["get_config"]
+_merge = runpy.run_path(str(ROOT / "config" / "merge.py"))["get_config"]
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return ``mopd``, ``small_mopd``, or that of another family's shape."""
+    """Return ``mopd``, ``merge``, ``small_mopd``, ``small_merge``, or that of another family's shape."""
     if (shape := name.removeprefix("small_")) not in SHAPES:
         return globals()[name]()
     file, _, preset = SHAPES[shape][1].partition(":")
@@ -51,6 +53,29 @@ def mopd() -> ConfigDict:
 def small_mopd() -> ConfigDict:
     """The same on a model of a few layers and images of 64 pixels, in float32, on a CPU."""
     return _small(_on("small", _published("mopd")))
+
+
+def merge() -> ConfigDict:
+    """Ten LoRAs into one, at SD3.5-Medium's size.
+
+    Command:   python -m tools.profile_round --config benchmarks/full_size_config.py:merge
+    Hardware:  one GPU of 16 GB or more
+    """
+    return _merged("sd35")
+
+
+def small_merge() -> ConfigDict:
+    """The same on the model of ``small_mopd``."""
+    return _small(_merged("small"))
+
+
+def _merged(shape: str) -> ConfigDict:
+    config = _merge("sd35")
+    config.run_name = f"full_size_merge_{shape}"
+    config.pretrained.model = str(FOLDER / shape / "model")
+    places = [str(FOLDER / shape / "teachers" / task / "lora") for task in TASKS]
+    config.loras = [{"name": f"lora_{n}", "lora": places[n % len(places)], "trigger": f"style {n}"} for n in range(10)]
+    return config
 
 
 def _small(config: ConfigDict) -> ConfigDict:

@@ -42,7 +42,10 @@ from diffusionopd.models.policies import STUDENT
 
 @dataclass(frozen=True)
 class Setting:
-    """A round: ``batches`` of ``images`` for each of ``tasks``, ``together`` of them in a pass."""
+    """A round: ``batches`` of ``images`` for each of ``tasks``, ``together`` of them in a pass.
+
+    ``teachers``: their guidance; 0: the student's. ``strength``: of their targets.
+    """
 
     name: str
     tasks: int
@@ -51,14 +54,28 @@ class Setting:
     guidance: float
     batches: int = 1
     together: int = 1
+    teachers: float = 0.0
+    strength: float = 1.0
 
     @property
     def all_images(self) -> int:
         """Of a round."""
         return self.tasks * self.images * self.batches
 
+    @property
+    def forwards(self) -> tuple[int, int]:
+        """Of an image's state: frozen ones, and the student's."""
+        guided = [1 + (guidance > 1) for guidance in (self.teachers or self.guidance, self.guidance)]
+        return guided[0] * (1 + (self.strength != 1)), guided[1]
+
 
 PUBLISHED = Setting("published round", 3, 3, 512, 4.5, together=3)
+WHOLE = replace(PUBLISHED, name="72 images", batches=8)
+TARGETS = [
+    replace(PUBLISHED, name="strength 1.5", strength=1.5),
+    replace(PUBLISHED, name="folded", guidance=1.0, teachers=4.5),
+    replace(PUBLISHED, name="folded, strength 1.25", guidance=1.0, teachers=4.5, strength=1.25),
+]
 SEPARATE = Setting("one task in a pass", 3, 3, 512, 4.5)
 LARGE = Setting("12 images in a pass", 1, 12, 512, 4.5, batches=3)
 OTHERS = [  # with --max_sequence_length 256, the settings of verl-omni's published seconds
@@ -88,8 +105,8 @@ class Bench:
         self.backbone = self.algorithm.policies.backbone
         self.flops = {r: self._flops_of_a_step(r) for r in {s.resolution for s in [PUBLISHED, *OTHERS]}}
 
-    def _flops_of_a_step(self, resolution: int) -> int:
-        """Of an image's state without guidance: teacher forward without LoRA, student forward and backward."""
+    def _flops_of_a_step(self, resolution: int) -> tuple[int, int]:
+        """Of an image's state without guidance: a frozen forward; the student's forward and backward."""
         algorithm, (batch,) = self.round_of(replace(PUBLISHED, tasks=1, images=1, resolution=resolution, guidance=1.0))
         flops = flops_of_a_step(algorithm, batch)
         algorithm.optimizer.discard()
@@ -110,7 +127,9 @@ class Bench:
             for task in range(setting.tasks):
                 text = self.world._texts[task].index([0] * setting.images)
                 x = noise(shape, [(task, number, i) for i in images]).to(self.args.device)
-                of_tasks.append(make_batch(task, x, text, sampler))
+                batch = make_batch(task, x, text, sampler)
+                own = {"guidance": setting.teachers or setting.guidance, "strength": setting.strength}
+                of_tasks.append(replace(batch, rows=tuple(replace(row, **own) for row in batch.rows)))
             batches += side_by_side(of_tasks, setting.together)
         return Opd(models, OpdSettings(), sampler, sigmas, before.shape), batches
 
@@ -123,8 +142,8 @@ class Bench:
             algorithm, batches = self.round_of(setting)
             round_ = lambda: algorithm.round(batches)  # noqa: E731
         first, *seconds = [self._seconds(round_) for _ in range(1 + repeats)]
-        needed = self.flops[setting.resolution] * setting.all_images * self.algorithm.sampler.trained_steps
-        needed *= 2 if setting.guidance > 1 else 1
+        needed = sum(n * flops for n, flops in zip(setting.forwards, self.flops[setting.resolution], strict=True))
+        needed *= setting.all_images * self.algorithm.sampler.trained_steps
         median = statistics.median(seconds)
         row = {"setting": setting.name, "what": what, "first_seconds": first, "seconds": median, "all": seconds}
         row |= {"tflop": needed / 1e12, "utilisation": needed / median / self.peak}
@@ -246,6 +265,8 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "upstream": upstream,
     "merged": merged,
     "large": by_default(LARGE),
+    "targets": by_default(*TARGETS),
+    "whole": lambda bench: bench.time(WHOLE, "default", 1),
 }
 UNCOMPILED = ("uncompiled", "precision")
 

@@ -288,7 +288,7 @@ def needed_flops(world: World) -> int:
     """FLOPs of a round that no way of doing it saves, counted on one visit of one image."""
     algorithm, batches = World(argparse.Namespace(**{**vars(world.args), "batch_size": 1})).setup()
     visits = world.args.batch_size * len(batches) * world.sampler.trained_steps
-    return flops_of_a_step(algorithm, batches[0]) * visits
+    return sum(flops_of_a_step(algorithm, batches[0])) * visits
 
 
 def summarise(

@@ -118,16 +118,18 @@ def make_batch(task: int, x: Tensor, text: Conditions, sampler: SamplerSettings)
     return Batch(tuple(rows), x, text, draw=lambda stream, step: torch.zeros(()))  # the sampler adds no noise
 
 
-def flops_of_a_step(algorithm: Opd, batch: Batch) -> int:
-    """What no way of a step saves: the teacher's forward without its LoRA, the student's forward and backward.
+def flops_of_a_step(algorithm: Opd, batch: Batch) -> tuple[int, int]:
+    """What no way of a step saves: a frozen forward without a LoRA; the student's forward and backward.
 
     SDPA's kernels have formulas of their own: the plain products are counted.
     """
     sigma = algorithm.transitions[0].sigma
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, sdpa_kernel(SDPBackend.MATH):
+    counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+    with counter, sdpa_kernel(SDPBackend.MATH):
         algorithm.base(batch)(batch.noise, sigma)
+        frozen = counter.get_total_flops()
         algorithm.student(batch)(batch.noise, sigma).sum().backward()
-    return counter.get_total_flops()
+    return frozen, counter.get_total_flops() - frozen
 
 
 def seconds_of(work: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:

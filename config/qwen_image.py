@@ -29,7 +29,7 @@ def mopd() -> ConfigDict:
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs of 80 GB, 53 GB each at the peak with the rewards' models, a task in a pass, of which the
                weights are 41; 48 images per round, 24 per task
-    Cost:      81 PFLOP per round, 27 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
+    Cost:      81 PFLOP per round, 39 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     return _distillation("qwen_image_mopd", "Qwen/Qwen-Image")
@@ -54,7 +54,7 @@ def edit() -> ConfigDict:
                --config.train.teachers[0].lora_path=... (ocr) and likewise [1] (edit): LoRAs of this base
     Hardware:  8 GPUs of 80 GB, 67 GB each at the peak with the rewards' models, a task in a pass, of which the
                weights are 41; 48 images per round, 24 per task
-    Cost:      less than 423 PFLOP per round, 142 s on 8 H100 at 47% of 790 TFLOP/s, which all edits of 1024 tokens
+    Cost:      less than 423 PFLOP per round, 203 s on 8 H100 at 33% of 790 TFLOP/s, which all edits of 1024 tokens
                would have (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """

@@ -23,7 +23,7 @@ def mopd() -> ConfigDict:
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs, 32 GB each at the peak with the rewards' models, a task in a pass (11 GB with
                --config.activation_checkpointing=True); 48 images per round, 24 per task
-    Cost:      7.7 PFLOP per round, 2.6 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost)
+    Cost:      7.7 PFLOP per round, 3.7 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost)
     Expected:  not run and not measured; a student is compared with its own teachers
     """
     model = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"

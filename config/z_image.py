@@ -22,7 +22,7 @@ def mopd() -> ConfigDict:
                --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 21 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
                72 images per round, 24 per task
-    Cost:      99 PFLOP per round, 33 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
+    Cost:      99 PFLOP per round, 47 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost; not run)
     Expected:  not published and not measured; a student is compared with its own teachers
     """
     return distillation_of("z_image_mopd", "Tongyi-MAI/Z-Image")

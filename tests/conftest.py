@@ -166,6 +166,12 @@ def tiny_config(make_config: Callable[..., ConfigDict], tmp_path: Path) -> Calla
     return lambda **changes: make_config(tmp_path / "logs", **changes)
 
 
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    """A training sets for its process whether a GPU multiplies in TF32; scorers' tests compare with a CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test fails that loads a transformer."""

@@ -110,7 +110,9 @@ def test_an_interrupt_keeps_what_was_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "preset"), [("small", "small_mopd"), ("small_z_image", "small_z_image")])
+@pytest.mark.parametrize(
+    ("shape", "preset"), [("small", "small_mopd"), ("small", "small_merge"), ("small_z_image", "small_z_image")]
+)
 def test_a_random_model_is_distilled_by_the_projects_own_script(shape, preset, tmp_path):
     """What stands for the published model where it cannot be had, small: built, and a round of it profiled."""
     environment = {"FULL_SIZE": str(tmp_path / "full"), "PYTHONPATH": str(ROOT)}

@@ -33,7 +33,11 @@ from diffusionopd.training.costs.round import (
     work,
 )
 from diffusionopd.training.keys import with_paths
+from diffusionopd.training.passes import speaks_against_compiling
 from diffusionopd.training.plan import Plan
+
+UTILISATION = {True: 0.47, False: 0.33}
+"""Compiled or not -> the share of 790 TFLOP/s that a round of SD3.5-Medium reached on an H100 (docs/performance.md)."""
 
 
 def main() -> None:
@@ -44,7 +48,7 @@ def main() -> None:
         parser.add_argument("--num_processes", type=int, default=1, help="of the run, one per GPU")
         parser.add_argument("--peak_tflops", type=float, default=790.0, help="of a GPU; 790: bf16 products, H100, H200")
         parser.add_argument(
-            "--utilisation", type=float, default=0.47, help="share of the peak reached; 0.47: measured, H100"
+            "--utilisation", type=float, help="share of the peak; default, measured on an H100: 0.47, not compiled 0.33"
         )
         parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in GB of 1024^3 bytes")
         parser.add_argument("--json", type=path_flag, help="write the figures to this file")
@@ -70,7 +74,9 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
     unresolved, plan = plan, replace(plan, shape=replace(shape, tasks_per_pass=tasks))
     kinds = work(plan, cost, own)
     nfe, flops = (sum(column) for column in zip(*kinds.values(), strict=True))
-    seconds = flops / (shape.num_processes * args.peak_tflops * 1e12 * args.utilisation)
+    compiled = not speaks_against_compiling(plan) if plan.values["compile"] is None else plan.values["compile"]
+    utilisation = args.utilisation or UTILISATION[compiled]
+    seconds = flops / (shape.num_processes * args.peak_tflops * 1e12 * utilisation)
     ways = {"replicated": 1} | ({"sharded": min(shape.num_processes, MACHINE)} if shape.num_processes > 1 else {})
     held = {way: memory(plan, cost, shards, own) for way, shards in ways.items()}
     outside = outside_training(plan, pipeline)
@@ -80,7 +86,7 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
         ("forward of an image", f"{tera(cost.forward)}, the adapter {tera(cost.lora_forward)} more"),
         ("backward of an image", f"{tera(cost.backward)}, {cost.backward / cost.forward:.2f} forwards"),
     )
-    at = f"{args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s per GPU"
+    at = f"{utilisation:.0%} of {args.peak_tflops:g} TFLOP/s per GPU, {'' if compiled else 'not '}compiled"
     print_table(
         ("images a round", f"{shape.images_per_round}"),
         ("processes", f"{shape.num_processes}"),

@@ -37,18 +37,25 @@ def with_compile(plan: Plan, device: torch.device) -> Plan:
 def _why_not_compile(plan: Plan, device: torch.device) -> str:
     if device.type != "cuda":
         return "there is no GPU"
-    if plan.shape.num_rounds < ROUNDS_WORTH_COMPILING:
-        return f"fewer than {ROUNDS_WORTH_COMPILING} rounds would not pay for it (--config.compile=True)"
-    if _draws_steps(plan):
-        return "train.steps_per_rollout draws steps: passes have many sizes, each with graphs of its own"
-    if not _has_one_length(plan):
-        return "prompts of this model differ in length: passes have many sizes, each with graphs of its own"
+    if reason := speaks_against_compiling(plan):
+        return reason
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed has no compiled blocks"
     try:
         check_compiler(device)
     except AccelerationError as error:
         return str(error)
+    return ""
+
+
+def speaks_against_compiling(plan: Plan) -> str:
+    """Why blocks would not be compiled on a GPU, by the configuration alone; empty for nothing."""
+    if plan.shape.num_rounds < ROUNDS_WORTH_COMPILING:
+        return f"fewer than {ROUNDS_WORTH_COMPILING} rounds would not pay for it (--config.compile=True)"
+    if _draws_steps(plan):
+        return "train.steps_per_rollout draws steps: passes have many sizes, each with graphs of its own"
+    if not _has_one_length(plan):
+        return "prompts of this model differ in length: passes have many sizes, each with graphs of its own"
     return ""
 
 

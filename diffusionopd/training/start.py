@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from tqdm import tqdm
+
 from diffusionopd.algorithms.base import Algorithm
 from diffusionopd.data.batches import Batches
 from diffusionopd.data.rounds import TOGETHER
@@ -42,7 +44,8 @@ def choose_scale(algorithm: Algorithm, batches: Batches, merged: Merged, say: Ca
     first = {tuple(batch.slices): batch for batch in reversed(made)}
     tried = [replace(batch, wants_images=False) for batch in first.values()]
     losses = {}
-    for scale in sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)}):
+    scales = sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)})
+    for scale in tqdm(scales, desc="trying scales of the sum", unit="scale", disable=batches.rank > 0):
         algorithm.policies.adapters.start_from(STUDENT, merged.weights, scale)
         result = algorithm.round(tried, step=False)
         algorithm.optimizer.discard()
