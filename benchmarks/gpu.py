@@ -251,7 +251,7 @@ def by_default(*settings: Setting) -> Callable[[Bench], None]:
 
     def time_all(bench: Bench) -> None:
         for setting in settings:
-            bench.time(setting, "default", 2)
+            bench.time(setting, "default", 3)
 
     return time_all
 
