@@ -158,6 +158,7 @@ TINY = World(
     "tiny",
     "the tiny world as it is shipped",
     [_COMPOSE, _OCR, WorldTask("scene", "scene", "tiny_scene", shipped="scene")],
+    rate=4e-3,
 )
 CANDIDATES = [
     World("opposed", "landscapes by day are to be vivid, those with a low sun dull", [_COMPOSE, _OCR, _VIVID, _DULL]),
