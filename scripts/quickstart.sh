@@ -4,7 +4,7 @@
 #   bash scripts/quickstart.sh                     install, distil three teachers into one student, score, draw the page
 #   bash scripts/quickstart.sh --short             the same in a few rounds and on a few prompts, in logs/quickstart-short
 #   bash scripts/quickstart.sh --config.seed=7     arguments beginning with --config. go to the training
-#   CONFIG=config/tiny.py:mopd bash scripts/quickstart.sh    the student starts fresh, as in the paper: 5 minutes more
+#   CONFIG=config/tiny.py:mopd bash scripts/quickstart.sh    the student starts fresh, as in the paper: half a minute more
 #
 # Writes logs/quickstart/: report.html, summary.json, run/ (the training), evaluation/ (images and scores).
 # The same command continues where it was stopped, and only draws the page again when all is done. With other arguments,

@@ -55,7 +55,7 @@ SCREEN = "screen"
 """A run of the candidates for the second world, on validation prompts."""
 QUICK = {"save_freq": 2, "eval_freq": 2, "eval_num_prompts": 2}
 QUICK_ROUNDS, QUICK_LINES = 2, 4
-SECONDS = {"pass": 0.0047, "image": 0.07, "start": 4.0}
+SECONDS = {"pass": 0.0036, "image": 0.048, "start": 5.0}
 """On one core of an AMD EPYC: a pass of one image (a backward pass is two), an image drawn and scored, a start."""
 FORKS = multiprocessing.get_context("forkserver")
 """A run is a fork of a process that has imported what scripts need: a fifth of a short run's time."""
