@@ -35,8 +35,8 @@ def mopd() -> ConfigDict:
     Command:   CONFIG=config/tiny.py:mopd NUM_PROCESSES=2 bash scripts/single_node/mopd.sh
     Hardware:  2 CPU cores; 24 images per round, 8 per task
     Cost:      73 seconds (measured on an AMD EPYC, 2026-11-27)
-    Expected:  tiny_compose .98, tiny_ocr .99, tiny_scene .87: 98% to 99% of the way from the base (.35, .29, .30) to each
-               teacher (measured, one seed; 119, 200 and 14 different held-out prompts)
+    Expected:  tiny_compose .98, tiny_ocr .99, tiny_scene .87: 98% to 99% of the way from the base (.35, .29, .30) to
+               each teacher (measured, one seed; 119, 200 and 14 different held-out prompts)
     Loss:      target "velocity", self-normalized, not the paper's; chosen on test prompts (docs/method.md)
     """
     return _distillation("tiny-mopd", [COMPOSE, OCR, SCENE])
