@@ -21,6 +21,7 @@ import torch
 from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 
+from diffusionopd import rewards
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import Conditions
 from diffusionopd.models.loading import load_backbone
@@ -30,7 +31,7 @@ from diffusionopd.tiny import models
 from diffusionopd.training import load_config, train
 
 from . import forked  # noqa: F401 (makes this process one that can be forked, before anything starts threads)
-from .helpers import with_loras
+from .helpers import Pattern, with_loras
 from .loopback import CONTENT, Server, loopback
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +145,7 @@ def make_config(pipeline_folder: Path, shared: tuple[list[dict], Path]) -> Calla
         "save_freq": 0, "monitor_freq": 0, "sample_freq": 0, "sample__num_steps": 4, "sample__num_batches_per_epoch": 2,
         "sample__train_batch_size": 2, "sample__eval_num_steps": 2, "train__batch_size": 2,
         "train__gradient_accumulation_steps": 2, "train__lora_rank": 4, "train__lora_alpha": 8,
+        "train__learning_rate": 1e-3,
     }  # fmt: skip
     from_rewards = {"sample__num_image_per_prompt": 2, "sample__num_batches_per_epoch": 4}
     noisy = from_rewards | {"sample__noise_level": 0.7}
@@ -164,6 +166,13 @@ def make_config(pipeline_folder: Path, shared: tuple[list[dict], Path]) -> Calla
 def tiny_config(make_config: Callable[..., ConfigDict], tmp_path: Path) -> Callable[..., ConfigDict]:
     """`tiny_config(key=value, ...)`: :func:`make_config` with the logs in this test's folder."""
     return lambda **changes: make_config(tmp_path / "logs", **changes)
+
+
+@pytest.fixture
+def pattern(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the reward :class:`tests.helpers.Pattern`."""
+    monkeypatch.setitem(rewards.REGISTRY, "pattern", f"{Pattern.__module__}:{Pattern.__name__}")
+    return "pattern"
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
@@ -28,9 +29,21 @@ from diffusionopd.data.rounds import RoundShape
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT, Policies
+from diffusionopd.rewards.images import Images, each_uint8
 from diffusionopd.training import checkpoint, setup, train
 
 from .forked import Ended, fork
+
+
+class Pattern:
+    """A reward: pixels times a random pattern. No two images are near a tie, of which advantages would make
+    differences of rounding; a file's size changes by steps."""
+
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (64, 64, 3))
+
+    def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Any]) -> dict[str, np.ndarray]:
+        """As of any scorer; images of 64 pixels."""
+        return {"pattern": np.array([(self.signs * pixels).sum() for pixels in each_uint8(images)])}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusionopd import rewards
 from diffusionopd.models.acceleration import ATTENTION_BACKENDS, choose_attention, compile_blocks
 from diffusionopd.models.loading import load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
-from diffusionopd.rewards.images import each_uint8
 from diffusionopd.training import train
 from diffusionopd.training.profiling import profile
 
@@ -34,16 +31,6 @@ RUNS = {
     "surrogate": {"sample__noise_level": 0.7, "train__loss": "policy_gradient"},
     **{name: {"train__algorithm": name} for name in ("sft", "nft", "grpo", "grpo_guard")},
 }
-
-
-class Pattern:
-    """Pixels times a random pattern: smooth, and no two images are near a tie, of which advantages would make
-    differences of rounding."""
-
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (64, 64, 3))
-
-    def score(self, images, prompts, metadata):
-        return {"pattern": np.array([(self.signs * pixels).sum() for pixels in each_uint8(images)])}
 
 
 @pytest.fixture
@@ -63,16 +50,14 @@ def use(monkeypatch):
 
 
 @pytest.fixture
-def run(tiny_config, tmp_path, use, monkeypatch):
+def run(tiny_config, tmp_path, use, pattern):
     """`run(name, device, ...)`: three rounds on the device; the last checkpoint and the rows of `metrics.jsonl`."""
-
-    monkeypatch.setitem(rewards.REGISTRY, "pattern", f"{__name__}:Pattern")
 
     def start(name, device=GPU, **changes):
         use(device)
         config = tiny_config(run_name=name, allow_tf32=False, **changes)
         for task in config.train.teachers:
-            task["proxy_reward"] = {"pattern": 1.0}
+            task["proxy_reward"] = {pattern: 1.0}
         last = train(config)
         return last, metrics(tmp_path / "logs" / name)
 

@@ -195,10 +195,12 @@ def assert_same(a, b, rel=1e-5):
 @pytest.mark.parametrize(
     "algorithm", ["opd", "nft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "grpo"))]
 )
-def test_a_run_is_the_same_side_by_side(tiny_config, shared, algorithm):
+def test_a_run_is_the_same_side_by_side(tiny_config, shared, pattern, algorithm):
     """And each task's weight, guidance and target are its own; small steps, so that rounding stays rounding."""
     tasks = [{**task, "weight": weight} for task, weight in zip(shared[0], (1.0, 3.0), strict=True)]
     tasks[1]["strength"] = 1.0 if algorithm == "sft" else 1.25
+    for task in tasks:
+        task["proxy_reward"] = {pattern: 1.0}
     options = {"train__algorithm": algorithm, "num_epochs": 2, "train__learning_rate": 1e-5, "save_freq": 1}
     options |= {"sample__num_steps": 3}
     options |= RUNS[algorithm] | {"train__teachers": tasks}
