@@ -111,10 +111,11 @@ def assemble(
     return Opd(models, OpdSettings(), sampler, sigmas, shape), parts
 
 
-def make_batch(task: int, x: Tensor, text: Conditions, sampler: SamplerSettings) -> Batch:
-    """A task's images from noise ``[B, C, h, w]`` and text ``[B, ...]``."""
+def make_batch(task: int, x: Tensor, text: Conditions, sampler: SamplerSettings, **target: float) -> Batch:
+    """A task's images from noise ``[B, C, h, w]`` and text ``[B, ...]``; ``target``: the teacher's fields of a row."""
+    target = {"guidance": sampler.guidance, **target}
     steps, teacher = tuple(range(sampler.trained_steps)), f"teacher_{task}"
-    rows = [Row(f"task {task}", i, Prompt(""), teacher, sampler.guidance, steps=steps) for i in range(len(x))]
+    rows = [Row(f"task {task}", i, Prompt(""), teacher, steps=steps, **target) for i in range(len(x))]
     return Batch(tuple(rows), x, text, draw=lambda stream, step: torch.zeros(()))  # the sampler adds no noise
 
 
