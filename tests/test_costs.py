@@ -31,6 +31,7 @@ from diffusionopd.training.costs.count import Cost, count_decode, measure
 from diffusionopd.training.costs.models import REWARDS, Pipeline, read_pipeline
 from diffusionopd.training.costs.round import HEADROOM, memory, scorers, step_cost, work
 from diffusionopd.training.keys import ema_repeats
+from diffusionopd.training.loading import load_loras, load_models
 from diffusionopd.training.passes import memory_lines
 from tools import cost as command
 
@@ -293,6 +294,15 @@ def test_rows_of_memory_are_the_tensors_of_a_run(tiny_config, backbone):
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert rows["student: LoRA, gradient, optimizer, EMA"] == 3 * size(trained) + size(moments)
     assert rows["teachers"] == 2 * size(trained)
+
+
+def test_layers_that_only_teachers_have_count_where_the_student_starts_from_them(tiny_config, make_lora):
+    config = tiny_config(train__student_init="teachers")
+    config.train.teachers[0]["lora_path"] = str(make_lora(3, targets=["attn.to_q", "ff.net.2"]))
+    plan, cost = costs_of(config)
+    _, adapters = load_models(plan, torch.device("cpu"), torch.float32, load_loras(plan, {}))
+    assert cost.lora_parameters == values(adapters.parameters("student"))
+    assert cost.lora_layers > costs_of(tiny_config())[1].lora_layers
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------------

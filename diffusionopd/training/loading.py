@@ -27,7 +27,7 @@ from diffusionopd.models.lora_files import AdapterError, LoraWeights
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Home
-from diffusionopd.models.settings import FROM_TEACHERS, BaseSettings, LoraSettings, MemorySettings
+from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
 from diffusionopd.models.text_cache import TextCache
@@ -130,14 +130,12 @@ def load_models(
     if STUDENT in loras:
         adapters.add_from(STUDENT, loras[STUDENT], trainable=True)
     else:
-        targets = lora.lora_target_modules
-        starts = plan.teachers if lora.student_init == FROM_TEACHERS and not targets else ()
         adapters.add_student(
             STUDENT,
             rank=lora.lora_rank,
             alpha=lora.lora_alpha,
-            target_modules=targets or backbone.LORA_TARGETS,
-            others={module for task in starts for module in loras[task.adapter].a},
+            target_modules=lora.lora_target_modules or backbone.LORA_TARGETS,
+            others={module for task in plan.starts for module in loras[task.adapter].a},
             seed=plan.values["seed"],
         )
     for task in plan.teachers:

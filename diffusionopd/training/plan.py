@@ -16,6 +16,7 @@ from diffusionopd.data.rounds import ALTERNATE, CASCADE, TOGETHER
 from diffusionopd.data.tasks import Task, loss_weights
 from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.schedules import FAMILY
+from diffusionopd.models.settings import FROM_TEACHERS
 from diffusionopd.models.teacher_models import TeacherModel
 from diffusionopd.training.keys import ema_repeats
 from diffusionopd.training.settings import RunSettings, WatchSettings
@@ -39,6 +40,12 @@ class Plan(RoundPlan):
     def teachers(self) -> tuple[Task, ...]:
         """The tasks whose teachers are used: all or none."""
         return self.tasks if self.algorithm.uses_teachers(self.values) else ()
+
+    @property
+    def starts(self) -> tuple[Task, ...]:
+        """The teachers whose layers the student adapts, too: those that it starts from, where no layers are named."""
+        told = self.values["train.lora_target_modules"] or self.values["train.student_init"] != FROM_TEACHERS
+        return () if told else self.teachers
 
     def read(self, group: type[T]) -> T:
         """The settings of a group."""

@@ -7,7 +7,7 @@ GPU: attention and RMS norms in one kernel each.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +178,7 @@ def measure(
     *,
     rank: int,
     targets: Sequence[str] | None = None,
+    others: Collection[str] = (),
     rows: int = 1,
     half: bool = True,
     checkpointing: bool = False,
@@ -188,6 +189,7 @@ def measure(
         resolution: pixels of a side of an image.
         max_sequence_length: as the key of this name.
         targets: modules that the LoRA adapts; None for the family's own.
+        others: full names of further ones.
         rows: forward passes of single images in the step, two per image under guidance.
         half: bf16 or fp16, else float32.
         checkpointing: compute activations again in the backward pass.
@@ -202,7 +204,8 @@ def measure(
         "vae_parameters": _size(backbone.vae.parameters()),
     }
     adapters = Adapters(transformer)
-    adapters.add_student("student", rank=rank, alpha=rank, target_modules=targets or pipeline.family.LORA_TARGETS)
+    targets = targets or pipeline.family.LORA_TARGETS
+    adapters.add_student("student", rank=rank, alpha=rank, target_modules=targets, others=others)
     adapters.use("student")
     if checkpointing:
         transformer.enable_gradient_checkpointing()

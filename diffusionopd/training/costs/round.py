@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from diffusionopd.models.lora_fit import find_all
 from diffusionopd.training.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
 from diffusionopd.training.costs.models import REWARDS, Pipeline, with_model
 from diffusionopd.training.plan import Plan
@@ -16,14 +18,17 @@ allocator's losses and the decoding of an image beside a round are not in the co
 
 
 def step_cost(plan: Plan, pipeline: Pipeline, images: int) -> Cost:
-    """The cost of a training step over ``images``."""
+    """The cost of a training step over ``images``. Of LoRAs that the student starts from, those that are here count."""
     values = plan.values
+    here = {task.adapter: task.lora_path for task in plan.starts if Path(task.lora_path).exists()}
+    starts, _, _ = find_all(here, values["pretrained.model"], pipeline)
     return measure(
         pipeline,
         values["resolution"],
         values["max_sequence_length"],
         rank=values["train.lora_rank"],
         targets=values["train.lora_target_modules"],
+        others={module for lora in starts.values() for module in lora.a},
         rows=images * plan.nfe(plan.sampler.guidance),
         half=values["mixed_precision"] != "no",
         checkpointing=values["activation_checkpointing"],
