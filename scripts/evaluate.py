@@ -8,7 +8,7 @@
 Several models are evaluated one after the other, each into a folder of its name in --output_dir: base, teacher-<name>,
 student (--checkpoint_path), merge-<method>, or that of the LoRA's folder or file. Start it with `accelerate launch`
 (scripts/single_node/eval.sh) to share the images among processes. A run's own settings (base model, resolution, steps,
-guidance) are found beside its checkpoint; flags go before them.
+guidance) are found beside its checkpoint; flags go before them. The noise is that of --seed for every model.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from diffusionopd.training import load_config
 from diffusionopd.training.checkpoint import find_lora, locate
 from diffusionopd.training.command import plain_warnings
 from diffusionopd.training.keys import with_paths
+from diffusionopd.training.loading import teacher_lora
 from diffusionopd.training.resume import read_run_config
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
@@ -160,17 +161,15 @@ def find_models(flags: argparse.Namespace, config: dict[str, Any], source: dict[
     sample = config.get("sample", {})
     for name in flags.teacher or []:
         teacher = teachers.get(name, {})
-        path, model = (None if unset(teacher.get(name)) else teacher[name] for name in ("lora_path", "model"))
-        if not (path or model):
+        if unset(teacher.get("lora_path")) and unset(teacher.get("model")):
             known = ", ".join(teachers) or "none; name a configuration with --config"
             what = f"no teacher '{name}' with a lora_path or model in the configuration"
             raise EvaluationError(f"{what}; its teachers: {known}")
         common = sample.get("teacher_guidance_scale"), sample.get("eval_guidance_scale")
         scale = first(flags.guidance_scale, teacher.get("guidance_scale"), *common)
-        lora = load_lora(locate(path)).scaled(first(teacher.get("scale"), 1.0)) if path else None
-        own = read_teacher_model(model, read_model(**source)) if model else None
         only_on = name if flags.own_task else None
-        found.append(Model(f"teacher-{name}", lora, scale, own=own, only_on=only_on))
+        own = None if unset(model := teacher.get("model")) else read_teacher_model(model, read_model(**source))
+        found.append(Model(f"teacher-{name}", teacher_lora(teacher), scale, own=own, only_on=only_on))
     if flags.checkpoint_path:
         found.append(Model("student", load_lora(find_lora(flags.checkpoint_path))))
     loras = [*flags.lora, *(flags.lora_hf_path or [])]
@@ -219,10 +218,11 @@ def find_benchmarks(
 
 
 def _teacher_loras(teachers: dict[str, dict[str, Any]]) -> list[LoraWeights]:
-    """The LoRAs of all teachers, by their scales. EvaluationError for one that is none."""
-    if other := [name for name, teacher in teachers.items() if unset(teacher.get("lora_path"))]:
-        raise EvaluationError(f"only LoRAs can be merged: the teachers {', '.join(other)} have no lora_path")
-    return [load_lora(locate(t["lora_path"])).scaled(first(t.get("scale"), 1.0)) for t in teachers.values()]
+    """The LoRAs of all teachers, by their scales. EvaluationError for one that is no LoRA of the base."""
+    if other := [n for n, t in teachers.items() if unset(t.get("lora_path")) or not unset(t.get("model"))]:
+        what = f"only LoRAs of the base can be merged: the teachers {', '.join(other)}"
+        raise EvaluationError(f"{what} have no lora_path, or a model of their own")
+    return [lora for teacher in teachers.values() if (lora := teacher_lora(teacher))]
 
 
 def _merges(flags: argparse.Namespace, loras: list[LoraWeights]) -> list[Model]:
@@ -256,6 +256,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     benchmarks = find_benchmarks(flags, config, options, lambda: read_base().defaults)
     # Most fields of a job are flags of the same name; some are keys of a configuration, too.
     named = {field.name: first(vars(flags).get(field.name), config.get(field.name)) for field in fields(Job)}
+    named["seed"] = flags.seed  # one noise for all models, whatever they were trained with
     for name in ("max_sequence_length", "resolution"):  # None in a configuration, or in none
         if named[name] is None and (name in config or name != "resolution"):
             named[name] = getattr(read_base().defaults, name)
@@ -270,7 +271,7 @@ def make_job(flags: argparse.Namespace) -> Job:
     job = Job(**{name: value for name, value in named.items() if value is not None})
     if idle := {model.name for model in models} - {model.name for model, _ in job.evaluations}:
         raise EvaluationError(f"--own_task leaves nothing to evaluate {', '.join(sorted(idle))} on: name its --dataset")
-    job.check_guidance(read_base())
+    job.check_fits(read_base())
     return job
 
 

@@ -72,7 +72,7 @@ read -ra named <<<"${EVAL_ARGS:-}"
 if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
 # Prompts, scorers and their servers, before the hours; whichever the base is, so the smallest
 bash "$here/scripts/single_node/eval.sh" --config "$CONFIG" --base --model "$here/assets/tiny/model" "${named[@]}" \
-    --dataset "${datasets[@]}" --output_dir "$FOLDER/check" --dry_run
+    --resolution 64 --dataset "${datasets[@]}" --output_dir "$FOLDER/check" --dry_run
 echo "== Distilling"
 bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
 echo "== Evaluating"

@@ -255,3 +255,16 @@ def test_averages_of_the_upstream_release_are_enough(tmp_path):
         (tmp_path / name / "ocr" / "average_scores.json").write_text(json.dumps({"ocr": value}))
     text = text_comparison(compare(read_models([f"{tmp_path}/a", f"{tmp_path}/b"])))
     assert "0.750*" in text and "± 0" not in text
+
+
+def test_more_unreadable_answers_are_no_better_and_an_unfinished_evaluation_is_named(tmp_path):
+    columns = compare(
+        [model(n, x={"wise": v, "wise_unparsable": v, "hpsv3_sigma": v}) for n, v in (("a", 0.1), ("b", 0.2))]
+    )
+    text = text_comparison(columns)
+    assert text.count("0.200 *") + text.count("0.200*") == 1
+    write(tmp_path / "run" / "x", {"ocr": [1.0]})
+    write(tmp_path / "run" / "y", {"ocr": [1.0]})
+    (tmp_path / "run" / "y" / "average_scores.json").unlink()
+    with pytest.warns(UserWarning, match="run/y is not finished"):
+        assert read_models([str(tmp_path / "run")])[0].evaluations.keys() == {"x"}

@@ -8,20 +8,30 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusionopd.data.noise import Stream, generator
 from diffusionopd.data.prompts import Prompt, PromptError
 from diffusionopd.evaluation.evaluate import evaluate, evaluate_task
 from diffusionopd.evaluation.job import Job, Model, lora_hash, settings_of
-from diffusionopd.evaluation.results import AVERAGES, RESULTS, SETTINGS, EvaluationError, read_averages, read_records
+from diffusionopd.evaluation.results import (
+    AVERAGES,
+    RESULTS,
+    SETTINGS,
+    EvaluationError,
+    Record,
+    ResultFolder,
+    read_averages,
+    read_records,
+)
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_latents
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
 from diffusionopd.models.conditions import NEGATIVE
@@ -244,7 +254,7 @@ def test_values_that_no_image_can_be_made_with():
     for values in ({"num_steps": 0}, {"guidance_scale": float("nan")}, {"guidance_scale": -1.0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
             job([BASE], [replace(MINE, **values)])
-    for values in ({"resolution": 70}, {"resolution": 0}, {"seed": -1}, {"batch_size": 0}):
+    for values in ({"resolution": 0}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(EvaluationError, match=next(iter(values))):
             job([BASE], [MINE], **values)
     with pytest.raises(EvaluationError, match="guidance_scale"):
@@ -278,9 +288,32 @@ def test_reward_options_come_from_the_configuration_and_from_flags():
     assert configured == {"pickscore": {"model": "a", "dtype": "float32"}}
 
 
+def test_an_evaluation_does_not_go_on_with_other_weights_of_its_base(pipeline_folder, tmp_path):
+    base = shutil.copytree(pipeline_folder, tmp_path / "base")
+
+    def described() -> dict:
+        return settings_of(Job(str(base), [BASE], [MINE], tmp_path), BASE, MINE, torch.float32)
+
+    before, folder = described(), tmp_path / "out"
+    assert before == described()
+    folder.mkdir()
+    (folder / RESULTS).write_text(json.dumps(asdict(Record(0, "p", {}, {"r": 1.0}))) + "\n")
+    weights = load_file(file := next((base / "transformer").glob("*.safetensors")))
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, file)
+    for earlier, known in ((before, True), ({k: v for k, v in before.items() if k != "model_hash"}, False)):
+        (folder / SETTINGS).write_text(json.dumps(earlier))
+        files = ResultFolder(folder)
+        assert len(files.look(earlier, ["p"], resume=True).records) == 1
+        if known:
+            with pytest.raises(EvaluationError, match="model_hash was"):
+                files.look(described(), ["p"], resume=True)
+        else:
+            assert len(files.look(described(), ["p"], resume=True).records) == 1
+
+
 @pytest.mark.parametrize(("options", "same"), [({"batch_size": 1, "device": "cuda:1"}, True), ({"dtype": "x"}, False)])
 def test_where_and_in_what_batches_a_scorer_runs_makes_no_other_evaluation(options, same):
-    job = Job("model", [BASE], [replace(MINE, rewards=("geneval",))], Path("out"))
+    job = Job("assets/tiny/model", [BASE], [replace(MINE, rewards=("geneval",))], Path("out"))
     found = [
         settings_of(each, BASE, job.benchmarks[0], torch.float32)
         for each in (job, replace(job, reward_options={"geneval": options}))
@@ -434,12 +467,19 @@ def test_a_dry_run_builds_scorers_and_fits_loras_and_makes_nothing(tmp_path, cap
         ("--base --rewards aesthetic --num_inference_steps 0", "at least 1"),
         ("--base --rewards aesthetic --reward_options aesthetic", "REWARD.OPTION=VALUE"),
         ("--base --rewards aesthetic --reward_options aesthetic.x=1", "its options:"),
+        ("--base --rewards aesthetic --resolution 2048", "multiple of 8 up to 128"),
+        ("--base --rewards jpeg_compressibility --resolution 64 --vae_device cuda:7", "vae_device is 'cuda:7'"),
+        ("--base --rewards aesthetic --resolution 64 --dataset IMAGES", "reference_image, which"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, dataset, make_lora, tmp_path, monkeypatch):
-    teachers = [{"name": "a", "model": "owner/large"}, {"name": "b", "lora_path": "somewhere"}]
+    teachers = [{"name": "a", "model": "owner/large", "lora_path": "x"}, {"name": "b", "lora_path": "somewhere"}]
     (tmp_path / "config.json").write_text(json.dumps(tiny_run("owner/model", teachers)))
-    places = {"LORA": make_lora(0), "MODELS": tmp_path / "config.json"}
+    (tmp_path / "edits").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "edits" / "a.png")
+    edit = {"prompt": "bluer", "reference_image": "a.png"}
+    (tmp_path / "edits" / "test_metadata.jsonl").write_text(json.dumps(edit))
+    places = {"LORA": make_lora(0), "MODELS": tmp_path / "config.json", "IMAGES": tmp_path / "edits"}
     arguments = ["--dataset", dataset, "--model", "assets/tiny/model", "--output_dir", tmp_path / "out"]
     arguments += [places.get(flag, flag) for flag in flags.split()]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])

@@ -21,6 +21,8 @@ from diffusionopd.models.backbone import CLASSIFIER_FREE, Backbone
 from diffusionopd.models.conditions import NEGATIVE, Conditions, Row
 from diffusionopd.models.loading import load_backbone, load_text_encoder, read_model
 from diffusionopd.models.lora import Adapters
+from diffusionopd.models.lora_files import LoraWeights
+from diffusionopd.models.lora_fit import linear_layers
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies, Request
 from diffusionopd.transitions import transition
@@ -270,6 +272,29 @@ def test_the_arguments_for_guidance_are_those_that_the_stock_pipeline_is_compare
             case.stock(record, torch.zeros(2, 4, 4, 4), guidance, {"prompt": list(PROMPTS)})
         for name, value in small.backbone().pipeline_guidance(guidance).items():
             assert value == (given[name][0] if isinstance(given[name], list) else given[name])
+
+
+def test_teachers_may_adapt_every_layer_and_be_asked_together(small):
+    """LoRAs on all linear layers, also those that are not given samples along their first dimension."""
+    backbone, x = small.backbone(), small.noise(small.backbone())
+    adapters, generator = Adapters(backbone.transformer), torch.Generator().manual_seed(1)
+    for name in ("one", "two"):
+        a, b = {}, {}
+        for module, (rows, columns) in linear_layers(backbone.transformer).items():
+            a[module] = torch.randn(2, columns, generator=generator) * columns**-0.5
+            b[module] = torch.randn(rows, 2, generator=generator) * 0.05
+        adapters.add_teacher(name, LoraWeights(name, a, b, dict.fromkeys(a, 2.0)))
+    policies = Policies(backbone, adapters)
+    rows = [Conditions.of([row]) for row in small.rows]
+    asked = [
+        Request(name, x[i : i + 1], sigma, rows[i])
+        for name, i, sigma in (("one", 0, 0.8), ("two", 1, 0.5), (None, 1, 0.5))
+    ]
+    found = {}
+    for policies.together in (True, False):
+        found[policies.together] = torch.cat([v for v, _ in policies.frozen(asked)])
+    assert far(found[True], found[False]) < 1e-5
+    assert far(found[True][1:2], found[True][2:]) > 1e-3, "the LoRA has an effect"
 
 
 def test_variants_have_their_own_defaults_and_other_models_of_the_same_classes_are_refused(small):

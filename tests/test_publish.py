@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import shutil
 from dataclasses import replace
 
+import diffusers
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard, constants
@@ -15,10 +18,12 @@ from safetensors.torch import load_file
 
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.evaluation.job import lora_hash
+from diffusionopd.models.flux2 import Flux2
 from diffusionopd.models.loading import ModelInfo, load_backbone
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import load_lora
-from diffusionopd.models.qwen_image import QwenImage
+from diffusionopd.models.qwen_image21 import QwenImage21
+from diffusionopd.models.qwen_image_edit import QwenImageEdit
 from diffusionopd.models.sd3 import StableDiffusion3
 from diffusionopd.models.z_image import ZImage
 from tools.publish import main
@@ -119,17 +124,31 @@ def test_metadata_of_the_card(run, tmp_path, monkeypatch):
 def test_the_code_of_the_card_is_for_the_bases_pipeline(run):
     student = find_student(str(run))
     assert student.model.family is StableDiffusion3
-    values = student.values | {"sample.eval_guidance_scale": 4.5}
+    values = student.values | {"sample.eval_guidance_scale": 4.5, "pretrained.variant": "fp16"}
+    values["max_sequence_length"] = 128
+    card = render_card(replace(student, values=values, base_model="a/b"), "me/name")
+    assert 'from_pretrained("a/b", variant="fp16")' in card
+
+    def of(pipeline, family):
+        return ModelInfo("m", family, {"index": {"_class_name": pipeline}})
+
     for model, facts in (
-        (student.model, ("StableDiffusion3Pipeline.from_single_file(", "guidance_scale=4.5,")),
-        (ModelInfo("m", ZImage, {"index": {"_class_name": "ZImagePipeline"}}), ("ZImagePipeline.", "_scale=3.5,")),
-        (ModelInfo("m", QwenImage, {"index": {"_class_name": "Q"}}), ("true_cfg_scale=4.5, negative_prompt=' ',",)),
+        (student.model, ("StableDiffusion3Pipeline.from_single_file(", "guidance_scale=4.5, max_sequence_length=128,")),
+        (of("ZImagePipeline", ZImage), ("ZImagePipeline.", "_scale=3.5,")),
+        (of("QwenImage21Pipeline", QwenImage21), ("true_cfg_scale=4.5, negative_prompt=' ',",)),
+        (of("QwenImageEditPlusPipeline", QwenImageEdit), ("image=load_image(", "import load_image")),
+        (of("Flux2KleinPipeline", Flux2), ("guidance_scale=4.5, max_sequence_length=128,",)),
         (None, ("4.5",)),
     ):
         card = render_card(replace(student, values=values, base_model="a/b/c.safetensors", model=model), "me/name")
         code = card.partition("```python")[2].partition("```")[0]
         assert [fact for fact in facts if fact not in code] == []
-        compile(code, "card", "exec")
+        call = next(node for node in ast.walk(ast.parse(code)) if getattr(getattr(node, "func", 0), "id", "") == "pipe")
+        if model:
+            pipeline = getattr(diffusers, model.configs["index"]["_class_name"])
+            known = {option.arg: None for option in call.keywords if option.arg}
+            inspect.signature(pipeline.__call__).bind(None, *call.args, **known)
+            assert known.keys() >= {"prompt"} and not call.args  # the first one is an image in some
 
 
 def test_cards_of_all_algorithms_say_what_was_learnt_from(run):
@@ -175,17 +194,18 @@ def test_scores_are_those_of_this_base_these_teachers_and_this_student(run, shar
 
 def test_teachers_of_the_hub_are_known_by_their_place_in_its_cache(run, tmp_path):
     student, places = find_student(str(run)), {"root": "own/er", "a": "own/er/a@v1", "b": "own/er/a/b/"}
+    places["lost"] = "teacher.safetensors"
     tasks = [{"name": name, "lora_path": place} for name, place in places.items()]
     student = replace(student, values={**student.values, "train.teachers": tasks})
-    for number, inside in enumerate(("", "/a", "/a/b", "/c")):
-        lora = f"/cache/models--own--er/snapshots/0{inside}"
-        own = {"model": student.values["pretrained.model"], "dataset": "x", "lora": lora, "lora_hash": "unknown"}
+    for number, (inside, digest) in enumerate([("", "?"), ("/a", "?"), ("/a/b", "?"), ("/c", "?"), ("", ["?", "?"])]):
+        lora = f"{'1 times the sum of x, ' * (digest != '?')}/cache/models--own--er/snapshots/0{inside}"
+        own = {"model": student.values["pretrained.model"], "dataset": "x", "lora": lora, "lora_hash": digest}
         write(tmp_path / "evaluation" / str(number), {"ocr": [number / 4, number / 4]}, **own)
     (scores,), _, left_out = read_scores(student, tmp_path / "evaluation")
     assert [(name, value) for name, _, (value,) in scores.rows] == [
         ("teacher root", "0.000 ± 0.000"), ("teacher a", "0.250 ± 0.000"), ("teacher b", "0.500 ± 0.000"),
     ]  # fmt: skip
-    assert len(left_out) == 1
+    assert [line.split(": ")[0] for line in left_out] == ["evaluation/3", "evaluation/4"] and "a merge" in left_out[1]
 
 
 def test_dry_run_lists_what_would_be_and_writes_nothing(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ LEVELS = {"compose": (0.25, 0.75, 0.75), "ocr": (0.5, 1.0, 0.875), "scene": (0.2
 
 def write_run(run: Path, rounds: int = 120) -> None:
     teachers = [{"name": t, "proxy_reward": {f"tiny_{t}": 1.0}, "guidance_scale": 1.5} for t in LEVELS]
+    teachers[0]["guidance_scale"] = None  # the common one, 4.5
     config = {
         "pretrained": {"model": "assets/tiny/model"},
         "sample": {"num_steps": 10, "eval_num_steps": 10, "guidance_scale": 1.0, "teacher_guidance_scale": 4.5},

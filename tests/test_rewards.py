@@ -117,6 +117,9 @@ def test_names_and_options_are_checked_without_loading_anything():
         (lambda: build_scorer("pikscore"), "Did you mean pickscore"),
         (lambda: build_scorer("jpeg_compressibility", options={"colour": True}), "colour"),
         (lambda: check_options({"pickscore": {"modle": "x"}}), "'modle'.*its options: device, dtype, model"),
+        (lambda: check_options({"unifiedreward": {"question": 5}}), "question must be text, not question=5"),
+        (lambda: check_options({"hpsv2": {"checkpoint": 3}}), "checkpoint must be text"),
+        (lambda: check_options({"geneval": {"detector": "mmdet:a.py", "dtype": "float16"}}), "mmdetection computes"),
         (lambda: check_options({"pickscore": 3}), "must be {option: value}, not 3"),
     ):
         with pytest.raises(RewardError, match=fact):

@@ -390,6 +390,8 @@ def test_everything_wrong_with_a_file_of_questions_is_said_at_once_and_nothing_i
     with pytest.raises(RewardError, match="YAML"):
         check_options({"judge": {"model": "m", "questions": str(own)}})
     assert not alarm.exists()
+    with pytest.raises(RewardError, match="questions must be text"):
+        check_options({"judge": {"model": "m", "questions": 5}})
 
 
 # ---- bad input, before time is spent ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
 
 from diffusionopd.files import path_flag, write_atomically
+from diffusionopd.training.command import plain_warnings
 from tools.report import compare, csv_table, published_models, read_models, render_comparison, text_comparison
 
 
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--title", default="DiffusionOPD: models compared")
     flags = parser.parse_args(arguments)
     try:
-        models = read_models(flags.runs)
+        with plain_warnings():
+            models = read_models(flags.runs)
         comparison = compare([*published_models(), *models] if flags.published else models)
         page = render_comparison(comparison, flags.title, flags.pictures)
     except (ValueError, OSError) as error:

@@ -35,9 +35,10 @@ from diffusionopd.models.lora_files import LoraWeights, load_lora
 from diffusionopd.models.settings import BaseSettings, MemorySettings
 from diffusionopd.models.teacher_models import read_teacher_model
 from diffusionopd.rewards.images import to_uint8
-from diffusionopd.training.checkpoint import find_lora, locate
+from diffusionopd.training.checkpoint import find_lora
 from diffusionopd.training.command import plain_warnings
 from diffusionopd.training.keys import SCHEMA, with_paths
+from diffusionopd.training.loading import teacher_lora
 from diffusionopd.training.resume import read_run_config
 from diffusionopd.training.settings import WatchSettings
 from tools.publishing.content import run_of
@@ -92,9 +93,7 @@ def make_job(flags: argparse.Namespace) -> Job:
         vae_device=memory.vae_device,
     )
     if is_here(job.base, job.revision, job.config):
-        info = read_model(**job.source, download=False)
-        info.family.shape_of(job.resolution, info.configs)
-        job.check_guidance(info)
+        job.check_fits(read_model(**job.source, download=False))
     return job
 
 
@@ -111,10 +110,8 @@ def _teachers(values: Mapping[str, Any], base: BaseSettings, guidance: float | N
         raise EvaluationError(f"a run of {values['train.algorithm']} has no teachers: leave out --teachers")
     for task in values["train.teachers"]:
         own = first(guidance, task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
-        path, model = (None if unset(task.get(name)) else task[name] for name in ("lora_path", "model"))
-        lora = load_lora(locate(path)).scaled(first(task.get("scale"), 1.0)) if path else None
-        beside = read_teacher_model(model, read_model(**base.source)) if model else None
-        yield Model(f"teacher {task['name']}", lora, own, beside)
+        beside = None if unset(model := task.get("model")) else read_teacher_model(model, read_model(**base.source))
+        yield Model(f"teacher {task['name']}", teacher_lora(task), own, beside)
 
 
 def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtype) -> Iterator[Drawn]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.noise import Stream, noise
-from diffusionopd.data.prompts import load_folders
+from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.tasks import Task
 from diffusionopd.files import path_flag, write_atomically, write_json
 from diffusionopd.models.conditions import NEGATIVE
@@ -74,14 +74,15 @@ class Measured:
 @torch.no_grad()
 def measure(run: Path, prompts: int = 4, ties: bool = False) -> tuple[Plan, list[Measured]]:
     """Every LoRA of a run on its first ``prompts`` distinct prompts. ValueError where there is no checkpoint of one."""
-    checkpoint, state = locate(str(run)), PartialState()
+    checkpoint = locate(str(run))
     plan = check(ConfigDict(read_run_config(checkpoint / "config.json"), type_safe=False), 1)
     if not plan.algorithm.has_teachers or any(task.model for task in plan.tasks):
         raise ConfigError([f"{run} has teachers that are no LoRAs, or none: this page is about LoRAs in one student"])
-    device, dtype = state.device, DTYPES[plan.read(MemorySettings).mixed_precision]
+    # Of a training by several processes that has just ended, this is the first.
+    device, dtype = PartialState().device, DTYPES[plan.read(MemorySettings).mixed_precision]
     loras = load_loras(plan, {})
-    texts = {task.name: _first_prompts(task, prompts) for task in plan.tasks}
-    cache = fill_text_cache(plan, [NEGATIVE, *(text for own in texts.values() for text in own)], state, dtype)
+    prompts_of = {task.name: _first_prompts(task, prompts) for task in plan.tasks}
+    cache = fill_text_cache(plan, [NEGATIVE, *(p.key for own in prompts_of.values() for p in own)], device, dtype)
     backbone, adapters = load_models(plan, device, dtype, loras | {STUDENT: load_lora(checkpoint)})
     backbone.negative = cache.get([NEGATIVE], device, dtype)
     policy_of: dict[str, str | None] = {BASE: None, STUDENT: STUDENT}
@@ -92,15 +93,16 @@ def measure(run: Path, prompts: int = 4, ties: bool = False) -> tuple[Plan, list
     sigmas = backbone.sigmas(plan.watch.eval_num_steps, resolution).tolist()
     found = []
     for index, task in enumerate(plan.tasks):
-        own = texts[task.name]
+        own = prompts_of[task.name]
         keys = [(Stream.EVALUATION, plan.values["seed"], index, i) for i in range(len(own))]
         start = noise(backbone.latent_shape(resolution), keys).to(device)
         asked = policy_of | {LORA: task.adapter}
         guidance = dict.fromkeys(asked, task.guidance_scale) | {STUDENT: plan.sampler.guidance}
-        text = cache.get(own, device, dtype)
+        text = cache.get([prompt.key for prompt in own], device, dtype)
         requests = {n: partial(Request, p, conditions=text, guidance=guidance[n]) for n, p in asked.items()}
         latents, distance = _draw(policies, requests, start, sigmas)
-        found.append(Measured(task.name, own, {n: to_uint8(backbone.decode(x)) for n, x in latents.items()}, distance))
+        images = {n: to_uint8(backbone.decode(x)) for n, x in latents.items()}
+        found.append(Measured(task.name, [prompt.text for prompt in own], images, distance))
     return plan, found
 
 
@@ -130,9 +132,9 @@ def _draw(
     return x, {name: square**0.5 for name, square in squares.items()}
 
 
-def _first_prompts(task: Task, count: int) -> list[str]:
+def _first_prompts(task: Task, count: int) -> list[Prompt]:
     loaded = load_folders(task.folders, task.prompt_fn, "train", trigger=task.trigger)[0]
-    return list(dict.fromkeys(prompt.text for prompt in loaded))[:count]
+    return list({prompt.key: prompt for prompt in loaded}.values())[:count]
 
 
 def rows(found: Sequence[Measured]) -> list[tuple[str, ...]]:

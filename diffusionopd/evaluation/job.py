@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Job:
             "max_sequence_length must be at least 1": self.max_sequence_length < 1,
             "num_steps must be at least 1": min(steps, default=1) < 1,
             "guidance_scale must be at least 0": not all(0 <= scale < math.inf for scale in scales),
-            "resolution must be a positive multiple of 16": self.resolution < 16 or self.resolution % 16 > 0,
+            "resolution must be at least 16": self.resolution < 16,
             "seed must be at least 0 and below 2**63": not 0 <= self.seed < 2**63,
             "at least one dataset is needed, each once": not _each_once(self.benchmarks),
             "at least one model is needed, each once": not _each_once(self.models),
@@ -121,18 +121,31 @@ class Job:
         """Where the base model is, as arguments of what reads it."""
         return {"model": self.base, "revision": self.revision, "variant": self.variant, "config": self.config}
 
+    @cached_property
+    def base_hash(self) -> str:
+        """Of the base's weights."""
+        return models.weights_key(**self.source)
+
     @property
     def evaluations(self) -> list[tuple[Model, Benchmark]]:
         """What is evaluated on what, in order."""
         pairs = product(self.models, self.benchmarks)
         return [(model, benchmark) for model, benchmark in pairs if model.only_on in (None, benchmark.name)]
 
-    def check_guidance(self, base: ModelInfo) -> None:
-        """Raise EvaluationError for a guidance that a model's transformer, the base's or its own, does not take."""
+    def check_fits(self, base: ModelInfo) -> None:
+        """Raise EvaluationError for what the base, or a model's own transformer, cannot draw."""
         for model, benchmark in self.evaluations:
-            scale = model.guidance_on(benchmark)
-            if problem := (model.own or base).guidance_problem(scale):
+            info, scale = model.own or base, model.guidance_on(benchmark)
+            if problem := info.guidance_problem(scale):
                 raise EvaluationError(f"guidance_scale is {scale:g}, but {problem}: set --guidance_scale 1.0")
+            try:
+                info.family.shape_of(self.resolution, info.configs)
+            except ValueError as error:
+                raise EvaluationError(f"{error}: set --resolution") from error
+        pictured = [b.name for b in self.benchmarks if any(prompt.reference for prompt in b.prompts)]
+        if pictured and not base.family.READS_IMAGES:
+            what = f"{', '.join(pictured)} has prompts with a reference_image"
+            raise EvaluationError(f"{what}, which {self.base} does not read: evaluate an editing model")
 
     def folder(self, model: Model, benchmark: Benchmark) -> Path:
         """Where the files of a model on a benchmark go."""
@@ -173,8 +186,11 @@ def check(job: Job, state: PartialState) -> list[str]:
 
 
 def _look_together(job: Job, state: PartialState) -> torch.dtype:
-    """Look at the output folders, on one process for all; returns the dtype of the images' model."""
+    """Look at the devices and, on one process for all, the output folders; returns the dtype of the images' model."""
     dtype = job.dtype or torch.float32
+    models.find_device(job.vae_device, state.device, "vae_device")
+    models.find_device(job.text_encoder_device, state.device, "text_encoder_device")
+    requested_sharding()
     if job.dtype is None and state.device.type == "cuda":
         dtype = models.DTYPES[models.read_model(**job.source).defaults.mixed_precision]
     together(partial(_look, job, dtype) if state.is_main_process else lambda: None, "looking at the output folders")
@@ -308,6 +324,7 @@ def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype
         "dataset": benchmark.name,
         "model": job.base,
         "revision": job.revision,
+        "model_hash": job.base_hash,
         **{name: value for name, value in job.source.items() if name in ("variant", "config") and value},
         "lora": model.lora.source if model.lora else None,
         "lora_hash": lora_hash(model.lora) if model.lora else None,

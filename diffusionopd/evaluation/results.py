@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 RESULTS = "evaluation_results.jsonl"
 AVERAGES = "average_scores.json"
 SETTINGS = "evaluation_settings.json"
+_LATER = ("model_hash",)
+"""Settings that earlier versions did not write: what they are not known to differ in they may go on with."""
 PART = "evaluation_results.part{rank}.jsonl"
 _KEPT = "What has been scored is kept: free some space, and go on with --resume."
 _SAVED = "images_saved"
@@ -332,6 +334,7 @@ def _differences(
 ) -> list[str]:
     """What an evaluation with these settings and prompts, and the one that made the records, do not share."""
     now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
+    before = {**{key: now[key] for key in _LATER if key in now}, **before}
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     if other := [record.sample_id for record in records if record.prompt != wanted.get(record.sample_id)]:

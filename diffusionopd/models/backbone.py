@@ -73,6 +73,8 @@ class Backbone(ABC):
     WIDTH: ClassVar[str] = "joint_attention_dim"
     """The transformer's option that says how wide ``tokens`` are."""
     NEGATIVE_PROMPT: ClassVar[str] = ""
+    GUIDANCE_ARGUMENT: ClassVar[str] = "guidance_scale"
+    """What the stock pipeline calls guidance."""
     TOKENS_AROUND: ClassVar[int] = 0
     """See :meth:`tokens_around`."""
     FIXED_LENGTH: ClassVar[bool] = True
@@ -112,7 +114,8 @@ class Backbone(ABC):
     @classmethod
     def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
         """What its stock pipeline is called with for our ``guidance``."""
-        return {"guidance_scale": guidance}
+        negative = {"negative_prompt": cls.NEGATIVE_PROMPT} if cls.NEGATIVE_PROMPT and guidance > 1 else {}
+        return {cls.GUIDANCE_ARGUMENT: guidance, **negative}
 
     @classmethod
     @abstractmethod
@@ -172,6 +175,12 @@ class Backbone(ABC):
     @classmethod
     def inert_of(cls, transformer: nn.Module) -> set[str]:
         """Modules without influence on the output, whose LoRA stays zero however long it is trained."""
+        return set()
+
+    @classmethod
+    def mixing_in(cls, transformer: nn.Module) -> set[str]:
+        """Modules whose layers are not given samples along the first dimension: with a LoRA in one of them samples
+        cannot have a LoRA each."""
         return set()
 
     @classmethod

@@ -374,9 +374,9 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
     and of the VAE if that encodes images; and which encoders its index is without. For a hub id: the repository and the
     commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its text encoders, and
-    what holds for its ``config``. For all, the variant and the major versions of the libraries that encode.
+    what holds for its ``config``. For all, the variant and the versions (of two parts) of the libraries that encode.
     """
-    versions = [f"{library.__name__} {library.__version__.split('.')[0]}" for library in (transformers, diffusers)]
+    versions = [f"{each.__name__} {'.'.join(each.__version__.split('.')[:2])}" for each in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
     found = _find(model, revision, variant, config, "configs")
     family, root = found.info.family, found.root
@@ -390,6 +390,26 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
         digest.update(f"no {name}".encode())
     for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
         part_digest(digest, str(file.relative_to(root)), file)
+    return digest.hexdigest()[:16]
+
+
+def weights_key(
+    model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None
+) -> str:
+    """What images depend on in a base model beside its text, as a short hash, for evaluations that go on.
+
+    For a hub id: the repository and the commit. For a folder or a single file: names, sizes, and the first and last MiB
+    of the files of transformer, VAE and scheduler.
+    """
+    found, digest = _find(model, revision, variant, config, "configs"), hashlib.sha256()
+    if found.checkpoint is not None:
+        part_digest(digest, found.checkpoint.name, found.checkpoint)
+    if not Path(found.source).is_dir():
+        digest.update(f"{found.source}@{found.root.name}".encode())
+        return digest.hexdigest()[:16]
+    for name in (*found.info.family.MODELS, "scheduler"):
+        for file in sorted(found.root.glob(f"{name}/*")):
+            part_digest(digest, str(file.relative_to(found.root)), file)
     return digest.hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusionopd.models.fused import Chosen, FusedLoraLinear, fuse_lora, narrow
+from diffusionopd.models.loading import family_of
 from diffusionopd.models.lora_files import (
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
@@ -112,7 +113,9 @@ class Adapters:
     def add_teacher(self, name: str, source: str | Path | LoraWeights) -> None:
         """Add the frozen LoRA at ``source``."""
         self.add_from(name, source)
-        if all(isinstance(layer, FusedLoraLinear) for _, layer in self._layers(name)):
+        family = family_of(self.transformer)
+        mixing = family.mixing_in(self.transformer) if family else set()
+        if all(isinstance(layer, FusedLoraLinear) and not mixing & {*n.split(".")} for n, layer in self._layers(name)):
             self._teachers.append(name)  # a layer of PEFT's own knows one adapter at a time
         self.apart()
 

@@ -31,6 +31,7 @@ class QwenImage(Backbone):
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
     FIXED_LENGTH = False
     NEGATIVE_PROMPT = " "  # as on the model's card
+    GUIDANCE_ARGUMENT = "true_cfg_scale"
     TOKENS_AROUND = 5  # of the template, behind the part that is dropped
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim"),
@@ -48,12 +49,6 @@ class QwenImage(Backbone):
         if not found:
             return ""
         return f"its transformer has {', '.join(found)}: {' and '.join(dict.fromkeys(found.values()))}"
-
-    @classmethod
-    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
-        """See :meth:`Backbone.pipeline_guidance`; without a negative prompt there is none."""
-        negative = {"negative_prompt": cls.NEGATIVE_PROMPT} if guidance > 1 else {}
-        return {"true_cfg_scale": guidance, **negative}
 
     @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:
@@ -98,3 +93,8 @@ class QwenImage(Backbone):
         blocks: Any = transformer.transformer_blocks
         last = f"transformer_blocks.{len(blocks) - 1}"
         return {f"{last}.{n}" for n in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")}
+
+    @classmethod
+    def mixing_in(cls, transformer: Any) -> set[str]:
+        """See :meth:`Backbone.mixing_in`: of 2511 twice as many times as samples."""
+        return {"img_mod", "time_text_embed"} if transformer.config.zero_cond_t else set()

@@ -38,6 +38,7 @@ class QwenImage21(Backbone):
     DEFAULTS = Defaults(num_steps=40, guidance_scale=1.0, max_sequence_length=1024, mixed_precision="bf16")
     FIXED_LENGTH = False
     NEGATIVE_PROMPT = " "
+    GUIDANCE_ARGUMENT = "true_cfg_scale"
     TOKENS_AROUND = 8  # of the template
     PADDABLE = False
     SHARED = {
@@ -52,12 +53,6 @@ class QwenImage21(Backbone):
         if not (own := configs["index"].get("sample_sigmas")):
             return cls.DEFAULTS
         return replace(cls.DEFAULTS, num_steps=len(own))
-
-    @classmethod
-    def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
-        """See :meth:`Backbone.pipeline_guidance`; without a negative prompt there is none."""
-        negative = {"negative_prompt": cls.NEGATIVE_PROMPT} if guidance > 1 else {}
-        return {"true_cfg_scale": guidance, **negative}
 
     @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusionopd.models.backbone import Backbone, Configs, Defaults
 from diffusionopd.models.conditions import Conditions, Row
@@ -58,6 +58,11 @@ class ZImage(Backbone):
     def pipeline_guidance(cls, guidance: float) -> dict[str, Any]:
         """See :meth:`Backbone.pipeline_guidance`."""
         return {"guidance_scale": round(guidance - 1, 6)}
+
+    @classmethod
+    def mixing_in(cls, transformer: nn.Module) -> set[str]:
+        """See :meth:`Backbone.mixing_in`: the tokens of all samples in a row."""
+        return {"all_x_embedder", "cap_embedder"}
 
     @classmethod
     def shape_of(cls, resolution: int, configs: Configs) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ def _factory(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _wrong_values(factory: Any, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of options: by their `Literal` annotations, and by the scorer's own `problems`."""
+    """What is wrong with the values of options: by annotations `str` and `Literal`, then by the scorer's `problems`."""
     annotations = {name: each.annotation for name, each in inspect.signature(factory).parameters.items()}
     listed = {name: get_args(each) for name, each in annotations.items() if get_origin(each) is Literal}
     found = [
@@ -225,7 +225,10 @@ def _wrong_values(factory: Any, options: Mapping[str, Any]) -> list[str]:
         for name, value in options.items()
         if value not in listed.get(name, [value])
     ]
-    return found + getattr(factory, "problems", lambda **_: [])(**options)
+    others = {n: value for n, value in options.items() if annotations.get(n) is str and not isinstance(value, str)}
+    found += [f"{name} must be text, not {name}={value!r}" for name, value in others.items()]
+    # Its own problems read those as text.
+    return found if others else found + getattr(factory, "problems", lambda **_: [])(**options)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import unset
 from diffusionopd.distributed import LONGEST_TIMEOUT, together
+from diffusionopd.evaluation.testsets import first
 from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import (
@@ -23,7 +24,7 @@ from diffusionopd.models.loading import (
     text_key,
 )
 from diffusionopd.models.lora import Adapters
-from diffusionopd.models.lora_files import AdapterError, LoraWeights
+from diffusionopd.models.lora_files import AdapterError, LoraWeights, load_lora
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Home
@@ -31,6 +32,7 @@ from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySetti
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
 from diffusionopd.models.text_cache import TextCache
+from diffusionopd.training.checkpoint import locate
 from diffusionopd.training.plan import Plan
 
 
@@ -109,6 +111,13 @@ def load_loras(plan: Plan, models: Mapping[str, TeacherModel], rescale: bool = T
     return found
 
 
+def teacher_lora(task: Mapping[str, Any]) -> LoraWeights | None:
+    """The LoRA of an entry of ``train.teachers`` by its scale, None if it has none. AdapterError, CheckpointError."""
+    if unset(task.get("lora_path")):
+        return None
+    return load_lora(locate(task["lora_path"])).scaled(first(task.get("scale"), 1.0))
+
+
 def load_models(
     plan: Plan, device: torch.device, dtype: torch.dtype, loras: Mapping[str, LoraWeights]
 ) -> tuple[Backbone, Adapters]:
@@ -183,14 +192,13 @@ def _merges(plan: Plan) -> bool:
 
 
 def fill_text_cache(
-    plan: Plan, texts: Sequence[str], accelerator: Accelerator | PartialState, dtype: torch.dtype
+    plan: Plan, texts: Sequence[str], device: torch.device, dtype: torch.dtype, rank: int = 0, world: int = 1
 ) -> TextCache:
     """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
     length = base.max_sequence_length
-    place, precision = encoder_place(memory.text_encoder_device, accelerator.device, dtype)
+    place, precision = encoder_place(memory.text_encoder_device, device, dtype)
     load = partial(load_text_encoder, **base.source, dtype=precision, device=place, max_sequence_length=length)
     cache = TextCache(memory.cache_dir, text_key(**base.source), length, dtype)
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    together(lambda: cache.fill(texts, load, **share), "encoding the prompts", LONGEST_TIMEOUT)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
     return cache

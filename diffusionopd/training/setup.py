@@ -189,7 +189,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
         # Scales of a start are tried on the first round of every task, which need not visit them all.
         drawn = samplers[task.name].used_by(chain([0] * tries, plan.shape.rounds_of(index, resume.completed)))
         texts += [train[task.name][i].key for i in drawn] + [prompt.key for prompt in test.get(task.name, [])]
-    text = fill_text_cache(plan, texts, accelerator, dtype)
+    text = fill_text_cache(plan, texts, device, dtype, accelerator.process_index, accelerator.num_processes)
     backbone, adapters = load_models(plan, device, dtype, loras)
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None

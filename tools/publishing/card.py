@@ -1,10 +1,12 @@
 """The model card: what the run's own files say, in the form that the hub shows."""
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -54,7 +56,8 @@ def render_card(
         load_base=_load_base(student),
         diffusers_file=DIFFUSERS_WEIGHTS,
         steps=watch.eval_num_steps,
-        guidance=_guidance(student, watch.eval_guidance_scale),
+        arguments=_arguments(student, watch.eval_guidance_scale),
+        edits=bool(student.model and student.model.family.READS_IMAGES),
         resolution=values["resolution"],
         strengths=[f"{strength:.4g}" for strength in student.strengths],
         rounds=student.rounds,
@@ -100,6 +103,7 @@ def _base(student: Student) -> str:
 def _load_base(student: Student) -> str:
     """The Python expression that loads the base."""
     model, revision = student.base_model, student.values["pretrained.revision"]
+    given = {"revision": revision, "variant": student.values["pretrained.variant"]}
     if model is None:
         return 'DiffusionPipeline.from_pretrained("the folder of the base model")'
     if model.endswith(".safetensors"):
@@ -107,14 +111,18 @@ def _load_base(student: Student) -> str:
         address = f"https://huggingface.co/{repository}/blob/{revision or 'main'}/{file}"
         pipeline = student.model.configs["index"]["_class_name"] if student.model else "ItsPipeline"
         return f'{pipeline}.from_single_file("{address}")'
-    return f'DiffusionPipeline.from_pretrained("{model}"' + (f', revision="{revision}")' if revision else ")")
+    options = "".join(f', {name}="{value}"' for name, value in given.items() if value)
+    return f'DiffusionPipeline.from_pretrained("{model}"{options})'
 
 
-def _guidance(student: Student, scale: float) -> str:
-    """The arguments that the base's pipeline has for it."""
+def _arguments(student: Student, scale: float) -> str:
+    """Guidance and length of prompts, as the base's pipeline takes them."""
     if student.model is None:
         return f"**guidance_of_the_base,  # {scale:g}, by its pipeline's names"
-    return ", ".join(f"{name}={value!r}" for name, value in student.model.family.pipeline_guidance(scale).items()) + ","
+    arguments, kind = student.model.family.pipeline_guidance(scale), student.model.configs["index"]["_class_name"]
+    if (name := "max_sequence_length") in inspect.signature(getattr(diffusers, kind).__call__).parameters:
+        arguments[name] = student.values[name]
+    return "".join(f"{name}={value!r}, " for name, value in arguments.items()).rstrip()
 
 
 def _recipe(student: Student) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ from diffusionopd.models.lora_files import (
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import checkpoint
 from diffusionopd.training.keys import SCHEMA, with_paths
-from diffusionopd.training.resume import read_run_config, read_saved_config
+from diffusionopd.training.resume import read_run_config
 from tools.publishing.public import public
 from tools.report.collect import read_metrics
 
@@ -82,18 +82,18 @@ def find_student(path: str, base_model: str | None = None) -> Student:
         base_model: hub id of the base, in place of what the configuration names.
 
     Raises:
-        PublishError, CheckpointError, ResumeError, AdapterError: nothing there, or damaged.
+        PublishError, CheckpointError, ConfigError, AdapterError: nothing there, or damaged.
     """
     folder = checkpoint.find_lora(located(path)).resolve()
     needed = (CONFIG, "state", f"{PEFT}/{PEFT_CONFIG}", f"diffusers/{DIFFUSERS_WEIGHTS}")
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise PublishError(f"{folder} has no {', '.join(missing)}: name a run folder, or one of its checkpoints")
     checkpoint.verify(folder)
-    values, state = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
+    config = read_run_config(folder / CONFIG)
+    values, state = SCHEMA.defaults() | flatten(config), checkpoint.load_scalars(folder / "state")
     model = str(values["pretrained.model"] or "")
     if base_model is None and _ON_HUB.fullmatch(model) and not Path(located(model.split("/")[0])).exists():
         base_model = model
-    config = read_run_config(folder / CONFIG)
     try:
         info = read_model(**read(BaseSettings, SCHEMA.defaults() | flatten(with_paths(config))).source)
     except BackboneError:

@@ -77,8 +77,12 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
     base = str(student.values["pretrained.model"])
     if settings.get("model") not in (base, located(base)):
         return "", f"it is of another base, {settings.get('model')}"
+    if (revision := settings.get("revision") or None) != (student.values["pretrained.revision"] or None):
+        return "", f"it is of another revision of the base, {revision}"
     if settings.get("own_model"):
         return "", f"it is of a model of its own, {settings['own_model']}"
+    if isinstance(settings.get("lora_hash"), list):
+        return "", f"it is of a merge, {settings['lora']}"
     if settings.get("lora") is None:
         return BASE, ""
     if settings.get("lora_hash") == lora_hash(student.lora):
@@ -91,6 +95,8 @@ def _model_of(student: Student, teachers: Mapping[str, tuple[str, str]], evaluat
 
 def _is_of_hub(source: str, lora: str) -> bool:
     """Whether a folder of the hub's cache holds what a hub id names."""
+    if "/" not in source:
+        return False
     owner, name, *inside = source.partition("@")[0].rstrip("/").split("/")
     _, repository, path = lora.partition(f"/models--{owner}--{name}/snapshots/")
     return bool(repository) and path.split("/")[1:] == inside  # after the commit

@@ -22,6 +22,9 @@ PERCENT = ("geneval2", "dpgbench")
 _NO_SHARES = ("_questions", "_unseen", "_unparsable")
 
 
+_NO_QUALITY = (*_NO_SHARES, "hpsv3_sigma")
+
+
 def title_of(score: str, data_set: str) -> tuple[str, int]:
     """Title and digits of a column."""
     title, digits = TITLES.get(score, (score, 3))
@@ -31,3 +34,8 @@ def title_of(score: str, data_set: str) -> tuple[str, int]:
 def is_percent(score: str) -> bool:
     """Whether a score is shown times 100."""
     return score.startswith(PERCENT) and not score.endswith(_NO_SHARES)
+
+
+def is_quality(score: str) -> bool:
+    """Whether more is better: not so of counts of questions and answers, and of a scorer's own doubt."""
+    return not score.endswith(_NO_QUALITY)

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusionopd.config_schema import ConfigError, is_number, read_json_config
 from diffusionopd.evaluation.results import AVERAGES, RESULTS, EvaluationError, Summary, read_averages, read_records
+from diffusionopd.evaluation.testsets import first
 from tools.report import plots
 from tools.report.pages import aligned, data_uri, image_of, render_page
 from tools.report.plots import Points
@@ -155,7 +156,7 @@ def _run_facts(config: Mapping[str, Any], tasks: Sequence[Task], rounds: int, se
     sample, train = config["sample"], config["train"]
     student = sample["guidance_scale"] if train["cfg"] else 1.0
     teachers = [
-        f"{teacher['name']} (guidance {teacher.get('guidance_scale', sample['teacher_guidance_scale']):g})"
+        f"{teacher['name']} (guidance {first(teacher.get('guidance_scale'), sample['teacher_guidance_scale']):g})"
         for teacher in train["teachers"]
     ]
     return [

@@ -1,6 +1,7 @@
 """Evaluated models: read from the folders of their evaluations, and the paper's rows."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,9 @@ def _evaluations(path: Path) -> dict[str, Evaluation]:
             evaluation = read_evaluation(root)
             return {str(evaluation.settings.get("dataset", root.resolve().name)): evaluation}
         if several := sorted(file.parent for file in root.glob(f"*/{AVERAGES}")):
+            begun = {file.parent for file in root.glob(f"*/{SETTINGS}")}
+            for folder in sorted(begun.difference(several)):
+                warnings.warn(f"left out: the evaluation in {folder} is not finished", stacklevel=2)
             return {folder.name: read_evaluation(folder) for folder in several}
     if any(path.glob(f"**/{SETTINGS}")):
         raise ComparisonError(f"the evaluation in {path} is not finished: repeat its command with --resume")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from diffusionopd.evaluation.results import Record
 from diffusionopd.rewards import NOT_APPLICABLE
-from tools.report import published
+from tools.report import benchmarks, published
 from tools.report.comparison import Averages, Column, Comparison, highest
 from tools.report.evaluated import Model
 from tools.report.pages import aligned, image_of, render_page
@@ -54,7 +54,8 @@ def _cells(column: Column, models: Sequence[Model]) -> list[Cell]:
     """Values with their standard errors."""
     found = [column.of(model) for model in models]
     errors = [f"± {each.standard_error:.{column.digits}f}" if each and each.count else "" for each in found]
-    best = highest([each.mean if each else None for each in found])
+    compared = found if benchmarks.is_quality(column.score) else []
+    best = highest([each.mean if each else None for each in compared]) or [False] * len(found)
     return list(map(Cell, map(column.text, models), errors, best))
 
 

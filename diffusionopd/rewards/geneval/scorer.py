@@ -111,8 +111,11 @@ class GenEval:
     def problems(**options: Any) -> list[str]:
         """What is wrong with options, found without loading anything."""
         found = not_whole({"batch_size": 1}, **options)
+        detector = str(options.get("detector", "converted"))
+        if detector.startswith("mmdet:") and options.get("dtype", "float32") != "float32":
+            found.append(f"dtype is {options['dtype']}, but mmdetection computes in float32: leave it out")
         try:
-            parse_choice(str(options.get("detector", "converted")))
+            parse_choice(detector)
         except RewardError as error:
             found.append(str(error))
         return found
