@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 TIMEOUT = 1800.0
 """Seconds that a process waits for the others unless :func:`set_timeout` says otherwise."""
-LONGEST_TIMEOUT = 3 * 3600.0
+LONGEST_TIMEOUT = 12 * 3600.0
 """Seconds that processes may wait for the slowest to encode a large prompt set, or to evaluate its share."""
 _timeout = TIMEOUT
 # The default group, and the gloo group that belongs to it. Held weakly: torch holds them until they are destroyed, and
@@ -77,7 +77,7 @@ def gather_over_processes(items: Sequence[T]) -> list[T]:
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over processes, in one collective.
 
-    A round has one optimizer step and a LoRA has few parameters, so one flat all-reduce at its end replaces a
+    An optimizer step follows many backward passes and a LoRA has few parameters, so one flat all-reduce replaces a
     DistributedDataParallel wrapper and its hooks in every backward. A parameter that the loss does not reach has no
     gradient on any process and keeps none: a zero would let weight decay act on it.
     """

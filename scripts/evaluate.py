@@ -26,7 +26,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import redacted, unset
-from diffusionopd.evaluation.job import TIMEOUT, Job, Merge, Model, check, run
+from diffusionopd.distributed import LONGEST_TIMEOUT
+from diffusionopd.evaluation.job import Job, Merge, Model, check, run
 from diffusionopd.evaluation.results import EvaluationError, format_table
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, find_benchmark, first
 from diffusionopd.failures import ending_together
@@ -292,7 +293,9 @@ def main() -> None:
         with plain_warnings():
             job = make_job(flags)
         with end_at_signals("what is scored so far is kept; the same command with --resume goes on from there"):
-            state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=TIMEOUT))
+            state = PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=LONGEST_TIMEOUT)
+            )
             with ending_together():
                 lines = [*check(job, state), "dry run: nothing was made"] if flags.dry_run else _tables(job, state)
     except ValueError as error:

@@ -80,6 +80,19 @@ def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart():
             torch.testing.assert_close(mine, other)
 
 
+def test_steps_done_are_restored_and_an_optimizer_that_counts_in_whole_numbers_gets_one(monkeypatch):
+    """As bitsandbytes' does."""
+    done, again, given = make_optimizer(), make_optimizer(), []
+    for _ in range(2):
+        backward(done, 1.0)
+        done.step()
+    for own in done._adamw.state.values():
+        own["step"] = 2
+    monkeypatch.setattr(again._adamw, "load_state_dict", lambda state: given.extend(state["state"].values()))
+    again.load_state(done.state_tensors(), done.state_scalars())
+    assert again.steps == 2 and [(own["step"], type(own["step"])) for own in given] == [(2, int)] * 2
+
+
 def test_a_kept_gradient_that_is_not_finite_stops_at_once_or_costs_all_rounds_of_the_step():
     optimizer = make_optimizer()
     backward(optimizer, float("nan"))

@@ -132,6 +132,17 @@ def test_a_bad_value_is_one_problem_that_names_key_and_value():
         problem_of(config, name, "empty" if value == [] else repr(value))
 
 
+def test_what_needs_teachers_is_checked_where_there_are_none():
+    for value in (None, 3):
+        for changes in ({"train.algorithm": "sft"}, {"train.conditional_weight": 0.5}):
+            config = load_config(f"{OPD}:mopd")
+            for name, given in {**changes, "train.teachers": value}.items():
+                _set(config, name, given)
+            problem_of(config, "train.teachers", repr(value))
+    config = load_config(f"{OPD}:mopd", [("train.algorithm", "nft"), ("train.old_policy_decay", "(0, 0.001, 7)")])
+    assert any(problem.startswith("train.old_policy_decay ") for problem in problems_of(config))
+
+
 def test_what_depends_on_the_model_and_the_rewards_is_reported_with_all_else(tiny_config):
     found = problems_of(tiny_config(resolution=60, reward_options={"jpeg_compressibility": {"qualty": 3}}, seed=-1), 1)
     assert len(found) == 3
@@ -362,6 +373,8 @@ def test_fields_of_tasks():
         ("proxy_reward", {"pikscore": 1.0}, "'pikscore'", "pickscore"),
         ("proxy_reward", {"ocr": "high"}, "ocr", "'high'"),
         ("proxy_reward", "ocr", "'ocr'"),
+        ("proxy_reward", {"ocr": -1.0}, "ocr", "-1.0"),
+        ("proxy_reward", {"ocr": 0}, "above 0"),
         ("dataset", "path/to/data", "'path/to/data'"),
         ("datasets", ["dataset/ocr"], "'dataset/ocr'"),  # beside dataset
         ("datasets", [3], "[3]"),

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation.testsets import find_benchmark
+from diffusionopd.models.loading import BackboneError
 from diffusionopd.training import check, load_config, train
-from diffusionopd.training.keys import SCHEMA
+from diffusionopd.training.keys import SCHEMA, with_model_values
 
 from .conftest import ROOT
 from .families import flux1
@@ -50,6 +51,8 @@ def test_none_is_the_familys_value_and_is_saved_as_such(tiny_config, folders, tm
         check(config, 1)
     (problem,) = caught.value.problems
     assert all(name in problem for name in LEFT)
+    with pytest.raises(BackboneError, match=r"nobody/not-here.*cannot be loaded"):  # a run asks the hub, and says why
+        with_model_values(config)
     config.pretrained.model = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError) as caught:
         check(config, 1)
@@ -86,6 +89,8 @@ def test_guidance_that_a_base_does_not_have_is_refused(tiny_config, folders):
     assert problems("schnell", **unguided) == second
     guided = {"train__cfg": True, "sample__guidance_scale": 3.5, "sample__eval_guidance_scale": 3.5}
     assert problems("schnell", **guided) == second | evaluated | {"sample.guidance_scale"}
+    variants = {"guided": {"guidance_scale": 4.5}, "short": {"num_steps": 2}}
+    assert problems("schnell", **unguided, eval_variants=variants) == second | {"eval_variants"}
 
 
 def test_the_evaluator_takes_the_models_own_values_at_last(folders, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,17 @@ def test_images_are_the_stock_pipelines_on_white(tmp_path):
         expected = np.asarray(Image.alpha_composite(white, images[0].convert("RGBA")).convert("RGB")) / 255
         ours = backbone.decode(x)[0].permute(1, 2, 0).numpy()
         assert np.abs(ours - expected).max() < 1.6 / 255 and expected.std() > 0.01
+
+
+def test_two_threads_may_decode_at_once(tmp_path):
+    """Its VAE keeps what it saw of an image on itself, and images are scored beside training."""
+    qwen_image.build(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    latents = [torch.randn(n, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    alone = [backbone.decode(x) for x in latents]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda i: (i % 2, backbone.decode(latents[i % 2])), range(40)):
+            torch.testing.assert_close(found[1], alone[found[0]])
 
 
 def test_levels_of_the_pipeline_itself_may_be_had_in_other_numbers(tmp_path):

@@ -104,8 +104,10 @@ def test_a_changed_field_of_a_task_is_refused_or_reported(algorithm):
         assert change.startswith(f"train.teachers[1].{name}: ") and change.endswith(f" -> {value!r}")
 
 
-def test_guidance_that_is_written_down_is_no_change():
+def test_what_is_the_default_may_be_written_down():
     before, now = values_of("opd"), values_of("opd")
+    now["train.teachers"][1] |= {"strength": 1.0, "weight": 1.0, "reference": ""}
+    now["train.teachers"][0] |= {"strength": None}
     del before["train.teachers"][0]["guidance_scale"]
     now["train.teachers"][0]["guidance_scale"] = before["sample.teacher_guidance_scale"]
     now["sample.teacher_guidance_scale"] += 1

@@ -167,6 +167,11 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
             check(load_config("config/tiny.py:mopd", [(name, str(value)) for name, value in given.items()]), 1)
 
 
+def test_a_strength_of_none_is_the_default(tmp_path):
+    given = [("train.algorithm", "sft"), ("train.teachers[0].strength", "None"), ("save_dir", str(tmp_path))]
+    assert check(load_config("config/tiny.py:mopd", given), 1).tasks[0].strength == 1.0
+
+
 def test_a_model_with_one_branch_has_no_loss_of_two():
     """FLUX.1-dev is given its guidance."""
     config = load_config("config/flux1.py:mopd", [("train.conditional_weight", "1.0")])

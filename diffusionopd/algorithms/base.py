@@ -21,6 +21,7 @@ from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.config_schema import Problems, is_number
 from diffusionopd.data.batches import Batch, Row
 from diffusionopd.data.rounds import RoundShape
+from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import any_process, by_rank, gather_over_processes
 from diffusionopd.losses import extrapolated
 from diffusionopd.models.policies import STUDENT, Policies, Request
@@ -68,8 +69,16 @@ class Algorithm:
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
     @classmethod
-    def check(cls, settings: Any, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems) -> None:
-        """Note what does not go together in a configuration."""
+    def check(
+        cls,
+        settings: Any,
+        sampler: SamplerSettings,
+        teachers: Mapping[str, Task],
+        values: Mapping[str, Any],
+        problems: Problems,
+    ) -> None:
+        """Note what does not go together in a configuration; ``teachers``: the tasks by their places, if they have
+        teachers that are used, and all is well with them."""
 
     @classmethod
     def notes(cls, settings: Any, changed: Sequence[str]) -> list[str]:

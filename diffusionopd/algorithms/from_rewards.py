@@ -9,6 +9,7 @@ from diffusionopd.algorithms.advantages import RewardSettings
 from diffusionopd.algorithms.base import Algorithm
 from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings
 from diffusionopd.config_schema import Problems
+from diffusionopd.data.tasks import Task
 
 
 class FromRewards(Algorithm):
@@ -18,7 +19,12 @@ class FromRewards(Algorithm):
 
     @classmethod
     def check(
-        cls, settings: RewardSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+        cls,
+        settings: RewardSettings,
+        sampler: SamplerSettings,
+        teachers: Mapping[str, Task],
+        values: Mapping[str, Any],
+        problems: Problems,
     ) -> None:
         """Advantages compare several images."""
         settings.check(values, problems)

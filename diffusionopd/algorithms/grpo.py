@@ -15,6 +15,7 @@ from diffusionopd.algorithms.results import Result
 from diffusionopd.algorithms.settings import ClipSettings, Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch
+from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import mean_over_processes
 from diffusionopd.losses import grpo_guard_loss, grpo_loss, kl_to_reference
 
@@ -69,32 +70,39 @@ class Grpo(FromRewards):
         self.check_samples()
         advantages, metrics = scoring.advantages(s, self.shape)
         result = Result(images, metrics)
-        counted = []  # of the ratios: how many, how many clipped, their sum
+        ratios, counted = 0, []  # how many of them; how many clipped, their sum
         for epoch, i, losses in self.passes(batches, result, step):
             batch = batches[i]
+            own = advantages[i].to(x0.device, x0.dtype, non_blocking=True)
             for visit in (visits[i][n] for n in batch.steps):
                 tr, x, v_old = visit.transition, visit.x, visit.v.guided
                 v_base = self.base(batch)(x, tr.sigma) if s.beta > 0 else None
                 target = self.target(batch)(x, tr.sigma) if pull else None
                 v_student = self.student(batch)(x, tr.sigma)
-                loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, advantages[i].to(x), *s.clip)
+                loss, ratio = self.objective(tr, x, visit.x_next, v_student, v_old, own, *s.clip)
+                ratios += len(ratio)
                 counted.append(_counted(ratio, *s.clip))
                 if v_base is not None:
                     loss = loss + s.beta * kl_to_reference(tr, v_student, v_base)
                 if pull and target is not None:
                     loss = loss + pull.loss(batch, visit.step, tr, v_student, target, note=epoch == 0)
                 self.optimizer.backward(losses.add(batch, visit.step, loss))
-        count, clipped, total = mean_over_processes(torch.stack(counted).sum(0).cpu()).tolist()
-        result.metrics |= {"clip_fraction": clipped / count, "ratio": total / count}
+        clipped, total = mean_over_processes(torch.stack(counted).sum(0).cpu() / ratios).tolist()
+        result.metrics |= {"clip_fraction": clipped, "ratio": total}
         result.metrics |= pull.metrics() if pull else {}
         return result
 
     @classmethod
     def check(
-        cls, settings: RewardSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+        cls,
+        settings: RewardSettings,
+        sampler: SamplerSettings,
+        teachers: Mapping[str, Task],
+        values: Mapping[str, Any],
+        problems: Problems,
     ) -> None:
         """Advantages compare several images, and steps need densities."""
-        super().check(settings, sampler, values, problems)
+        super().check(settings, sampler, teachers, values, problems)
         sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
@@ -112,6 +120,6 @@ class GrpoGuard(Grpo):
 
 
 def _counted(ratio: Tensor, low: float, high: float) -> Tensor:
-    """How many ratios, how many of them clipped, and their sum: float64 ``[3]``."""
+    """How many ratios are clipped, and the sum of all: float64 ``[2]``."""
     clipped = (ratio < 1 - low) | (ratio > 1 + high)
-    return torch.stack([ratio.new_tensor(float(len(ratio))), clipped.sum(), ratio.sum()]).double()
+    return torch.stack([clipped.sum().double(), ratio.sum().double()])

@@ -23,6 +23,10 @@ from diffusionopd.models.policies import STUDENT
 OLD = "old"
 
 
+def _is_decay(value: Sequence[Any]) -> bool:
+    return len(value) == 3 and all(is_number(each) and each >= 0 for each in value) and value[2] <= 1
+
+
 @dataclass(frozen=True)
 class NftSettings(RewardSettings):
     """DiffusionNFT."""
@@ -32,7 +36,7 @@ class NftSettings(RewardSettings):
     old_policy_decay: tuple = key(
         "train.old_policy_decay",
         (0, 0.001, 0.5),
-        form=("three numbers", lambda value: len(value) == 3 and all(map(is_number, value))),
+        form=("three numbers of at least 0, the last at most 1", _is_decay),
     )
     """(start, slope, maximum): after n rounds the sampling policy keeps min(slope * max(n - start, 0), maximum) of
     itself and takes the rest from the student."""

@@ -22,6 +22,7 @@ from diffusionopd.algorithms.settings import (
 )
 from diffusionopd.config_schema import Problems, key
 from diffusionopd.data.batches import Batch, choose_steps, step_chances
+from diffusionopd.data.tasks import Task
 from diffusionopd.losses import distillation_loss, policy_gradient_loss
 from diffusionopd.rollout import Branches, Target, Visit
 from diffusionopd.transitions import per_sample_mean, velocity_difference
@@ -146,7 +147,12 @@ class Opd(Algorithm):
 
     @classmethod
     def check(
-        cls, settings: OpdSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+        cls,
+        settings: OpdSettings,
+        sampler: SamplerSettings,
+        teachers: Mapping[str, Task],
+        values: Mapping[str, Any],
+        problems: Problems,
     ) -> None:
         """Drawn steps are among the trained ones, and the surrogate needs noise."""
         drawn, trained = settings.steps_per_rollout, sampler.trained_steps
@@ -159,16 +165,19 @@ class Opd(Algorithm):
         if settings.loss == POLICY_GRADIENT:
             sampler.check_noise("train.loss", POLICY_GRADIENT, problems)
         if settings.conditional_weight > 0:
-            _check_branches(settings, sampler, values, problems)
+            _check_branches(settings, sampler, teachers, problems)
 
     @classmethod
     def notes(cls, settings: OpdSettings, changed: Sequence[str]) -> list[str]:
         """The surrogate has no choice of what is compared, but its pull to the base; the closed form no baseline."""
         if settings.loss == KL:
-            of_other = ["train.baseline"]
+            of_other = ["train.baseline", "train.clip_range"]
         else:
             of_other = [] if settings.beta > 0 else ["train.target", "train.self_normalize"]
-        return [f"{name} is ignored: train.loss is {settings.loss}" for name in changed if name in of_other]
+        notes = [f"{name} is ignored: train.loss is {settings.loss}" for name in changed if name in of_other]
+        if settings.step_correction and settings.step_weighting == UNIFORM:
+            notes.append("train.step_correction is ignored: steps are equally likely")
+        return notes
 
     @classmethod
     def steps(cls, plan: RoundPlan, key: tuple[int, int, int]) -> tuple[int, ...]:
@@ -225,7 +234,7 @@ def _distances(gaps: Mapping[str, Losses]) -> dict[str, float]:
 
 
 def _check_branches(
-    settings: OpdSettings, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems
+    settings: OpdSettings, sampler: SamplerSettings, teachers: Mapping[str, Task], problems: Problems
 ) -> None:
     """The loss of the branches needs two of them, of the student and of every teacher."""
     name = "train.conditional_weight"
@@ -236,9 +245,6 @@ def _check_branches(
         problems.add(name, f"goes with train.loss {KL!r} only", "Set it to 0.")
     if problems.good("sample.guidance_scale", "train.cfg") and sampler.guidance <= 1:
         problems.add(name, f"is {settings.conditional_weight:g}, but the student has no guidance", remedy)
-    default = values["sample.teacher_guidance_scale"]
-    for index, task in enumerate(values["train.teachers"]):
-        guidance = task.get("guidance_scale") or default if isinstance(task, Mapping) else default
-        if guidance == 1:
-            place = f"train.teachers[{index}]"
+    for place, task in teachers.items():
+        if task.guidance_scale == 1:
             problems.add(name, f"is {settings.conditional_weight:g}, but {place} has no guidance", remedy)

@@ -210,8 +210,8 @@ class StudentOptimizer:
         return tensors
 
     def state_scalars(self) -> dict[str, float]:
-        """The dynamic scale's state, if there is one, and what kept gradients are multiples of."""
-        scalars = dict(self._scaler.state_dict())
+        """Steps done, the dynamic scale's state, if there is one, and what kept gradients are multiples of."""
+        scalars = {"steps": self.steps, **self._scaler.state_dict()}
         return scalars | {"kept": self._kept, "gradient_scale": self._scale()} if self._kept else scalars
 
     def _scale(self) -> float:
@@ -219,15 +219,17 @@ class StudentOptimizer:
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
         """Restore what the two methods above returned."""
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {}
         for place, value in tensors.items():
             _, index, name = place.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+            # The 8-bit optimizer counts in whole numbers, and does not take a tensor.
+            state.setdefault(int(index), {})[name] = int(value) if value.dtype == torch.int64 else value
         gradients = {i: own.pop(_GRADIENT) for i, own in state.items() if _GRADIENT in own}
         groups = self._adamw.state_dict()["param_groups"]
         self._adamw.load_state_dict({"state": {i: own for i, own in state.items() if own}, "param_groups": groups})
         if "scale" in scalars and self._scaler.is_enabled():
             self._scaler.load_state_dict(scalars)
+        self.steps = int(scalars.get("steps", self.steps))  # earlier versions did not save them
         self._kept = int(scalars.get("kept", 0))
         for i, gradient in gradients.items():
             parameter = self.parameters[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ class SamplerSettings:
         steps, fraction, noise = "sample.num_steps", "train.timestep_fraction", "sample.noise_level"
         if problems.good(steps, fraction) and self.trained_steps < 1:
             what = f"is {self.timestep_fraction}, which trains none of {self.num_steps} steps"
-            problems.add(fraction, what, f"Set it to at least {1 / self.num_steps:.3g}.")
+            problems.add(fraction, what, f"Set it to at least {math.ceil(1e4 / self.num_steps) / 1e4:g}.")
         if problems.good("sample.solver", noise) and self.solver in ("cps", "ddim") and self.noise_level > 1:
             problems.add(noise, f"is {self.noise_level}", f"Solver {self.solver!r} takes at most 1.")
 

@@ -11,6 +11,7 @@ from diffusionopd.algorithms.results import Result
 from diffusionopd.algorithms.settings import Nfe, RoundPlan, SamplerSettings, TeacherSettings
 from diffusionopd.config_schema import Problems
 from diffusionopd.data.batches import Batch
+from diffusionopd.data.tasks import Task
 from diffusionopd.losses import flow_matching_loss
 
 
@@ -47,12 +48,19 @@ class Sft(Algorithm):
         return result
 
     @classmethod
-    def check(cls, settings: Any, sampler: SamplerSettings, values: Mapping[str, Any], problems: Problems) -> None:
+    def check(
+        cls,
+        settings: Any,
+        sampler: SamplerSettings,
+        teachers: Mapping[str, Task],
+        values: Mapping[str, Any],
+        problems: Problems,
+    ) -> None:
         """Samples are the teacher's own."""
-        for index, task in enumerate(values["train.teachers"]):
-            if isinstance(task, Mapping) and task.get("strength", 1.0) != 1.0:
-                what = f"is {task['strength']}, but {cls.name} samples from the teacher itself"
-                problems.add(f"train.teachers[{index}].strength", what, "Leave it at 1, or set train.algorithm='opd'.")
+        for place, task in teachers.items():
+            if task.strength != 1.0:
+                what = f"is {task.strength}, but {cls.name} samples from the teacher itself"
+                problems.add(f"{place}.strength", what, "Leave it at 1, or set train.algorithm='opd'.")
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:

@@ -33,12 +33,12 @@ def check_model(key: str, model: str, problems: Problems, *, or_file: bool = Fal
     if what := gap(model):
         problems.add(key, what, remedy)
     elif or_file and model.endswith(".safetensors") and not Path(model).is_dir():
-        if not Path(model).exists() and not (_is_hub_id(model) and model.count("/") > 1):
+        if not Path(model).exists() and not (is_hub_id(model) and model.count("/") > 1):
             problems.add(key, f"is {model}, which does not exist here", remedy)
     elif Path(model).exists():
         if not (Path(model) / "model_index.json").is_file():
             problems.add(key, f"is {model}, which has no model_index.json", remedy)
-    elif not _is_hub_id(model) or model.count("/") != 1:
+    elif not is_hub_id(model) or model.count("/") != 1:
         problems.add(key, f"is {model}, which does not exist{looked_in(model)}", remedy)
 
 
@@ -50,7 +50,7 @@ def check_adapter(key: str, source: str, problems: Problems) -> None:
         return
     place = source.partition("@")[0]
     is_file = place.endswith(".safetensors")
-    if not Path(source).exists() and not (_is_hub_id(place) and place.count("/") > is_file):
+    if not Path(source).exists() and not (is_hub_id(place) and place.count("/") > is_file):
         problems.add(key, f"is {source}, which does not exist{looked_in(source)}", remedy)
 
 
@@ -62,7 +62,7 @@ def check_writable(key: str, folder: Path, problems: Problems) -> None:
         problems.add(key, f"needs the folder {folder}, but {existing} is {what}", "Name another folder.")
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     """Whether ``source`` can only be meant for the hub: ``owner/name[/folder or file]``, with no such folder here."""
     first = source.split("/")[0]
     return bool(_HUB_ID.fullmatch(source)) and not first.startswith(".") and not Path(located(first)).exists()

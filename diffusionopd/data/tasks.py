@@ -198,9 +198,12 @@ def _check_fields(
         if name in fields and (problem := declared.problem(fields[name])):
             problems.add(f"{place}.{name}", *problem)
     rewards = f"{place}.proxy_reward"
-    for name, weight in fields.get("proxy_reward", {}).items() if problems.good(rewards) else ():
-        if not is_number(weight):
-            problems.add(rewards, f"gives {name} the weight {weight!r}", "A weight must be a finite number.")
+    weights = fields.get("proxy_reward", {}) if problems.good(rewards) else {}
+    if weights and not any(weights.values()):
+        problems.add(rewards, "gives no reward a weight above 0", "Raise one, or leave the field out.")
+    for name, weight in weights.items():
+        if not is_number(weight) or weight < 0:
+            problems.add(rewards, f"gives {name} the weight {weight!r}", "A weight must be a number of at least 0.")
         if reward_names is not None and name not in reward_names:
             remedy = nearest(str(name), reward_names).strip() or f"Known are {', '.join(sorted(reward_names))}."
             problems.add(rewards, f"names the unknown reward {name!r}", remedy)

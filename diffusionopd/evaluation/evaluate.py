@@ -16,13 +16,10 @@ from tqdm import tqdm
 
 from diffusionopd.data.prompts import Prompt
 from diffusionopd.data.unfit import met_at
-from diffusionopd.distributed import barrier, gather_over_processes
+from diffusionopd.distributed import LONGEST_TIMEOUT, barrier, gather_over_processes
 from diffusionopd.evaluation.results import AVERAGES, Record, ResultFolder, Summary, read_averages, summarise
 from diffusionopd.locks import Lock
 from diffusionopd.rewards import Combined, RewardError, RewardUnavailableError, Scorer, score_all, to_uint8
-
-TIMEOUT = 12 * 3600.0
-"""Seconds that a process may wait for the slowest: scoring is shared by samples, not by time."""
 
 Generate = Callable[[Sequence[str], Sequence[tuple[int, int]]], Tensor]
 """Makes the images `[B, 3, H, W]` in [0, 1] of B prompts and their (prompt index, image number): `ImageGenerator`."""
@@ -110,7 +107,7 @@ def evaluate(
     if rank == 0:
         described = {**(settings or {}), "rewards": sorted(scorers), "images_per_prompt": images_per_prompt}
         files.open(described, texts, resume=resume, need_images=save_images, overwrite=overwrite)
-    barrier("the end of a data set", TIMEOUT)
+    barrier("the end of a data set", LONGEST_TIMEOUT)
     done = files.done()
     left = [sample_id for sample_id in range(len(texts)) if sample_id not in done]
     own = left[rank::world]
@@ -123,10 +120,10 @@ def evaluate(
             for record, pixels in zip(records, images, strict=True):
                 files.save_image(record.sample_id, pixels)
         files.append(records)
-    barrier("the end of a data set", TIMEOUT)
+    barrier("the end of a data set", LONGEST_TIMEOUT)
     if rank == 0:
         files.close(_combined(scorers))
-    barrier("the end of a data set", TIMEOUT)
+    barrier("the end of a data set", LONGEST_TIMEOUT)
     return read_averages(files.folder / AVERAGES)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from diffusionopd.distributed import together
-from diffusionopd.evaluation.evaluate import TIMEOUT, evaluate
+from diffusionopd.distributed import LONGEST_TIMEOUT, together
+from diffusionopd.evaluation.evaluate import evaluate
 from diffusionopd.evaluation.results import EvaluationError, ResultFolder, Summary
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark
@@ -257,7 +257,7 @@ def load_models(
     cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
     load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
     texts = [NEGATIVE, *(prompt.key for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", TIMEOUT)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
     backbone.negative = cache.get([NEGATIVE], device)

@@ -70,12 +70,17 @@ def choose_attention(transformer: nn.Module, backend: str, *, dtype: torch.dtype
     The choice is the layer's own, so that it holds when a checkpointed block runs again in the backward pass. Raises
     AccelerationError when the kernel cannot run in ``dtype`` on ``device``.
     """
-    kernel = ATTENTION_BACKENDS[backend]
     layers: list[Any] = [module for module in transformer.modules() if hasattr(module, "set_processor")]
-    probe = torch.zeros(1, layers[0].heads, 64, layers[0].inner_dim // layers[0].heads, dtype=dtype, device=device)
-    probe.requires_grad_()
+    check_attention(backend, layers[0].inner_dim // layers[0].heads, dtype=dtype, device=device)
+    for processor in {id(layer.processor): layer.processor for layer in layers}.values():
+        _restrict(processor, ATTENTION_BACKENDS[backend])
+
+
+def check_attention(backend: str, width: int = 64, *, dtype: torch.dtype, device: torch.device) -> None:
+    """AccelerationError when the kernel ``backend`` cannot run on ``device`` in ``dtype``, with heads so wide."""
+    probe = torch.zeros(1, 2, 64, width, dtype=dtype, device=device, requires_grad=True)
     try:
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(ATTENTION_BACKENDS[backend]):
             nn.functional.scaled_dot_product_attention(probe, probe, probe).sum().backward()
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -83,8 +88,6 @@ def choose_attention(transformer: nn.Module, backend: str, *, dtype: torch.dtype
             f"attention_backend {backend!r} cannot run here ({device.type}, {dtype}): {reason} "
             "Choose another, or leave it empty for torch's own choice."
         ) from error
-    for processor in {id(layer.processor): layer.processor for layer in layers}.values():
-        _restrict(processor, kernel)
 
 
 def _restrict(processor: Any, kernel: SDPBackend) -> None:

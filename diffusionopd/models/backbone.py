@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -222,6 +223,7 @@ class Backbone(ABC):
         """NFE so far, counted in single samples."""
         self.sharding = sharding  # if any, all processes must make the same number of forwards
         self._engine: object = None
+        self._decoding = Lock()  # whoever has it uses the VAE
 
     def evaluations_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
@@ -325,8 +327,13 @@ class Backbone(ABC):
         """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents, ``chunk`` at a time, on the VAE's device."""
         latents = latents.to(self.vae_device).float()
         with stage("VAE decode"):
-            images = [self._decode(part) for part in latents.split(chunk)]
+            images = [self._decode_alone(part) for part in latents.split(chunk)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def _decode_alone(self, latents: Tensor) -> Tensor:
+        """A VAE may keep what it has seen of an image on itself (Qwen's does), and a thread decodes beside training."""
+        with self._decoding:
+            return self._decode(latents)
 
     def beside(self, transformer: Any, *, index: Mapping[str, Any] | None = None, waits: bool = False) -> Backbone:
         """Another transformer of the family, with an index of its own or this one's, and with this one's VAE, times,
@@ -342,7 +349,7 @@ class Backbone(ABC):
             sharding=self.sharding,
             waits=waits,
         )
-        made.negative = self.negative
+        made.negative, made._decoding = self.negative, self._decoding
         return made
 
     def blocks(self) -> Iterator[nn.Module]:

@@ -114,7 +114,7 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
         optimization.check(problems)
     settings = _read_good(algorithm.groups[0], values, problems) if sampler and algorithm is not Algorithm else None
     if settings:
-        algorithm.check(settings, sampler, values, problems)
+        algorithm.check(settings, sampler, teachers, values, problems)
     if algorithm.has_rewards and num_processes > 1:
         _check_timeouts(values, problems)
     if problems.found:
@@ -246,6 +246,8 @@ def _check_fits(
     if algorithm.uses_teachers(values):
         trained += [(f"{p}.guidance_scale", t.guidance_scale, own.get(t.model, model)) for p, t in tasks.items()]
     evaluated = [(f"{p}.eval_guidance_scale", t.eval_guidance_scale, model) for p, t in tasks.items()]
+    variants = values["eval_variants"].values() if problems.good("eval_variants") else ()
+    evaluated += [("eval_variants", own["guidance_scale"], model) for own in variants if "guidance_scale" in own]
     for name, guidance, of in [*trained, *evaluated] if values["eval_freq"] else trained:
         if problems.good(name) and (problem := of.guidance_problem(guidance)):
             problems.add(name, f"is {guidance:g}, but {problem}", "Set it to 1.0.")

@@ -23,6 +23,7 @@ from diffusionopd.config_schema import (
     to_plain,
     unwritable,
 )
+from diffusionopd.config_schema.paths import is_hub_id
 from diffusionopd.config_schema.upstream import UpstreamSettings
 from diffusionopd.data.batches import NoiseSettings
 from diffusionopd.data.loras import read_loras
@@ -108,8 +109,8 @@ def with_loras(config: ConfigDict) -> ConfigDict:
 def with_model_values(config: ConfigDict) -> ConfigDict:
     """The configuration with what it leaves to the base model: None takes the default of the model's family.
 
-    The small files of a model on the hub are fetched for that. A configuration that is wrong is left as it is, for
-    :func:`check` to report.
+    The small files of a model on the hub are fetched for that; BackboneError where they cannot be. A configuration that
+    is wrong is left as it is, for :func:`check` to report.
     """
     values = flatten(with_paths(config))
     left = SCHEMA.left_to_model(values)
@@ -119,6 +120,8 @@ def with_model_values(config: ConfigDict) -> ConfigDict:
     try:
         model = read_model(**read(BaseSettings, values).source)
     except BackboneError:
+        if is_hub_id(values["pretrained.model"]):
+            raise
         return config
     made = config.copy_and_resolve_references()
     made.update_from_flattened_dict({name: getattr(model.defaults, field) for name, field in left.items()})

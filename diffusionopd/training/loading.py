@@ -12,9 +12,10 @@ from accelerate.utils import parse_flag_from_env
 from diffusionopd.config_schema import unset
 from diffusionopd.distributed import LONGEST_TIMEOUT, together
 from diffusionopd.evaluation.testsets import first
-from diffusionopd.models.acceleration import check_compiler, choose_attention, compile_blocks
+from diffusionopd.models.acceleration import check_attention, check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import (
+    DTYPES,
     BackboneError,
     encoder_place,
     find_device,
@@ -44,6 +45,8 @@ def check_devices(plan: Plan, device: torch.device) -> None:
     memory = plan.read(MemorySettings)
     find_device(memory.text_encoder_device, device, "text_encoder_device")
     find_device(memory.vae_device, device, "vae_device")
+    if memory.attention_backend:
+        check_attention(memory.attention_backend, dtype=DTYPES[memory.mixed_precision], device=device)
     if memory.compile:
         check_compiler(device)
     if memory.compile and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):

@@ -316,11 +316,12 @@ def changes_since(
 
 
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with a key for each field of each task, and the guidance that each teacher really has."""
+    """``values`` with a key for each field of each task, and the default of what it leaves out."""
     flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
     tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]  # the others are check()'s
     for i, task in enumerate(tasks):
-        fields = {"guidance_scale": values["sample.teacher_guidance_scale"], "scale": FIELDS["scale"].default}
+        fields = {name: field.default for name, field in FIELDS.items()}
+        fields |= {"guidance_scale": values["sample.teacher_guidance_scale"]}
         fields |= {name: value for name, value in task.items() if value is not None}
         flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
     if tasks:
