@@ -2,7 +2,7 @@
 
 Each key is declared beside the code that reads it (``diffusionopd/training/keys.py`` assembles them). The other files
 here start from these defaults and set what differs. Any key can be set on the command line too:
-``--config config/opd.py:mopd --config.train.learning_rate=1e-4 --config.train.teachers[0].guidance_scale=1.0``.
+``--config config/opd.py:mopd --config.seed=7 '--config.train.teachers[0].guidance_scale=1.0'`` (quoted, for zsh).
 """
 
 from ml_collections import ConfigDict

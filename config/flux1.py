@@ -18,7 +18,7 @@ def mopd() -> ConfigDict:
     """Three teachers, one student, on FLUX.1-dev, with bf16 weights; Krea-dev with ``--config.pretrained.model=...``.
 
     Command:   CONFIG=config/flux1.py:mopd bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 34 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
                72 images per round, 24 per task
     Cost:      58 PFLOP per round, 19 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
@@ -31,7 +31,7 @@ def schnell() -> ConfigDict:
     """The same on FLUX.1-schnell, distilled to four steps without guidance.
 
     Command:   CONFIG=config/flux1.py:schnell bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  as ``mopd``
     Cost:      21 PFLOP per round, 7.1 s (computed, as ``mopd``'s): 4 steps, all trained, in the place of 10
     Expected:  not published and not measured; a student is compared with its own teachers

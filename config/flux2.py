@@ -21,7 +21,7 @@ def klein_base() -> ConfigDict:
     """Three teachers, one student, on FLUX.2-klein-base-4B; 9B with ``--config.pretrained.model=...``.
 
     Command:   CONFIG=config/flux2.py:klein_base bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 17 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
                72 images per round, 24 per task
     Cost:      55 PFLOP per round, 18 s on 8 H100 at 47% of 790 TFLOP/s (computed, python -m tools.cost; not run)
@@ -34,7 +34,7 @@ def klein() -> ConfigDict:
     """The same on FLUX.2-klein-4B, distilled to four steps without guidance, all of them trained.
 
     Command:   CONFIG=config/flux2.py:klein bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 16 GB each, likewise
     Cost:      12 PFLOP per round, 4.1 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
@@ -46,8 +46,9 @@ def dev() -> ConfigDict:
     """The same on FLUX.2-dev, whose guidance is an input: 64 GB of weights in bf16, so sharded over the GPUs.
 
     Command:   ENGINE=fsdp2 CONFIG=config/flux2.py:dev bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
-    Hardware:  8 GPUs, 26 GB each, likewise; its text encoder alone is 48 GB in every process while prompts are encoded
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
+    Hardware:  8 GPUs, 26 GB each, likewise; its text encoder alone is 48 GB in every process while prompts
+               are encoded, and all processes together read 515 GB into main memory while it loads
     Cost:      232 PFLOP per round, 78 s (computed, as ``klein_base``'s)
     Expected:  not published and not measured; a student is compared with its own teachers
     """

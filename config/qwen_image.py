@@ -26,7 +26,7 @@ def mopd() -> ConfigDict:
     """Two teachers, one student, on Qwen-Image (2512 included), 20.4 B parameters.
 
     Command:   CONFIG=config/qwen_image.py:mopd bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs of 80 GB, 53 GB each at the peak with the rewards' models, a task in a pass, of which the
                weights are 41; 48 images per round, 24 per task
     Cost:      81 PFLOP per round, 39 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost)
@@ -39,7 +39,7 @@ def mopd_21() -> ConfigDict:
     """Two teachers, one student, on Qwen-Image 2.1, 7.1 B parameters, which is meant to be used without guidance.
 
     Command:   CONFIG=config/qwen_image.py:mopd_21 bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs of 40 GB, of which the weights are 14 GB in bf16; 48 images per round, 24 per task
     Cost:      not known, since its transformer cannot be counted; each image has forwards of its own
     Expected:  not run and not measured; a student is compared with its own teachers
@@ -51,7 +51,7 @@ def edit() -> ConfigDict:
     """A teacher that draws and one that edits, one student that does both, on Qwen-Image-Edit 2511 (docs/editing.md).
 
     Command:   CONFIG=config/qwen_image.py:edit bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... (ocr) and likewise [1] (edit): LoRAs of this base
+               '--config.train.teachers[0].lora_path=...' (ocr) and likewise [1] (edit): LoRAs of this base
     Hardware:  8 GPUs of 80 GB, 67 GB each at the peak with the rewards' models, a task in a pass, of which the
                weights are 41; 48 images per round, 24 per task
     Cost:      less than 423 PFLOP per round, 203 s on 8 H100 at 33% of 790 TFLOP/s, which all edits of 1024 tokens

@@ -20,7 +20,7 @@ def mopd() -> ConfigDict:
     """Two teachers, one student.
 
     Command:   CONFIG=config/sana.py:mopd bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr): LoRAs of this base
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr): LoRAs of this base
     Hardware:  8 GPUs, 32 GB each at the peak with the rewards' models, a task in a pass (11 GB with
                --config.activation_checkpointing=True); 48 images per round, 24 per task
     Cost:      7.7 PFLOP per round, 3.7 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost)

@@ -19,7 +19,7 @@ def mopd() -> ConfigDict:
     """Three teachers, one student, on Z-Image (6.15 B parameters).
 
     Command:   CONFIG=config/z_image.py:mopd bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 21 GB each at the peak with the rewards' models, one image a pass, activations recomputed;
                72 images per round, 24 per task
     Cost:      99 PFLOP per round, 47 s on 8 H100 at 33% of 790 TFLOP/s (computed, python -m tools.cost; not run)
@@ -32,7 +32,7 @@ def turbo() -> ConfigDict:
     """The same on Z-Image-Turbo: 8 steps, all trained, without guidance.
 
     Command:   CONFIG=config/z_image.py:turbo bash scripts/single_node/mopd.sh
-               --config.train.teachers[0].lora_path=... and likewise [1] (ocr) and [2] (geneval)
+               '--config.train.teachers[0].lora_path=...' and likewise [1] (ocr) and [2] (geneval)
     Hardware:  8 GPUs, 20 GB each, likewise
     Cost:      44 PFLOP per round, 15 s (computed, as ``mopd``'s)
     Expected:  not published and not measured; a student is compared with its own teachers

@@ -73,7 +73,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     files = "gets the files; a folder each for several models and datasets"
     parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
-    parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="family of the base model")
+    parser.add_argument("--model_type", choices=["sd3"], default="sd3", help="without effect: read from the base")
     parser.add_argument("--model", help=f"base model: hub id, folder or .safetensors (default {DEFAULT_MODEL})")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the hub")
     parser.add_argument("--variant", help='of its weight files, such as "fp16"')

@@ -11,10 +11,20 @@ from safetensors.torch import load_file
 
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.training import checkpoint, setup, train
+from diffusionopd.training import check, checkpoint, setup, train
 from diffusionopd.training.resume import RunError
 
-from .helpers import assert_bitwise, assert_equal_rounds, files_of, metrics, rows, state, student, train_forked
+from .helpers import (
+    assert_bitwise,
+    assert_equal_rounds,
+    change_models,
+    files_of,
+    metrics,
+    rows,
+    state,
+    student,
+    train_forked,
+)
 
 
 def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
@@ -90,7 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, tmp_p
     assert [row["lr"] for row in expected[1:]] == pytest.approx([0.0, 1e-3, 5e-4])
 
 
-def test_evaluations_by_folder_and_by_variant(tiny_config, tmp_path):
+def test_evaluations_by_folder_and_by_variant(tiny_config, tmp_path, monkeypatch):
     """A student that hardly moves: what is evaluated after the last round is what was before the first.
 
     JPEG sizes of a picture of no guidance and two steps, whichever evaluation it comes from, and means over folders.
@@ -102,7 +112,13 @@ def test_evaluations_by_folder_and_by_variant(tiny_config, tmp_path):
     (two / "test.txt").write_text("a yellow star\n")
     config.train.teachers[0] = {**task, "dataset": None, "datasets": [str(one), str(two)], "eval_num_steps": 3}
     config.eval_variants = {"plain": {"guidance_scale": 1.0, "num_steps": 2}, "long": {"num_steps": 4}}
-    train(config)
+    plan, seen = check(config, 1), []
+    with monkeypatch.context() as patch:
+        change_models(patch, lambda backbone, adapters: seen.append(backbone))
+        train(config)
+    own = plan.nfe_per_round
+    assert seen[0].evaluations == 2 * plan.evaluation_nfe + own.student + own.teacher
+    assert any("times the forward passes of the 1 rounds" in note for note in plan.notes)
     start, end = metrics(tmp_path / "logs" / "run")
     names = [f"{task}{variant}" for task in ("first", "second") for variant in ("", "@plain", "@long")]
     names += [f"first{variant}/{folder}" for variant in ("", "@plain", "@long") for folder in ("one", "two")]

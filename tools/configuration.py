@@ -5,6 +5,7 @@ python -m tools.configuration            # rewrites docs/configuration.md below 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -43,8 +44,9 @@ def render() -> str:
     shown: set[str] = set()
     sections = []
     own = [group for cls in ALGORITHMS.values() for group in cls.groups]
-    for group in dict.fromkeys([*COMMON, *own, UpstreamSettings]):
-        if rows := _rows(group, shown):
+    every = (base for group in [*COMMON, *own, UpstreamSettings] for base in reversed(group.__mro__[:-1]))
+    for group in dict.fromkeys(every):  # what several share comes first
+        if dataclasses.is_dataclass(group) and (rows := _rows(group, shown)):
             sections.append(f"## {(inspect.getdoc(group) or '').splitlines()[0].rstrip('.')}\n\n{_HEADER}\n{rows}")
     fields = "\n".join(
         f"| `{name}` | {declared.resume} | {explanations(Task)[name]} |" for name, declared in keys_of(Task).items()
@@ -93,5 +95,6 @@ def _values(declared: Key) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(render(), encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -21,6 +21,7 @@ from diffusionopd.files import path_flag, write_json
 from diffusionopd.models.settings import BaseSettings
 from diffusionopd.training import check, load_config
 from diffusionopd.training.costs import ladder
+from diffusionopd.training.costs.count import Cost
 from diffusionopd.training.costs.ladder import giga
 from diffusionopd.training.costs.models import Pipeline, read_pipeline
 from diffusionopd.training.costs.round import (
@@ -94,7 +95,8 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
         *((name, f"{f'{n} NFE, ' if n else ''}{tera(f)}, {f / flops:.0%}") for name, (n, f) in kinds.items()),
         ("together", f"{nfe} NFE, {tera(flops)}, {tera(flops / shape.images_per_round)} per image"),
         ("time", f"{seconds:.3g} s per round, {3600 / seconds:.0f} rounds per hour, at {at}"),
-        ("all rounds", f"{shape.num_rounds} in {shape.num_rounds * seconds / 3600:.3g} hours"),
+        ("all rounds", f"{shape.num_rounds} in {shape.num_rounds * seconds / 3600:.3g} hours, without evaluations"),
+        *evaluations(plan, cost, shape.num_processes * args.peak_tflops * 1e12, args.utilisation, seconds),
     )
     names = dict.fromkeys(name for rows in held.values() for name in rows)
     print_table(
@@ -119,6 +121,22 @@ def report(plan: Plan, pipeline: Pipeline, args: argparse.Namespace) -> None:
             "memory_bytes": {way: rows | {"peak": sum(rows.values())} for way, rows in held.items()},
         }
         print(f"wrote {write_json(args.json, figures)}")
+
+
+def evaluations(
+    plan: Plan, cost: Cost, peak: float, utilisation: float | None, seconds: float
+) -> list[tuple[str, str]]:
+    """What evaluations, which make no graphs of their own, take beside rounds of ``seconds``; without scoring."""
+    every, nfe = plan.watch.eval_freq, plan.evaluation_nfe
+    if not every:
+        return []
+    if not nfe:
+        return [("an evaluation", "of all test prompts, which are not here")]
+    flops = nfe * (cost.forward + cost.lora_forward)
+    own = flops / (peak * (utilisation or UTILISATION[False]))
+    share = f"{own / (every * seconds):.0%} of the {every} rounds between two"
+    images = f"{sum(plan.num_evaluated)} images, {nfe} NFE"
+    return [("an evaluation", f"{images}, {tera(flops)}, {own:.3g} s, {share}; scoring not counted")]
 
 
 def print_table(*rows: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ that student and teacher predict at the same states.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from diffusionopd.algorithms.opd import Opd
+from diffusionopd.files import path_flag
 from diffusionopd.losses import distillation_loss
 from diffusionopd.rollout import Branches, Target, Velocity, Visit, rollout
 from diffusionopd.training import load_config
@@ -162,4 +163,6 @@ def draw_round(figure: Any, sigmas: list[float], rows: list[tuple[str, str, Tens
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "assets" / "method.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", nargs="?", type=path_flag, default=ROOT / "assets" / "method.png")
+    draw(parser.parse_args().output)

@@ -134,8 +134,9 @@ def check_tasks(
     defaults: Mapping[str, Any],
     with_test: bool,
     scored: Mapping[str, int | None],
-) -> tuple[tuple[Task, ...], tuple[int, ...]]:
-    """The tasks, and how many training prompts each has; what is wrong with them goes to ``problems``.
+) -> tuple[tuple[Task, ...], tuple[Counter[str], ...]]:
+    """The tasks, and of each how many prompts it trains on and is evaluated on, by split; what is wrong with them goes
+    to ``problems``.
 
     ``defaults``: what a task has that does not say so itself; ``with_test``: test prompts must be there too.
     ``scored``: split -> how many of its prompts, from the first, are scored; None for all.
@@ -244,11 +245,11 @@ def _check_dataset(
     scored: Mapping[str, int | None],
     options: Mapping[str, Any],
     problems: Problems,
-) -> int:
-    """Check the prompt files of a task and return the number of training prompts."""
+) -> Counter[str]:
+    """Check the prompt files of a task and return the numbers of prompts as of :func:`check_tasks`."""
     one, several = f"{place}.dataset", f"{place}.datasets"
     if not problems.good(one, several, f"{place}.prompt_fn", f"{place}.trigger"):
-        return 0
+        return Counter()
     rewards = fields["proxy_reward"] if problems.good(f"{place}.proxy_reward") else {}
     checked = {"prompt_fn": fields["prompt_fn"], "with_test": with_test, "scored": scored, "rewards": rewards}
     checked |= {"trigger": fields["trigger"], "options": options}
@@ -259,7 +260,7 @@ def _check_dataset(
     for name, count in Counter(Path(folder).name for folder in fields["datasets"]).items():
         if count > 1:
             problems.add(several, f"has {count} folders called {name!r}", "Evaluations name them so: rename one.")
-    return sum(_check_folder(several, folder, problems, **checked) for folder in fields["datasets"])
+    return sum((_check_folder(several, folder, problems, **checked) for folder in fields["datasets"]), Counter[str]())
 
 
 def _check_folder(
@@ -273,12 +274,12 @@ def _check_folder(
     rewards: Mapping[str, float],
     options: Mapping[str, Any],
     trigger: str,
-) -> int:
-    """Check the prompt files of a folder and return the number of training prompts."""
+) -> Counter[str]:
+    """Check the prompt files of a folder and return the numbers of prompts; where there are none, those asked for."""
+    counts = Counter(test=scored.get("test") or 0 if with_test else 0)
     if what := gap(folder):
         problems.add(key, what, "Name the folder with the prompt files.")
-        return 0
-    counts = {"train": 0}
+        return counts
     for split in ("train", "test") if with_test else ("train",):
         file = prompt_file(folder, prompt_fn, split)
         if not file.is_file():
@@ -290,10 +291,10 @@ def _check_folder(
         except PromptError as error:
             problems.add(key, f"has prompts that cannot be used: {error}", "")
             continue
-        counts[split] = len(prompts)
+        counts[split] = len(prompts if split == "train" else prompts[: scored[split]])
         if split in scored and (unfit := unfit_lines(prompts[: scored[split]], rewards, options)):
             problems.add(key, f"has {split} prompts that cannot be scored", f"{_UNFIT[split]}:\n{listed(unfit)}")
-    return counts["train"]
+    return counts
 
 
 _UNFIT = {

@@ -102,7 +102,8 @@ class LoraSettings:
     LoRAs (task arithmetic), cut to its rank; what the cut loses is printed. It then adapts what they adapt, too, unless
     `train.lora_target_modules` says what."""
     student_init_scale: float = key("train.student_init_scale", 0.0, "[0, inf)")
-    """What multiplies that sum; 0: the one of 0.2, 0.4, ..., 1 with the smallest loss on a batch of each task."""
+    """What multiplies that sum; 0: the one of 0.2, 0.4, ..., 1, and 1/n for more than five teachers, with the
+    smallest loss on a batch of each task."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Its rank, unless it comes from `train.lora_path`."""
     lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     notes = (*_notes(values, sampler, algorithm, settings, shape), *lora_notes)
     notes += _reward_notes(tasks, algorithm, watch) if sources else ()
-    return Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, num_prompts, notes)
+    train, test = (tuple(counts[split] for counts in num_prompts) for split in ("train", "test"))
+    plan = Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, train, test, notes)
+    return replace(plan, notes=(*notes, *plan.costly()))
 
 
 def _reward_notes(tasks: Sequence[Task], algorithm: type[Algorithm], watch: WatchSettings) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Plan(RoundPlan):
     run: RunSettings
     watch: WatchSettings
     num_prompts: tuple[int, ...]  # training prompts of each task
+    num_evaluated: tuple[int, ...]  # test prompts of each task in an evaluation; 0 where that is not known
     notes: tuple[str, ...]  # settings that are accepted but change nothing
     teacher_models: Mapping[str, TeacherModel]
 
@@ -55,6 +56,29 @@ class Plan(RoundPlan):
     def nfe_per_round(self) -> Nfe:
         """Forward passes of the transformer per round, over all processes."""
         return self.algorithm.count(self)
+
+    @property
+    def evaluation_nfe(self) -> int:
+        """Forward passes of an evaluation, over all processes."""
+        made = [{}, *self.watch.eval_variants.values()] if self.watch.eval_freq else []
+        found = 0
+        for task, prompts in zip(self.tasks, self.num_evaluated, strict=True):
+            for own in made:
+                steps, scale = (
+                    own.get("num_steps", task.eval_num_steps),
+                    own.get("guidance_scale", task.eval_guidance_scale),
+                )
+                found += prompts * steps * self.nfe(scale)
+        return found
+
+    def costly(self) -> list[str]:
+        """A note where evaluations take more forward passes than the rounds between them."""
+        one, own = self.evaluation_nfe, self.nfe_per_round
+        rounds = (own.student + own.teacher + own.sampling + own.base) * self.watch.eval_freq
+        if one <= rounds:
+            return []
+        times = f"{one / rounds:.1f} times the forward passes of the {self.watch.eval_freq} rounds between two"
+        return [f"an evaluation takes {times}: eval_num_prompts and eval_freq say how many there are"]
 
     def wants_scores(self, number: int) -> bool:
         """Whether the images of round ``number`` (from 1) are scored: the first's, every so many rounds, the last's."""
@@ -84,6 +108,7 @@ class Plan(RoundPlan):
             ("per task", f"{shape.images_per_task} images of {shape.groups_per_task} prompts, in {batches}"),
             ("side by side", self._passes()),
             ("blocks", "compiled: the first round takes minutes longer" if self.values["compile"] else ""),
+            ("images", self._images()),
             ("sampler steps", self._steps()),
             ("student guidance", _guidance(self.sampler.guidance)),
             ("learning rate", self._rate()),
@@ -125,6 +150,10 @@ class Plan(RoundPlan):
         tasks, rows = _count(shape.tasks_per_pass, "task"), _count(images, "image")
         return f"{tasks}, {rows} in a pass, {_count(passes, 'pass', 'es')} for all tasks"
 
+    def _images(self) -> str:
+        values, precision = self.values, self.values["mixed_precision"].replace("no", "float32")
+        return f"{values['resolution']} pixels, prompts of at most {values['max_sequence_length']} tokens, {precision}"
+
     def _steps(self) -> str:
         sampler, drawn = self.sampler, len(self.algorithm.steps(self, (0, 0, 0)))
         text = f"{sampler.trained_steps} of {sampler.num_steps} trained"
@@ -150,7 +179,11 @@ class Plan(RoundPlan):
     def _evaluations(self) -> str:
         names = ", ".join(self.watch.eval_variants)
         also = f", each also as {names}" if names else ""
-        return f"at the start and every {self.watch.eval_freq} rounds{also}" if self.watch.eval_freq else ""
+        if not self.watch.eval_freq:
+            return ""
+        images = f"{sum(self.num_evaluated) or 'all'} images, {self.evaluation_nfe or 'unknown'} NFE"
+        how = f"{self.watch.eval_num_steps} steps, guidance {self.watch.eval_guidance_scale:g}"
+        return f"at the start and every {self.watch.eval_freq} rounds{also}: {images}; by default {how}"
 
     def _teacher_model(self, model: TeacherModel) -> str:
         parameters, others = model.size()

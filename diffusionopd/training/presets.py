@@ -34,6 +34,7 @@ def distillation_of(
     config = base_config()
     config.run_name = run_name
     config.save_freq = config.eval_freq = 30
+    config.eval_num_prompts = 64  # a curve; all would cost several times the rounds between
     config.resolution = 512
     config.pretrained.model = model
     config.activation_checkpointing = True

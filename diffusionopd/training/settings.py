@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffusionopd.config_schema import FREE, READ, WRITE, Problems, is_number, key, unset
+from diffusionopd.config_schema import FREE, READ, REWARDS, WRITE, Problems, is_number, key, unset
 from diffusionopd.config_schema.paths import check_writable
 from diffusionopd.data.tasks import is_name
 from diffusionopd.files import looked_in
@@ -44,7 +44,7 @@ class RunSettings:
     """Project name in the tracker."""
     collective_timeout: float = key("collective_timeout", 1800.0, "(0, inf)", resume=FREE)
     """Seconds that a process waits for the others at a barrier before it ends with an error that names the missing
-    ones. Encoding prompts for the first time may take hours whatever this says."""
+    ones. Encoding prompts for the first time, and evaluations, may take 12 hours whatever this says."""
 
     @property
     def run_dir(self) -> Path:
@@ -105,10 +105,12 @@ class WatchSettings:
     """Monitoring and evaluation."""
 
     monitor_freq: int = key("monitor_freq", 10, "[0, inf)", resume=FREE)
-    """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. Scores are logged,
-    not trained on. With `train.task_order` "alternate" a round of each task, in a row, is scored."""
+    """Rounds between scorings of a round's own images with each task's `proxy_reward`; 0 is never. The first round and
+    the last are scored too. Scores are logged, not trained on; training from rewards logs every round's. With
+    `train.task_order` "alternate" a round of each task, in a row, is scored."""
     sample_freq: int = key("sample_freq", 10, "[0, inf)", resume=FREE)
-    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never; "alternate" as above."""
+    """Rounds between grids of sample images in `<run folder>/samples`; 0 is never; the first, the last and "alternate"
+    as above."""
     eval_freq: int = key("eval_freq", 20, "[0, inf)", resume=FREE)
     """Rounds between evaluations on the test prompts of every task, with the EMA student; 0 is never. The first is
     before round 1, of what the student starts as."""
@@ -132,6 +134,7 @@ class WatchSettings:
             "{reward: {option: value}}",
             lambda value: isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()),
         ),
+        resume=REWARDS,
     )
     """What scorers are built with: {reward: {option: value}}, such as {"unifiedreward": {"base_url": "http://..."}};
     docs/rewards.md has every scorer's options. "device" and "dtype" are among them where a scorer has a model."""
