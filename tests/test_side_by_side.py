@@ -265,16 +265,22 @@ def test_as_many_tasks_as_memory_allows(tiny_config, shared, monkeypatch):
         ("cuda", None, {"train__steps_per_rollout": 1}, {}, False),
         ("cuda", None, {}, {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
         ("cuda", None, {}, {"PATH": "", "CC": ""}, False),
+        ("cuda", None, {"compiled": False}, {}, False),  # as in the rounds before
+        ("cuda", None, {"compiled": True, "num_epochs": 3}, {}, True),
+        ("cpu", None, {"compiled": True}, {}, False),
     ],
 )
 def test_blocks_are_compiled_by_default_where_it_pays(
     tiny_config, monkeypatch, device, given, changes, environment, expected
 ):
     monkeypatch.setattr(acceleration, "find_spec", lambda name: True)
+    changes = dict(changes)
+    compiled = changes.pop("compiled", None)
     plan = check(tiny_config(**{"num_epochs": ROUNDS_WORTH_COMPILING, "compile": given, **changes}), 1)
+    resume = Resume(plan.values, plan.values, 1, compiled=compiled)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = with_compile(plan, torch.device(device))
+    found = with_compile(plan, resume, torch.device(device))
     assert found.values["compile"] is expected
     assert bool(set(found.notes) - set(plan.notes)) == (device == "cuda" and given is None and not expected), "told why"
 
@@ -282,8 +288,9 @@ def test_blocks_are_compiled_by_default_where_it_pays(
 def test_models_whose_prompts_differ_in_length_are_not_compiled_by_default(tiny_config, monkeypatch):
     monkeypatch.setattr(acceleration, "find_spec", lambda name: True)
     plan = check(tiny_config(num_epochs=ROUNDS_WORTH_COMPILING), 1)
-    assert with_compile(plan, torch.device("cuda")).values["compile"]
+    fresh = Resume(plan.values, plan.values, 1)
+    assert with_compile(plan, fresh, torch.device("cuda")).values["compile"]
     for family, fixed in ((Flux1, True), (QwenImage, False), (QwenImageEdit, False), (ZImage, False), (Sana, False)):
         assert fixed == family.FIXED_LENGTH
         monkeypatch.setattr(passes, "read_pipeline", lambda family=family, **source: SimpleNamespace(family=family))
-        assert with_compile(plan, torch.device("cuda")).values["compile"] is fixed
+        assert with_compile(plan, fresh, torch.device("cuda")).values["compile"] is fixed

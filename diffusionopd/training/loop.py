@@ -266,6 +266,7 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "num_processes": run.plan.shape.num_processes,
         "written_for": run.resume.written_for,
         "tasks_per_pass": run.plan.shape.tasks_per_pass,
+        "compiled": run.plan.values["compile"],
         "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),

@@ -24,20 +24,22 @@ ROUNDS_WORTH_COMPILING = 100
 """Compiling takes minutes and saves about a second of each round."""
 
 
-def with_compile(plan: Plan, device: torch.device) -> Plan:
-    """``compile``, where it is None: on a GPU, unless something speaks against it. Collective."""
+def with_compile(plan: Plan, resume: Resume, device: torch.device) -> Plan:
+    """``compile``, where it is None: as before, or on a GPU unless something speaks against it. Collective."""
     if plan.values["compile"] is not None:
         return plan
-    reasons = gather_over_processes([_why_not_compile(plan, device)])
+    reasons = gather_over_processes([_why_not_compile(plan, resume, device)])
     reason = next(filter(None, reasons), "")
     notes = plan.notes + ((f"blocks are not compiled: {reason}",) if reason and device.type == "cuda" else ())
     return replace(plan, values={**plan.values, "compile": not reason}, notes=notes)
 
 
-def _why_not_compile(plan: Plan, device: torch.device) -> str:
+def _why_not_compile(plan: Plan, resume: Resume, device: torch.device) -> str:
     if device.type != "cuda":
         return "there is no GPU"
-    if reason := speaks_against_compiling(plan):
+    if resume.compiled is False:
+        return "those of the rounds before were not (--config.compile=True)"
+    if not resume.compiled and (reason := speaks_against_compiling(plan)):
         return reason
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed has no compiled blocks"

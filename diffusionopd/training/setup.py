@@ -110,7 +110,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     look = partial(_plan, config, accelerator, allow_config_change)
     resume, plan = together(partial(look, held=False), "checking the configuration")
     if dry_run:
-        plan = with_compile(plan, accelerator.device)
+        plan = with_compile(plan, resume, accelerator.device)
         if plan.model or config.train.tasks_per_pass:
             plan = with_passes(plan, resume, accelerator.device)
         accelerator.print(plan.describe())
@@ -122,7 +122,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
         # Again: until now another process may have written there.
         resume, plan = together(partial(look, held=True), "checking the configuration")
-        plan = with_passes(with_compile(plan, accelerator.device), resume, accelerator.device)
+        plan = with_passes(with_compile(plan, resume, accelerator.device), resume, accelerator.device)
         accelerator.print(plan.describe())
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
