@@ -47,6 +47,7 @@ def test_script_writes_its_figures(tmp_path, script, options, keys):
     start(script, *options, "--json", str(file), cwd=tmp_path)
     figures = json.loads(file.read_text())
     assert all(figures[key] > 0 for key in keys) and str(ROOT) not in file.read_text()
+    assert script != "benchmarks/round.py" or figures["ways"]
     for way in figures.get("ways", {}).values():
         assert all(way[key] > 0 for key in ("seconds", "to_default", "to_upstream", "to_floor"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import warnings
 import weakref
 from collections import Counter
@@ -19,7 +20,7 @@ from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.algorithms.nft import OLD
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.rewards import RewardError, RewardUnavailableError, UnfitPromptError
+from diffusionopd.rewards import NOT_APPLICABLE, RewardError, RewardUnavailableError, UnfitPromptError
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import check, checkpoint, train
 from diffusionopd.transitions import per_sample_mean
@@ -51,33 +52,34 @@ def batches_of(backbone, text, tasks="a", **options):
 # --- one round --------------------------------------------------------------------------------------------------------
 
 
-def advantages_by_hand(rewards):
-    out = []
+def advantages_by_hand(rewards, global_std=False, per_prompt_stat_tracking=True, adv_clip_max=5.0):
+    out, size = [], GROUP if per_prompt_stat_tracking else len(rewards)
     for i, reward in enumerate(rewards):
-        group = [rewards[j] for j in range(len(rewards)) if j // GROUP == i // GROUP]
-        out.append((reward - np.mean(group)) / (np.std(group) + 1e-4))
-    return torch.tensor(out).clamp(-5, 5)
+        group = [rewards[j] for j in range(len(rewards)) if j // size == i // size]
+        out.append((reward - np.mean(group)) / (np.std(rewards if global_std else group) + 1e-4))
+    return torch.tensor(out).clamp(-adv_clip_max, adv_clip_max)
 
 
-def loss_by_hand(kind, tr, state, x0, eps, advantage, velocity):
-    """The published loss of each sample at a step, and whether its ratio is clipped; `eps` is the forward process's."""
+def loss_by_hand(kind, tr, state, x0, eps, advantage, velocity, clip=5.0):
+    """The published loss of each sample at a step, its ratio and whether that is clipped; `eps` is the forward
+    process's."""
     x, x_next, v_old = state
     if kind in ("nft", "sft"):
         x = (1 - tr.sigma) * x0 + tr.sigma * eps
     v = velocity(STUDENT, x)
     if kind == "sft":
-        return 0.5 * per_sample_mean((v - (eps - x0)).square()), None
+        return 0.5 * per_sample_mean((v - (eps - x0)).square()), None, None
     v_base = velocity(None, x)
     if kind == "nft":
-        v_old, r = velocity(OLD, x), advantage / 10 + 0.5
+        v_old, r = velocity(OLD, x), advantage / clip / 2 + 0.5
 
         def error(u):
             difference = x - tr.sigma * u - x0
             return per_sample_mean(difference.square()) / per_sample_mean(difference.detach().abs())
 
         plus, minus = 0.5 * v + 0.5 * v_old, 1.5 * v_old - 0.5 * v
-        loss = 5 * (r * error(plus) + (1 - r) * error(minus)) / 0.5
-        return loss + 0.2 * per_sample_mean((v - v_base).square()), None
+        loss = clip * (r * error(plus) + (1 - r) * error(minus)) / 0.5
+        return loss + 0.2 * per_sample_mean((v - v_base).square()), None, None
     new, old, base = (Normal(tr.a * x + tr.b * u, tr.std) for u in (v, v_old, v_base))
     log_ratio = per_sample_mean(new.log_prob(x_next) - old.log_prob(x_next))
     low, high, length = CLIP, CLIP, 1.0
@@ -86,7 +88,7 @@ def loss_by_hand(kind, tr, state, x0, eps, advantage, velocity):
         high, length = 2 * CLIP, tr.sigma - tr.sigma_next
     q = log_ratio.exp()
     loss = torch.maximum(-advantage * q, -advantage * q.clamp(1 - low, 1 + high)) / length
-    return loss + 0.2 * per_sample_mean(kl_divergence(new, base)), (q < 1 - low) | (q > 1 + high)
+    return loss + 0.2 * per_sample_mean(kl_divergence(new, base)), q, (q < 1 - low) | (q > 1 + high)
 
 
 def pull_by_hand(x, velocity):
@@ -97,15 +99,22 @@ def pull_by_hand(x, velocity):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pull"), [*((kind, 0.0) for kind in SAMPLE_FIRST), ("nft", 0.7), ("grpo", 0.7), ("grpo_guard", 0.7)]
+    ("kind", "pull", "own"),
+    [
+        *((kind, 0.0, {}) for kind in SAMPLE_FIRST),
+        *((kind, 0.7, {}) for kind in ("nft", "grpo", "grpo_guard")),
+        ("nft", 0.0, {"global_std": True}),
+        ("grpo", 0.0, {"adv_clip_max": 0.3}),
+        ("nft", 0.0, {"per_prompt_stat_tracking": False}),
+    ],
 )
-def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, backbone, adapters, text):
+def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, own, backbone, adapters, text):
     """An optimizer step for each group of images, and that twice, so that all but the first are off policy.
 
     The distillation is at the states of the trajectory, for NFT at those of the student's as it is then.
     """
     perturb(adapters)
-    options = {} if kind == "sft" else {"beta": 0.2, "distill_weight": pull}
+    options = {} if kind == "sft" else {"beta": 0.2, "distill_weight": pull, **own}
     options |= {"target": "velocity", "self_normalize": True} if pull else {}
     options |= {"grpo": {"clip_range": CLIP}, "grpo_guard": {"clip_range_lt": CLIP, "clip_range_gt": 2 * CLIP}}.get(
         kind, {}
@@ -132,7 +141,8 @@ def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, bac
             yield x, x_next, v
             x = x_next
 
-    walks, losses, pulls, beyond = [], [], [], []
+    clip = own.get("adv_clip_max", 5.0)
+    walks, losses, pulls, ratios, beyond = [], [], [], [], []
     for number, (weights, found) in enumerate(seen):
         with torch.no_grad():
             for p, value in zip(trained, weights, strict=True):
@@ -140,10 +150,11 @@ def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, bac
         walks = walks or [list(walk(b, {"nft": OLD, "sft": "teacher_a"}.get(kind, STUDENT))) for b in batches]
         batch, states = batches[number % len(batches)], walks[number % len(batches)]
         pulled, x0, total = (list(walk(batch, STUDENT)) if kind == "nft" and pull else states), states[-1][1], 0.0
-        advantages = advantages_by_hand((-x0[:, 0].mean(dim=(1, 2))).tolist())
+        advantages = advantages_by_hand((-x0[:, 0].mean(dim=(1, 2))).tolist(), **own)
         for n, tr in enumerate(learner.transitions[:TRAINED]):
             at = partial(velocity, batch, tr.sigma)
-            loss, outside = loss_by_hand(kind, tr, states[n], x0, batch.forward_noise(n), advantages, at)
+            loss, ratio, outside = loss_by_hand(kind, tr, states[n], x0, batch.forward_noise(n), advantages, at, clip)
+            ratios.append(ratio)
             beyond.append(outside)
             if pull:
                 pulls.append(pull_by_hand(pulled[n][0], at).mean())
@@ -163,6 +174,8 @@ def test_every_step_of_a_round_has_the_gradient_of_the_slow_loop(kind, pull, bac
     if "grpo" in kind:
         assert not torch.stack(beyond[:TRAINED]).any()
         assert result.metrics["clip_fraction"] == pytest.approx(torch.stack(beyond).double().mean().item())
+        assert result.metrics["ratio"] == pytest.approx(torch.stack(ratios).mean().item(), abs=1e-6)
+        assert abs(result.metrics["ratio"] - 1) < 1e-3
         assert 0 < result.metrics["clip_fraction"] < 1 - 1 / len(seen)
     if kind != "sft":
         rewards = -walks[0][-1][1][:, 0].mean()
@@ -198,6 +211,11 @@ def test_equal_rewards_teach_nothing(backbone, adapters, text, monkeypatch):
     result, found = kept_gradients(learner, batches_of(backbone, text), monkeypatch)
     assert result.metrics["zero_variance/a"] == 1.0
     assert all(not g.any() for g in found)
+    partly = Darkness(lambda latents: np.array([0.5] * (len(latents) - 1) + [NOT_APPLICABLE]))
+    result, _ = kept_gradients(
+        make_learner("grpo", backbone, adapters, text, partly), batches_of(backbone, text), monkeypatch
+    )
+    assert result.metrics["reward/a"] == result.metrics["monitor/a/dark"] == 0.5, "what does not apply is in no mean"
 
 
 def test_a_full_memory_is_no_prompts_fault(backbone, adapters, text):
@@ -241,10 +259,13 @@ def test_states_are_kept_where_they_are_trained(backbone, adapters, text):
     "algorithm", ["nft", "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "grpo_guard"))]
 )
 def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, algorithm):
-    options = {"train__algorithm": algorithm, "num_epochs": 2}
+    options = {"train__algorithm": algorithm, "num_epochs": 2, "save_freq": 1, "train__lr_scheduler": "cosine"}
+    options |= {"train__gradient_accumulation_steps": 1} if algorithm != "sft" else {}  # four optimizer steps a round
     complete = train(tiny_config(run_name="complete", **options))
-    train(tiny_config(run_name="cut", **options | {"num_epochs": 1}))
+    cut = shutil.copytree(complete.parent.parent, complete.parent.parent.with_name("cut"))
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-2")
     resumed = train(tiny_config(run_name="cut", resume_from="auto", **options))
+    assert metrics(cut)[-1]["lr"] == metrics(complete.parent.parent)[-1]["lr"] < metrics(cut)[0]["lr"]
     assert any(name.startswith("old.") for name in state(complete)) == (algorithm == "nft")
     assert_bitwise(state(complete), state(resumed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -57,14 +58,18 @@ def test_other_merges_are_those_of_peft_on_the_full_matrices(loras, method):
     twice = [merge(loras, 10**6, method) for _ in range(2)]
     for module, a in twice[0].weights.a.items():
         assert torch.equal(a, twice[1].weights.a[module])
+        assert torch.equal(twice[0].weights.b[module], twice[1].weights.b[module])
         deltas = [effect(lora, module) for lora in loras if module in lora.a]
         found, ones = effect(twice[0].weights, module), torch.ones(len(deltas), dtype=torch.float64)
         if method == "ties":
             torch.testing.assert_close(found, merge_utils.ties(deltas, ones, DENSITY), rtol=1e-4, atol=1e-5)
-        elif len(deltas) == 1:  # what is kept is doubled
-            kept = found.abs() > 1e-4 * deltas[0].abs().max()
-            torch.testing.assert_close(found[kept], deltas[0][kept] / DENSITY, rtol=1e-2, atol=1e-5)
-            assert abs(kept.double().mean() - DENSITY) < 0.05
+        else:  # each value is the sum of those that are kept, doubled
+            subsets = list(itertools.product((0, 1), repeat=len(deltas)))
+            sums = torch.stack([sum(k * d for k, d in zip(kept, deltas, strict=True)) / DENSITY for kept in subsets])
+            error, nearest = (sums - found).abs().min(0)
+            assert error.max() < 1e-4 * sums.abs().max()
+            for kept in torch.tensor(subsets)[nearest].unbind(-1):
+                assert abs(kept.double().mean() - DENSITY) < 0.05
 
 
 @torch.no_grad()

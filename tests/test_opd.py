@@ -297,9 +297,10 @@ def test_every_schedule_is_the_stock_one():
     for name, warmup in (("constant", 0), ("constant_with_warmup", 3), ("linear", 2), ("cosine", 0), ("cosine", 4)):
         mine, other = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
         settings = {"lr_scheduler": name, "lr_warmup_steps": warmup, "adam_weight_decay": 0.0, "loss_scale": 1.0}
+        settings |= {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3}
         settings = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9, **settings)
         optimizer = StudentOptimizer([mine], settings, num_steps=8)
-        stock = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0, fused=True)
+        stock = torch.optim.AdamW([other], lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.0, fused=True)
         schedule = get_scheduler(name, stock, num_warmup_steps=warmup, num_training_steps=8)
         assert optimizer.lr == schedule.get_last_lr()[0]
         for step in range(8):

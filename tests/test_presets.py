@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from pathlib import Path
 
 import pytest
 
+from diffusionopd.data.batches import step_chances
 from diffusionopd.rewards.composite import check_weights
 from diffusionopd.training import check, load_config
 
@@ -79,6 +81,13 @@ def test_drawn_steps_change_the_counts_of_a_round():
     assert len(steps) == 2 and set(steps) <= set(range(9))
     nfe = plan_of(*drawn[:2], ("train.steps_per_rollout", "9")).nfe_per_round
     assert (nfe.student, nfe.sampling) == (72 * 9 * 2, 0)
+    weighted = plan_of(f"{OPD}:mopd", 8, ("train.steps_per_rollout", "1"), ("train.step_weighting", "beta(5, 2)"))
+    draws = [weighted.algorithm.steps(weighted, (42, n, 0)) for n in range(2000)]
+    chances, found = step_chances(9, 1, 5, 2), collections.Counter(step for (step,) in draws)
+    for step, chance in enumerate(chances):
+        assert abs(found[step] / 2000 - chance) <= 4 * (chance * (1 - chance) / 2000) ** 0.5, step
+    walked = sum(step * chance for step, chance in enumerate(chances))
+    assert weighted.nfe_per_round.sampling == pytest.approx(72 * 2 * walked, rel=0.05)
     plan = plan_of(*drawn, ("train.algorithm", "sft"))
     assert plan.algorithm.steps(plan, (1, 2, 3)) == tuple(range(9))
     assert any("train.steps_per_rollout" in note for note in plan.notes)

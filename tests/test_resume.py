@@ -16,7 +16,7 @@ from diffusionopd.algorithms.opd import Opd
 from diffusionopd.config_schema import FREE, REFUSE, REWARDS, ROUND, TEACHERS, flatten
 from diffusionopd.data.tasks import FIELDS
 from diffusionopd.models.policies import STUDENT, Policies
-from diffusionopd.training import check, checkpoint, load_config, loading, resume, train
+from diffusionopd.training import check, checkpoint, load_config, loading, resume, setup, train
 from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used
 from diffusionopd.training.resume import (
     ResumeError,
@@ -323,14 +323,35 @@ def test_another_experiment_is_refused_before_weights_load(finished, capsys, mon
         assert fact in printed
 
 
-def test_another_algorithm_is_refused_and_can_be_allowed(finished):
-    """NFT's old policy then starts from the student, as in a run that begins with a LoRA."""
-    _, config = finished("opd", num_epochs=4)
+def test_another_algorithm_is_refused_and_can_be_allowed(finished, monkeypatch):
+    """NFT's old policy and the average then start from the student, as in a run that begins with a LoRA."""
+    folder, config = finished("opd", num_epochs=4)
+    last = folder / "checkpoints" / "checkpoint-3"
+    tensors, scalars = checkpoint.load_state(last / "state")
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema.")}
+
+    def write(new):
+        shutil.copytree(last, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
+        checkpoint.save_state(new / "state", without, scalars)
+
+    checkpoint.save(last.parent, last.name, write)
     changed = config.copy_and_resolve_references()
     changed.train.algorithm, changed.sample.num_image_per_prompt = "nft", 2
     with pytest.raises(ResumeError, match="train.algorithm: 'opd' -> 'nft'"):
         train(changed)
+    restore, starts = setup.restore, []
+
+    def restored(resume, optimizer, ema, algorithm):
+        restore(resume, optimizer, ema, algorithm)
+        before = [tensor.clone() for tensor in algorithm.state().values()]
+        starts.extend(zip(optimizer.parameters, [t.clone() for t in ema.shadow], before, strict=True))
+        for i, (own, average, old) in enumerate(starts):
+            assert torch.equal(own, tensors[f"student.{i}"])
+            assert torch.equal(own, average) and torch.equal(own, old)
+
+    monkeypatch.setattr(setup, "restore", restored)
     assert any(name.startswith("old.") for name in state(train(changed, allow_config_change=True)))
+    assert starts
     with pytest.raises(ResumeError, match="train.algorithm: 'nft' -> 'opd'"):
         train(config)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffusionopd.models.acceleration import compile_blocks
-from diffusionopd.training import loading, train
+from diffusionopd.models.merged import MergedTeachers
+from diffusionopd.training import loading, setup, train
 
 from .helpers import metrics, state
 
@@ -47,9 +48,22 @@ def test_rounds_are_those_of_the_plain_run(tiny_config, plain, switch, monkeypat
     # Graphs of forward and backward as they are traced, without the minutes that generating code for them takes.
     monkeypatch.setattr(loading, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     monkeypatch.setattr(loading, "check_compiler", lambda device: None)
+    chosen, choose, build, runs = [], loading.choose_attention, setup.build, []
+    monkeypatch.setattr(loading, "choose_attention", lambda *a, **k: chosen.append(a[1]) or choose(*a, **k))
+    monkeypatch.setattr(setup, "build", lambda *arguments: runs.append(build(*arguments)) or runs[-1])
     rows, tensors = plain
     assert rows[-1]["loss"] < 0.98 * rows[0]["loss"], "the rounds must train something"
     last = train(tiny_config(**(COMMON | switch)))
+    (run,), block = runs, runs[0].backbone.transformer.transformer_blocks[0]
+    effects = {
+        "train__fused_optimizer": run.optimizer._adamw.defaults["fused"] and run.ema._model.foreach,
+        "attention_backend": chosen == ["math"],
+        "prefetch": run.batches._thread is not None,
+        "train__merge_teachers": isinstance(run.adapters, MergedTeachers),
+        "activation_checkpointing": run.backbone.transformer.is_gradient_checkpointing,
+        "compile": block._compiled_call_impl is not None,
+    }
+    assert {name for name, there in effects.items() if there} == switch.keys() - {"monitor_freq"}
     assert_same_rounds(metrics(last.parent.parent), rows, rel=0 if "prefetch" in switch else 1e-4)
     averages, found = [name for name in tensors if name.startswith("ema.")], state(last)
     assert averages

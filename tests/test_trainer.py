@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusionopd.config_schema import ConfigError
+from diffusionopd.evaluation.sampling import ImageGenerator
+from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.training import check, checkpoint, setup, train
 from diffusionopd.training.resume import RunError
@@ -27,10 +29,26 @@ from .helpers import (
 )
 
 
-def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
+def test_a_run_writes_what_it_promises(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(num_epochs=3, save_freq=2, monitor_freq=2, sample_freq=3, eval_freq=3, eval_num_prompts=2)
+    config.update_from_flattened_dict({"train.ema": True, "train.ema_decay": 0.2, "seed": 7, "allow_tf32": True})
+    build, draw, runs, drawn = setup.build, ImageGenerator.__call__, [], []
+    monkeypatch.setattr(setup, "build", lambda *arguments: runs.append(build(*arguments)) or runs[-1])
+
+    def noted(self, *arguments):
+        adapters = runs[0].adapters
+        drawn.append((self.seed, adapters.active, [p.detach().clone() for p in adapters.parameters(STUDENT)]))
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(ImageGenerator, "__call__", noted)
     last = train(config)
-    run = tmp_path / "logs" / "run"
+    run, tensors = tmp_path / "logs" / "run", state(last)
+    assert torch.backends.cuda.matmul.allow_tf32 and runs[0].ema._model.decay == 0.2
+    assert {(seed, active) for seed, active, _ in drawn} == {(7, STUDENT)}
+    (_, _, start), *_, (_, _, end) = drawn  # evaluated before and after
+    assert not any(b.any() for b in start[1::2])
+    assert all(torch.equal(tensor, tensors[f"ema.{i}"]) for i, tensor in enumerate(end)), "the average"
+    assert not all(torch.equal(tensor, tensors[f"student.{i}"]) for i, tensor in enumerate(end))
     assert last == run / "checkpoints" / "checkpoint-3"
     assert (run / "checkpoints" / "latest").read_text().strip() == "checkpoint-3"
     start, *trained = metrics(run)
@@ -55,15 +73,22 @@ def test_a_run_writes_what_it_promises(tiny_config, tmp_path):
         assert (run / "checkpoints" / name / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_the_saved_lora_is_the_average_and_the_state_is_the_student(finished_runs):
+def test_the_saved_lora_is_the_average_and_the_state_is_the_student(finished_runs, backbone):
     last = finished_runs("opd") / "checkpoints" / "checkpoint-3"
-    tensors = state(last)
-    loaded = load_file(last / "lora" / "adapter_model.safetensors")
-    saved = [t / 2 if "lora_B" in k else t for k, t in loaded.items()]  # alpha 8, rank 4: saved at scale 1
-    ema = [t for k, t in tensors.items() if k.startswith("ema.")]
-    sums = [sorted(t.double().sum().item() for t in tensors) for tensors in (saved, ema)]
-    assert sums[0] == pytest.approx(sums[1])
+    tensors, adapters = state(last), Adapters(backbone.transformer)
+    adapters.add_from("saved", last / "lora")
+    for i, parameter in enumerate(adapters.parameters("saved")):
+        scale = 2 if i % 2 else 1  # alpha 8, rank 4: B is saved for scale 1
+        torch.testing.assert_close(parameter.detach(), scale * tensors[f"ema.{i}"])
     assert any(not torch.equal(t, tensors[k.replace("student", "ema")]) for k, t in student(last).items())
+
+
+def test_the_seed_decides_where_the_student_starts(tiny_config, monkeypatch):
+    starts = []
+    change_models(monkeypatch, lambda backbone, adapters: starts.append(adapters.parameters(STUDENT)[0].clone()))
+    for seed in (1, 2, 1):
+        train(tiny_config(run_name=f"run{len(starts)}", num_epochs=1, seed=seed))
+    assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
 
 
 def test_base_and_teachers_are_bitwise_unchanged(tiny_config, monkeypatch):

@@ -102,7 +102,7 @@ def load_pretrained(
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
+def load_tokenizer(reader: type[Tokenizer], name: str) -> Tokenizer:
     """A tokenizer of this class from the hub or a local folder.
 
     Raises:
@@ -110,7 +110,7 @@ def load_tokenizer(kind: type[Tokenizer], name: str) -> Tokenizer:
             with nothing but special tokens.
     """
     with from_hub("tokenizer", name):
-        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
+        tokenizer = reader.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is not there")
         return tokenizer
