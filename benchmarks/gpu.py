@@ -279,6 +279,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=900.0, help="after these nothing new is begun")
     parser.set_defaults(random="sd35", device="cuda", resolution=512, batch_size=3, guidance_scale=4.5)
     args = parser.parse_args(arguments)
+    vars(args).update(tasks=PUBLISHED.tasks, batch_size=PUBLISHED.images, batches=1, guidance_scale=PUBLISHED.guidance)
     if args.tiny:
         vars(args).update(TINY)
     return args

@@ -6,8 +6,8 @@
     python benchmarks/round.py --preset verl-omni --guidance_scale 4.5 --device cuda    a setting with published seconds
 
 Figures are ratios of medians over interleaved repeats, so that whatever else the machine does meets all alike. Every
-way has a model of its own. ``floor`` is what nothing can undercut without changing the method: one teacher forward, one
-student forward and backward per task and trained step, with no loss, no sampling and no bookkeeping around them.
+way has a model of its own. ``floor`` is bare passes: one teacher forward, one student forward and backward per task and
+trained step, with no loss, no sampling and no bookkeeping around them; only tasks side by side go below it.
 Utilisation is the FLOPs of the floor over time and over what a plain matrix product reaches in the same run.
 """
 
@@ -211,17 +211,19 @@ WAYS = {
         "teachers merged into copies of the adapted matrices", way(change=by_default, adapters=MergedTeachers)
     ),
     "stock layers": Way(
-        "diffusers' norms and PEFT's LoRA layers instead of the fused ones",
+        "diffusers' norms and PEFT's LoRA layers instead of the fused ones, not compiled",
         way(change=stock),
     ),
     "plain AdamW": Way("the optimizer one tensor after the other", way(change=by_default, fused_optimizer=False)),
     "checkpointing": Way(
-        "activations computed again in the backward pass",
+        "activations computed again in the backward pass, not compiled",
         way(change=lambda backbone: backbone.transformer.enable_gradient_checkpointing()),
     ),
     "3 steps": Way("train.steps_per_rollout = 3, not compiled", way(few_steps(3)), exact="in expectation"),
     "1 step": Way("train.steps_per_rollout = 1, not compiled", way(few_steps(1)), exact="in expectation"),
-    "floor": Way("bare forwards and backwards", way(bare, change=by_default, separate=True), exact="-"),
+    "floor": Way(
+        "bare forwards and backwards, a pass for each task", way(bare, change=by_default, separate=True), exact="-"
+    ),
     "merged floor": Way(
         "the same, with merged teachers",
         way(bare, change=by_default, separate=True, adapters=MergedTeachers),

@@ -23,7 +23,7 @@ _install() {
     local root extras=${1:-} target stamp wanted
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
-        if [ ! -x "$root/.venv/bin/python" ]; then
+        if [ ! -f "$root/.venv/bin/activate" ]; then # which comes last
             local interpreter
             interpreter=$(_find_python) || return 1
             echo "Making the virtual environment .venv with $interpreter"

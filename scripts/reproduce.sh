@@ -10,7 +10,7 @@
 # be accepted on the hub, then for `hf auth login` or HF_TOKEN.
 #
 # ROUNDS         rounds to train (default 3000: about the published 11.26 hours on 8 GPUs at 13 s a round; the number of
-#                rounds itself is not published)
+#                rounds itself is not published); another number needs another FOLDER
 # NUM_PROCESSES  one per GPU (default: all, at most 8)
 # CONFIG         what is trained (default config/opd.py:mopd)
 # DATASETS       what is evaluated (default "geneval ocr pickscore drawbench")
@@ -71,12 +71,12 @@ bash "$here/scripts/single_node/mopd.sh" --dry_run "${overrides[@]}"
 read -ra named <<<"${EVAL_ARGS:-}"
 if [ -n "${LIMIT:-}" ]; then named+=(--limit "$LIMIT"); fi
 # Prompts, scorers and their servers, before the hours; whichever the base is, so the smallest
-bash "$here/scripts/single_node/eval.sh" --config "$CONFIG" --base --model "$here/assets/tiny/model" "${named[@]}" \
+bash "$here/scripts/single_node/eval.sh" --config "$CONFIG" --base --model "$here/assets/tiny/model" ${named[@]+"${named[@]}"} \
     --resolution 64 --dataset "${datasets[@]}" --output_dir "$FOLDER/check" --dry_run
 echo "== Distilling"
 bash "$here/scripts/single_node/mopd.sh" "${overrides[@]}" # ends with 75 when it is stopped: the same command goes on
 echo "== Evaluating"
 for teacher in "${teachers[@]}"; do named+=(--teacher "$teacher"); done
-bash "$here/scripts/single_node/eval.sh" --config "$FOLDER/run/config.json" --base "${named[@]}" --checkpoint_path "$FOLDER/run" \
+bash "$here/scripts/single_node/eval.sh" --config "$FOLDER/run/config.json" --base ${named[@]+"${named[@]}"} --checkpoint_path "$FOLDER/run" \
     --dataset "${datasets[@]}" --output_dir "$FOLDER/evaluation" --save_images --resume
 python "$here/tools/compare.py" "$FOLDER"/evaluation/* --published --output "$FOLDER" --title "The published result, reproduced"

@@ -13,7 +13,7 @@ source scripts/install.sh dev
 arguments=() all=
 for argument in "$@"; do
     if [ "$argument" = --all ]; then
-        all=1 arguments=(-m "slow or not slow" "${arguments[@]}")
+        all=1 arguments=(-m "slow or not slow" ${arguments[@]+"${arguments[@]}"})
     else
         arguments+=("$argument")
     fi
@@ -23,4 +23,4 @@ ruff check .
 ruff format --check .
 mypy
 [ -z "$all" ] || bash scripts/environments/environment.sh resolve
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -n "${TEST_PROCESSES:-2}" "${arguments[@]}"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -n "${TEST_PROCESSES:-2}" ${arguments[@]+"${arguments[@]}"}

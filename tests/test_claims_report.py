@@ -146,10 +146,15 @@ def test_what_is_chosen_is_chosen_on_validation(results):
     """The middle rate is worst on test and best on validation."""
     best = {"curve": [(0, dict.fromkeys(TASKS, 0.2)), (80, dict.fromkeys(TASKS, 0.95))]}
     runs, chosen = read_results(results(*(result("opd_0.001.80", seed, 0.3, **best) for seed in (1, 2, 3))), TINY)
-    assert chosen["opd"] == "opd_0.001" and runs["opd.80"][1].score("ocr") == pytest.approx(0.301)
-    assert runs["multitask_nft.alone"][1].arm == chosen["multitask_nft"]
+    assert chosen["opd", ""] == chosen["opd", "80"] == "opd_0.001" and runs["opd.80"][1].score("ocr") == pytest.approx(
+        0.301
+    )
     assert lead(runs, TINY, "", "opd.80", "multitask_nft").verdict == FAILS
     assert {part.verdict for part in fights(runs, TINY)} == {FAILS}
+    sooner = [result("multitask_nft_0.002.alone", seed, 0.3, **best) for seed in (1, 2, 3)]
+    runs, chosen = read_results(results(*sooner), TINY)  # a shorter stage has a choice of its own
+    assert chosen["multitask_nft", "alone"] == runs["multitask_nft.alone"][1].arm == "multitask_nft_0.002"
+    assert chosen["multitask_nft", "teachers"] == chosen["multitask_nft", ""] != "multitask_nft_0.002"
 
 
 def test_a_speed_is_only_decided_where_it_is_seen(results):

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -145,12 +145,17 @@ def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(d
 def test_of_several_candidates_the_chosen_one_is_tested():
     names = ("base", "opd_0.001", "opd_0.002", "multitask_nft_0.001", "multitask_nft_0.002")
     runs = [Run("tiny", name, "", 1) for name in names]
-    runner = Runner(ROOT, ROOT, chosen=frozenset({("tiny", "multitask_nft_0.002"), ("crossed", "opd_0.002")}))
+    runner = Runner(ROOT, ROOT, chosen=frozenset({("tiny", "multitask_nft_0.002", ""), ("crossed", "opd_0.002", "")}))
     assert [run.arm for run in runs if runner.tests(run)] == ["base", "multitask_nft_0.002"]
     assert not any(Runner(ROOT, ROOT, test=False, chosen=runner.chosen).tests(run) for run in runs)
     stages = [Run("tiny", name, stage, 1) for name in names[3:] for stage in ("alone", "teachers", "")]
     assert [run.name for run in stages if runner.waits(run)] == ["multitask_nft_0.001-seed1"]
     assert [run.arm for run in runs if runner.waits(run)] == ["opd_0.001", "opd_0.002", "multitask_nft_0.001"]
+    shorter = replace(runner, chosen=runner.chosen | {("tiny", "multitask_nft_0.001", "alone")})
+    tested = ["multitask_nft_0.001.alone-seed1", "multitask_nft_0.002-seed1"]
+    assert [run.name for run in stages if shorter.tests(run)] == tested
+    waiting = [run.name for run in stages if shorter.waits(replace(run, seed=2))]
+    assert waiting == ["multitask_nft_0.001.teachers-seed1", "multitask_nft_0.001-seed1"]
     other_seed = [Run("tiny", name, "alone" if "multi" in name else "", 2) for name in names]
     assert [run.arm for run in other_seed if runner.waits(run)] == ["opd_0.001", "opd_0.002", "multitask_nft_0.001"]
     assert not any(Runner(ROOT, ROOT, test=False).waits(run) for run in other_seed[3:]), "a screen has all seeds"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -142,6 +143,16 @@ def test_a_foreign_file_is_named_and_replaced_only_by_force_and_one_put_there_by
     assert fetch(entry(server), tmp_path, force=True) and path.read_bytes() == CONTENT
     path.with_name(SUMS).unlink()
     assert fetch(entry(server, sha256=""), tmp_path) is False and recorded(path) == SHA256
+
+
+def test_what_is_there_is_no_better_known_than_by_its_record(server, path, tmp_path):
+    path.write_bytes(CONTENT)
+    with pytest.raises(DownloadError, match=r"nothing is known.*--force"):  # made of a source
+        fetch(replace(entry(server, sha256=""), convert="any"), tmp_path)
+    record(path, SHA256[:8] + "0" * 56)
+    with pytest.raises(DownloadError, match="SHA-256"):  # of some the catalogue has no more than that
+        fetch(entry(server, sha256=SHA256[:8]), tmp_path)
+    assert recorded(path) == SHA256[:8] + "0" * 56
 
 
 def test_sums_keep_other_entries_and_survive_foreign_lines(tmp_path):

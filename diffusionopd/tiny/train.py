@@ -76,7 +76,7 @@ _BASE_BATCH = 16  # per process
 
 def base_pool(task: str, work: Path, vae: AutoencoderKL) -> flow.Pool:
     """The images that the base learns from: its scenes are mostly dull."""
-    return flow.pool(work / "pool", task, vae, dull=task == "scene")
+    return flow.pool(work / "vae" / "pool", task, vae, dull=task == "scene")  # gone with the autoencoder
 
 
 def load_vae(work: Path) -> AutoencoderKL:
@@ -136,7 +136,7 @@ def train_teacher(task: str, model: Path, work: Path, out: Path, minutes: float)
     """A task's LoRA on the base in `model`, by flow matching on clean images with true captions; PEFT's own form."""
     fit.one_thread()
     pipe = StableDiffusion3Pipeline.from_pretrained(model, use_safetensors=True)
-    latents, captions, _ = flow.pool(work / "pool", task, pipe.vae)
+    latents, captions, _ = flow.pool(work / "vae" / "pool", task, pipe.vae)
     distinct = [*dict.fromkeys(captions), ""]  # the empty caption is the last
     row = {text: i for i, text in enumerate(distinct)}
     text_row = torch.tensor([row[text] for text in captions])

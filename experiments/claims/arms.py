@@ -8,6 +8,8 @@ and the 80 rounds of the distillation as much as 40 T or 48 T.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,8 +75,20 @@ class Arm:
 
     @property
     def decisive(self) -> str:
-        """The stage at which it is compared with the others of its choice: all are trained to it, one is beyond."""
+        """The last stage at which it is compared with the others of its choice: all are trained to it, one beyond."""
         return next((stage for stage in (AT_TEACHERS, HALF) if stage in self.rounds), "")
+
+    def chosen_at(self, stage: str) -> str:
+        """The stage by whose validation scores one of the choice is taken at ``stage``: its own, or the decisive one
+        beyond that."""
+        beyond = self.rounds.get(stage, 0) > self.rounds.get(self.decisive, 0)
+        return self.decisive if beyond else stage
+
+    @property
+    def digest(self) -> str:
+        """Of what decides its result, but rounds, world and seed."""
+        own = (self.kind, dict(self.changes), self.teachers, self.teacher_rounds, self.task, self.guidance, self.merge)
+        return hashlib.sha256(json.dumps([*own, self.of], sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def trained(self) -> bool:

@@ -45,7 +45,7 @@ Lines = Mapping[str, tuple[str, str, str]]
 Abscissa = Callable[[Result, int], float]
 AXES: Mapping[str, Abscissa] = {
     "rounds": lambda _, number: float(number),
-    "thousand passes and backward passes": lambda run, number: number / run.rounds * run.cost / 1000,
+    "cost: thousand forwards and two for each backward": lambda run, number: number / run.rounds * run.cost / 1000,
     "the same, teachers' included": lambda run, number: (
         (number / run.rounds * run.cost + run.cost_with_teachers - run.cost) / 1000
     ),

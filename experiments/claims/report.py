@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from experiments.claims.arms import GROUPS, HALF, LOSSES, Arm
+from experiments.claims.arms import AT_TEACHERS, GROUPS, HALF, LOSSES, SHIPPED, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import figures
-from experiments.claims.results import ClaimsError, Result, Runs, candidates, overall, read_results, rounds_to, staged
+from experiments.claims.results import Chosen, ClaimsError, Result, Runs, candidates, read_results, rounds_to, staged
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead, sixth
 from experiments.claims.worlds import CANDIDATES, WORLDS, World
 
@@ -35,19 +35,22 @@ COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
     "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of starts, over the fresh "
     "student of the same teachers with our loss. NFE: forward passes of single images, in thousands; cost: these "
-    "and two more for each backward pass; and with the teachers' own."
+    "and two more for each backward pass; and with the teachers' own, where these are made here. Not in them: five "
+    "rounds' passes before a start whose scale is chosen by the loss. The base and the shipped teachers were trained "
+    "on prompts of the same grammar, among them all for validation and about half of those for test here."
 )
 
 
-def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> list[dict[str, Any]]:
+def rows(runs: Runs, world: World, group: str, chosen: Chosen) -> list[dict[str, Any]]:
     """A line for each arm of a group, and each of its stages, that has test scores; none for references alone."""
     arms, found = arms_of(world), []
     if not any(result.test for a in arms.values() if a.group == group and a.kind != "same" for result in _of(runs, a)):
         return []
     names = [(arm, stage) for arm in arms.values() if arm.group == group for stage in arm.rounds or ("",)]
     if group not in ("claims", "start"):  # the method by itself comes first, with our loss, then with the paper's
-        names = [*((arms[name], HALF) for name in map(chosen.get, LOSSES) if name), *names]
-    ours = staged(chosen.get("opd", ""), HALF)
+        best = (chosen.get((loss, HALF)) for loss in LOSSES)
+        names = [*((arms[name], HALF) for name in best if name), *names]
+    ours = staged(chosen.get(("opd", HALF), ""), HALF)
     for arm, stage in names:
         name = staged(arm.name, stage)
         reference = None if group == "claims" else f"fresh_{arm.teachers}_opd" if group == "start" else ours
@@ -57,15 +60,17 @@ def rows(runs: Runs, world: World, group: str, chosen: Mapping[str, str]) -> lis
         row = {
             "name": name,
             "label": f"{arm.label}{f', {results[0].rounds} rounds' if stage else ''}",
-            "chosen": chosen.get(arm.choice) == arm.name,
+            "chosen": chosen.get((arm.choice, stage)) == arm.name,
             "scores": {task: contrast(runs, task, [(1.0, name, task)]) for task in world.names},
             "average": lead(runs, world, "", name, "base"),
             "lead": lead(runs, world, "", name, reference) if reference and name != reference else None,
-            "rounds": fmean(r.rounds for r in results),
-            "seconds": fmean(r.seconds for r in results) / max(1, results[0].rounds),
         }
+        made = list(runs.get(arm.of, {}).values()) if arm.kind == "again" else results
+        row |= {"rounds": fmean(r.rounds for r in made), "seconds": fmean(r.seconds / max(1, r.rounds) for r in made)}
         for cost in ("forwards", "cost", "cost_with_teachers"):
-            row[cost] = fmean(getattr(result, cost) for result in results) / 1000
+            row[cost] = fmean(getattr(result, cost) for result in made) / 1000
+        if arm.teachers == SHIPPED:
+            row["cost_with_teachers"] = None  # which came with the world
         if group == "start":
             shares = (0.9, 0.95)
             row["reached"] = {s: [_reached(runs, name, task, s, arm) for task in world.names] for s in shares}
@@ -81,7 +86,7 @@ def _of(runs: Runs, arm: Arm) -> Iterator[Result]:
 
 def _reached(runs: Runs, name: str, task: str, share: float, arm: Arm) -> str:
     """Rounds until the validation curve has a share of the teacher's gain: mean over seeds; or where it is outside."""
-    teacher = f"shipped_{task}" if arm.teachers == "shipped" else f"teacher_{task}"
+    teacher = f"shipped_{task}" if arm.teachers == SHIPPED else f"teacher_{task}"
     shared = sorted(set(runs[name]) & set(runs.get(teacher, {})) & set(runs.get("base", {})))
     numbers = []
     for seed in shared:
@@ -129,7 +134,9 @@ def _world(folder: Path, world: World) -> dict[str, Any] | None:
     if not any(result.test for by_seed in runs.values() for result in by_seed.values()):
         return None
     results = [result for by_seed in runs.values() for result in by_seed.values()]
-    known = sum(len(arm.rounds) or 1 for arm in arms_of(world).values() if arm.kind != "same")
+    every = ((arm, stage) for arm in arms_of(world).values() if arm.kind != "same" for stage in arm.rounds or ("",))
+    # Beyond the stage at which it is chosen, one of a choice is trained.
+    known = {(arm.name if arm.chosen_at(stage) == stage else arm.choice, stage) for arm, stage in every}
     return {
         "world": world,
         "runs": runs,
@@ -138,17 +145,22 @@ def _world(folder: Path, world: World) -> dict[str, Any] | None:
         "fights": fights(runs, world),
         "tables": {title: found for group, title in GROUPS.items() if (found := rows(runs, world, group, chosen))},
         "chosen": chosen,
-        "candidates": {choice: _candidates(runs, world, choice) for choice in chosen},
+        "candidates": {one: found for one in chosen if (found := _candidates(runs, world, *one))},
         "seeds": sorted({result.seed for result in results}),
         "there": len({result.name for result in results}),
-        "known": known,
+        "known": len(known),
         "plots": figures(runs, world),
     }
 
 
-def _candidates(runs: Runs, world: World, choice: str) -> dict[str, float]:
-    """The arms among which validation chose, by label, best first."""
-    scores = {arms_of(world)[name].label: score for name, score in candidates(runs, world, choice).items()}
+def _candidates(runs: Runs, world: World, choice: str, stage: str) -> dict[str, float]:
+    """The arms among which validation chose at a stage, by label, best first; none where another stage's is taken."""
+    arms = arms_of(world)
+    any_arm = next(arm for arm in arms.values() if arm.choice == choice)
+    if any_arm.chosen_at(stage) != stage:
+        return {}
+    after = f", {any_arm.stages(len(world.tasks))[stage]} rounds" if stage else ""
+    scores = {arms[name].label + after: score for name, score in candidates(runs, world, choice, stage).items()}
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
@@ -159,7 +171,14 @@ def as_json(found: Sequence[Mapping[str, Any]], estimators: Claim) -> list[dict[
         parts = [{**asdict(p), "mean": p.mean, "seed_error": p.seed_error, "verdict": p.verdict} for p in one.parts]
         return {"statement": one.statement, "rule": one.rule, "verdict": one.verdict, "parts": parts}
 
-    worlds = [{"world": w["world"].name, "chosen": w["chosen"], "claims": list(map(claim, w["claims"]))} for w in found]
+    worlds = [
+        {
+            "world": w["world"].name,
+            "chosen": {staged(*one): arm for one, arm in w["chosen"].items()},
+            "claims": list(map(claim, w["claims"])),
+        }
+        for w in found
+    ]
     return [*worlds, {"world": "shipped teachers", "chosen": {}, "claims": [claim(estimators)]}]
 
 
@@ -168,7 +187,10 @@ def write(results: Path, output: Path) -> list[str]:
 
     Raises ClaimsError for results that cannot be read or put side by side.
     """
-    variance = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("variance-seed*.json"))]
+    files = sorted(results.glob("variance-seed*.json"))
+    variance = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if len({json.dumps({**one["settings"], "seed": 0}, sort_keys=True) for one in variance}) > 1:
+        raise ClaimsError(f"{', '.join(map(str, files))} were measured with different settings; move some elsewhere")
     found, estimators = [one for world in WORLDS.values() if (one := _world(results, world))], sixth(variance)
     if not found:
         raise ClaimsError(f"{results} holds no results with test scores; make some: python experiments/claims/run.py")
@@ -209,11 +231,10 @@ def screen(results: Path) -> list[str]:
     """
     lines = [f"{'world':10} {'model':28} minus each task's teacher, validation"]
     for world in CANDIDATES:
-        runs, _ = read_results(results, world)
-        for choice, stage in (("multitask_nft", ".teachers"), ("sum_rewarded", "")):
-            names = [arm.name + stage for arm in arms_of(world).values() if arm.choice == choice]
-            if there := [name for name in names if name in runs]:
-                best = max(there, key=lambda name: fmean(overall(each, world) for each in runs[name].values()))
+        runs, chosen = read_results(results, world)
+        for choice, stage in (("multitask_nft", AT_TEACHERS), ("sum_rewarded", "")):
+            if (choice, stage) in chosen:
+                best = staged(chosen[choice, stage], stage)
                 behind = ", ".join(f"{task} {_behind(runs, best, task)}" for task in world.names)
                 lines.append(f"{world.name:10} {best:28} {behind}")
     return lines

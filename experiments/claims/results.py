@@ -38,6 +38,7 @@ class Result:
     test: Mapping[str, Sequence[float]]  # task -> score of each different prompt, in file order; none in a screen
     machine: str
     date: str
+    made_by: str = ""  # digest of the arm; of earlier results not known
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class Result:
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """Task -> score at the end."""
+        """Task -> score at the end, or at the last evaluation before it."""
         return self.curve[-1][1] if self.curve else {}
 
     def score(self, task: str) -> float:
@@ -64,6 +65,8 @@ class Result:
         return fmean(self.test[task])
 
 
+Chosen = dict[tuple[str, str], str]
+"""Choice and stage -> the arm that validation chose."""
 Runs = dict[str, dict[int, Result]]
 """Arm or ``arm.stage`` -> seed -> result."""
 
@@ -81,12 +84,12 @@ def read_result(file: Path) -> Result:
         raise ClaimsError(f"{file} is no result of a run ({error!r}); remove it and run {REMEDY} again") from error
 
 
-def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
-    """Every result of a world, also under the names of choices, and which arm each of these is.
+def read_results(folder: Path, world: World) -> tuple[Runs, Chosen]:
+    """Every result of a world, also under the names of choices (with their stages), and which arm each of these is.
 
     Of the arms of one choice that are there, the one with the best mean over tasks and the seeds that they share on
-    validation prompts, at its decisive stage. ClaimsError for a file that is none, for other prompts, and for quick
-    runs among others.
+    validation prompts, at that stage; beyond the decisive one, at that. ClaimsError for a file that is none, for other
+    prompts, and for quick runs among others.
     """
     runs: Runs = {}
     digest = world.digest()
@@ -97,26 +100,25 @@ def read_results(folder: Path, world: World) -> tuple[Runs, dict[str, str]]:
         runs.setdefault(result.name, {})[result.seed] = result
     if len({result.quick for by_seed in runs.values() for result in by_seed.values()}) > 1:
         raise ClaimsError(f"{folder} mixes quick runs with others; move one kind elsewhere")
-    arms, chosen = arms_of(world), dict[str, str]()
-    for choice in dict.fromkeys(arm.choice for arm in arms.values() if arm.choice):
-        if not (scores := candidates(runs, world, choice)):
-            continue
-        best = arms[max(scores, key=lambda name: scores[name])]
-        chosen[choice] = best.name
-        for stage in best.rounds or ("",):
-            if staged(best.name, stage) in runs:
-                runs[staged(choice, stage)] = runs[staged(best.name, stage)]
+    arms, chosen = arms_of(world), Chosen()
+    for choice, any_arm in {arm.choice: arm for arm in arms.values() if arm.choice}.items():
+        for stage in any_arm.rounds or ("",):
+            if scores := candidates(runs, world, choice, any_arm.chosen_at(stage)):
+                best = max(scores, key=lambda name: scores[name])
+                chosen[choice, stage] = best
+                if staged(best, stage) in runs:
+                    runs[staged(choice, stage)] = runs[staged(best, stage)]
     for arm in arms.values():
         if arm.kind == "same" and arm.of in runs:
             runs[arm.name] = runs[arm.of]
     return runs, chosen
 
 
-def candidates(runs: Runs, world: World, choice: str) -> dict[str, float]:
-    """The arms of a choice that are there -> mean over tasks and the seeds that all of them have, on validation, at
-    the decisive stage; empty without such a seed."""
+def candidates(runs: Runs, world: World, choice: str, stage: str) -> dict[str, float]:
+    """The arms of a choice that are there -> mean over tasks and the seeds that all of them have, on validation, at a
+    stage; empty without such a seed."""
     arms = [arm for arm in arms_of(world).values() if arm.choice == choice]
-    among = {arm.name: runs.get(staged(arm.name, arm.decisive), {}) for arm in arms}
+    among = {arm.name: runs.get(staged(arm.name, stage), {}) for arm in arms}
     among = {name: by_seed for name, by_seed in among.items() if by_seed}
     seeds = sorted(set.intersection(*map(set, among.values()))) if among else []
     return {name: fmean(overall(by_seed[seed], world) for seed in seeds) for name, by_seed in among.items() if seeds}

@@ -125,21 +125,21 @@ class Runner:
     """Where runs happen and where results go.
 
     ``quick``: a few rounds. ``test``: whether test prompts are scored; of several arms of one choice only those that
-    are ``chosen``, by world and name; teachers at an ``early`` stage only for arms that have them.
+    are ``chosen``, by world, name and stage; teachers at an ``early`` stage only for arms that have them.
     """
 
     logs: Path
     results: Path
     quick: bool = False
     test: bool = True
-    chosen: frozenset[tuple[str, str]] = frozenset()
+    chosen: frozenset[tuple[str, str, str]] = frozenset()
     early: bool = True
 
     def tests(self, run: Run) -> bool:
         """Whether a run is scored on test prompts."""
         if not self.test or run.stage == EARLY and not self.early:
             return False
-        return not run.what.choice or self._goes_on(run)
+        return not run.what.choice or (run.world, run.arm, run.stage) in self.chosen
 
     def waits(self, run: Run) -> bool:
         """Whether it is beyond the stage or the seed with which validation chooses, and was not chosen yet."""
@@ -149,7 +149,9 @@ class Runner:
         return other_seed or rounds.get(run.stage, 0) > rounds.get(run.what.decisive, 0)
 
     def _goes_on(self, run: Run) -> bool:
-        return (run.world, run.arm) in self.chosen
+        """Whether it was chosen, at its stage or a later one."""
+        stages = list(run.what.rounds) or [""]
+        return any((run.world, run.arm, stage) in self.chosen for stage in stages[stages.index(run.stage) :])
 
     def file(self, run: Run) -> Path:
         """The JSON file of a finished run."""
@@ -175,7 +177,8 @@ class Runner:
         if not self.file(run).is_file():
             return False
         result = read_result(self.file(run))
-        return result.rounds == (self.rounds(run) if run.rounds else 0) and (bool(result.test) or not self.tests(run))
+        made = result.made_by in ("", run.what.digest) and result.rounds == (self.rounds(run) if run.rounds else 0)
+        return made and (bool(result.test) or not self.tests(run))
 
     def can_teach(self, run: Run) -> bool:
         """Whether its LoRA is here: results are kept with the code, run folders may be gone."""
@@ -217,8 +220,6 @@ class Runner:
         for i, lora in enumerate(self._teacher_loras(run)):
             changes[f"train.teachers[{i}].lora_path"] = lora
         flags = [f"--config.{key}={value}" for key, value in (changes | (QUICK if self.quick else {})).items()]
-        # A stage that is longer than the one before it is the same experiment
-        flags.append("--allow_config_change")
         self._start(run, "train", "scripts/train_opd.py", "--config", f"{CONFIG}:{run.world}/{run.arm}", *flags)
 
     def _teacher_loras(self, run: Run) -> list[str]:
@@ -283,6 +284,7 @@ class Runner:
             test=scores.get("test", {}),
             machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             date=datetime.date.today().isoformat(),
+            made_by=run.what.digest,
         )
 
 
@@ -363,9 +365,10 @@ def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     return [redacted(f"{run.world} {run.name}: {error}") for run, error in errors.items() if error]
 
 
-def chosen_arms(results: Path, worlds: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """World and name of the arms that validation has chosen so far."""
-    return frozenset((world, arm) for world in worlds for arm in read_results(results, WORLDS[world])[1].values())
+def chosen_arms(results: Path, worlds: Iterable[str]) -> frozenset[tuple[str, str, str]]:
+    """World, name and stage of the arms that validation has chosen so far."""
+    found = ((world, read_results(results, WORLDS[world])[1]) for world in worlds)
+    return frozenset((world, arm, stage) for world, chosen in found for (_, stage), arm in chosen.items())
 
 
 def measure_variance(runner: Runner, seed: int) -> str:
@@ -385,8 +388,9 @@ def measure_variance(runner: Runner, seed: int) -> str:
 def forecast(runs: Sequence[Run], runner: Runner) -> str:
     """What is left to do and its cost, by world and group; of each choice, the first arm stands for the chosen one."""
     rows, total = [], 0.0
-    first = {(run.world, run.what.choice): (run.world, run.arm) for run in reversed(runs) if run.what.choice}
-    runner = replace(runner, chosen=frozenset(first.values()))
+    first = {(run.world, run.what.choice): run.arm for run in reversed(runs) if run.what.choice}
+    chosen = (run for run in runs if first.get((run.world, run.what.choice)) == run.arm)
+    runner = replace(runner, chosen=frozenset((run.world, run.arm, run.stage) for run in chosen))
     for world in dict.fromkeys(run.world for run in runs):
         for group in GROUPS:
             own = [run for run in runs if run.world == world and run.what.group == group and not runner.waits(run)]
@@ -455,7 +459,7 @@ def main() -> None:
         if flags.dry_run:
             return
         failures = run_all([run for run in runs if not runner.waits(run)], runner, flags.jobs)
-        if runner.test:  # once all candidates are there
+        if runner.test and not failures:  # with all candidates there
             further = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
             failures = run_all([run for run in runs if not further.waits(run)], further, flags.jobs)
         if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):

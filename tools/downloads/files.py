@@ -32,11 +32,11 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
         DownloadError: another file is there; or no source has it, or sends something else.
     """
     path = root / file.path
-    if path.exists() and not force:
-        verify(file, path)
-        return False
     for url in file.urls:
         try:
+            if path.exists() and not force:
+                verify(file, path)
+                return False
             path.parent.mkdir(parents=True, exist_ok=True)
             _load(url, file, path, pause)
             return True
@@ -50,10 +50,14 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
 def verify(file: File, path: Path) -> None:
     """Check a file that is there, and record its digest. Raises DownloadError if it is not what it should be."""
     actual, size = sha256(path), path.stat().st_size
-    expected, expected_size = file.sha256 or recorded(path), 0
-    if not expected and not file.convert:  # of what is made of a source, that says nothing
+    expected, expected_size = recorded(path) or file.sha256, 0  # the catalogue has beginnings of some
+    if not expected and file.convert:  # of what is made of a source, that says nothing
+        raise DownloadError(f"nothing is known to compare {path} with. --force makes it again")
+    if not expected:
         expected_size, expected = stated(file.urls[0])
-    if not actual.startswith(expected) or (expected_size and expected_size != size):
+    if not (actual.startswith(expected) and actual.startswith(file.sha256)) or (
+        expected_size and expected_size != size
+    ):
         raise DownloadError(
             f"{path} has {size} bytes and SHA-256 {actual[:12]}… where {expected_size or 'a file'} and "
             f"{expected[:12]}… are expected. If it is your own, move it away; if damaged, load it again with --force"
