@@ -42,6 +42,7 @@ from diffusionopd.rewards import RewardError, to_uint8
 from diffusionopd.training.checkpoint import CheckpointError, find_lora
 
 from .conftest import ROOT
+from .helpers import files_of
 
 PROMPTS = [Prompt(f"prompt {i}", {"number": i}) for i in range(11)]
 
@@ -64,10 +65,6 @@ class Mean:
         self.seen += len(prompts)
         number = np.array([entry["number"] for entry in metadata])
         return {"mean": to_uint8(images).mean(axis=(1, 2, 3)), "number": np.where(number == 3, -10.0, number)}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ from diffusionopd.evaluation.results import (
 )
 from diffusionopd.files import FolderError
 from diffusionopd.rewards import Weighted
+
+from .helpers import files_of, no_file_longer_than
 
 TEXTS = [f"prompt {i}" for i in range(6)]
 
@@ -54,10 +55,6 @@ def finished(folder: Path, samples: int = 6) -> None:
         files.save_image(i, PIXELS)
         files.append([record(i)])
     files.close()
-
-
-def bytes_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def error_of(*values: float) -> float:
@@ -121,12 +118,12 @@ def test_the_same_evaluation_is_started_over_and_another_one_is_not_replaced_una
     finished(tmp_path)
     for name in ("holiday.jpg", "00006.jpg"):
         (tmp_path / "images" / name).write_bytes(b"mine")
-    before = bytes_of(tmp_path)
+    before = files_of(tmp_path)
     for resume in (False, True):
         for other in ({"settings": {"seed": 2}}, {"texts": TEXTS[:3]}, {"texts": TEXTS[::-1]}):
             with pytest.raises(EvaluationError) as refused:
                 opened(tmp_path, resume, **other)
-            assert str(tmp_path) in str(refused.value) and bytes_of(tmp_path) == before
+            assert str(tmp_path) in str(refused.value) and files_of(tmp_path) == before
     with pytest.raises(EvaluationError, match="00006.jpg"):  # which it would write
         opened(tmp_path, texts=[*TEXTS, "one more"], images=True)
     again = opened(tmp_path)
@@ -168,12 +165,12 @@ def test_pictures_are_the_evaluations_own_if_it_has_saved_some(images_saved, tmp
 def test_a_folder_with_files_of_others_is_refused_and_stays_as_it_was(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}\n")
-    before = bytes_of(tmp_path)
+    before = files_of(tmp_path)
     for how in ({}, {"resume": True}, {"overwrite": True}, {"images": True}):
         with pytest.raises(EvaluationError) as refused:
             opened(tmp_path, **how)
         assert str(tmp_path) in str(refused.value) and name.split("/")[0] in str(refused.value)
-        assert bytes_of(tmp_path) == before
+        assert files_of(tmp_path) == before
 
 
 def test_a_kill_while_a_folder_is_made_ready_leaves_nothing_mixed_or_lost(tmp_path, monkeypatch):
@@ -267,9 +264,7 @@ def test_a_combined_figure_is_the_plain_mean_of_means():
 def test_a_full_disk_is_explained_and_what_was_scored_is_kept(tmp_path):
     files, noise = opened(tmp_path), np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     files.append([record(0)])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / RESULTS).stat().st_size + 5, limits[1]))
-    try:
+    with no_file_longer_than((tmp_path / RESULTS).stat().st_size + 5):
         for name, write in (
             (f"{RESULTS} cannot be written.*File too large", lambda: files.append([record(1)])),
             ("00001.jpg cannot be written", lambda: files.save_image(1, noise)),
@@ -277,7 +272,5 @@ def test_a_full_disk_is_explained_and_what_was_scored_is_kept(tmp_path):
         ):
             with pytest.raises(FolderError, match=f"{name}.*--resume"):
                 write()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".jsonl"]
     assert opened(tmp_path, resume=True).done() == {0}
