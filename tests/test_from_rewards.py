@@ -271,18 +271,21 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tiny_config, algor
 
 
 @pytest.mark.parametrize("algorithm", ["nft", pytest.param("grpo_guard", marks=pytest.mark.slow)])
-def test_one_process_equals_two(tiny_config, tmp_path, algorithm):
+def test_one_process_equals_two(tiny_config, tmp_path, algorithm, pattern):
     """Groups are spread over the processes, and their advantages are those of all images."""
     common = {"train__algorithm": algorithm, "num_epochs": 2, "train__gradient_accumulation_steps": 4}
     common |= {"sample__num_image_per_prompt": 4}
     one = tiny_config(run_name="one", sample__train_batch_size=4, train__batch_size=4, **common)
     two = tiny_config(run_name="two", **common)
     for task in (*one.train.teachers, *two.train.teachers):
-        task["proxy_reward"] = {"tiny_scene": 1.0}  # smooth in the pixels, as a file's size is not
+        task["proxy_reward"] = {pattern: 1.0}  # smooth in the pixels, as a file's size is not, and without near-ties
     train(one)
     train_forked(two)
     rows = [metrics(tmp_path / "logs" / name) for name in ("one", "two")]
-    keep = ("round", "evaluations", "loss/first", "loss/second", "grad_norm", "reward/first", "zero_variance/second")
+    keep = ["round", "evaluations", "grad_norm", "reward/first", "zero_variance/second"]
+    keep += (
+        ["loss/first", "loss/second"] if algorithm == "nft" else []
+    )  # GRPO's is a mean of advantages: 0, but rounded
     assert_equal_rounds(*([{key: row[key] for key in keep} for row in part] for part in rows), rel=2e-3)
     assert rows[0][0].keys() == rows[1][0].keys() and rows[0][0]["evaluations"] > 0
 
