@@ -126,16 +126,17 @@ def way(
     change: Callable[[Backbone], None] | None = None,
     *,
     separate: bool = False,
+    apart: bool = False,
     **switches: Any,
 ) -> Callable[[World], Round]:
     """A round, by default the project's own, with the switches of :meth:`World.setup` and a change to the backbone.
 
-    Tasks are side by side, all of them, unless they are to be ``separate``.
+    Tasks are side by side, all of them, unless they are to be ``separate``; teachers ``apart`` have a pass each.
     """
 
     def build(world: World) -> Round:
         algorithm, batches = world.setup(**switches)
-        algorithm.policies.together = not separate
+        algorithm.policies.together = not (separate or apart)
         batches = side_by_side(batches, 1 if separate else len(batches))
         if change is not None:
             change(algorithm.policies.backbone)
@@ -211,8 +212,8 @@ WAYS = {
         "teachers merged into copies of the adapted matrices", way(change=by_default, adapters=MergedTeachers)
     ),
     "stock layers": Way(
-        "diffusers' norms and PEFT's LoRA layers instead of the fused ones, not compiled",
-        way(change=stock),
+        "diffusers' norms and PEFT's LoRA layers, which know one adapter at a time, instead of the fused; not compiled",
+        way(change=stock, apart=True),
     ),
     "plain AdamW": Way("the optimizer one tensor after the other", way(change=by_default, fused_optimizer=False)),
     "checkpointing": Way(

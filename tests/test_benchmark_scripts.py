@@ -118,7 +118,7 @@ def test_a_random_model_is_distilled_by_the_projects_own_script(shape, preset, t
     """What stands for the published model where it cannot be had, small: built, and a round of it profiled."""
     environment = {"FULL_SIZE": str(tmp_path / "full"), "PYTHONPATH": str(ROOT)}
     start("benchmarks/full_size.py", "--shape", shape, "--dtype", "float32", timeout=300, **environment)
-    sizes = {"cache_dir": tmp_path / "cache", "sample.num_steps": 2}
+    sizes = {"cache_dir": tmp_path / "cache", "sample.num_steps": 2 if "merge" not in preset else 8}
     sizes |= {"train.batch_size": 1, "sample.train_batch_size": 1}
     options = ["--config", f"benchmarks/full_size_config.py:{preset}", "--rounds", "1", "--output", str(tmp_path)]
     options += [f"--config.{key}={value}" for key, value in sizes.items()]
