@@ -205,7 +205,7 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
     for row in rows(*read_results(folder, TINY)[:1], TINY, "start", {}):
         assert (row["lead"] is None) == (row["name"] in ("fresh_rewarded_opd", "fresh_shipped_opd"))
-    for name in ("methods", "noise", "estimators", "strength"):
+    for name in ("methods", "noise", "estimators"):
         assert (tmp_path / "out" / f"tiny-{name}.png").read_bytes()[:4] == b"\x89PNG" and f"(tiny-{name}.png)" in text
 
 

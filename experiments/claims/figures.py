@@ -36,16 +36,11 @@ ESTIMATORS = {
     )
     for noise, color in (("0.3", GREEN), ("0.7", RED))
 }
-STRENGTH = {
-    f"strength_opd_60_{strength}": (f"strength {strength}", color, "-")
-    for strength, color in (("0.75", GREEN), ("1", BLACK), ("1.25", BLUE), ("1.5", PURPLE), ("2", RED))
-}
-
 Lines = Mapping[str, tuple[str, str, str]]
 Abscissa = Callable[[Result, int], float]
 AXES: Mapping[str, Abscissa] = {
     "rounds": lambda _, number: float(number),
-    "cost: thousand forwards and two for each backward": lambda run, number: number / run.rounds * run.cost / 1000,
+    "thousand forwards + 2 x backwards": lambda run, number: number / run.rounds * run.cost / 1000,
     "the same, teachers' included": lambda run, number: (
         (number / run.rounds * run.cost + run.cost_with_teachers - run.cost) / 1000
     ),
@@ -59,7 +54,6 @@ def figures(runs: Runs, world: World) -> dict[str, Figure]:
         "methods.png": _figure(runs, world, METHODS, AXES),
         "noise.png": _figure(runs, world, NOISE, rounds),
         "estimators.png": _figure(runs, world, ESTIMATORS, rounds),
-        "strength.png": _figure(runs, world, STRENGTH, rounds),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
