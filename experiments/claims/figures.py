@@ -85,7 +85,8 @@ def _figure(runs: Runs, world: World, lines: Lines, abscissas: Mapping[str, Absc
 
 
 def _draw(axes: Axes, results: list[Result], task: str, abscissa: Abscissa, **look: Any) -> None:
-    """The seeds' mean at the rounds that all of them have, in a band from the lowest to the highest."""
+    """The seeds' mean at the rounds that all of them have, in a band from the lowest to the highest; points alone where
+    it was scored at start and end only."""
     if not results:
         return
     curves = [{number: scores[task] for number, scores in result.curve} for result in results]
@@ -93,5 +94,10 @@ def _draw(axes: Axes, results: list[Result], task: str, abscissa: Abscissa, **lo
     x = [fmean(abscissa(result, number) for result in results) for number in rounds]
     scores = [[curve[number] for curve in curves] for number in rounds]
     look["label"] += f" ({len(results)} seed{'s' if len(results) > 1 else ''})"
-    axes.plot(x, [*map(fmean, scores)], linewidth=1.8, marker=".", markersize=5, **look)  # where it was scored
-    axes.fill_between(x, [*map(min, scores)], [*map(max, scores)], color=look["color"], alpha=0.15, linewidth=0)
+    means, lows, highs = ([*map(of, scores)] for of in (fmean, min, max))
+    if len(rounds) < 3:
+        errors = [[means[-1] - lows[-1]], [highs[-1] - means[-1]]]
+        axes.errorbar(x[-1:], means[-1:], errors, fmt=".", color=look["color"], label=look["label"])
+        return
+    axes.plot(x, means, linewidth=1.8, marker=".", markersize=5, **look)  # where it was scored
+    axes.fill_between(x, lows, highs, color=look["color"], alpha=0.15, linewidth=0)
