@@ -58,7 +58,7 @@ class FusedLoraLinear(Linear):
             if len(x) != chosen.samples:
                 raise ValueError(
                     f"a layer is given {tuple(x.shape)} for {chosen.samples} samples, so that they cannot have a LoRA "
-                    "each, which its family does not say"
+                    "each, which its family does not say: set --config.train.tasks_per_pass=1"
                 )
             a, b = (part.index_select(0, chosen.adapters) for part in self.stacked)
             groups = rows.unflatten(0, (len(a), -1))
