@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusionopd.algorithms.advantages import RewardSettings
 from diffusionopd.algorithms.base import Algorithm
@@ -16,6 +16,8 @@ class FromRewards(Algorithm):
     """A policy samples images; the student is trained on how good they are, and towards its targets if it distils."""
 
     has_rewards = True
+    needs_noise: ClassVar[bool] = False
+    """Whether it works with the densities of sampled steps."""
 
     @classmethod
     def check(
@@ -26,8 +28,10 @@ class FromRewards(Algorithm):
         values: Mapping[str, Any],
         problems: Problems,
     ) -> None:
-        """Advantages compare several images."""
+        """Advantages compare several images, and ratios need densities."""
         settings.check(values, problems)
+        if cls.needs_noise:
+            sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
     def notes(cls, settings: RewardSettings, changed: Sequence[str]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from torch import Tensor
 from diffusionopd.algorithms.advantages import RewardSettings, Scoring
 from diffusionopd.algorithms.from_rewards import FromRewards
 from diffusionopd.algorithms.results import Result
-from diffusionopd.algorithms.settings import ClipSettings, Nfe, RoundPlan, SamplerSettings, TeacherSettings
-from diffusionopd.config_schema import Problems, key
+from diffusionopd.algorithms.settings import ClipSettings, Nfe, RoundPlan, TeacherSettings
+from diffusionopd.config_schema import key
 from diffusionopd.data.batches import Batch
-from diffusionopd.data.tasks import Task
 from diffusionopd.distributed import mean_over_processes
 from diffusionopd.losses import grpo_guard_loss, grpo_loss, kl_to_reference
 
@@ -51,6 +50,7 @@ class Grpo(FromRewards):
     name = "grpo"
     groups: ClassVar[tuple[type, ...]] = (GrpoSettings, TeacherSettings)
     objective: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(grpo_loss)
+    needs_noise = True
     settings: GrpoSettings | GuardSettings
 
     def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
@@ -91,19 +91,6 @@ class Grpo(FromRewards):
         result.metrics |= {"clip_fraction": clipped, "ratio": total}
         result.metrics |= pull.metrics() if pull else {}
         return result
-
-    @classmethod
-    def check(
-        cls,
-        settings: RewardSettings,
-        sampler: SamplerSettings,
-        teachers: Mapping[str, Task],
-        values: Mapping[str, Any],
-        problems: Problems,
-    ) -> None:
-        """Advantages compare several images, and steps need densities."""
-        super().check(settings, sampler, teachers, values, problems)
-        sampler.check_noise("train.algorithm", cls.name, problems)
 
     @classmethod
     def count(cls, plan: RoundPlan) -> Nfe:

@@ -379,18 +379,13 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     versions = [f"{each.__name__} {'.'.join(each.__version__.split('.')[:2])}" for each in (transformers, diffusers)]
     digest = hashlib.sha256(" ".join([*versions, *filter(None, [variant])]).encode())
     found = _find(model, revision, variant, config, "configs")
-    family, root = found.info.family, found.root
+    family = found.info.family
     if found.checkpoint is not None:
         text_digest(digest, found.checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
-    if not Path(found.source).is_dir():
-        digest.update(f"{found.source}@{root.name}".encode())
-        return digest.hexdigest()[:16]
-    patterns = ("text_encoder*", "tokenizer*", "processor", *(["vae"] if family.READS_IMAGES else []))
-    for name in _absent_encoders(found.info.configs["index"], family):  # their folders may still be there
-        digest.update(f"no {name}".encode())
-    for file in sorted(p for pattern in patterns for p in root.glob(f"{pattern}/*")):
-        part_digest(digest, str(file.relative_to(root)), file)
-    return digest.hexdigest()[:16]
+    if Path(found.source).is_dir():
+        for name in _absent_encoders(found.info.configs["index"], family):  # their folders may still be there
+            digest.update(f"no {name}".encode())
+    return _files_key(digest, found, ["text_encoder*", "tokenizer*", "processor", *["vae"] * family.READS_IMAGES])
 
 
 def weights_key(
@@ -404,11 +399,15 @@ def weights_key(
     found, digest = _find(model, revision, variant, config, "configs"), hashlib.sha256()
     if found.checkpoint is not None:
         part_digest(digest, found.checkpoint.name, found.checkpoint)
+    return _files_key(digest, found, [*found.info.family.MODELS, "scheduler"])
+
+
+def _files_key(digest: Any, found: _Found, folders: Sequence[str]) -> str:
+    """The hash with the commit of a hub id, or with the files in ``folders`` (patterns) of a pipeline here."""
     if not Path(found.source).is_dir():
         digest.update(f"{found.source}@{found.root.name}".encode())
-        return digest.hexdigest()[:16]
-    for name in (*found.info.family.MODELS, "scheduler"):
-        for file in sorted(found.root.glob(f"{name}/*")):
+    else:
+        for file in sorted(path for folder in folders for path in found.root.glob(f"{folder}/*")):
             part_digest(digest, str(file.relative_to(found.root)), file)
     return digest.hexdigest()[:16]
 

@@ -61,15 +61,13 @@ class Plan(RoundPlan):
     def evaluation_nfe(self) -> int:
         """Forward passes of an evaluation, over all processes."""
         made = [{}, *self.watch.eval_variants.values()] if self.watch.eval_freq else []
-        found = 0
-        for task, prompts in zip(self.tasks, self.num_evaluated, strict=True):
-            for own in made:
-                steps, scale = (
-                    own.get("num_steps", task.eval_num_steps),
-                    own.get("guidance_scale", task.eval_guidance_scale),
-                )
-                found += prompts * steps * self.nfe(scale)
-        return found
+        return sum(
+            prompts
+            * own.get("num_steps", task.eval_num_steps)
+            * self.nfe(own.get("guidance_scale", task.eval_guidance_scale))
+            for task, prompts in zip(self.tasks, self.num_evaluated, strict=True)
+            for own in made
+        )
 
     def costly(self) -> list[str]:
         """A note where evaluations take more forward passes than the rounds between them."""

@@ -20,8 +20,6 @@ PLACES = {f"compbench_{kind}": f"CompBench {kind}" for kind in ("color", "shape"
 PERCENT = ("geneval2", "dpgbench")
 """Rewards whose shares are quoted times 100."""
 _NO_SHARES = ("_questions", "_unseen", "_unparsable")
-
-
 _NO_QUALITY = (*_NO_SHARES, "hpsv3_sigma")
 
 

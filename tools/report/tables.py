@@ -54,8 +54,8 @@ def _cells(column: Column, models: Sequence[Model]) -> list[Cell]:
     """Values with their standard errors."""
     found = [column.of(model) for model in models]
     errors = [f"± {each.standard_error:.{column.digits}f}" if each and each.count else "" for each in found]
-    compared = found if benchmarks.is_quality(column.score) else []
-    best = highest([each.mean if each else None for each in compared]) or [False] * len(found)
+    quality = benchmarks.is_quality(column.score)
+    best = highest([each.mean if each and quality else None for each in found])
     return list(map(Cell, map(column.text, models), errors, best))
 
 
