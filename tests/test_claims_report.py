@@ -196,6 +196,8 @@ def test_files_that_are_no_results_or_of_others_are_named(results, tmp_path):
 def test_the_page_has_every_arm_and_claim(results, tmp_path):
     folder = results(seeds=(1, 2))
     (folder / "variance-seed1.json").write_text(json.dumps(MEASURED))
+    for seed in (1, 2):
+        (folder / f"beyond-seed{seed}.json").write_text(json.dumps(drawn_by(seed)))
     printed = write(folder, tmp_path / "out")
     text = (tmp_path / "out" / "claims.md").read_text()
     assert all(arm.label in text for arm in arms_of(TINY).values() if arm.group != "claims" or arm.kind != "same")
@@ -205,8 +207,19 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
     for row in rows(*read_results(folder, TINY)[:1], TINY, "start", {}):
         assert (row["lead"] is None) == (row["name"] in ("fresh_rewarded_opd", "fresh_shipped_opd"))
-    for name in ("methods", "noise", "estimators"):
+    assert "| 24 | 1.5 | its target | 0.350; 0.200; 0.500 | 0.350; 0.200; 0.500 | 0.350; 0.200; 0.500 |" in text
+    assert "mean of 2 seeds" in text
+    for name in ("methods", "noise", "estimators", "strengths"):
         assert (tmp_path / "out" / f"tiny-{name}.png").read_bytes()[:4] == b"\x89PNG" and f"(tiny-{name}.png)" in text
+
+
+def drawn_by(seed: int) -> dict:
+    """A file of ``beyond.py``."""
+    kinds = [(0, "base", 1.0), (24, "teacher", 1.0), (24, "target", 1.5), (24, "opd", 1.0), (24, "opd", 1.5)]
+    fields = [{"rounds": rounds, "kind": kind, "strength": strength} for rounds, kind, strength in kinds]
+    values = {"score": 0.2 + 0.1 * seed, "spread": 0.2, "from_base": 0.5}
+    figures = [{**one, "task": task, **values} for one in fields for task in TASKS]
+    return {"settings": {"seed": seed}, "figures": figures}
 
 
 KIND = {"variance": 8.0, "predicted": 8.0, "error": 8.0, "cosine": {"64": 0.9}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -36,6 +36,16 @@ ESTIMATORS = {
     )
     for noise, color in (("0.3", GREEN), ("0.7", RED))
 }
+DRAWN = {
+    "target": ("target itself", BLACK),
+    "opd": ("our loss", BLUE),
+    "paper": ("the paper's loss", RED),
+}
+FIGURES = {
+    "score": "score",
+    "spread": "distance of two images of a prompt",
+    "from_base": "distance to the base's image",
+}
 Lines = Mapping[str, tuple[str, str, str]]
 Abscissa = Callable[[Result, int], float]
 AXES: Mapping[str, Abscissa] = {
@@ -58,6 +68,44 @@ def figures(runs: Runs, world: World) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def means(measured: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float, str], dict[str, dict[str, float]]]:
+    """Rounds of the teachers, strength, what drew -> task -> figure of ``beyond.py`` -> mean over the seeds."""
+    by: dict[tuple[int, float, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in (row for one in measured for row in one["figures"]):
+        by.setdefault((row["rounds"], row["strength"], row["kind"]), {}).setdefault(row["task"], []).append(row)
+    return {
+        key: {task: {name: fmean(row[name] for row in rows) for name in FIGURES} for task, rows in tasks.items()}
+        for key, tasks in by.items()
+    }
+
+
+def drawing(measured: Sequence[Mapping[str, Any]], world: World) -> Figure:
+    """Over the strength, a row per figure of ``beyond.py``, a column per task; a style per age of the teachers."""
+    found = means(measured)
+    ages = sorted({rounds for rounds, _, kind in found if kind == "teacher"})
+    figure = Figure(figsize=(3.7 * len(world.names), 0.7 + 2.5 * len(FIGURES)), layout="constrained")
+    grid = figure.subplots(len(FIGURES), len(world.names), squeeze=False).tolist()
+    for row, (name, title) in zip(grid, FIGURES.items(), strict=True):
+        row[0].set_ylabel(title, fontsize=9)
+        for axes, task in zip(row, world.names, strict=True):
+            axes.set_title(task if row is grid[0] else "", fontsize=11)
+            axes.set_xlabel("strength" if row is grid[-1] else "")
+            style(axes, nbins=6, steps=[1, 2, 5, 10])
+            for age, line in zip(ages, (":", "-"), strict=False):
+                for kind, (label, color) in DRAWN.items():
+                    kinds = (kind, "teacher") if kind == "target" else (kind,)  # which is its target at strength 1
+                    points = sorted(
+                        (strength, tasks[task][name])
+                        for (rounds, strength, drew), tasks in found.items()
+                        if rounds == age and drew in kinds and task in tasks
+                    )
+                    text = f"{label}, teachers of {age} rounds"
+                    axes.plot(*zip(*points, strict=True), line, color=color, marker=".", label=text)
+            axes.set_xticks(sorted({strength for _, strength, _ in found}))
+    _legend(figure, 3)
+    return figure
+
+
 def _figure(runs: Runs, world: World, lines: Lines, abscissas: Mapping[str, Abscissa]) -> Figure | None:
     """A row per abscissa, a column per task; levels of base and teacher."""
     if not any(name in runs for name in lines):
@@ -76,12 +124,18 @@ def _figure(runs: Runs, world: World, lines: Lines, abscissas: Mapping[str, Absc
                 if levels:
                     axes.axhline(fmean(levels), color=color, linestyle=":", linewidth=1.2, label=label)
         row[0].set_ylabel("score")
+    _legend(figure, 4)
+    return figure
+
+
+def _legend(figure: Figure, columns: int) -> None:
     handles: dict[str, Any] = {}  # each label once
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _draw(axes: Axes, results: list[Result], task: str, abscissa: Abscissa, **look: Any) -> None:

@@ -25,12 +25,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from experiments.claims.arms import AT_TEACHERS, GROUPS, HALF, LOSSES, SHIPPED, Arm
 from experiments.claims.config import arms_of
-from experiments.claims.figures import figures
+from experiments.claims.figures import drawing, figures, means
 from experiments.claims.results import Chosen, ClaimsError, Result, Runs, candidates, read_results, rounds_to, staged
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead, sixth
-from experiments.claims.worlds import CANDIDATES, WORLDS, World
+from experiments.claims.worlds import CANDIDATES, TINY, WORLDS, World
 
 RESULTS = Path(__file__).with_name("results")
+STRENGTHS = f"{TINY.name}-strengths.png"
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
     "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of starts, over the fresh "
@@ -182,15 +183,21 @@ def as_json(found: Sequence[Mapping[str, Any]], estimators: Claim) -> list[dict[
     return [*worlds, {"world": "shipped teachers", "chosen": {}, "claims": [claim(estimators)]}]
 
 
+def measured_apart(results: Path, what: str) -> list[dict[str, Any]]:
+    """What a script beside the runs wrote, by seed. ClaimsError for files of different settings."""
+    files = sorted(results.glob(f"{what}-seed*.json"))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if len({json.dumps({**one["settings"], "seed": 0}, sort_keys=True) for one in found}) > 1:
+        raise ClaimsError(f"{', '.join(map(str, files))} were measured with different settings; move some elsewhere")
+    return found
+
+
 def write(results: Path, output: Path) -> list[str]:
     """Read a folder of results, write claims.md, claims.json and the plots; returns the verdicts and where they are.
 
     Raises ClaimsError for results that cannot be read or put side by side.
     """
-    files = sorted(results.glob("variance-seed*.json"))
-    variance = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    if len({json.dumps({**one["settings"], "seed": 0}, sort_keys=True) for one in variance}) > 1:
-        raise ClaimsError(f"{', '.join(map(str, files))} were measured with different settings; move some elsewhere")
+    variance, beyond = measured_apart(results, "variance"), measured_apart(results, "beyond")
     found, estimators = [one for world in WORLDS.values() if (one := _world(results, world))], sixth(variance)
     if not found:
         raise ClaimsError(f"{results} holds no results with test scores; make some: python experiments/claims/run.py")
@@ -198,6 +205,8 @@ def write(results: Path, output: Path) -> list[str]:
     for one in found:
         for name, figure in one["plots"].items():
             figure.savefig(output / f"{one['world'].name}-{name}", dpi=110, metadata={"Software": None})
+    if beyond:
+        drawing(beyond, TINY).savefig(output / STRENGTHS, dpi=110, metadata={"Software": None})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(),
@@ -208,7 +217,14 @@ def write(results: Path, output: Path) -> list[str]:
     )
     environment.filters |= {"measured": measured, "difference": difference, "part_cells": part_cells}
     page = environment.get_template("claims.md.j2").render(
-        worlds=found, estimators=estimators, variance=variance, note=COST_NOTE
+        worlds=found,
+        estimators=estimators,
+        variance=variance,
+        note=COST_NOTE,
+        drawn=means(beyond),
+        drawn_seeds=len(beyond),
+        drawn_figure=STRENGTHS,
+        tasks=TINY.names,
     )
     (output / "claims.md").write_text(page, encoding="utf-8")
     (output / "claims.json").write_text(

@@ -23,7 +23,7 @@ import os
 import platform
 import runpy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -55,6 +55,10 @@ SCREEN = "screen"
 """A run of the candidates for the second world, on validation prompts."""
 QUICK = {"save_freq": 2, "eval_freq": 2, "eval_num_prompts": 2}
 QUICK_ROUNDS, QUICK_LINES = 2, 4
+QUICK_FLAGS = {
+    "variance": ("--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0"),
+    "beyond": ("--prompts", "2", "--images", "2", "--quick"),
+}
 SECONDS = {"pass": 0.0036, "image": 0.048, "start": 5.0}
 """On one core of an AMD EPYC: a pass of one image (a backward pass is two), an image drawn and scored, a start."""
 FORKS = multiprocessing.get_context("forkserver")
@@ -371,18 +375,26 @@ def chosen_arms(results: Path, worlds: Iterable[str]) -> frozenset[tuple[str, st
     return frozenset((world, arm, stage) for world, chosen in found for (_, stage), arm in chosen.items())
 
 
-def measure_variance(runner: Runner, seed: int) -> str:
-    """The estimators' variance of one seed, where it is not there yet; returns what failed."""
-    file = runner.results / f"variance-seed{seed}.json"
+def measure(runner: Runner, what: str, seed: int, *flags: str) -> str:
+    """Have ``<what>.py`` measure with a seed, unless it has; returns what failed."""
+    file = runner.results / f"{what}-seed{seed}.json"
     if file.is_file():
         return ""
-    quick = ["--draws", "2", "--probes", "1", "--pictures", "2", "--rounds", "0"] if runner.quick else []
-    log, script = runner.logs / f"variance-seed{seed}.log", "experiments/claims/variance.py"
+    flags = ("--seed", str(seed), "--output", str(file), *flags, *(QUICK_FLAGS[what] if runner.quick else ()))
     try:
-        _start(log, script, "--seed", str(seed), "--output", str(file), *quick)
+        _start(runner.logs / f"{file.stem}.log", f"experiments/claims/{what}.py", *flags)
     except RuntimeError as error:
-        return f"variance-seed{seed}: {error}"
+        return f"{file.stem}: {error}"
     return ""
+
+
+def measure_more(runner: Runner, groups: Sequence[str], runs: Sequence[Run]) -> Iterator[str]:
+    """What is measured beside the scores of arms; what failed, or nothing, of each."""
+    for seed in dict.fromkeys(run.seed for run in runs):
+        if "claims" in groups:
+            yield measure(runner, "variance", seed)
+        if "strength" in groups and any(run.world == TINY.name for run in runs):
+            yield measure(runner, "beyond", seed, "--logs", str(runner.logs), "--results", str(runner.results))
 
 
 def forecast(runs: Sequence[Run], runner: Runner) -> str:
@@ -462,8 +474,8 @@ def main() -> None:
         if runner.test and not failures:  # with all candidates there
             further = replace(runner, chosen=chosen_arms(runner.results, dict.fromkeys(run.world for run in runs)))
             failures = run_all([run for run in runs if not further.waits(run)], further, flags.jobs)
-        if runner.test and not flags.arms and "claims" in (flags.groups or GROUPS):
-            failures += [*filter(None, (measure_variance(runner, seed) for seed in {run.seed: 0 for run in runs}))]
+        if runner.test and not flags.arms:
+            failures += [*filter(None, measure_more(runner, flags.groups or list(GROUPS), runs))]
         lines = write(runner.results, runner.results) if runner.test else screen(runner.results)
         print("\n".join(lines))
     except ClaimsError as error:
