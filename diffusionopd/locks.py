@@ -6,9 +6,9 @@ Taking is one rename, of a folder with that file onto ``writer.lock``: the syste
 Of a holder that is gone the file is removed by its name, which no other holder has. So of any number that find the same
 one gone a single one comes in, on every file system with an atomic rename.
 
-On one machine a holder is gone when its process is; containers, which do not see each other's, ask for a lock of the
-system on the holder's file. From another machine nobody can tell, so the folder stays closed until the lock is removed
-by hand; only a Slurm job that was queued again has outlived its former start.
+On one machine a holder is gone when its process is; containers, which do not see each other's, and machines of one name
+ask for a lock of the system on the holder's file. From another machine nobody can tell, so the folder stays closed
+until the lock is removed by hand; only a Slurm job that was queued again has outlived its former start.
 """
 
 from __future__ import annotations
@@ -72,10 +72,9 @@ class Holder:
         here = Holder.here()
         if self.is_near(here):
             return _start_of(self.pid) not in (self.started, _HIDDEN)
-        if self.boot == here.boot != "":  # another container on this machine
+        # Another container on this machine; this one before it was started anew, or another of its name
+        if self.boot == here.boot != "" or self.host == here.host:
             return _can_be_locked(file)
-        if self.host == here.host:  # which has been started anew
-            return True
         return self.job == here.job != "" and self.restarts < here.restarts
 
     def is_near(self, other: Holder) -> bool:

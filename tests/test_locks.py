@@ -92,7 +92,7 @@ CONTAINER = {"host": "box", "namespace": "another"}
         ({}, {}, False),
         ({"started": "1"}, {}, True),  # the number was given to another process
         ({"pid": 2**22 + 1}, {}, True),
-        ({"boot": "earlier"}, {}, True),  # the machine was started anew
+        ({"boot": "earlier"}, {}, True),  # the machine was started anew: nobody has the file locked
         (CONTAINER, {}, True),  # nobody has the file locked
         (FAR, {}, False),
         (FAR | {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
@@ -124,10 +124,11 @@ def test_who_counts_as_gone(changes, slurm, gone, tmp_path, monkeypatch):
         assert "far" in said and str(os.getpid()) in said and str(file.parent) in said
 
 
-def test_a_container_that_holds_a_folder_is_known_by_its_lock_of_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", [{"namespace": "another"}, {"boot": "another"}], ids=["container", "same name"])
+def test_a_holder_whose_process_is_not_seen_here_is_known_by_its_lock_of_the_file(other, tmp_path, monkeypatch):
     with hold([tmp_path], "folder", "") as (lock,):
         here = json.loads(lock.file.read_text())
-        monkeypatch.setattr(Holder, "here", classmethod(lambda cls: cls(**here | {"namespace": "another"})))
+        monkeypatch.setattr(Holder, "here", classmethod(lambda cls: cls(**here | other)))
         with pytest.raises(HeldError):
             take(tmp_path)
 
