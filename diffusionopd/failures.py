@@ -28,6 +28,11 @@ GRACE = 3.0
 """Seconds that a process has for ending by an error of its own, before it is ended because of another's."""
 _blocks = itertools.count()
 
+ROUND_MEMORY = (
+    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the "
+    "student that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
+)
+
 
 class OutOfMemoryError(ValueError):
     """Raised where the memory of the device is full; says doing what, and what to set."""

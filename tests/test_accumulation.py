@@ -61,17 +61,22 @@ def backward(optimizer, factor):
 
 
 def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart():
-    """Restarted in between, and with another loss scale: the step is the same, and so is what follows."""
+    """Restarted in between, and with another loss scale: the step is the same, and so is what follows a step before."""
     for dynamic_scale in (False, True):
         complete = make_optimizer(dynamic_scale)
+        backward(complete, 0.5)
+        complete.step()
+        size = sum(p.square().sum() for p in complete.parameters).item() ** 0.5
         for factor in (1.0, 3.0):
             backward(complete, factor)
             complete.keep()
         cut = make_optimizer(dynamic_scale, loss_scale=8.0)
         cut.load_state(complete.state_tensors(), complete.state_scalars())
+        for mine, other in zip(cut.parameters, complete.parameters, strict=True):
+            mine.data.copy_(other)
         for optimizer in (complete, cut):
             backward(optimizer, 5.0)
-            assert optimizer.step() == pytest.approx(3.0 * 2 * 7**0.5)  # the mean factor, of 2 x in 7 places
+            assert optimizer.step() == pytest.approx(3.0 * 2 * size)  # the mean factor, of 2 x
             assert not any(key.endswith("gradient") for key in optimizer.state_tensors())
             assert "kept" not in optimizer.state_scalars()
             backward(optimizer, 1.0)
@@ -81,16 +86,19 @@ def test_a_step_takes_the_mean_of_the_kept_rounds_also_after_a_restart():
 
 
 def test_steps_done_are_restored_and_an_optimizer_that_counts_in_whole_numbers_gets_one(monkeypatch):
-    """As bitsandbytes' does."""
-    done, again, given = make_optimizer(), make_optimizer(), []
+    """As bitsandbytes' does, whose moments are numbers below 256, of the blocks' largest; at twice the loss scale."""
+    done, again, given = make_optimizer(), make_optimizer(loss_scale=2.0), []
     for _ in range(2):
         backward(done, 1.0)
         done.step()
     for own in done._adamw.state.values():
-        own["step"] = 2
+        own["step"], own["state1"] = 2, torch.tensor([7, 255], dtype=torch.uint8)
+        own["absmax1"], own["absmax2"] = torch.tensor([3.0]), torch.tensor([5.0])
     monkeypatch.setattr(again._adamw, "load_state_dict", lambda state: given.extend(state["state"].values()))
     again.load_state(done.state_tensors(), done.state_scalars())
     assert again.steps == 2 and [(own["step"], type(own["step"])) for own in given] == [(2, int)] * 2
+    for own in given:
+        assert own["state1"].tolist() == [7, 255] and (own["absmax1"], own["absmax2"]) == (6.0, 20.0)
 
 
 def test_a_kept_gradient_that_is_not_finite_stops_at_once_or_costs_all_rounds_of_the_step():

@@ -31,13 +31,18 @@ def test_a_pipeline_without_t5_works(pipeline_folder, tmp_path):
     assert torch.equal(without["pooled"], complete["pooled"])
 
 
-def test_decoding_is_the_stock_pipelines(pipeline_folder, backbone):
+@pytest.mark.parametrize(("side", "parts"), [(64, [8, 1]), (256, [4, 1]), (512, [1, 1]), (1024, [1])])
+def test_decoding_is_the_stock_pipelines_some_at_a_time(pipeline_folder, backbone, side, parts, monkeypatch):
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
-    latents = torch.randn(3, *backbone.latent_shape(64))
+    channels, small, _ = backbone.latent_shape(64)
+    latents = torch.randn(sum(parts), channels, small * side // 64, small * side // 64)
+    decode, seen = backbone._decode, []
+    monkeypatch.setattr(backbone, "_decode", lambda x: seen.append(len(x)) or decode(x))
     with torch.no_grad():
         raw = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor)
         expected = pipeline.image_processor.postprocess(raw.sample, output_type="pt")
-    torch.testing.assert_close(backbone.decode(latents, chunk=2), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backbone.decode(latents), expected, rtol=1e-5, atol=1e-5)
+    assert seen == parts
 
 
 def test_text_key_follows_the_encoders_and_nothing_else(pipeline_folder, tmp_path):

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft.utils import merge_utils
 
+from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.config_schema import ConfigError
+from diffusionopd.data.batches import NoiseSettings
+from diffusionopd.data.rounds import BatchSettings, round_shape
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.merging import DENSITY, merge
 from diffusionopd.training import train
 from diffusionopd.training.checks import check
 from diffusionopd.training.keys import load_config
+from diffusionopd.training.resume import RunError
+from diffusionopd.training.start import choose_scale
 
 from .conftest import TARGETS
 
@@ -93,22 +101,57 @@ def test_a_student_takes_the_merge_and_keeps_what_is_fresh(backbone, loras, text
         adapters.start_from("narrow", merged.weights)
 
 
+@pytest.mark.parametrize("largest", [0.5, 0.0])
+def test_a_scale_at_which_the_student_is_not_finite_is_not_taken(largest):
+    """The loss falls with the scale; none that is finite is an error with a remedy."""
+    scales, said = [], []
+
+    def round_of(batches, step):
+        assert not step
+        if scales[-1] > largest:
+            raise NonFiniteError("the velocity is not finite")
+        return SimpleNamespace(losses=SimpleNamespace(mean=1 - scales[-1]))
+
+    adapters = SimpleNamespace(start_from=lambda student, weights, scale: scales.append(scale))
+    algorithm = SimpleNamespace(round=round_of, optimizer=SimpleNamespace(discard=lambda: None))
+    algorithm.policies, algorithm.shape = SimpleNamespace(adapters=adapters), SimpleNamespace(num_tasks=3)
+
+    @dataclass
+    class NoBatches:
+        shape: Any
+        settings: Any
+        rank: int = 0
+
+        def round(self, index):
+            return []
+
+    shape = round_shape(BatchSettings(2, 3, 1, 2, 3), 3, num_processes=1, num_rounds=1)
+    arguments = (algorithm, NoBatches(shape, NoiseSettings()), SimpleNamespace(weights=None), said.append)
+    if largest:
+        choose_scale(*arguments)
+        assert scales[-1] == 0.4 and said[0].startswith("at 0.4 times the sum") and "1 inf" in said[0]
+    else:
+        with pytest.raises(RunError, match="train.student_init_scale"):
+            choose_scale(*arguments)
+
+
 def test_a_run_starts_at_the_scale_with_the_smallest_loss(tmp_path, capsys):
     """Its first loss is the smallest that was tried, and it goes on from there; tried on all tasks, in whatever order
-    they are trained."""
+    they are trained, and on the same images, in whatever parts."""
     overrides = {"cache_dir": tmp_path / "text", "num_epochs": 1}
     overrides |= {"sample.num_steps": 3, "sample.train_batch_size": 2, "train.batch_size": 2, "train.lora_rank": 8}
     overrides |= {"monitor_freq": 0, "sample_freq": 0, "train.student_init_scale": 0.0}
     said = []
-    for order in ("alternate", "together"):
-        given = overrides | {"save_dir": tmp_path / order, "train.task_order": order}
+    parts = {"train.batch_size": 1, "train.gradient_accumulation_steps": 6}
+    for name, changes in (("alternate", {"train.task_order": "alternate"}), ("parts", parts), ("together", {})):
+        given = overrides | changes | {"save_dir": tmp_path / name}
         train(load_config("config/tiny.py:mopd_merged", [(name, str(value)) for name, value in given.items()]))
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "times the sum" in line]
         tried = [part.split() for part in line.rpartition(": ")[2].split(", ")]
         best = min(tried, key=lambda pair: float(pair[1]))
         assert line.startswith(f"at {best[0]} times") and len(tried) == 5
         said.append([float(number) for pair in tried for number in pair])
-    assert said[0] == pytest.approx(said[1], rel=1e-3)
+    assert said[0] == pytest.approx(said[2], rel=1e-3) and said[1] == pytest.approx(said[2], rel=1e-3)
     (row,) = map(json.loads, (tmp_path / "together" / "metrics.jsonl").read_text().splitlines())
     assert row["loss"] == pytest.approx(float(best[1]), rel=1e-3)
 

@@ -13,7 +13,7 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.training import check, checkpoint, setup, train
+from diffusionopd.training import check, checkpoint, checks, setup, train
 from diffusionopd.training.resume import RunError
 
 from .helpers import (
@@ -293,3 +293,13 @@ def test_dry_run_loads_and_writes_nothing(tiny_config, tmp_path, capsys, no_weig
     assert train(tiny_config(), dry_run=True) is None
     assert "dry run" in capsys.readouterr().out
     assert not (tmp_path / "logs" / "run").exists()
+
+
+def test_a_base_that_comes_from_the_hub_is_checked_like_one_that_is_here(make_config, tmp_path, monkeypatch):
+    here = []
+    monkeypatch.setattr(checks, "is_here", lambda *source: bool(here))
+    monkeypatch.setattr(setup, "read_model", lambda **source: here.append(source))
+    monkeypatch.setattr(setup, "build", lambda *_: pytest.fail("weights would load"))
+    with pytest.raises(ConfigError, match="resolution"):
+        train(make_config(tmp_path, resolution=36))
+    assert len(here) == 1

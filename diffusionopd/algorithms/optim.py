@@ -210,18 +210,21 @@ class StudentOptimizer:
         return tensors
 
     def state_scalars(self) -> dict[str, float]:
-        """Steps done, the dynamic scale's state, if there is one, and what kept gradients are multiples of."""
-        scalars = {"steps": self.steps, **self._scaler.state_dict()}
+        """Steps done, the loss scale, the state of the dynamic one, and what multiples kept gradients are."""
+        scalars = {"steps": self.steps, "loss_scale": self.loss_scale, **self._scaler.state_dict()}
         return scalars | {"kept": self._kept, "gradient_scale": self._scale()} if self._kept else scalars
 
     def _scale(self) -> float:
         return self.loss_scale * self._scaler.get_scale()
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Restore what the two methods above returned."""
+        """Restore what the two methods above returned, in units of this loss scale, which may be another."""
         state: dict[int, dict[str, Any]] = {}
+        ratio = self.loss_scale / scalars["loss_scale"]
         for place, value in tensors.items():
             _, index, name = place.split(".", 2)
+            if value.is_floating_point():
+                value = value * ratio ** _POWERS.get(name, 0)
             # The 8-bit optimizer counts in whole numbers, and does not take a tensor.
             state.setdefault(int(index), {})[name] = int(value) if value.dtype == torch.int64 else value
         gradients = {i: own.pop(_GRADIENT) for i, own in state.items() if _GRADIENT in own}
@@ -238,6 +241,9 @@ class StudentOptimizer:
 
 
 _GRADIENT = "gradient"  # among AdamW's own names
+_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2, "absmax1": 1, "absmax2": 2}
+"""Of the gradient's unit in AdamW's moments, and in those of the 8-bit one: small tensors whole, of others the largest
+values of blocks."""
 
 
 class Ema:

@@ -6,6 +6,7 @@ A model family is a file beside this one with a subclass of :class:`Backbone`, n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,11 +324,16 @@ class Backbone(ABC):
         return (sigma * steps).to(torch.float32).to(x.dtype) / steps
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, chunk: int = 8) -> Tensor:
-        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents, ``chunk`` at a time, on the VAE's device."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]``, float32 in [0, 1], of latents, on the VAE's device.
+
+        One at a time, of small ones up to eight that have no more pixels than one of 512x512: eight of 1024x1024 would
+        need 26 GB of activations, which training does not have beside it.
+        """
         latents = latents.to(self.vae_device).float()
+        at_once = 64 * math.prod(self.latent_shape(64)[1:]) // math.prod(latents.shape[2:])
         with stage("VAE decode"):
-            images = [self._decode_alone(part) for part in latents.split(chunk)]
+            images = [self._decode_alone(part) for part in latents.split(max(1, min(8, at_once)))]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     def _decode_alone(self, latents: Tensor) -> Tensor:

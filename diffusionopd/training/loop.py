@@ -18,7 +18,7 @@ from diffusionopd.algorithms.results import Result
 from diffusionopd.distributed import together
 from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.evaluation.sampling import ImageGenerator
-from diffusionopd.failures import memory_advice
+from diffusionopd.failures import ROUND_MEMORY, memory_advice
 from diffusionopd.files import write_json
 from diffusionopd.models.acceleration import no_new_graphs
 from diffusionopd.models.policies import STUDENT
@@ -31,10 +31,6 @@ from diffusionopd.training.resume import versions
 from diffusionopd.training.setup import Run, merged_note, started
 from diffusionopd.training.stop import Stop, Stopped
 
-_ROUND_MEMORY = (
-    "Lower train.tasks_per_pass, or train.batch_size (and raise train.gradient_accumulation_steps to match): the "
-    "student that is trained is the same. Or set activation_checkpointing. Then go on with --config.resume_from=auto."
-)
 _EVALUATION_MEMORY = "Lower sample.test_batch_size; then go on with --config.resume_from=auto."
 
 
@@ -107,7 +103,7 @@ def train_round(run: Run, number: int) -> Result:
     updates, what = run.plan.shape.updates_after(number), f"round {number}"
     with stage("prompts and noise"):
         batches = run.batches.round(number - 1)
-    with memory_advice(what, _ROUND_MEMORY), _noted(what):
+    with memory_advice(what, ROUND_MEMORY), _noted(what):
         result = run.algorithm.round(batches, step=updates is not None)
     if updates is not None:
         run.algorithm.finish(updates)

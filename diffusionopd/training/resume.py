@@ -78,6 +78,7 @@ class Resume:
     allow_change: bool = False
     tasks_per_pass: int = 0  # of the rounds before; 0 for a fresh start
     compiled: bool | None = None  # of the rounds before; None for a fresh start, and where that is not known
+    loss_scale: float = 1.0  # of the rounds before: earlier versions did not save it with the optimizer's state
     start_rescaled: bool = True  # False: saved by a version that trained a start (train.lora_path) at its own scale
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
@@ -140,6 +141,7 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
     start.tasks_per_pass, start.compiled = passes, scalars.get("compiled")
     start.start_rescaled = scalars.get("start_rescaled", False) is True
+    start.loss_scale = saved["train.loss_scale"]
     if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)

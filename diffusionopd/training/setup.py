@@ -28,7 +28,7 @@ from diffusionopd.files import ensure_writable, write_json, writing
 from diffusionopd.locks import Lock, hold
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
-from diffusionopd.models.loading import DTYPES
+from diffusionopd.models.loading import DTYPES, read_model
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.merged import MergedTeachers
 from diffusionopd.models.policies import STUDENT, Policies
@@ -120,7 +120,9 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         yield None
         return
     with hold([plan.run.run_dir], "run folder", _RUN_FOLDER) as (lock,):
-        # Again: until now another process may have written there.
+        # Again: until now another process may have written there, and a base of the hub was not known.
+        source = plan.read(BaseSettings).source
+        together(lambda: plan.model or read_model(**source), "reading the base model")
         resume, plan = together(partial(look, held=True), "checking the configuration")
         plan = with_passes(with_compile(plan, resume, accelerator.device), resume, accelerator.device)
         accelerator.print(plan.describe())
@@ -259,7 +261,7 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
         if ema is not None:  # a run that had no EMA until now starts its average from the student
             ema.load([tensors.get(f"ema.{i}", saved) for i, saved in enumerate(student)])
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
-        optimizer.load_state(own, scalars["scaler"])
+        optimizer.load_state(own, {"loss_scale": resume.loss_scale, **scalars["scaler"]})
         algorithm.load_state(tensors)
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise RunError(
@@ -334,8 +336,7 @@ def _build_monitor(plan: Plan, backbone: Backbone, device: str, closing: ExitSta
     watch = plan.watch
     scored = watch.monitor_freq > 0 and not plan.algorithm.has_rewards
     monitor = Monitor(
-        # One at a time: the images are decoded beside the next round, and share its memory.
-        partial(backbone.decode, chunk=1),
+        backbone.decode,
         {task.name: task.proxy_reward if scored else {} for task in plan.tasks},
         plan.run.run_dir / "samples",
         device,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
 
 from diffusionopd.algorithms.base import Algorithm
-from diffusionopd.data.batches import Batches
+from diffusionopd.algorithms.optim import NonFiniteError
+from diffusionopd.data.batches import Batch, Batches
 from diffusionopd.data.rounds import TOGETHER
+from diffusionopd.failures import ROUND_MEMORY, memory_advice
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.merging import Merged, merge
 from diffusionopd.models.policies import STUDENT
-from diffusionopd.models.settings import FROM_TEACHERS, LoraSettings
+from diffusionopd.models.settings import FRESH, FROM_TEACHERS, LoraSettings
 from diffusionopd.training.plan import Plan
+from diffusionopd.training.resume import RunError
 
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """What the sum is tried at, unless the configuration says; and at their mean, where that is less."""
@@ -38,20 +42,39 @@ def start_from_teachers(
 
 
 def choose_scale(algorithm: Algorithm, batches: Batches, merged: Merged, say: Callable[[str], None]) -> None:
-    """Scale the start to the smallest mean loss on the first batch of every task. Collective."""
-    whole = replace(batches.shape, task_order=TOGETHER, drawn=0)
-    made = replace(batches, shape=whole, settings=replace(batches.settings, prefetch=False)).round(0)
-    first = {tuple(batch.slices): batch for batch in reversed(made)}
-    tried = [replace(batch, wants_images=False) for batch in first.values()]
+    """Scale the start to the smallest mean loss on the first batch of every task. Collective.
+
+    Raises RunError where the student's velocities are finite at no scale, and OutOfMemoryError.
+    """
+    shape = replace(batches.shape, task_order=TOGETHER, drawn=0)
+    made = replace(batches, shape=shape, settings=replace(batches.settings, prefetch=False)).round(0)
+    # Whole ones, however train.batch_size cuts them for a backward pass.
+    first = [batch for batch in made if batch.rows[0].sample < shape.batch_size * shape.num_processes]
+    tried = [replace(batch, wants_images=False) for batch in first]
     losses = {}
     scales = sorted({*SCALES, min(SCALES[0], 1 / algorithm.shape.num_tasks)})
     for scale in tqdm(scales, desc="trying scales of the sum", unit="scale", disable=batches.rank > 0):
         algorithm.policies.adapters.start_from(STUDENT, merged.weights, scale)
-        result = algorithm.round(tried, step=False)
-        algorithm.optimizer.discard()
-        assert result.losses is not None
-        losses[scale] = result.losses.mean
+        losses[scale] = _loss(algorithm, tried)
     best = min(losses, key=losses.__getitem__)
+    if math.isinf(losses[best]):
+        what = (
+            f"at none of the scales {', '.join(f'{scale:g}' for scale in scales)} of the teachers' sum the student is"
+        )
+        raise RunError(f"{what} finite. Set train.student_init_scale, lower, or train.student_init to {FRESH!r}.")
     algorithm.policies.adapters.start_from(STUDENT, merged.weights, best)
     listed = ", ".join(f"{scale:g} {loss:.4g}" for scale, loss in losses.items())
     say(f"at {best:g} times the sum, by the loss of each: {listed}")
+
+
+def _loss(algorithm: Algorithm, batches: Sequence[Batch]) -> float:
+    """The mean loss of the student, infinite where a velocity or the gradient is not finite."""
+    try:
+        with memory_advice("trying scales of the sum", ROUND_MEMORY):
+            result = algorithm.round(batches, step=False)
+    except NonFiniteError:  # on every process
+        return math.inf
+    finally:
+        algorithm.optimizer.discard()
+    assert result.losses is not None
+    return result.losses.mean
