@@ -201,6 +201,22 @@ def test_solver_becomes_a_kernel():
         assert ignored == (noise > 0 and plan.sampler.kernel == "ode")
 
 
+def test_keys_to_which_the_others_leave_nothing_are_named(tmp_path):
+    shutil.copytree(ROOT / "assets/tiny/teachers/ocr/lora", tmp_path / "run" / "lora")
+    config = load_config(f"{OPD}:mopd", [("train.ema", "False"), ("train.ema_decay", "0.5")])
+    config.train.student_init_scale = 0.6
+    config.train.lora_path, config.train.lora_target_modules = str(tmp_path / "run" / "lora"), ["attn.to_q"]
+    (note,) = [note for note in check(config, 8).notes if "without effect" in note]
+    for name in ("ema_decay", "student_init_scale", "lora_target_modules"):
+        assert f"train.{name}" in note
+    config = load_config(f"{OPD}:mopd", [("train.lora_target_modules", "['attn.to_q']")])
+    assert not any("without effect" in note for note in check(config, 8).notes)
+    for rounds in (2, 3):
+        config = load_config(f"{OPD}:mopd", [("train.task_order", "cascade"), ("num_epochs", str(rounds))])
+        config.sample.num_batches_per_epoch = config.train.gradient_accumulation_steps = 1
+        assert any("cascade" in note for note in check(config, 8).notes) == (rounds < 3)
+
+
 def test_samplers_and_losses_must_suit_the_noise():
     config = load_config(f"{OPD}:mopd", [("train.loss", "policy_gradient"), ("train.target", "x0")])
     problem_of(config, "train.loss", "'policy_gradient'", "noise")
@@ -250,6 +266,9 @@ def test_models_are_hub_ids_or_pipeline_folders():
     for model in ("", None, "path/to/model", "<model>", "None"):
         config.pretrained.model = model
         problem_of(config, "pretrained.model", "placeholder" if model in ("path/to/model", "<model>") else "not set")
+    for model in ("owner/in-your-style", "owner/xpath-tools"):  # words that may be in a name
+        config.pretrained.model = model
+        check(config, 8)
     for model in ("nowhere", "./a/b", "/nowhere/at/all", "owner/name/sub", "dataset/missing", "dataset"):
         config.pretrained.model = model
         problem_of(config, "pretrained.model", model)
@@ -266,7 +285,8 @@ def test_teacher_sources(tmp_path):
         problem_of(config, "train.teachers[0].lora_path", "not set" if source is None else str(source))
     shutil.copytree(ROOT / "assets/tiny/teachers/ocr/lora", tmp_path / "run" / "lora")
     hub = ("owner/name", "owner/name/a/b", "owner/name/a b (1).safetensors", "owner/name/a@v1", "owner/name@refs/pr/1")
-    for source in ("run", "run/lora", "run/lora/adapter_model.safetensors", *hub):
+    shutil.copytree(tmp_path / "run" / "lora", tmp_path / "your-own" / "lora")
+    for source in ("run", "run/lora", "run/lora/adapter_model.safetensors", "your-own/lora", *hub):
         task["lora_path"] = source
         assert check(config, 8).tasks[0].lora_path == source
     config.train.lora_path = "dataset"

@@ -193,6 +193,8 @@ def test_overrides_take_the_form_that_the_key_has():
             ("train.teachers[2].guidance_scale", "2.5"),
             ("train.teachers[0].lora_path", "a/b"),
             ("train.lora_target_modules", "('attn.to_q', 'attn.to_k')"),
+            ("eval_variants.unguided.guidance_scale", "1.0"),
+            ("reward_options.ocr.engine", "paddleocr"),
         ],
     )
     assert config.train.learning_rate == 1e-4
@@ -201,6 +203,8 @@ def test_overrides_take_the_form_that_the_key_has():
     assert config.train.teachers[2]["guidance_scale"] == 2.5
     assert config.train.teachers[0]["lora_path"] == "a/b"
     assert config.train.lora_target_modules == ("attn.to_q", "attn.to_k")
+    assert config.eval_variants.to_dict() == {"unguided": {"guidance_scale": 1.0}}
+    assert config.reward_options.to_dict() == {"ocr": {"engine": "paddleocr"}}
 
 
 def test_overrides_that_have_no_place_are_reported_together():

@@ -293,7 +293,26 @@ def test_rows_of_memory_are_the_tensors_of_a_run(tiny_config, backbone):
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert rows["student: LoRA, gradient, optimizer, EMA"] == 3 * size(trained) + size(moments)
-    assert rows["teachers"] == 2 * size(trained)
+
+
+def test_frozen_loras_count_as_they_are(tiny_config, make_lora):
+    """Of other ranks and layers than the student's, references too, and merged; those not here as large as its own."""
+    config = tiny_config()
+    config.train.teachers[0] |= {"lora_path": str(make_lora(3, rank=16, targets=["attn.to_q", "ff.net.2"]))}
+    config.train.teachers[1] |= {"strength": 1.5, "reference": str(make_lora(4, rank=1))}
+    plan, cost = costs_of(config)
+    loras = load_loras(plan, {})
+    whole = size([matrix for lora in loras.values() for m in (lora.a, lora.b) for matrix in m.values()])
+    assert len(loras) == 3 and memory(plan, cost, 1)["teachers"] == whole
+    config.train.merge_teachers = True
+    plan, cost = costs_of(config)
+    assert memory(plan, cost, 1)["teachers"] == whole + 3 * 4 * cost.adapted_parameters
+    for task in config.train.teachers:
+        task["lora_path"] = "owner/name"
+    config.train.teachers[1] |= {"strength": 1.0, "reference": ""}
+    config.train.merge_teachers = False
+    plan, cost = costs_of(config)
+    assert memory(plan, cost, 1)["teachers"] == 2 * 4 * cost.lora_parameters
 
 
 def test_layers_that_only_teachers_have_count_where_the_student_starts_from_them(tiny_config, make_lora):

@@ -8,8 +8,11 @@ import warnings
 import pytest
 import torch
 
+from diffusionopd.algorithms.finite import VelocityChecks
 from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.config_schema import ConfigError
+from diffusionopd.data.batches import Row
+from diffusionopd.data.prompts import Prompt
 from diffusionopd.files import FolderError, ensure_writable
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
@@ -99,6 +102,18 @@ def test_what_is_not_finite_is_named(finished, monkeypatch):
         after, before = models.pop()
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert_latest_loads(folder, "checkpoint-3")
+
+
+def test_a_reference_that_is_not_finite_is_named():
+    for reference, policy, facts in (
+        ("reference_a", "reference_a", ("reference for task 'a'", "reference in train.teachers")),
+        (None, None, ("base model for task 'a'", "pretrained.model")),
+    ):
+        checks = VelocityChecks()
+        checks.note(
+            policy, [Row("a", 0, Prompt(""), "teacher_a", 1.0, 1.5, reference)], 1.0, torch.full((1, 4), torch.inf)
+        )
+        assert all(fact in checks.describe(()) for fact in facts)
 
 
 def test_samples_that_are_not_finite_are_named_before_they_are_scored(tiny_config, monkeypatch):

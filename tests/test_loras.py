@@ -74,6 +74,9 @@ def test_a_table_becomes_tasks(two):
         {"name": "c", "lora": own[0]},
     ]
     assert read_loras(listed) == expected
+    template = "{trigger}, " + "a very " * 60 + "large {prompt}"  # longer than the name of a file may be
+    (task,) = read_loras([{"name": "a", "lora": own[0], "trigger": "y", "prompts": template}])
+    assert task["trigger"] == template.replace("{trigger}", "y")
     with pytest.warns(UserWarning, match="a, b"):
         read_loras([{"name": name, "lora": path} for name, path in zip("ab", own, strict=True)])
 

@@ -11,11 +11,12 @@ from diffusionopd.data.batches import Row
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.transitions import Transition
 
-_BASE, _TEACHER = "base model", "teacher"
+_BASE, _TEACHER, _REFERENCE = "base model", "teacher", "reference"
 
 
 REMEDIES = {
     _TEACHER: "Check that task's teacher (lora_path or model in train.teachers), or choose mixed_precision bf16 or no.",
+    _REFERENCE: "Check that task's reference in train.teachers, or choose mixed_precision bf16 or no.",
     _BASE: "Check the base model (pretrained.model), or choose mixed_precision bf16 or no.",
     STUDENT: "Resume from the last checkpoint with a lower learning rate, or choose mixed_precision bf16 or no.",
 }
@@ -31,8 +32,8 @@ class VelocityChecks:
     def note(self, policy: str | None, rows: Sequence[Row], sigma: float, velocity: Tensor) -> None:
         """Check velocities of rows, ``[B, ...]``; the device is not waited for."""
         for row in rows:
-            name = _BASE if policy is None else _TEACHER if policy == row.teacher else policy
-            self._seen.append((name, row.task, sigma))
+            named = {row.reference: _REFERENCE, row.teacher: _TEACHER}
+            self._seen.append((named.get(policy, policy) if policy is not None else _BASE, row.task, sigma))
         self._finite.append(velocity.detach().isfinite().flatten(1).all(1))
 
     def first_broken(self) -> list[tuple[str, str, float]]:

@@ -154,10 +154,10 @@ def _override(config: ConfigDict, key: str, text: str | None) -> str | None:
         form = "a key is made of names with dots between, [0], [1], ... behind that of a list"
         return f"--config.{key} cannot be set: {form}, such as train.teachers[0].guidance_scale."
     try:
-        if key.startswith("reward_options."):  # whose rewards and options are free: it starts empty
-            reward = key.split(".")[1]
-            if reward not in config.reward_options:
-                config.reward_options[reward] = ConfigDict(type_safe=False)
+        section, *names = key.split(".")
+        if section in ("reward_options", "eval_variants") and names:  # whose names are free: they start empty
+            if names[0] not in config[section]:
+                config[section][names[0]] = ConfigDict(type_safe=False)
         current = None
         with suppress(KeyError):
             current = config_path.get_value(key, config)

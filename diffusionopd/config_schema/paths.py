@@ -10,7 +10,7 @@ from diffusionopd.config_schema.keys import unset
 from diffusionopd.config_schema.problems import Problems
 from diffusionopd.files import located, looked_in
 
-_PLACEHOLDER = re.compile(r"path[/_]to|<[^>]*>|your[-_]|\.\.\.|\btodo\b|placeholder", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"<[^>]*>|\.\.\.|(^|/)(path[/_]to|your[-_]|todo\b|placeholder)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w. +()-]+)*")
 
 
@@ -23,7 +23,8 @@ def gap(source: str | None) -> str:
     """Why ``source`` is no path or hub id at all; empty if it may be one."""
     if source is None or unset(source):
         return "is not set"
-    return f"is {source!r}, a placeholder" if _PLACEHOLDER.search(source) else ""
+    is_one = _PLACEHOLDER.search(source) and not os.path.exists(located(source))
+    return f"is {source!r}, a placeholder" if is_one else ""
 
 
 def check_model(key: str, model: str, problems: Problems, *, or_file: bool = False) -> None:

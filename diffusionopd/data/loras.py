@@ -132,13 +132,13 @@ def _task(place: Callable[[str], str], cells: Mapping[str, Any], folder: Path, p
 def _prompts(given: str, trigger: str, folder: Path) -> dict[str, str]:
     """The fields of a task's prompts. Raises PromptError for what is none."""
     found = _beside(folder, given) if given else PROMPTS
-    if "{prompt}" in given and not Path(located(found)).exists():
+    if "{prompt}" in given and not os.path.exists(located(found)):  # which takes a text of any length
         if "{trigger}" in given and not trigger:
             raise PromptError(f"{given!r} has {{trigger}}, but there is no trigger")
         if "{trigger}" not in given and trigger:
             given = f"{trigger}, {given}"
         found, trigger = PROMPTS, given.replace("{trigger}", trigger)
-    if not Path(located(found)).exists():
+    if not os.path.exists(located(found)):
         raise PromptError(f"{given!r} is no file here, and no template: that has {{prompt}}, where a caption goes")
     with_trigger(load_prompts(located(found), _FORMAT, "train"), trigger)
     return {"dataset": found, "trigger": trigger}
@@ -154,8 +154,8 @@ def _number(value: Any) -> Any:
 
 def _beside(folder: Path, path: str) -> str:
     """A path as it leads from the table's folder, where there is such a thing."""
-    own = folder / path
-    return str(own) if path and own.exists() else path
+    own = os.path.join(folder, path)
+    return own if path and os.path.exists(own) else path
 
 
 def _warn_of_same_prompts(tasks: Sequence[Mapping[str, Any]]) -> None:

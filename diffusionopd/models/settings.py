@@ -106,7 +106,7 @@ class LoraSettings:
     smallest loss on a batch of each task."""
     lora_rank: int = key("train.lora_rank", 32, "[1, inf)")
     """Its rank, unless it comes from `train.lora_path`."""
-    lora_alpha: float = key("train.lora_alpha", 64, "(0, inf)")
+    lora_alpha: float = key("train.lora_alpha", 64.0, "(0, inf)")
     """The student's output is scaled by `lora_alpha / lora_rank`, also when it starts from a LoRA of another scale."""
     lora_target_modules: tuple | None = key(
         "train.lora_target_modules", None, optional=True, form=("a list of at least one name, or None", _named)

@@ -27,7 +27,7 @@ from diffusionopd.config_schema import (
 )
 from diffusionopd.config_schema.paths import check_adapter, check_model, check_writable, gap
 from diffusionopd.data.prompts import REFERENCE, PromptError, load_folders
-from diffusionopd.data.rounds import TOGETHER, BatchSettings, RoundShape, round_shape, tasks_per_round
+from diffusionopd.data.rounds import CASCADE, TOGETHER, BatchSettings, RoundShape, round_shape, tasks_per_round
 from diffusionopd.data.tasks import Task, check_tasks
 from diffusionopd.models.backbone import EMBEDDED
 from diffusionopd.models.loading import BackboneError, ModelInfo, is_here, read_model
@@ -152,6 +152,10 @@ def _notes(
     """Settings that are accepted but change nothing, and what else is worth a line."""
     changed = [name for name, key in SCHEMA.keys.items() if comparable(values[name]) != comparable(key.default)]
     notes = [*sampler.notes(), *algorithm.notes(settings, changed)]
+    if idle := sorted(name for name in changed if name in _idle(values)):
+        notes.append(f"without effect as this run is set: {', '.join(idle)}")
+    if shape.task_order == CASCADE and shape.num_rounds < shape.num_tasks:
+        notes.append(f"num_epochs {shape.num_rounds} leaves out some of the {shape.num_tasks} tasks of a cascade")
     if unused := sorted(name for name in changed if not is_used(name, algorithm.name)):
         what = "distillation" if algorithm.one_step else algorithm.name
         notes.insert(0, f"without effect on {what}: {', '.join(unused)}")
@@ -161,6 +165,18 @@ def _notes(
     if rest := shape.num_rounds % shape.rounds_per_step:
         notes.append(f"the last {rest} of num_epochs {shape.num_rounds} rounds end in no optimizer step")
     return notes
+
+
+def _idle(values: Mapping[str, Any]) -> set[str]:
+    """Keys that the others leave nothing to say."""
+    found = set[str]()
+    if values["train.student_init"] != FROM_TEACHERS:
+        found |= {"train.student_init_scale"}
+    if not unset(values["train.lora_path"]):
+        found |= {"train.lora_rank", "train.lora_target_modules"}
+    if not values["train.ema"]:
+        found |= {"train.ema_decay", "train.ema_interval", "train.ema_repeats"}
+    return found
 
 
 def _read_good(group: type[T], values: Mapping[str, Any], problems: Problems) -> T | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
+from diffusionopd.models.lora_files import AdapterError, load_lora
 from diffusionopd.models.lora_fit import find_all
 from diffusionopd.training.costs.count import Cost, Frozen, count_decode, measure, measure_frozen
 from diffusionopd.training.costs.models import REWARDS, Pipeline, with_model
@@ -74,8 +77,11 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
     values, item, nfe = plan.values, _item(plan), plan.nfe_per_round
     images = plan.shape.images_per_round // plan.shape.num_processes
     states = 4 + 4 + (2 if values["train.use_8bit_adam"] else 8) + (4 if values["train.ema"] else 0)
-    loras = sum(task.has_lora for task in plan.teachers)
-    merged = sum(not task.model for task in plan.teachers) if values["train.merge_teachers"] else 0
+    references = [task.reference for task in plan.teachers if task.reference_adapter]
+    sources = [task.lora_path for task in plan.teachers if task.has_lora] + references
+    loras = sum(_values_of(source) or cost.lora_parameters for source in sources)
+    own_weights = sum(not task.model for task in plan.teachers) + len(references)
+    merged = own_weights if values["train.merge_teachers"] else 0
     alone = plan.shape.tasks_per_pass == 1 and item == 4
     models = [model.parameters * item // shards + model.buffers * item for model in (own or {}).values()]
     rows = {
@@ -84,9 +90,9 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
         "blocks gathered from other GPUs": 2 * cost.largest_block * item if shards > 1 else 0,
         "VAE, float32": 0 if values["vae_device"] else 4 * cost.vae_parameters,
         "student: LoRA, gradient, optimizer, EMA": states * cost.lora_parameters,
-        "teachers": loras * 4 * cost.lora_parameters + merged * item * cost.adapted_parameters,
+        "teachers": loras * 4 + merged * item * cost.adapted_parameters,
         # In each layer: side by side, so that each row of a pass can have its own; in half precision also one by one.
-        "teachers in the base's type": 0 if alone or merged else loras * item * cost.lora_parameters,
+        "teachers in the base's type": 0 if alone or merged else loras * item,
         # Of those that wait on the host, one at a time is here.
         "teachers' own models": max(models, default=0) if values["teacher_device"] else sum(models),
         "other frozen adapters": nfe.extra_adapters * 4 * cost.lora_parameters,
@@ -95,6 +101,16 @@ def memory(plan: Plan, cost: Cost, shards: int, own: Mapping[str, Frozen] | None
         "activations of a step": cost.activations,
     }
     return {name: size for name, size in rows.items() if size}
+
+
+@cache
+def _values_of(source: str) -> int | None:
+    """How many values a LoRA has, None if it is not here, or cannot be used, which is said elsewhere."""
+    with suppress(AdapterError):
+        if Path(source).exists():
+            lora = load_lora(source)
+            return sum(matrix.numel() for matrices in (lora.a, lora.b) for matrix in matrices.values())
+    return None
 
 
 def scorers(plan: Plan) -> int:
