@@ -63,7 +63,7 @@ def mopd_24gb() -> ConfigDict:
     """``mopd`` on one GPU of 24 GB, where the rewards' models wait on the CPU.
 
     Command:   CONFIG=config/opd.py:mopd_24gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 18 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
+    Hardware:  1 GPU, 19 GB at the peak, 4 images in a pass; 72 images per round, 24 per task
     Cost:      8.8 PFLOP per round (computed, as the memory, by python -m tools.cost), 24 s on an H100 with 9 images
                in a pass (measured with random weights)
     Expected:  the student of ``mopd``; not run
@@ -77,7 +77,7 @@ def mopd_40gb() -> ConfigDict:
     """``mopd`` on one GPU of 40 GB.
 
     Command:   CONFIG=config/opd.py:mopd_40gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 30 GB at the peak with the rewards' models, 6 images in a pass; 72 images per round, 24 per task
+    Hardware:  1 GPU, 31 GB at the peak with the rewards' models, 6 images in a pass; 72 images per round, 24 per task
     Cost:      as ``mopd_24gb``
     Expected:  as ``mopd_24gb``
     """
@@ -88,7 +88,7 @@ def mopd_80gb() -> ConfigDict:
     """``mopd`` on one GPU of 80 GB.
 
     Command:   CONFIG=config/opd.py:mopd_80gb NUM_PROCESSES=1 bash scripts/single_node/mopd.sh
-    Hardware:  1 GPU, 68 GB at the peak with the rewards' models, 18 images in a pass; 72 images per round, 24 per task
+    Hardware:  1 GPU, 67 GB at the peak with the rewards' models, 18 images in a pass; 72 images per round, 24 per task
     Cost:      as ``mopd_24gb``
     Expected:  as ``mopd_24gb``
     """

@@ -9,8 +9,8 @@
 # Writes logs/reproduce/: run/ (the training), evaluation/, comparison.html. Stable Diffusion 3.5 asks for its licence to
 # be accepted on the hub, then for `hf auth login` or HF_TOKEN.
 #
-# ROUNDS         rounds to train (default 3000: about the published 11.26 hours on 8 GPUs at 13 s a round; the number of
-#                rounds itself is not published); another number needs another FOLDER
+# ROUNDS         rounds to train (default 3000, a guess: the published 11.26 hours on 8 GPUs at 13 s a round, which the
+#                release's schedule takes here; about 2.5 hours on 8 H100, computed); another number needs another FOLDER
 # NUM_PROCESSES  one per GPU (default: all, at most 8)
 # CONFIG         what is trained (default config/opd.py:mopd)
 # DATASETS       what is evaluated (default "geneval ocr pickscore drawbench")
@@ -54,6 +54,8 @@ if $dry; then
         echo "== Downloads (about 30 GB together)"
         downloads --dry_run
     fi
+    echo "== Scorers: pip install -e '.[geneval,hpsv2,ocr]' -c constraints.txt, and a server of UnifiedReward, or" \
+        "EVAL_ARGS='--without unifiedreward' (docs/rewards.md)"
     echo "== Costs of $ROUNDS rounds"
     python "$here/tools/cost.py" --config "$CONFIG" --num_processes "${NUM_PROCESSES:-8}" "${overrides[@]}"
     echo "disk: besides the downloads, 1.7 MB of cached text embeddings for each prompt that the rounds draw (half" \

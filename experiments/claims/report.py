@@ -136,8 +136,7 @@ def _world(folder: Path, world: World) -> dict[str, Any] | None:
         return None
     results = [result for by_seed in runs.values() for result in by_seed.values()]
     every = ((arm, stage) for arm in arms_of(world).values() if arm.kind != "same" for stage in arm.rounds or ("",))
-    # Beyond the stage at which it is chosen, one of a choice is trained.
-    known = {(arm.name if arm.chosen_at(stage) == stage else arm.choice, stage) for arm, stage in every}
+    known = {_known(arm, stage) for arm, stage in every}
     return {
         "world": world,
         "runs": runs,
@@ -148,10 +147,15 @@ def _world(folder: Path, world: World) -> dict[str, Any] | None:
         "chosen": chosen,
         "candidates": {one: found for one in chosen if (found := _candidates(runs, world, *one))},
         "seeds": sorted({result.seed for result in results}),
-        "there": len({result.name for result in results}),
+        "there": len(known & {_known(arms_of(world)[result.arm], result.stage) for result in results}),
         "known": len(known),
         "plots": figures(runs, world),
     }
+
+
+def _known(arm: Arm, stage: str) -> tuple[str, str]:
+    """What is counted: beyond the stage at which it is chosen, one of a choice is trained."""
+    return arm.name if arm.chosen_at(stage) == stage else arm.choice, stage
 
 
 def _candidates(runs: Runs, world: World, choice: str, stage: str) -> dict[str, float]:
