@@ -143,6 +143,23 @@ def test_an_in_memory_evaluation_stops_between_batches_on_every_process_alike(ra
     assert evaluate_task(generate, PROMPTS[:3], {"mean": Mean()}, batch_size=1, **share) is None and answers == []
 
 
+@pytest.mark.parametrize("index", [0, 3])
+def test_an_image_that_is_not_finite_is_named_with_the_remedy(index, tmp_path):
+    """What was scored before is kept. In memory, a process draws on beside the others, the first prompt's image."""
+
+    def broken(prompts, samples):
+        images = generate(prompts, samples)
+        images[[sample[0] == index for sample in samples], 0, 0, 0] = float("nan")
+        return images
+
+    facts = f"not finite.*'prompt {index}'.*mixed_precision bf16 or no"
+    with pytest.raises(RewardError, match=facts) as caught:
+        evaluate(broken, PROMPTS, {"mean": Mean()}, tmp_path, batch_size=2)
+    assert str(caught.value).count("prompt ") == 1 and len(read_records(tmp_path / RESULTS)) == index // 2 * 2
+    with pytest.raises(RewardError, match=f"rank 0.*{facts}"):
+        evaluate_task(broken, PROMPTS, {"mean": Mean()}, batch_size=2, in_step=True)
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 

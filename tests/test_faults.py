@@ -13,6 +13,7 @@ from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.batches import Row
 from diffusionopd.data.prompts import Prompt
+from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.files import FolderError, ensure_writable
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
@@ -166,6 +167,16 @@ def test_a_reward_that_hangs_in_monitoring_and_evaluation_is_left_out(tiny_confi
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert not any(key.startswith(("monitor/", "eval/")) for row in rows for key in row)
     assert_latest_loads(tmp_path / "logs" / "run", "checkpoint-3")
+
+
+def test_an_evaluation_with_an_image_that_is_not_finite_is_left_out(tiny_config, tmp_path, monkeypatch):
+    draw = ImageGenerator.__call__
+    monkeypatch.setattr(ImageGenerator, "__call__", lambda self, *samples: draw(self, *samples) * float("nan"))
+    config = tiny_config(num_epochs=1, eval_freq=1, eval_num_prompts=2)
+    tasks = [(2, (f"evaluation on task '{task}'", "not finite", "mixed_precision")) for task in ("first", "second")]
+    warned(config, *tasks)  # before the round and after it
+    assert not any(key.startswith("eval/") for row in metrics(tmp_path / "logs" / "run") for key in row)
+    assert_latest_loads(tmp_path / "logs" / "run", "checkpoint-1")
 
 
 def test_a_reward_that_is_trained_on_and_hangs_ends_the_run(tiny_config, tmp_path, broken_score):

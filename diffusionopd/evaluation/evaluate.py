@@ -44,7 +44,7 @@ def score_samples(
         progress: title of a progress bar; none without.
 
     Raises:
-        RewardError: a scorer's output is malformed.
+        RewardError: a scorer's output is malformed, or an image is not finite.
     """
     with tqdm(total=len(sample_ids), desc=progress, unit="image", disable=not progress) as bar:
         for start in range(0, len(sample_ids), batch_size):
@@ -52,7 +52,7 @@ def score_samples(
             samples = [divmod(sample_id, images_per_prompt) for sample_id in ids]
             batch = [prompts[index] for index, _ in samples]
             texts = [prompt.text for prompt in batch]
-            images = to_uint8(generate([prompt.key for prompt in batch], samples))
+            images = _pixels(generate([prompt.key for prompt in batch], samples), batch)
             try:
                 scores = score_all(scorers, images, texts, [prompt.metadata for prompt in batch])
             except RewardUnavailableError:
@@ -65,6 +65,18 @@ def score_samples(
                 records.append(Record(ids[i], prompt.text, prompt.metadata, row))
             yield records, images
             bar.update(len(ids))
+
+
+def _pixels(images: Tensor, prompts: Sequence[Prompt]) -> np.ndarray:
+    """The images of these prompts as `to_uint8` makes them; `RewardError` that names those that are not finite."""
+    try:
+        return to_uint8(images)
+    except ValueError as error:
+        lost = [prompt for prompt, image in zip(prompts, images, strict=True) if not image.isfinite().all()]
+        if not lost:
+            raise
+        remedy = "Choose mixed_precision bf16 or no, or check the model's weights and LoRA"
+        raise RewardError(f"{error}: that of {met_at(error, lost)}. {remedy}") from error
 
 
 def evaluate(
@@ -100,7 +112,7 @@ def evaluate(
     Raises:
         EvaluationError: what is in the folder cannot be resumed or replaced.
         HeldError: the folder was taken by another process.
-        RewardError: a scorer's output is malformed.
+        RewardError: a scorer's output is malformed, or an image is not finite.
     """
     files = ResultFolder(Path(folder), rank, world, lock)
     texts = [prompt.text for prompt in prompts for _ in range(images_per_prompt)]
@@ -150,7 +162,7 @@ def evaluate_task(
         the means on every process, or None when it was `stopped` before its end.
 
     Raises:
-        RewardError: a scorer failed on some process, raised on every one, with its rank.
+        RewardError: a scorer failed or an image is not finite on some process, raised on every one, with its rank.
     """
     batches = score_samples(generate, prompts, scorers, range(rank, len(prompts), world), batch_size)
     if in_step:
@@ -184,7 +196,8 @@ def _then_idle(batches: Batches, generate: Generate, prompts: Sequence[Prompt]) 
 
     def idle() -> Batches:
         while True:
-            yield [], to_uint8(generate([prompts[0].key], [(0, 0)]))[:0]
+            generate([prompts[0].key], [(0, 0)])
+            yield [], np.zeros((0, 1, 1, 3), np.uint8)
 
     return chain(batches, idle())
 
