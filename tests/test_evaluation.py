@@ -34,7 +34,7 @@ from diffusionopd.evaluation.results import (
 )
 from diffusionopd.evaluation.sampling import ImageGenerator, sample_latents
 from diffusionopd.evaluation.testsets import BENCHMARKS, Benchmark, BenchmarkError, find_benchmark
-from diffusionopd.models.conditions import NEGATIVE
+from diffusionopd.models.conditions import NEGATIVE, Reference
 from diffusionopd.models.loading import load_text_encoder
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.text_cache import TextCache
@@ -118,6 +118,25 @@ def test_killed_and_resumed_gives_the_same_files(tmp_path):
     assert scorer.seen == 11 - 5, "what is finished is not made again"
     with pytest.raises(EvaluationError, match="rewards was"):
         evaluate(generate, PROMPTS, {"mean": Mean(), "other": Mean()}, broken, batch_size=3, resume=True)
+
+
+def test_a_resume_with_another_reference_image_is_refused(tmp_path):
+    """By its content; of results of before, which do not say it, it may be the same."""
+    file, out = tmp_path / "a.png", tmp_path / "out"
+
+    def scored(content: bytes, **how: bool) -> int:
+        file.write_bytes(content)
+        prompts = [replace(prompt, reference=Reference.to(file)) for prompt in PROMPTS]
+        scorer = Mean()
+        evaluate(generate, prompts, {"mean": scorer}, out, batch_size=4, **how)
+        return scorer.seen
+
+    assert (scored(b"one"), scored(b"one", resume=True)) == (11, 0)
+    with pytest.raises(EvaluationError, match="sample 0 has another reference image"):
+        scored(b"two", resume=True)
+    before = [{**json.loads(line), "reference": ""} for line in (out / RESULTS).read_text().splitlines()]
+    (out / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in before))
+    assert scored(b"two", resume=True) == 0
 
 
 def test_in_memory_evaluation_by_one_process_and_two_equals_the_one_with_files(tmp_path, monkeypatch):
@@ -223,11 +242,13 @@ def test_benchmarks_by_name_folder_and_task(tmp_path, monkeypatch):
     assert chosen.name == "mine" and chosen.rewards == ("jpeg_compressibility",)
     Path("bad").mkdir()
     Path("bad/test.txt").write_text("one\n\n'two'\nthree\n")
+    of_a_file = task | {"dataset": "bad/test.txt"}
     for error, fact, *given in (
         (BenchmarkError, "--rewards", "mine"),
         (BenchmarkError, "nonesuch.*geneval, ocr", "nonesuch"),
         (BenchmarkError, "limit of 0", "mine", {}, ["ocr"], 0),
         (RewardError, "Did you mean", "mine", {}, ["jpeg_compressability"]),
+        (PromptError, "bad/test.txt is one file, of training prompts.*folder with test.txt", "ocr", of(of_a_file)),
         (PromptError, "dataset/geneval/test_metadata.jsonl does not exist.*tools.download datasets", "geneval"),
         (PromptError, r"(?s)bad/test.txt, line 1: .*bad/test.txt, line 4: ", "bad", {}, ["ocr"]),
     ):
@@ -317,12 +338,12 @@ def test_an_evaluation_does_not_go_on_with_other_weights_of_its_base(pipeline_fo
     for earlier, known in ((before, True), ({k: v for k, v in before.items() if k != "model_hash"}, False)):
         (folder / SETTINGS).write_text(json.dumps(earlier))
         files = ResultFolder(folder)
-        assert len(files.look(earlier, ["p"], resume=True).records) == 1
+        assert len(files.look(earlier, [Prompt("p")], resume=True).records) == 1
         if known:
             with pytest.raises(EvaluationError, match="model_hash was"):
-                files.look(described(), ["p"], resume=True)
+                files.look(described(), [Prompt("p")], resume=True)
         else:
-            assert len(files.look(described(), ["p"], resume=True).records) == 1
+            assert len(files.look(described(), [Prompt("p")], resume=True).records) == 1
 
 
 @pytest.mark.parametrize(("options", "same"), [({"batch_size": 1, "device": "cuda:1"}, True), ({"dtype": "x"}, False)])

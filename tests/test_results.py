@@ -3,12 +3,15 @@
 import itertools
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusionopd.data.prompts import Prompt
 from diffusionopd.evaluation.results import (
     AVERAGES,
     RESULTS,
@@ -29,13 +32,14 @@ from diffusionopd.rewards import Weighted
 from .helpers import files_of, no_file_longer_than
 
 TEXTS = [f"prompt {i}" for i in range(6)]
+METADATA = {"tag": "x"}
 
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 
 
 def record(sample_id: int, score: float = 1.0) -> Record:
-    return Record(sample_id, TEXTS[sample_id], {"tag": "x"}, {"a": score})
+    return Record(sample_id, TEXTS[sample_id], METADATA, {"a": score})
 
 
 def ids(path: Path) -> list[int]:
@@ -44,7 +48,8 @@ def ids(path: Path) -> list[int]:
 
 def opened(folder: Path, resume=False, settings=None, texts=TEXTS, images=False, overwrite=False, **share):
     files = ResultFolder(folder, **share)
-    files.open(settings or {"seed": 1}, texts, resume=resume, need_images=images, overwrite=overwrite)
+    prompts = [text if isinstance(text, Prompt) else Prompt(text, METADATA) for text in texts]
+    files.open(settings or {"seed": 1}, prompts, resume=resume, need_images=images, overwrite=overwrite)
     return files
 
 
@@ -72,6 +77,11 @@ def test_standard_error_counts_prompts_not_images():
     records = [Record(i, "pq"[i % 2], {}, {"a": value}) for i, value in enumerate([0.0, 1.0, 0.0, 1.0])]
     assert summarise(records) == {"a": Summary(0.5, pytest.approx(error_of(0, 1)), 4, 2)}
     assert summarise(records[:1])["a"].standard_error == 0.0
+    beside = [replace(r, prompt="p", metadata={"reference_image": f"{r.sample_id % 2}.png"}) for r in records]
+    for images in (beside, [replace(r, reference=r.metadata["reference_image"]) for r in beside]):
+        assert summarise(images) == summarise(records), "one text beside two images is two prompts"
+        weighted = {"b": Weighted("a", "a")}
+        assert summarise(images, weighted) == summarise(records, weighted)
 
 
 def test_averages_keep_upstreams_form(tmp_path):
@@ -221,9 +231,31 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
         opened(tmp_path, resume=True, texts=TEXTS[:2])
     with pytest.raises(EvaluationError, match="sample 3 has another prompt"):
         opened(tmp_path, resume=True, texts=[*TEXTS[:3], "another", *TEXTS[4:]])
+    with pytest.raises(EvaluationError, match="sample 3 has other metadata"):
+        opened(tmp_path, resume=True, texts=[*TEXTS[:3], Prompt(TEXTS[3], {"tag": "y"}), *TEXTS[4:]])
+    assert opened(tmp_path, resume=True).done() == {0, 3}
     (tmp_path / SETTINGS).write_text("[1")
     with pytest.raises(EvaluationError, match=SETTINGS):
         opened(tmp_path, resume=True, overwrite=True)
+
+
+def test_the_file_of_a_reward_that_needs_it_may_be_unknown_of_before(tmp_path):
+    """Of others, that there was none is known."""
+    for before, now, same in (
+        ({}, {"hpsv3": ["a"]}, True),
+        ({"wise": ["b"]}, {"hpsv3": ["a"], "wise": ["b"]}, True),
+        ({"hpsv3": ["a"]}, {"hpsv3": ["b"]}, False),
+        ({}, {"unifiedreward": ["a"]}, False),
+    ):
+        earlier = {"seed": 1, **({"reward_files": before} if before else {})}
+        opened(tmp_path, settings=earlier, overwrite=True).append([record(0)])
+        files = ResultFolder(tmp_path)
+        look = partial(files.look, {"seed": 1, "reward_files": now}, [Prompt(text, METADATA) for text in TEXTS])
+        if same:
+            assert len(look(resume=True).records) == 1
+        else:
+            with pytest.raises(EvaluationError, match="reward_files was"):
+                look(resume=True)
 
 
 def test_table_is_aligned():

@@ -41,16 +41,25 @@ class Prompt:
         """What its conditions are encoded and looked up by: its text, with its image if it has one."""
         return self.reference.beside(self.text) if self.reference else self.text
 
+    @property
+    def image(self) -> str:
+        """SHA-256 of the image beside it, whatever its path; "" if it has none."""
+        return self.reference.digest if self.reference else ""
+
 
 def load_prompts(dataset: str | Path, prompt_fn: str, split: str) -> list[Prompt]:
     """Prompts of a data set in file order; `prompt_fn` ("general_ocr" or "geneval") says which file and format.
 
     Lines end with a line feed, a carriage return, or both; blank ones are skipped, a byte order mark is ignored. Raises
-    PromptError for an unknown format, and for a file that is missing, unreadable, not UTF-8, without prompts, or has
-    malformed lines (all are named with file and line), or lines of another format.
+    PromptError for an unknown format, for test prompts of a data set that is one file, and for a file that is missing,
+    unreadable, not UTF-8, without prompts, or has malformed lines (all are named with file and line), or lines of
+    another format.
     """
     if prompt_fn not in FORMATS:
         raise PromptError(f"unknown prompt_fn {prompt_fn!r}: use one of {', '.join(sorted(FORMATS))}")
+    if split != "train" and Path(dataset).is_file():
+        name = FORMATS[prompt_fn][0].format(split=split)
+        raise PromptError(f"{dataset} is one file, of training prompts alone: name a folder with {name}")
     return read_prompts(prompt_file(dataset, prompt_fn, split), prompt_fn)
 
 

@@ -6,6 +6,7 @@ Letters: B images, H and W pixels.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,13 @@ def evaluate(
         RewardError: a scorer's output is malformed, or an image is not finite.
     """
     files = ResultFolder(Path(folder), rank, world, lock)
-    texts = [prompt.text for prompt in prompts for _ in range(images_per_prompt)]
+    samples = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     if rank == 0:
         described = {**(settings or {}), "rewards": sorted(scorers), "images_per_prompt": images_per_prompt}
-        files.open(described, texts, resume=resume, need_images=save_images, overwrite=overwrite)
+        files.open(described, samples, resume=resume, need_images=save_images, overwrite=overwrite)
     barrier("the end of a data set", LONGEST_TIMEOUT)
     done = files.done()
-    left = [sample_id for sample_id in range(len(texts)) if sample_id not in done]
+    left = [sample_id for sample_id in range(len(samples)) if sample_id not in done]
     own = left[rank::world]
     progress = f"evaluating {files.folder.name}" if rank == 0 and own else ""
     batches = score_samples(generate, prompts, scorers, own, batch_size, images_per_prompt, progress)
@@ -131,7 +132,7 @@ def evaluate(
         if save_images:
             for record, pixels in zip(records, images, strict=True):
                 files.save_image(record.sample_id, pixels)
-        files.append(records)
+        files.append(replace(record, reference=samples[record.sample_id].image) for record in records)
     barrier("the end of a data set", LONGEST_TIMEOUT)
     if rank == 0:
         files.close(_combined(scorers))

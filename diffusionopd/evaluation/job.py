@@ -205,10 +205,10 @@ def _build_scorers(job: Job, state: PartialState) -> dict[str, Scorer]:
 def _look(job: Job, dtype: torch.dtype) -> None:
     """HeldError, or EvaluationError for what must stay, in any of the folders; changes nothing."""
     for model, benchmark in job.evaluations:
-        texts = [prompt.text for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
+        samples = [prompt for prompt in benchmark.prompts for _ in range(job.images_per_prompt)]
         files = ResultFolder(job.folder(model, benchmark))
         refuse_if_held(files.folder)
-        files.look(settings_of(job, model, benchmark, dtype), texts, job.resume, job.save_images, job.overwrite)
+        files.look(settings_of(job, model, benchmark, dtype), samples, job.resume, job.save_images, job.overwrite)
 
 
 def _run(

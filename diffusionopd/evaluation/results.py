@@ -1,6 +1,7 @@
 """The files of an evaluation: one line a sample as it is scored, then the averages.
 
-    <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line
+    <folder>/evaluation_results.jsonl    {"sample_id", "prompt", "metadata", "scores"}, one object a line; with an
+                                         image beside the prompt its SHA-256, "reference"
     <folder>/average_scores.json         mean of each score; "counts", "prompts" and "standard_errors" beside them
     <folder>/evaluation_settings.json    what the images depend on, so that two evaluations are not mixed; beside it
                                          "images_saved": of samples below this number the evaluation may write images
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from diffusionopd.data.prompts import REFERENCE, Prompt
 from diffusionopd.files import write_atomically, writing
 from diffusionopd.rewards import NOT_APPLICABLE, Combined, Weighted
 
@@ -33,6 +35,8 @@ AVERAGES = "average_scores.json"
 SETTINGS = "evaluation_settings.json"
 _LATER = ("model_hash",)
 """Settings that earlier versions did not write: what they are not known to differ in they may go on with."""
+_LATER_FILES = ("hpsv3",)
+"""Likewise rewards, of those that cannot do without their file."""
 PART = "evaluation_results.part{rank}.jsonl"
 _KEPT = "What has been scored is kept: free some space, and go on with --resume."
 _SAVED = "images_saved"
@@ -46,12 +50,21 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One scored sample: `sample_id` is prompt index times images per prompt, plus the image's number."""
+    """One scored sample: `sample_id` is prompt index times images per prompt, plus the image's number.
+
+    `reference`: SHA-256 of the image beside the prompt; "" where there is none, and in results of before.
+    """
 
     sample_id: int
     prompt: str
     metadata: dict[str, Any]
     scores: dict[str, float]
+    reference: str = ""
+
+    @property
+    def subject(self) -> tuple[str, Any]:
+        """What tells its prompt from others: the text, and the image beside it by its content or else its name."""
+        return self.prompt, self.reference or self.metadata.get(REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -89,20 +102,20 @@ def read_records(path: Path) -> list[Record]:
 def summarise(records: Sequence[Record], combined: Combined | None = None) -> dict[str, Summary]:
     """Mean, standard error and count of every score, over the samples to which it applies.
 
-    The standard error is that of the mean over prompts: the images of one text are averaged first, because they are not
-    independent draws, whether they come from several images a prompt or from a prompt that is in the test set several
-    times (GenEval's has each of its 553 four times). It is 0 for a single prompt.
+    The standard error is that of the mean over prompts: the images of one text (and one reference image) are averaged
+    first, because they are not independent draws, whether they come from several images a prompt or from a prompt that
+    is in the test set several times (GenEval's has each of its 553 four times). It is 0 for a single prompt.
 
     Args:
         combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
             them applies to some sample. They are scores of different samples, so that their errors are independent.
             Or `Weighted`, which may have the name of the score that it averages.
     """
-    by_score: dict[str, dict[str, list[float]]] = {}
+    by_score: dict[str, dict[tuple[str, Any], list[float]]] = {}
     for record in records:
         for name, value in record.scores.items():
             if value != NOT_APPLICABLE:
-                by_score.setdefault(name, {}).setdefault(record.prompt, []).append(value)
+                by_score.setdefault(name, {}).setdefault(record.subject, []).append(value)
     summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
     for name, parts in (combined or {}).items():
         if isinstance(parts, Weighted):
@@ -118,11 +131,11 @@ def summarise(records: Sequence[Record], combined: Combined | None = None) -> di
 
 def _weighted(records: Sequence[Record], figure: Weighted) -> Summary:
     """The ratio of two sums, with the error of the linearised ratio, over prompts as in `_summary`."""
-    pairs = [(record.prompt, record.scores[figure.of], record.scores[figure.by]) for record in records]
+    pairs = [(record.subject, record.scores[figure.of], record.scores[figure.by]) for record in records]
     pairs = [pair for pair in pairs if NOT_APPLICABLE not in pair[1:]]
     total = math.fsum(weight for _, _, weight in pairs)
     mean = math.fsum(value * weight for _, value, weight in pairs) / total if total else 0.0
-    residuals: dict[str, float] = {}
+    residuals: dict[tuple[str, Any], float] = {}
     for prompt, value, weight in pairs:
         residuals[prompt] = residuals.get(prompt, 0.0) + weight * (value - mean)
     n = len(residuals)
@@ -202,7 +215,7 @@ class ResultFolder:
     def look(
         self,
         settings: Mapping[str, Any],
-        texts: Sequence[str],
+        prompts: Sequence[Prompt],
         resume: bool = False,
         need_images: bool = False,
         overwrite: bool = False,
@@ -211,14 +224,14 @@ class ResultFolder:
 
         Args:
             settings: JSON values that images and scores depend on.
-            texts: the prompt of each sample id.
+            prompts: the prompt of each sample id.
             resume: go on from the scored samples of an evaluation that is the same, instead of starting it over.
             need_images: a sample whose image is not there counts as not done.
             overwrite: start over an evaluation that is not the same, too.
 
         Raises:
             EvaluationError: files that no evaluation wrote; without `overwrite` also results of other settings or
-                prompts, or of more samples.
+                prompts (text, metadata, reference image), or of more samples.
         """
         before = self._settings()
         try:
@@ -227,12 +240,12 @@ class ResultFolder:
             if not overwrite:
                 raise
             records, resume = [], False
-        given, wanted = (before or {}).pop(_SAVED, None), len(texts) if need_images else 0
+        given, wanted = (before or {}).pop(_SAVED, None), len(prompts) if need_images else 0
         # Before there was this entry, a sample that was scored may have an image.
         saved = given if isinstance(given, int) else 1 + max((record.sample_id for record in records), default=-1)
         if taken := [path for path in map(self.image_path, range(saved, wanted)) if path.exists()]:
             raise EvaluationError(f"{taken[0]} is not of the evaluation in this folder; use another output folder")
-        differences = _differences(before or {}, settings, texts, records)
+        differences = _differences(before or {}, settings, prompts, records)
         if records and differences and not overwrite:
             what = "; ".join(differences)
             raise EvaluationError(f"{self.folder} holds results of another evaluation: {what}; {_REMEDY}")
@@ -241,13 +254,13 @@ class ResultFolder:
         kept = [record for record in records if not need_images or self.image_path(record.sample_id).is_file()]
         return Start(kept, max(saved, wanted), [])
 
-    def open(self, settings: Mapping[str, Any], texts: Sequence[str], **how: bool) -> None:
+    def open(self, settings: Mapping[str, Any], prompts: Sequence[Prompt], **how: bool) -> None:
         """Make the folder ready for appending: what an evaluation left there is kept or removed.
 
         The order is such that a kill at any moment leaves results beside the settings that they were made with.
         Arguments and errors as of `look`.
         """
-        start = self.look(settings, texts, **how)
+        start = self.look(settings, prompts, **how)
         self._check_lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / AVERAGES).unlink(missing_ok=True)
@@ -330,17 +343,33 @@ class ResultFolder:
 
 
 def _differences(
-    before: Mapping[str, Any], settings: Mapping[str, Any], texts: Sequence[str], records: Sequence[Record]
+    before: Mapping[str, Any], settings: Mapping[str, Any], prompts: Sequence[Prompt], records: Sequence[Record]
 ) -> list[str]:
     """What an evaluation with these settings and prompts, and the one that made the records, do not share."""
-    now, wanted = json.loads(json.dumps(settings)), dict(enumerate(texts))
+    now = json.loads(json.dumps(settings))
     before = {**{key: now[key] for key in _LATER if key in now}, **before}
+    if late := {name: now["reward_files"][name] for name in _LATER_FILES if name in now.get("reward_files", {})}:
+        before["reward_files"] = late | before.get("reward_files", {})
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
-    if other := [record.sample_id for record in records if record.prompt != wanted.get(record.sample_id)]:
-        differences.append(f"sample {other[0]} has another prompt, or is not among the {len(texts)} wanted now")
-    return differences
+    others = ((record.sample_id, _other(record, prompts)) for record in records)
+    return differences + [f"sample {sample_id} {what}" for sample_id, what in others if what][:1]
+
+
+def _other(record: Record, prompts: Sequence[Prompt]) -> str:
+    """What tells a record from the prompt of its sample; nothing for the same."""
+    if not 0 <= record.sample_id < len(prompts):
+        return f"is not among the {len(prompts)} wanted now"
+    prompt = prompts[record.sample_id]
+    if record.prompt != prompt.text:
+        return "has another prompt"
+    if record.metadata != prompt.metadata:
+        return "has other metadata"
+    return "has another reference image" if record.reference not in ("", prompt.image) else ""
 
 
 def _line(record: Record) -> str:
-    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+    values = asdict(record)
+    if not record.reference:
+        del values["reference"]
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusionopd.files import sha256
 from diffusionopd.rows import take
 
 NEGATIVE = "\0negative"
@@ -32,6 +34,11 @@ class Reference:
         """To a file that is there."""
         status = file.stat()
         return Reference(str(file.resolve()), status.st_size, status.st_mtime_ns)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its content."""
+        return sha256(self.path)
 
     def beside(self, text: str) -> str:
         """What stands for a prompt with this image among prompts."""
