@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from diffusionopd.evaluation.testsets import BENCHMARKS
-from diffusionopd.rewards import clip
+from diffusionopd.rewards import REGISTRY, clip
 from tools.download import main
 from tools.downloads import CATALOGUE, DownloadError, File, Item, Repository, choose, download, transfer
 from tools.downloads.convert import CONVERSIONS
@@ -210,5 +210,7 @@ def test_command_fails_with_a_list_of_what_failed(server, tmp_path, monkeypatch,
     assert "dataset/drawbench/test.txt" in printed.err and "404" in printed.err
     assert "me:word" not in printed.out + printed.err
     assert set(choose("datasets", [])) == {"geneval", "ocr", "pickscore", "drawbench"}
+    beside_table_1 = {"wise", "wise_verified", "hpsv3", *(name for name in REGISTRY if name.startswith("compbench_"))}
+    assert set(choose("rewards", [])) == CATALOGUE["rewards"].keys() - beside_table_1
     with pytest.raises(SystemExit, match="genevall.*geneval"):
         main(["rewards", "genevall"])

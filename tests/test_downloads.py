@@ -108,6 +108,8 @@ def test_hub_files_are_loaded_by_its_client_and_checked_by_what_it_states(path, 
         return str(Path(local_dir) / name)
 
     def facts(url):
+        if "/old/name/" in url:
+            raise EntryNotFoundError("gone")
         assert url.endswith("/name/resolve/main/sub/file.bin")
         return SimpleNamespace(size=len(CONTENT), etag=digest[0])
 

@@ -35,7 +35,7 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
     for url in file.urls:
         try:
             if path.exists() and not force:
-                verify(file, path)
+                verify(file, path, url)
                 return False
             path.parent.mkdir(parents=True, exist_ok=True)
             _load(url, file, path, pause)
@@ -47,14 +47,17 @@ def fetch(file: File, root: Path, force: bool = False, pause: float = 1.0) -> bo
     raise refused
 
 
-def verify(file: File, path: Path) -> None:
-    """Check a file that is there, and record its digest. Raises DownloadError if it is not what it should be."""
+def verify(file: File, path: Path, url: str) -> None:
+    """Check a file that is there, by its source at `url` where nothing else is known of it, and record its digest.
+
+    Raises DownloadError if it is not what it should be.
+    """
     actual, size = sha256(path), path.stat().st_size
     expected, expected_size = recorded(path) or file.sha256, 0  # the catalogue has beginnings of some
     if not expected and file.convert:  # of what is made of a source, that says nothing
         raise DownloadError(f"nothing is known to compare {path} with. --force makes it again")
     if not expected:
-        expected_size, expected = stated(file.urls[0])
+        expected_size, expected = stated(url)
     if not (actual.startswith(expected) and actual.startswith(file.sha256)) or (
         expected_size and expected_size != size
     ):
