@@ -1,6 +1,8 @@
 """The registry, images in every form, composites, and the worker thread."""
 
 import math
+import re
+import sys
 import threading
 import time
 import warnings
@@ -27,6 +29,7 @@ from diffusionopd.rewards import (
     score_all,
     to_uint8,
 )
+from diffusionopd.rewards.compbench import phrases
 from diffusionopd.rewards.images import each_uint8
 
 
@@ -354,3 +357,32 @@ def test_a_batch_over_its_time_is_given_up_until_it_ends():
 )
 def test_files_that_a_reward_lacks_are_named_without_loading(name, options, missing):
     assert (options.get("checkpoint", " ") in lacking(name, options)) == missing == bool(lacking(name, options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "package", "said_alike"),
+    [
+        ("ocr", {}, "rapidfuzz", True),
+        ("ocr", {}, "rapidocr", True),
+        ("ocr", {"engine": "paddleocr"}, "paddle", True),
+        ("hpsv2", {}, "ftfy", True),
+        ("hpsv2", {"engine": "open_clip"}, "open_clip", True),
+        ("geneval", {}, "scipy", False),  # whose file is looked for first
+        ("geneval", {"detector": "mmdet:a.py"}, "mmdet", True),
+        ("compbench_attribute", {}, "spacy", True),
+        ("compbench_complex", {}, "spacy", True),
+        ("compbench_spatial", {}, "spacy", True),
+        ("tiny_ocr", {}, "rapidocr", True),
+        ("tiny_compose", {}, "scipy", False),  # which imports it when it scores
+    ],
+)
+def test_packages_that_a_reward_lacks_are_named_without_loading(name, options, package, said_alike, monkeypatch):
+    phrases.load_parser.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    found = lacking(name, options)
+    assert package in found and re.search("install|environment.sh make", found)
+    if said_alike:
+        with pytest.raises(RewardError) as caught:
+            build_scorer(name, options=options)
+        halted = f"import of {package} halted; None in sys.modules", f"No module named {package!r}"
+        assert str(caught.value).replace(*halted) == found.replace(*halted)

@@ -152,9 +152,9 @@ def test_other_files_are_refused(scorer, official, tmp_path):
         scorer(checkpoint=str(tmp_path / "small.safetensors"))
     with pytest.raises(RewardError, match=r"none\.safetensors.*tools\.download rewards hpsv3"):
         scorer(checkpoint=str(tmp_path / "none.safetensors"))
-    for text in (None, "Rate {text_prompt}"):
-        if text:
-            (tmp_path / "other.txt").write_text(text)
+    for content in (None, b"Rate {text_prompt}", b"caf\xe9 {text_prompt} <|Reward|>"):
+        if content:
+            (tmp_path / "other.txt").write_bytes(content)
         with pytest.raises(RewardError, match=r"other\.txt.*tools\.download rewards hpsv3"):
             scorer(instruction=str(tmp_path / "other.txt"))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -342,6 +343,8 @@ def test_own_questions_are_asked_and_averaged_as_their_file_says(server, own):
     own.write_text("average: geometric\n" + OWN)
     first, second = scored(build_scorer("judge", options=build), STYLED)
     assert math.isclose(first["judge"], (0.75 * 0.75) ** 0.2) and second["judge"] == 0.0
+    drawn = build_scorer("judge", options=build).asked("sks, a dog", STYLED[0])[0].text
+    assert "picture of sks, a dog?" in drawn, "the prompt as it is drawn, not as the file has it"
 
 
 def test_an_image_with_an_answer_that_cannot_be_read_does_not_apply(server, own):
@@ -360,6 +363,11 @@ def test_the_documented_questions_are_read(own):
     own.write_text(text)
     shown, quality = load_questions(str(own)).questions
     assert shown.read(Answer("Yes", {"Yes": 0.5, " yes": 0.25, "No": 0.25})) == 0.75
+    assert shown.read(Answer("No", {"No": 0.9, "The": 0.1})) == 0.0
+    assert shown.read(Answer("The", {"The": 0.9, "It": 0.1})) is None, "no answer"
+    colour = replace(shown, answer=("red",))
+    assert colour.read(Answer("Red", {"Red": 0.5, "No": 0.5})) == 0.5
+    assert colour.read(Answer("No", {"No": 0.9, "The": 0.1})) is None, "nothing is known of how probable red is"
     either = OwnQuestion("a", "b", answer=("yes", "correct"))
     assert [either.read(Answer(said)) for said in ("Correct.", "No", "wrong", "")] == [1, 0, None, None]
     assert [quality.read(Answer(said)) for said in ("Score: 4.5", "Score: 6", "fine")] == [0.875, None, None]
@@ -464,3 +472,4 @@ def test_what_an_evaluation_depends_on_holds_the_questions_themselves(own):
     own.write_text(OWN.replace("weight: 2", "weight: 3"))
     assert len(before) == 1 and digests("judge", options) != before and digests("geneval2", {}) == []
     assert digests("unifiedreward", {"question": str(own)}) == digests("judge", options)
+    assert digests("hpsv3", {"instruction": str(own)}) == digests("judge", options)

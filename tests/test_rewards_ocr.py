@@ -188,23 +188,31 @@ def test_what_the_engine_raises_is_no_score(monkeypatch):
 
 
 class Paddle3:
-    """3.x: refuses arguments it does not know; one mapping an image, with empty lists where there is no text."""
+    """3.x: refuses arguments it does not know; one mapping an image, with empty lists where there is no text.
+
+    By default it gives every line, however unsure.
+    """
 
     def __init__(self, *, lang=None, ocr_version=None, device=None, use_doc_orientation_classify=None,
-                 use_doc_unwarping=None, use_textline_orientation=None, enable_mkldnn=None):  # fmt: skip
+                 use_doc_unwarping=None, use_textline_orientation=None, text_det_limit_side_len=None,
+                 text_det_limit_type=None, text_rec_score_thresh=0.0, enable_mkldnn=None):  # fmt: skip
         self.made = {name: value for name, value in locals().items() if name != "self"}
         Paddle3.last = self
 
     def predict(self, input, **_):
-        texts = ["Hello", "Wor ld"] if input.any() else []
-        return [{"input_path": None, "rec_texts": texts, "rec_scores": [0.9] * len(texts), "rec_polys": []}]
+        lines = {"Hello": 0.9, "he11o": 0.3, "Wor ld": 0.8} if input.any() else {}
+        sure = {text: score for text, score in lines.items() if score >= self.made["text_rec_score_thresh"]}
+        return [{"input_path": None, "rec_texts": [*sure], "rec_scores": [*sure.values()], "rec_polys": []}]
 
     def ocr(self, img, **kwargs):
         return self.predict(img, **kwargs)  # `cls` would be refused here
 
 
 class Paddle2:
-    """2.x: takes any argument; per image a list of [box, (text, confidence)], or None where there is no text."""
+    """2.x: takes any argument; per image a list of [box, (text, confidence)], or None where there is no text.
+
+    By default it gives no line of a confidence below 0.5.
+    """
 
     def __init__(self, **made):
         self.made = made
@@ -236,6 +244,9 @@ def test_paddleocr_is_read_through_either_api(paddle, engine):
     ]
     np.testing.assert_allclose(scores, [1.0, 0.0])
     assert engine.last.made["lang"] == "en" and engine.last.made["ocr_version"] == "PP-OCRv4"
+    if engine is Paddle3:
+        detector = [engine.last.made[f"text_det_limit_{name}"] for name in ("side_len", "type")]
+        assert detector == [960, "max"], "as 2.x by default"
 
 
 def test_paddleocr_runs_where_paddle_can(paddle):

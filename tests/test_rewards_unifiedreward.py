@@ -127,9 +127,10 @@ def test_without_the_official_question_it_asks_its_own_and_says_so(build, server
     scorer.score(grey(0), ["a dog"], [{}])
     assert sent_text(server.requests[0].body) == OWN_QUESTION.replace("{prompt}", "a dog")
     assert "Final Score:" in OWN_QUESTION and OWN_QUESTION.count("{prompt}") == 1
-    (tmp_path / "other.txt").write_text("404: Not Found")
-    with pytest.raises(RewardError, match=r"other\.txt has no \{prompt\}.*tools.download"):
-        build(question=str(tmp_path / "other.txt"))
+    for content, fact in ((b"404: Not Found", r"has no \{prompt\}"), (b"caf\xe9 {prompt}", "cannot be read.*utf-8")):
+        (tmp_path / "other.txt").write_bytes(content)
+        with pytest.raises(RewardError, match=rf"other\.txt {fact}.*tools.download"):
+            build(question=str(tmp_path / "other.txt"))
 
 
 def test_another_judge_is_a_subclass_with_a_name_and_a_parser(server, question):

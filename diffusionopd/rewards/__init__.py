@@ -190,6 +190,8 @@ def lacking(name: str, options: Mapping[str, Any]) -> str:
     """What keeps a reward from being built here, as far as its packages and files tell without loading; or nothing."""
     try:
         factory = _factory(name, options)
+        with _packages(name):
+            getattr(factory, "packages", lambda _: None)(options)
         bound = inspect.signature(factory).bind_partial(**options)
         bound.apply_defaults()
         idle = factory.dispensable(options) if hasattr(factory, "dispensable") else ()

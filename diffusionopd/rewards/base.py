@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,6 +104,13 @@ def not_whole(least: Mapping[str, int], /, **options: Any) -> list[str]:
 def fetch_command(reward: str) -> str:
     """What fetches the files of a reward."""
     return f"python -m tools.download rewards {reward}"
+
+
+def find_packages(*names: str) -> None:
+    """Raises `ImportError`, as importing it would, for a package that is not here; imports none."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 FOLDER = "reward_ckpts/"

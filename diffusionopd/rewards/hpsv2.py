@@ -2,14 +2,15 @@
 
 import functools
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusionopd.rewards.base import RewardError, Scores
+from diffusionopd.rewards.base import RewardError, Scores, find_packages
 from diffusionopd.rewards.clip import CLIP_H_PROCESSOR, Clip
 from diffusionopd.rewards.images import Images, each_uint8, fit_and_pad
 from diffusionopd.rewards.weights import Dtype, StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
@@ -107,13 +108,8 @@ def load_open_clip(checkpoint: str, device: str, dtype: str) -> OpenClip:
         RewardError: as `load_official`; open_clip is not installed, with what installs it; a dtype that is none.
     """
     number = scorer_dtype(dtype)
-    try:
+    with _open_clip_package():
         import open_clip
-    except ImportError as error:
-        raise RewardError(
-            f"reward 'hpsv2' with engine 'open_clip' cannot be imported: {error}. It brings torchvision, and so has an "
-            "environment of its own: bash scripts/environments/environment.sh make open_clip venv/open_clip"
-        ) from error
 
     def build(file: Mapping[str, StateDict]) -> Any:
         model = open_clip.create_model("ViT-H-14", pretrained=None)
@@ -124,6 +120,18 @@ def load_open_clip(checkpoint: str, device: str, dtype: str) -> OpenClip:
 
     model = load_official("hpsv2", checkpoint, build).to(device, number).requires_grad_(False).eval()
     return OpenClip(model, open_clip.get_tokenizer("ViT-H-14"), CONFIG.vision_config.image_size)
+
+
+@contextmanager
+def _open_clip_package() -> Iterator[None]:
+    """open_clip that is missing inside the block is a `RewardError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise RewardError(
+            f"reward 'hpsv2' with engine 'open_clip' cannot be imported: {error}. It brings torchvision, and so has an "
+            "environment of its own: bash scripts/environments/environment.sh make open_clip venv/open_clip"
+        ) from error
 
 
 class Hpsv2:
@@ -157,6 +165,15 @@ class Hpsv2:
         import ftfy  # noqa: F401  (missing: said now, not with the first prompt)
 
         self.clip = load_hps_clip(checkpoint, tokenizer, device, dtype)
+
+    @staticmethod
+    def packages(options: Mapping[str, Any]) -> None:
+        """Raises as the constructor where a package is missing; loads none."""
+        if options.get("engine") == "open_clip":
+            with _open_clip_package():
+                find_packages("open_clip")
+        else:
+            find_packages("ftfy")
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""

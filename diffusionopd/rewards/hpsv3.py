@@ -99,7 +99,11 @@ def _build_model(state: StateDict) -> Hpsv3Model:
 
 def load_instruction(path: str) -> str:
     """The instruction of a file, to the last line break. Raises `RewardError` if it is missing or is no such text."""
-    text = official_file("hpsv3", path).read_text(encoding="utf-8")
+    place = official_file("hpsv3", path)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"{path} cannot be read: {error}. To fetch it again: {fetch_command('hpsv3')}") from error
     if text.count("{text_prompt}") != 1 or text.count(REWARD_TOKEN) != 1:
         raise RewardError(f"{path} is not what HPSv3 is told. Remove it and fetch it again: {fetch_command('hpsv3')}")
     return text
@@ -179,6 +183,11 @@ class Hpsv3:
 
     check = staticmethod(functools.partial(unfit, _refuse_tokens))
     problems = staticmethod(functools.partial(not_whole, {"batch_size": 1}))
+
+    @staticmethod
+    def files(options: Mapping[str, Any]) -> list[str]:
+        """The files that the scores depend on, beside the weights."""
+        return [options.get("instruction", INSTRUCTION)]
 
     def score(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """As `Scorer.score`."""

@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from diffusionopd.rewards.base import RewardError, Scores, unfit
+from diffusionopd.rewards.base import RewardError, Scores, find_packages, unfit
 from diffusionopd.rewards.images import Images, each_uint8
 from diffusionopd.rewards.quotes import normalised, quoted, wanted_text
 
@@ -68,18 +69,25 @@ def paddleocr_reader(device: str) -> Reader:
     Raises:
         RewardError: the packages are not installed.
     """
-    try:
+    with _paddle_packages():
         import paddle
         from paddleocr import PaddleOCR
+    kind, _, index = device.partition(":")
+    gpu = int(index or 0) if kind == "cuda" and paddle.device.is_compiled_with_cuda() else None
+    read = _paddleocr_3 if hasattr(PaddleOCR, "predict") else _paddleocr_2
+    return read(partial(PaddleOCR, lang="en", ocr_version="PP-OCRv4"), gpu)
+
+
+@contextmanager
+def _paddle_packages() -> Iterator[None]:
+    """A package that is missing inside the block is a `RewardError`."""
+    try:
+        yield
     except ImportError as error:
         raise RewardError(
             f"reward 'ocr' with engine 'paddleocr' cannot be imported: {error}. "
             "Its packages: pip install -e '.[paddle]', in an environment of its own"
         ) from error
-    kind, _, index = device.partition(":")
-    gpu = int(index or 0) if kind == "cuda" and paddle.device.is_compiled_with_cuda() else None
-    read = _paddleocr_3 if hasattr(PaddleOCR, "predict") else _paddleocr_2
-    return read(partial(PaddleOCR, lang="en", ocr_version="PP-OCRv4"), gpu)
 
 
 def _paddleocr_3(make: Callable[..., Any], gpu: int | None) -> Reader:
@@ -90,6 +98,10 @@ def _paddleocr_3(make: Callable[..., Any], gpu: int | None) -> Reader:
         use_doc_unwarping=False,
         use_textline_orientation=False,
         enable_mkldnn=False,  # Paddle 3.3 fails on the CPU with it (PaddlePaddle/Paddle issue 77340)
+        # The defaults of 2.x, which published scores are read with.
+        text_det_limit_side_len=960,
+        text_det_limit_type="max",
+        text_rec_score_thresh=0.5,
     )
     return lambda pixels: [text for page in engine.predict(pixels) for text in page["rec_texts"]]
 
@@ -124,6 +136,16 @@ class Ocr:
             self._read_lines = paddleocr_reader(device)
 
     check = staticmethod(check_quotes)
+
+    @staticmethod
+    def packages(options: Mapping[str, Any]) -> None:
+        """Raises as the constructor where a package is missing; loads none."""
+        find_packages("rapidfuzz")
+        if options.get("engine") == "paddleocr":
+            with _paddle_packages():
+                find_packages("paddle", "paddleocr")
+        else:
+            find_packages("rapidocr", "onnxruntime")
 
     def read(self, pixels: np.ndarray) -> str:
         """All text in a uint8 `[H, W, 3]` RGB image, `normalised`, in the order of the engine's lines."""

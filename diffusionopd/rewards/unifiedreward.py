@@ -53,7 +53,7 @@ def load_question(path: str) -> str:
     """The question of a file, without line breaks at its end; without the file `OWN_QUESTION`, with a warning.
 
     Raises:
-        RewardError: a file without `{prompt}`.
+        RewardError: a file that is no text, or has no `{prompt}`.
     """
     fetch, path = fetch_command("unifiedreward"), located(path)
     if not Path(path).is_file():
@@ -63,7 +63,10 @@ def load_question(path: str) -> str:
             stacklevel=3,
         )
         return OWN_QUESTION
-    question = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    try:
+        question = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"{path} cannot be read: {error}. To fetch it again: {fetch}") from error
     if "{prompt}" not in question:
         raise RewardError(f"{path} has no {{prompt}} where the caption belongs. To fetch it again: {fetch}")
     return question

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffusionopd.rewards.base import UnfitPromptError, unfit
+from diffusionopd.rewards.base import UnfitPromptError, find_packages, unfit
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.ocr import check_quotes
 from diffusionopd.rewards.quotes import wanted_text
@@ -92,6 +92,11 @@ class TinyCompose:
     """
 
     @staticmethod
+    def packages(options: Mapping[str, Any]) -> None:
+        """Raises `ImportError` where a package is missing; loads none."""
+        find_packages("scipy")
+
+    @staticmethod
     def check(prompts: Sequence[str], metadata: Metadata) -> dict[int, str]:
         """As `unfit`: prompts without GenEval's metadata in the words of the tiny world."""
         return unfit(_included, prompts, metadata)
@@ -160,6 +165,11 @@ class TinyOcr:
         threads = "EngineConfig.onnxruntime.intra_op_num_threads"
         params = {"Global.log_level": "error", threads: 1, "Rec.rec_img_shape": [3, 48, _READ_WIDTH]}
         self._engine = RapidOCR(params=params)
+
+    @staticmethod
+    def packages(options: Mapping[str, Any]) -> None:
+        """Raises `ImportError` where a package is missing; loads none."""
+        find_packages("rapidocr", "onnxruntime", "rapidfuzz")
 
     def read(self, image: np.ndarray) -> str:
         """The letters and digits on the sign of a uint8 [64, 64, 3] image."""

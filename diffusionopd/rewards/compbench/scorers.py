@@ -70,6 +70,10 @@ def _pairs(images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[st
     return list(zip(each_uint8(images), prompts, metadata, strict=True))
 
 
+def _need_parser(options: Mapping[str, Any]) -> None:
+    load_parser()
+
+
 def _can_parse() -> bool:
     try:
         load_parser()
@@ -109,6 +113,8 @@ class Attribute:
         load_parser()
         self.vqa = load_blip_vqa(checkpoint, tokenizer, device, dtype)
 
+    packages = staticmethod(_need_parser)
+
     @staticmethod
     def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """As `unfit`: prompts without a noun phrase, where there is what finds them."""
@@ -126,6 +132,8 @@ class SpatialRelation:
         """Args: `detector`, an OWLv2, hub id or folder. Raises `RewardError` as `load_detector`."""
         load_parser()
         self.detect = load_detector(detector, device, dtype)
+
+    packages = staticmethod(_need_parser)
 
     @staticmethod
     def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:
@@ -176,6 +184,8 @@ class Complex:
         self.vqa = load_blip_vqa(checkpoint, tokenizer, device, dtype)
         self.clip = load_clip_b(clip, clip_tokenizer, device, dtype)
         self.detect = load_detector(detector, device, dtype)
+
+    packages = staticmethod(_need_parser)
 
     @staticmethod
     def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import Mask2FormerForUniversalSegmentation
 
 from diffusionopd.files import located
-from diffusionopd.rewards.base import RewardError
+from diffusionopd.rewards.base import RewardError, find_packages
 from diffusionopd.rewards.geneval.convert import UNUSED, convert, read_checkpoint
 from diffusionopd.rewards.geneval.mask2former import by_class, detect
 from diffusionopd.rewards.geneval.rules import THRESHOLD, Detection
@@ -55,6 +56,16 @@ def build_detector(choice: str, checkpoint: str, device: str, dtype: torch.dtype
     return partial(detect, model.to(device, dtype).requires_grad_(False).eval())
 
 
+def find_detector(choice: str) -> None:
+    """Raises as `build_detector` where a package is missing; loads none."""
+    kind, name = parse_choice(choice)
+    if kind == "mmdet":
+        with _mmdet_package(name):
+            find_packages("mmdet")
+    else:
+        find_packages("scipy")
+
+
 def load_model(name: str) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former of COCO's 80 classes, from the hub or a folder. Raises `RewardError` as `build_detector`."""
     model = load_pretrained(Mask2FormerForUniversalSegmentation, "detector", name, unused=UNUSED)
@@ -73,14 +84,8 @@ def mmdet_detector(config: str, checkpoint: str, device: str) -> Detector:
     Raises:
         RewardError: no mmdetection, no such files, weights of another model.
     """
-    try:
+    with _mmdet_package(config):
         from mmdet import apis
-    except ImportError as error:
-        raise RewardError(
-            f"detector 'mmdet:{config}' needs mmdetection, which cannot be imported: {error}. It runs in an "
-            "environment of its own (https://mmdetection.readthedocs.io, mim install mmcv mmdet); "
-            "the detector 'converted' has the same weights and needs none"
-        ) from error
     config, checkpoint = located(config), located(checkpoint)
     if not Path(config).is_file():
         raise RewardError(f"detector 'mmdet:{config}': there is no file {config}")
@@ -96,6 +101,19 @@ def mmdet_detector(config: str, checkpoint: str, device: str) -> Detector:
     return lambda pixels: [
         by_class(_instances(apis.inference_detector(model, image[:, :, ::-1].copy()))) for image in pixels
     ]
+
+
+@contextmanager
+def _mmdet_package(config: str) -> Iterator[None]:
+    """mmdetection that is missing inside the block is a `RewardError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise RewardError(
+            f"detector 'mmdet:{config}' needs mmdetection, which cannot be imported: {error}. It runs in an "
+            "environment of its own (https://mmdetection.readthedocs.io, mim install mmcv mmdet); "
+            "the detector 'converted' has the same weights and needs none"
+        ) from error
 
 
 def _instances(result: Any) -> Iterator[tuple[int, Detection]]:

@@ -12,7 +12,7 @@ from diffusionopd.rewards.base import NOT_APPLICABLE, RewardError, Scores, not_w
 from diffusionopd.rewards.clip import CLIP_L, Clip, load_clip
 from diffusionopd.rewards.geneval.classes import COLOURS, TAGS
 from diffusionopd.rewards.geneval.convert import CHECKPOINT
-from diffusionopd.rewards.geneval.detector import build_detector, parse_choice
+from diffusionopd.rewards.geneval.detector import build_detector, find_detector, parse_choice
 from diffusionopd.rewards.geneval.rules import Detection, Verdict, judge, parse_request, select_objects
 from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.weights import Dtype, scorer_dtype
@@ -101,6 +101,11 @@ class GenEval:
         self.colours = ColourClassifier(load_clip(clip, clip, device, dtype))
 
     check = staticmethod(partial(unfit, parse_request))
+
+    @staticmethod
+    def packages(options: Mapping[str, Any]) -> None:
+        """Raises as the constructor where a package is missing; loads none."""
+        find_detector(options.get("detector", "converted"))
 
     @staticmethod
     def dispensable(options: Mapping[str, Any]) -> tuple[str, ...]:

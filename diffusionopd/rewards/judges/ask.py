@@ -18,7 +18,7 @@ def filled(template: str, prompt: str, metadata: Mapping[str, Any]) -> str:
     Raises:
         UnfitPromptError: the metadata lacks a key.
     """
-    values = {"prompt": prompt, **metadata}
+    values = {**metadata, "prompt": prompt}  # as it was drawn: a task's trigger is not in the metadata
     if missing := sorted({name for name in _PLACE.findall(template) if name not in values}):
         raise UnfitPromptError(f"has no {', '.join(map(repr, missing))}, which the judge's question names", prompt)
     return _PLACE.sub(lambda place: str(values[place[1]]), template)

@@ -42,11 +42,16 @@ class OwnQuestion:
             except (ValueError, TypeError):  # the group holds no number, or took no part
                 return None
             return (value - low) / (high - low) if low <= value <= high else None
+        asks_yes_or_no = bool({"yes", "no"} & set(self.answer))
         if self.probability:
-            return min(1.0, sum(p for token, p in answer.first.items() if token.strip().lower() in self.answer))
+            listed = [(token.strip().lower(), p) for token, p in answer.first.items()]
+            known = {*self.answer, *(("yes", "no") if asks_yes_or_no else ())}
+            if not any(word in known for word, _ in listed):
+                return None
+            return min(1.0, sum(p for word, p in listed if word in self.answer))
         if answer.word() in self.answer:
             return 1.0
-        wrong = yes_or_no(answer) is not None if {"yes", "no"} & set(self.answer) else answer.word()
+        wrong = yes_or_no(answer) is not None if asks_yes_or_no else answer.word()
         return 0.0 if wrong else None
 
 
