@@ -213,6 +213,21 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
         assert (tmp_path / "out" / f"tiny-{name}.png").read_bytes()[:4] == b"\x89PNG" and f"(tiny-{name}.png)" in text
 
 
+def test_strengths_are_held_against_the_teachers_that_they_had(results):
+    """Those of 24 rounds have .6 on their own tasks, those of 60 .9."""
+    early = [
+        result(f"teacher_{task}.early", seed, test={t: [0.6] * PROMPTS for t in TASKS})
+        for task in TASKS
+        for seed in (1, 2)
+    ]
+    runs, chosen = read_results(results(*early, seeds=(1, 2)), TINY)
+    found = {row["name"]: row for row in rows(runs, TINY, "strength", chosen)}
+    for name, row in found.items():
+        gap = 0.85 - 0.6 if "_24_" in name else (0.85 if "strength" in name and not name.endswith("_1") else 0.89) - 0.9
+        assert [part.mean for part in row["beyond"].values()] == pytest.approx([gap] * 3, abs=2e-3)
+        assert row["lead"].mean == pytest.approx(gap / 0.7, abs=5e-3), "of the way from the base's .2 to .9"
+
+
 def drawn_by(seed: int) -> dict:
     """A file of ``beyond.py``."""
     kinds = [(0, "base", 1.0), (24, "teacher", 1.0), (24, "target", 1.5), (24, "opd", 1.0), (24, "opd", 1.5)]

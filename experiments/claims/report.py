@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from experiments.claims.arms import AT_TEACHERS, GROUPS, HALF, LOSSES, SHIPPED, Arm
+from experiments.claims.arms import AT_TEACHERS, EARLY, GROUPS, HALF, LOSSES, SHIPPED, TEACHER_ROUNDS, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import drawing, figures, means
 from experiments.claims.results import Chosen, ClaimsError, Result, Runs, candidates, read_results, rounds_to, staged
@@ -34,11 +34,12 @@ RESULTS = Path(__file__).with_name("results")
 STRENGTHS = f"{TINY.name}-strengths.png"
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
-    "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of starts, over the fresh "
-    "student of the same teachers with our loss. NFE: forward passes of single images, in thousands; cost: these "
-    "and two more for each backward pass; and with the teachers' own, where these are made here. Not in them: five "
-    "rounds' passes before a start whose scale is chosen by the loss. The base and the shipped teachers were trained "
-    "on prompts of the same grammar, among them all for validation and about half of those for test here."
+    "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of strengths, over the "
+    "student's own teachers; of starts, over the fresh student of the same teachers with our loss. NFE: forward passes "
+    "of single images, in thousands; cost: these and two more for each backward pass; and with the teachers' own, "
+    "where these are made here. Not in them: five rounds' passes before a start whose scale is chosen by the loss. "
+    "The base and the shipped teachers were trained on prompts of the same grammar, among them all for validation and "
+    "about half of those for test here."
 )
 
 
@@ -54,7 +55,14 @@ def rows(runs: Runs, world: World, group: str, chosen: Chosen) -> list[dict[str,
     ours = staged(chosen.get(("opd", HALF), ""), HALF)
     for arm, stage in names:
         name = staged(arm.name, stage)
-        reference = None if group == "claims" else f"fresh_{arm.teachers}_opd" if group == "start" else ours
+        reference: str | dict[str, str] | None = ours
+        if group == "claims":
+            reference = None
+        elif group == "start":
+            reference = f"fresh_{arm.teachers}_opd"
+        elif group == "strength":
+            age = "" if arm.teacher_rounds == TEACHER_ROUNDS else EARLY
+            reference = {task: staged(f"teacher_{task}", age) for task in world.names}
         results = [result for result in runs.get(name, {}).values() if result.test]
         if not results:
             continue
@@ -72,6 +80,9 @@ def rows(runs: Runs, world: World, group: str, chosen: Chosen) -> list[dict[str,
             row[cost] = fmean(getattr(result, cost) for result in made) / 1000
         if arm.teachers == SHIPPED:
             row["cost_with_teachers"] = None  # which came with the world
+        if isinstance(reference, dict):
+            pairs = {task: [(1.0, name, task), (-1.0, teacher, task)] for task, teacher in reference.items()}
+            row["beyond"] = {task: contrast(runs, task, pair) for task, pair in pairs.items()}
         if group == "start":
             shares = (0.9, 0.95)
             row["reached"] = {s: [_reached(runs, name, task, s, arm) for task in world.names] for s in shares}

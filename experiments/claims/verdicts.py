@@ -127,14 +127,16 @@ def _variance(scores: np.ndarray, clusters: Sequence[int]) -> tuple[float, int]:
     return (count / (count - 1) * float(np.square(sums).sum()) / len(scores) ** 2 if count > 1 else 0.0), count
 
 
-def lead(runs: Runs, world: World, name: str, run: str, other: str) -> Part:
-    """The average of a run minus that of another: the mean over tasks, the base as 0 and the task's teacher as 1."""
+def lead(runs: Runs, world: World, name: str, run: str, other: str | Mapping[str, str]) -> Part:
+    """The average of a run minus that of another, or of one for each task: the mean over tasks, the base as 0 and the
+    task's teacher as 1."""
     terms = []
     for task in world.names:
         gain = contrast(runs, "", [(1.0, f"teacher_{task}", task), (-1.0, "base", task)]).mean
         if not gain or gain <= 0:
             return Part(name, {}, why_none="no base or teachers, or no gain, to measure by")
-        terms += [(sign / gain / len(world.names), each, task) for sign, each in ((1.0, run), (-1.0, other))]
+        against = other if isinstance(other, str) else other[task]
+        terms += [(sign / gain / len(world.names), each, task) for sign, each in ((1.0, run), (-1.0, against))]
     return contrast(runs, name, terms)
 
 
