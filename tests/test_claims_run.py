@@ -125,6 +125,12 @@ def test_a_failure_is_told_and_the_others_go_on(driven):
     ]
 
 
+def test_no_worker_waits_for_a_stage_while_another_arm_could_begin(driven):
+    runner, done, _ = driven
+    assert run_all(plan("tiny", ["opd_0.001", "paper_0.001"], [1]), runner, jobs=1) == []
+    assert done.index("paper_0.001.80") < done.index("opd_0.001") and done.index("teacher_scene.early") < 3
+
+
 def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(driven):
     runner, done, _ = driven
     runs = plan("tiny", ["opd_0.001"], [1])

@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from diffusionopd.algorithms.optim import Ema, OptimizerSettings, StudentOptimizer
-from diffusionopd.data.prompts import PromptError, read_prompts
+from diffusionopd.data.prompts import Prompt, PromptError, read_prompts
 from diffusionopd.evaluation.results import EvaluationError, ResultFolder, read_averages, read_records
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, load_lora
@@ -179,7 +179,7 @@ def test_results_of_an_evaluation(tmp_path_factory, content):
     with only(EvaluationError, naming=folder):
         read_records(folder / "evaluation_results.jsonl")
         files = ResultFolder(folder)
-        files.open({}, ["a red dog", "a red dog"], resume=True, need_images=False)
+        files.open({}, [Prompt("a red dog", METADATA)] * 2, resume=True, need_images=False)
         assert files.done() <= {0, 1}
         files.close()
         assert read_averages(folder / "average_scores.json").keys() <= {"ocr", "geneval"} or files.done()

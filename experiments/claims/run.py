@@ -340,6 +340,11 @@ def plan(world: str, arms: Sequence[str], seeds: Sequence[int], stages: Sequence
     return list(found)
 
 
+def _depth(run: Run) -> int:
+    """How many runs must come one after another before it."""
+    return max((1 + _depth(each) for each in run.needs), default=0)
+
+
 def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
     """Do what has no result yet, ``jobs`` at a time; returns the messages of what failed."""
     wanted = dict.fromkeys(run for run in runs if not runner.is_done(run))
@@ -357,7 +362,8 @@ def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
         runner.do(run)
 
     with tqdm(total=len(runs), initial=len(runs) - len(wanted), unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
-        for run in filter(wanted.__contains__, runs):  # what others wait for is started before them
+        # What others wait for is started before them, and at once: who waits has a worker for himself.
+        for run in sorted(filter(wanted.__contains__, runs), key=lambda run: (run.seed, _depth(run))):
             started[run] = pool.submit(do, run)
         try:
             for _ in as_completed(started.values()):
