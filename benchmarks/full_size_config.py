@@ -1,8 +1,9 @@
-"""The published distillation on the random model that ``full_size.py`` wrote: what it costs, before any download.
+"""What the project trains on the random model that ``full_size.py`` wrote: what it costs, before any download.
 
 ``mopd`` is ``config/opd.py:mopd`` with the model, teachers and prompts of that folder, ``merge`` is
-``config/merge.py:sd35`` of ten LoRAs; ``small_mopd`` and ``small_merge`` are the same, small.
-Those of other families are called like their shapes (``z_image``, ``small_z_image``).
+``config/merge.py:sd35`` of ten LoRAs, ``nft`` and ``guard`` are ``config/teacher.py:nft_geneval`` and ``guard_ocr``;
+images are scored by the size of their file. With ``small_`` before its name each is the same, small. Other families are
+called like their shapes (``z_image``, ``small_z_image``), and with ``_merge`` after it (``flux1_merge``).
 The environment variable FULL_SIZE names another folder than ``logs/full_size``, for both files.
 """
 
@@ -28,49 +29,36 @@ SHAPES = {
 }
 """Name -> the published model, and the configuration that distils it."""
 
-_published = runpy.run_path(str(ROOT / "config" / "opd.py"))["get_config"]
-_merge = runpy.run_path(str(ROOT / "config" / "merge.py"))["get_config"]
+REWARD = {"jpeg_compressibility": 1.0}
 
 
 def get_config(name: str) -> ConfigDict:
-    """Return ``mopd``, ``merge``, ``small_mopd``, ``small_merge``, or that of another family's shape."""
-    if (shape := name.removeprefix("small_")) not in SHAPES:
-        return globals()[name]()
-    file, _, preset = SHAPES[shape][1].partition(":")
-    config = runpy.run_path(str(ROOT / "config" / file))["get_config"](preset)
-    return _small(_on(name, config)) if name != shape else _on(name, config)
-
-
-def mopd() -> ConfigDict:
-    """Three teachers, one student, at SD3.5-Medium's size; images are scored by the size of their file.
+    """Return the configuration called ``name``.
 
     Command:   python -m tools.profile_round --config benchmarks/full_size_config.py:mopd
-    Hardware:  one GPU of 24 GB or more
+    Hardware:  one GPU of 24 GB or more (merge: 16 GB)
     """
-    return _on("sd35", _published("mopd"))
+    prefix = "small_" if name.startswith("small_") else ""
+    plain = name.removeprefix(prefix)
+    if plain in SHAPES:
+        config = _on(name, _preset(*SHAPES[plain][1].split(":")))
+    elif plain.endswith("_merge"):
+        config = merge(name.removesuffix("_merge"))
+    else:
+        config = globals()[plain]("small" if prefix else "sd35")
+    if prefix:  # a few layers and images of 64 pixels, in float32, on a CPU
+        config.resolution, config.mixed_precision = 64, "no"
+    return config
 
 
-def small_mopd() -> ConfigDict:
-    """The same on a model of a few layers and images of 64 pixels, in float32, on a CPU."""
-    return _small(_on("small", _published("mopd")))
+def mopd(shape: str) -> ConfigDict:
+    """Three teachers, one student."""
+    return _on(shape, _preset("opd.py", "mopd"))
 
 
-def merge() -> ConfigDict:
-    """Ten LoRAs into one, at SD3.5-Medium's size.
-
-    Command:   python -m tools.profile_round --config benchmarks/full_size_config.py:merge
-    Hardware:  one GPU of 16 GB or more
-    """
-    return _merged("sd35")
-
-
-def small_merge() -> ConfigDict:
-    """The same on the model of ``small_mopd``."""
-    return _small(_merged("small"))
-
-
-def _merged(shape: str) -> ConfigDict:
-    config = _merge("sd35")
+def merge(shape: str) -> ConfigDict:
+    """Ten LoRAs into one."""
+    config = _preset("merge.py", "sd35")
     config.run_name = f"full_size_merge_{shape}"
     config.pretrained.model = str(FOLDER / shape / "model")
     places = [str(FOLDER / shape / "teachers" / task / "lora") for task in TASKS]
@@ -78,14 +66,31 @@ def _merged(shape: str) -> ConfigDict:
     return config
 
 
-def _small(config: ConfigDict) -> ConfigDict:
-    config.resolution = 64
-    config.mixed_precision = "no"
+def nft(shape: str) -> ConfigDict:
+    """A teacher by DiffusionNFT."""
+    return _rewarded(shape, "nft_geneval")
+
+
+def guard(shape: str) -> ConfigDict:
+    """A teacher by GRPO-Guard."""
+    return _rewarded(shape, "guard_ocr")
+
+
+def _preset(file: str, name: str) -> ConfigDict:
+    return runpy.run_path(str(ROOT / "config" / file))["get_config"](name)
+
+
+def _rewarded(shape: str, preset: str) -> ConfigDict:
+    config = _preset("teacher.py", preset)
+    config.run_name = f"full_size_{preset}_{shape}"
+    config.pretrained.model = str(FOLDER / shape / "model")
+    config.dataset = str(FOLDER / shape / "dataset" / TASKS[0])
+    config.prompt_fn, config.reward_fn = "general_ocr", REWARD
     return config
 
 
 def _on(shape: str, config: ConfigDict) -> ConfigDict:
-    """A configuration with the model, teachers and prompts of a shape's folder."""
+    """A distillation with the model, teachers and prompts of a shape's folder."""
     config.run_name = f"full_size_{shape}"
     config.pretrained.model = str(FOLDER / shape / "model")
     config.train.teachers = [
@@ -94,7 +99,7 @@ def _on(shape: str, config: ConfigDict) -> ConfigDict:
             "lora_path": str(FOLDER / shape / "teachers" / task / "lora"),
             "dataset": str(FOLDER / shape / "dataset" / task),
             "prompt_fn": "general_ocr",
-            "proxy_reward": {"jpeg_compressibility": 1.0},
+            "proxy_reward": REWARD,
         }
         for task, teacher in zip(TASKS, config.train.teachers, strict=False)
     ]

@@ -17,9 +17,9 @@ def get_config(name: str = "sd35") -> ConfigDict:
 
 
 def sd35() -> ConfigDict:
-    """LoRAs of Stable Diffusion 3.5 Medium, at 512x512.
+    """LoRAs of Stable Diffusion 3.5 Medium, or of the base that is named, with its own guidance, at 512x512.
 
-    Command:   diffusionopd merge my_loras.csv
+    Command:   diffusionopd merge my_loras.csv [--config.pretrained.model=black-forest-labs/FLUX.1-dev]
     Hardware:  1 GPU, 16 GB: 11 GB of text encoders, then 11 GB for ten LoRAs; 12 images per round, 3 of each of 4
                LoRAs, which are drawn anew for each round
     Cost:      1.3 PFLOP per round (computed, as the memory, by diffusionopd cost --config config/merge.py
@@ -33,8 +33,10 @@ def sd35() -> ConfigDict:
     config.save_freq = 50
     config.sample_freq = 25
     config.resolution = 512
+    config.max_sequence_length = None  # the base's own, as its guidance
     config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
 
+    config.sample.guidance_scale = config.sample.teacher_guidance_scale = config.sample.eval_guidance_scale = None
     config.sample.num_steps = 10
     config.sample.eval_num_steps = 28
     config.sample.train_batch_size = 3
