@@ -134,6 +134,9 @@ def test_missing_file_falls_back_to_the_next_source(server, tmp_path):
     with pytest.raises(DownloadError, match=r"moved\.bin.*404"):
         fetch(entry(server, name="moved.bin", path="other.bin"), tmp_path)
     assert left(tmp_path) == [SUMS, "file.bin"]
+    (tmp_path / SUMS).unlink()  # known by what a source says alone
+    assert not fetch(File("file.bin", (f"{server.url}/moved.bin", f"{server.url}/file.bin"), ""), tmp_path)
+    assert recorded(tmp_path / "file.bin") == SHA256
 
 
 def test_a_foreign_file_is_named_and_replaced_only_by_force_and_one_put_there_by_hand_recorded(server, path, tmp_path):

@@ -18,6 +18,7 @@ from diffusionopd.data.prompts import Prompt, PromptError, with_trigger
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.tiny import flow
 from diffusionopd.training import check, load_config, train
+from diffusionopd.training.costs.models import read_pipeline
 from diffusionopd.training.loading import load_loras
 from tools import merged
 
@@ -114,13 +115,21 @@ def test_all_that_is_wrong_with_a_table_is_said_at_once(two, tmp_path):
             check(load_config(f"{ROOT}/config/merge.py:tiny", overrides), 1)
 
 
+BASES = (
+    ("tiny", "", (1.0, 14)),
+    ("sd35", "stabilityai/stable-diffusion-3.5-medium", (4.5, 128)),
+    ("sd35", "black-forest-labs/FLUX.1-dev", (3.5, 512)),
+)
+
+
 def test_a_round_fits_any_number_of_loras(two):
     for count, drawn, batches, steps in ((1, 0, 4, 4), (2, 0, 4, 4), (3, 0, 6, 8), (4, 0, 4, 4), (10, 4, 4, 4)):
         loras = [{"name": f"l{i}", "lora": str(two / "lora0"), "trigger": str(i)} for i in range(count)]
-        for name in ("tiny", "sd35"):
-            config = load_config(f"{ROOT}/config/merge.py:{name}")
+        for name, model, own in BASES:
+            config = load_config(f"{ROOT}/config/merge.py:{name}", [("pretrained.model", model)] if model else [])
             config.loras, config.train.gradient_accumulation_steps = loras, steps if count != 3 else 4
-            plan = check(config, 1, sources=False)
+            plan = check(config, 1, sources=False, model=read_pipeline(model) if model else None)
+            assert (plan.values["sample.guidance_scale"], plan.values["max_sequence_length"]) == own
             assert (plan.shape.num_tasks, plan.shape.drawn) == (count, drawn)
             assert plan.shape.backward_batches == batches and plan.shape.rounds_per_step == 1
             assert config.loras == loras and not config.train.teachers

@@ -3,7 +3,7 @@
 Letters: B images, C latent channels, h and w latent size, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,15 +33,23 @@ def sample_latents(
     Returns:
         `[B, C, h, w]`, for `Backbone.decode`.
     """
-    transitions = schedule("ode", backbone.sigmas(num_steps, resolution))
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         return backbone.velocity(x, sigma, conditions, guidance)[0]
 
+    return follow(velocity, latents, backbone.sigmas(num_steps, resolution), backbone.multistep)
+
+
+@torch.no_grad()
+def follow(
+    velocity: Callable[[Tensor, float], Tensor], latents: Tensor, sigmas: Tensor, multistep: bool = False
+) -> Tensor:
+    """Where the ODE of any velocity `(x, sigma)`, all `[B, C, h, w]`, ends from `latents`; as `sample_latents`."""
+
     def no_noise(step: int) -> Tensor:
         raise AssertionError("the ODE draws none")
 
-    for visit in walk(latents, transitions, velocity, draw_noise=no_noise, multistep=backbone.multistep):
+    for visit in walk(latents, schedule("ode", sigmas), velocity, draw_noise=no_noise, multistep=multistep):
         latents = visit.x_next
     return latents
 

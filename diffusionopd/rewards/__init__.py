@@ -6,8 +6,8 @@ nothing. To add a reward: write a class with `score` (see `Scorer`) and name it 
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -24,6 +24,7 @@ from diffusionopd.rewards.base import (
     Scores,
     UnfitPromptError,
     Weighted,
+    importing,
     official_file,
 )
 from diffusionopd.rewards.composite import AVERAGE, Composite, check_weights, score_all
@@ -233,14 +234,10 @@ def _wrong_values(factory: Any, options: Mapping[str, Any]) -> list[str]:
     return found if others else found + getattr(factory, "problems", lambda **_: [])(**options)
 
 
-@contextmanager
-def _packages(name: str) -> Iterator[None]:
-    """A package that is missing inside the block is named with the command that installs it."""
-    try:
-        yield
-    except ImportError as error:
-        install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
-        raise RewardError(f"reward '{name}' cannot be imported: {error}. Its packages: {install}") from error
+def _packages(name: str) -> AbstractContextManager[None]:
+    """A package of a scorer that is missing inside the block is named with the command that installs it."""
+    install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else "install it with pip"
+    return importing(f"reward '{name}'", f"Its packages: {install}")
 
 
 def build_composite(

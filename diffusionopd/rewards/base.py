@@ -1,6 +1,7 @@
 """What every scorer is: the protocol, its error, and the value that says "does not apply"."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +105,15 @@ def not_whole(least: Mapping[str, int], /, **options: Any) -> list[str]:
 def fetch_command(reward: str) -> str:
     """What fetches the files of a reward."""
     return f"python -m tools.download rewards {reward}"
+
+
+@contextmanager
+def importing(what: str, remedy: str) -> Iterator[None]:
+    """A package that is missing inside the block is a `RewardError`: `what` cannot be imported, and the `remedy`."""
+    try:
+        yield
+    except ImportError as error:
+        raise RewardError(f"{what} cannot be imported: {error}. {remedy}") from error
 
 
 def find_packages(*names: str) -> None:

@@ -2,20 +2,24 @@
 
 import functools
 import html
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusionopd.rewards.base import RewardError, Scores, find_packages
+from diffusionopd.rewards.base import RewardError, Scores, find_packages, importing
 from diffusionopd.rewards.clip import CLIP_H_PROCESSOR, Clip
 from diffusionopd.rewards.images import Images, each_uint8, fit_and_pad
 from diffusionopd.rewards.weights import Dtype, StateDict, filled, load_official, load_tokenizer, renamed, scorer_dtype
 
 CHECKPOINT = "reward_ckpts/HPS_v2.1_compressed.pt"
+OPEN_CLIP = (
+    "reward 'hpsv2' with engine 'open_clip'",
+    "It brings torchvision, and so has an environment of its own: "
+    "bash scripts/environments/environment.sh make open_clip venv/open_clip",
+)
 
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -108,7 +112,7 @@ def load_open_clip(checkpoint: str, device: str, dtype: str) -> OpenClip:
         RewardError: as `load_official`; open_clip is not installed, with what installs it; a dtype that is none.
     """
     number = scorer_dtype(dtype)
-    with _open_clip_package():
+    with importing(*OPEN_CLIP):
         import open_clip
 
     def build(file: Mapping[str, StateDict]) -> Any:
@@ -120,18 +124,6 @@ def load_open_clip(checkpoint: str, device: str, dtype: str) -> OpenClip:
 
     model = load_official("hpsv2", checkpoint, build).to(device, number).requires_grad_(False).eval()
     return OpenClip(model, open_clip.get_tokenizer("ViT-H-14"), CONFIG.vision_config.image_size)
-
-
-@contextmanager
-def _open_clip_package() -> Iterator[None]:
-    """open_clip that is missing inside the block is a `RewardError`."""
-    try:
-        yield
-    except ImportError as error:
-        raise RewardError(
-            f"reward 'hpsv2' with engine 'open_clip' cannot be imported: {error}. It brings torchvision, and so has an "
-            "environment of its own: bash scripts/environments/environment.sh make open_clip venv/open_clip"
-        ) from error
 
 
 class Hpsv2:
@@ -170,7 +162,7 @@ class Hpsv2:
     def packages(options: Mapping[str, Any]) -> None:
         """Raises as the constructor where a package is missing; loads none."""
         if options.get("engine") == "open_clip":
-            with _open_clip_package():
+            with importing(*OPEN_CLIP):
                 find_packages("open_clip")
         else:
             find_packages("ftfy")

@@ -2,14 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from diffusionopd.rewards.base import RewardError, Scores, find_packages, unfit
+from diffusionopd.rewards.base import Scores, find_packages, importing, unfit
 from diffusionopd.rewards.images import Images, each_uint8
 from diffusionopd.rewards.quotes import normalised, quoted, wanted_text
 
@@ -17,6 +16,10 @@ Reader = Callable[[np.ndarray], list[str]]
 """The lines of text in a uint8 `[H, W, 3]` image, which the engines expect as BGR."""
 Alphabet = Callable[[], Collection[str]]
 """The characters that a reader can give, empty where they are not known."""
+PADDLE = (
+    "reward 'ocr' with engine 'paddleocr'",
+    "Its packages: pip install -e '.[paddle]', in an environment of its own",
+)
 
 
 def ocr_reward(read: str, wanted: str) -> float:
@@ -69,25 +72,13 @@ def paddleocr_reader(device: str) -> Reader:
     Raises:
         RewardError: the packages are not installed.
     """
-    with _paddle_packages():
+    with importing(*PADDLE):
         import paddle
         from paddleocr import PaddleOCR
     kind, _, index = device.partition(":")
     gpu = int(index or 0) if kind == "cuda" and paddle.device.is_compiled_with_cuda() else None
     read = _paddleocr_3 if hasattr(PaddleOCR, "predict") else _paddleocr_2
     return read(partial(PaddleOCR, lang="en", ocr_version="PP-OCRv4"), gpu)
-
-
-@contextmanager
-def _paddle_packages() -> Iterator[None]:
-    """A package that is missing inside the block is a `RewardError`."""
-    try:
-        yield
-    except ImportError as error:
-        raise RewardError(
-            f"reward 'ocr' with engine 'paddleocr' cannot be imported: {error}. "
-            "Its packages: pip install -e '.[paddle]', in an environment of its own"
-        ) from error
 
 
 def _paddleocr_3(make: Callable[..., Any], gpu: int | None) -> Reader:
@@ -142,7 +133,7 @@ class Ocr:
         """Raises as the constructor where a package is missing; loads none."""
         find_packages("rapidfuzz")
         if options.get("engine") == "paddleocr":
-            with _paddle_packages():
+            with importing(*PADDLE):
                 find_packages("paddle", "paddleocr")
         else:
             find_packages("rapidocr", "onnxruntime")

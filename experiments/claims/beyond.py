@@ -35,6 +35,7 @@ from tqdm import tqdm
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt, load_prompts
 from diffusionopd.evaluation.job import Job, Model, load_models
+from diffusionopd.evaluation.sampling import follow
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import write_atomically
 from diffusionopd.losses import extrapolated
@@ -42,11 +43,9 @@ from diffusionopd.models.lora_files import load_lora
 from diffusionopd.models.policies import Policies, Request
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import Scorer, build_scorer, to_uint8
-from diffusionopd.rollout import walk
 from diffusionopd.tiny.models import CONTEXT
 from diffusionopd.tiny.render import RESOLUTION
 from diffusionopd.training.collapse import diversities, thumbnails
-from diffusionopd.transitions import schedule
 from experiments.claims.arms import HALF, LOSSES, Arm
 from experiments.claims.results import ClaimsError, read_results
 from experiments.claims.run import RESULTS, Run, Runner, arms_in
@@ -111,12 +110,8 @@ class Painter:
             answers = self.policies.frozen([Request(name, x, sigma, conditions) for name in asked])
             return extrapolated(answers[-1][0], answers[0][0], source.drawn)
 
-        def no_noise(step: int) -> torch.Tensor:
-            raise AssertionError("the ODE draws none")
-
-        for visit in walk(x, schedule("ode", backbone.sigmas(NUM_STEPS, RESOLUTION)), velocity, draw_noise=no_noise):
-            x = visit.x_next
-        return to_uint8(backbone.decode(x))
+        ends = follow(velocity, x, backbone.sigmas(NUM_STEPS, RESOLUTION), backbone.multistep)
+        return to_uint8(backbone.decode(ends))
 
 
 def figures(

@@ -90,7 +90,10 @@ def receive_from_hub(url: str, folder: Path) -> Path:
 
 
 def stated(url: str) -> tuple[int, str]:
-    """What the source says of a file without loading it: its size in bytes and its SHA-256; 0 and "" if it does not."""
+    """What the source says of a file without loading it: its size in bytes and its SHA-256; 0 and "" if it does not.
+
+    Raises `Refused` where it does not give the file, `DownloadError` where it does not answer.
+    """
     if url.startswith(HUB):
         with _hub_errors(_hub_file(url)[0]):
             found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(*_hub_file(url)))
@@ -98,6 +101,7 @@ def stated(url: str) -> tuple[int, str]:
     address = resolve(url)
     try:
         response = requests.head(address, headers=AS_IT_IS, timeout=TIMEOUT, allow_redirects=True)
+        _check_given(response, address)
         response.raise_for_status()
     except requests.RequestException as error:
         raise DownloadError(f"{address} cannot be asked ({type(error).__name__})") from None
@@ -137,6 +141,11 @@ def receive(url: str, partial: Path, pause: float = 1.0, largest: int = LARGEST)
             time.sleep(pause * 2 ** max(0, idle - 1))
 
 
+def _check_given(answer: requests.Response, url: str) -> None:
+    if answer.status_code in (401, 403, 404, 410):
+        raise Refused(f"{url} is refused or not there ({answer.status_code}); try a browser or another network")
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -150,8 +159,7 @@ def _receive_once(url: str, partial: Path, start: int, largest: int) -> None:
     hooks = {"response": stay_on_https}
     with requests.get(url, headers=headers, timeout=TIMEOUT, stream=True, hooks=hooks) as answer:
         there = answer.headers.get("Content-Range", "")
-        if answer.status_code in (401, 403, 404, 410):
-            raise Refused(f"{url} is refused or not there ({answer.status_code}); try a browser or another network")
+        _check_given(answer, url)
         if answer.status_code == 416 and there == f"bytes */{start}":  # nothing is left to load
             return
         if answer.status_code == 416:
