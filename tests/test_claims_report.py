@@ -17,6 +17,7 @@ from scipy import stats
 
 from diffusionopd.transitions import transition
 from experiments.claims import variance
+from experiments.claims.arms import HALF
 from experiments.claims.config import arms_of
 from experiments.claims.report import rows, write
 from experiments.claims.results import ClaimsError, Result, read_results, rounds_to
@@ -226,6 +227,19 @@ def test_strengths_are_held_against_the_teachers_that_they_had(results):
         gap = 0.85 - 0.6 if "_24_" in name else (0.85 if "strength" in name and not name.endswith("_1") else 0.89) - 0.9
         assert [part.mean for part in row["beyond"].values()] == pytest.approx([gap] * 3, abs=2e-3)
         assert row["lead"].mean == pytest.approx(gap / 0.7, abs=5e-3), "of the way from the base's .2 to .9"
+
+
+def test_variants_are_held_against_the_method_with_their_own_loss(results):
+    """Students with the paper's loss have .7 on the tasks, those with ours .85 to .9."""
+    names = [f"paper_0.001.{HALF}", "fresh_rewarded_paper", "summed_rewarded_paper_48_0", "steps_paper_late"]
+    poor = [result(name, seed, test={t: [0.7] * PROMPTS for t in TASKS}) for name in names for seed in (1, 2)]
+    runs, _ = read_results(results(*poor, seeds=(1, 2)), TINY)
+    chosen = {(loss, HALF): f"{loss}_0.001" for loss in ("opd", "paper")}
+    found = {r["name"]: r["lead"] for g in ("start", "steps") for r in rows(runs, TINY, g, chosen)}
+    assert all(found[name].mean == pytest.approx(0, abs=1e-3) for name in names[2:])
+    assert found[names[0]].mean < -0.1 and found[names[1]].mean < -0.1
+    assert found["steps_opd_late"].mean == pytest.approx((0.8 - 0.89) / 0.7, abs=5e-3)
+    assert found[f"opd_0.001.{HALF}"] is None and found["fresh_rewarded_opd"] is None
 
 
 def drawn_by(seed: int) -> dict:

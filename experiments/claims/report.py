@@ -34,12 +34,12 @@ RESULTS = Path(__file__).with_name("results")
 STRENGTHS = f"{TINY.name}-strengths.png"
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "
-    "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the first row; of strengths, over the "
-    "student's own teachers; of starts, over the fresh student of the same teachers with our loss. NFE: forward passes "
-    "of single images, in thousands; cost: these and two more for each backward pass; and with the teachers' own, "
-    "where these are made here. Not in them: five rounds' passes before a start whose scale is chosen by the loss. "
-    "The base and the shipped teachers were trained on prompts of the same grammar, among them all for validation and "
-    "about half of those for test here."
+    "Average: base 0, each task's NFT teacher 1. Lead: of the average, over the method by itself (of starts: the fresh "
+    "student of the same teachers) with the same loss, and of that with the paper's loss, over ours; of strengths, "
+    "over the student's own teachers. NFE: forward passes of single images, in thousands; cost: these and two more "
+    "for each backward pass; and with the teachers' own, where these are made here. Not in them: five rounds' passes "
+    "before a start whose scale is chosen by the loss. The base and the shipped teachers were trained on prompts of "
+    "the same grammar, among them all for validation and about half of those for test here."
 )
 
 
@@ -52,17 +52,9 @@ def rows(runs: Runs, world: World, group: str, chosen: Chosen) -> list[dict[str,
     if group not in ("claims", "start"):  # the method by itself comes first, with our loss, then with the paper's
         best = (chosen.get((loss, HALF)) for loss in LOSSES)
         names = [*((arms[name], HALF) for name in best if name), *names]
-    ours = staged(chosen.get(("opd", HALF), ""), HALF)
     for arm, stage in names:
         name = staged(arm.name, stage)
-        reference: str | dict[str, str] | None = ours
-        if group == "claims":
-            reference = None
-        elif group == "start":
-            reference = f"fresh_{arm.teachers}_opd"
-        elif group == "strength":
-            age = "" if arm.teacher_rounds == TEACHER_ROUNDS else EARLY
-            reference = {task: staged(f"teacher_{task}", age) for task in world.names}
+        reference = _reference(arm, name, world, group, chosen)
         results = [result for result in runs.get(name, {}).values() if result.test]
         if not results:
             continue
@@ -88,6 +80,19 @@ def rows(runs: Runs, world: World, group: str, chosen: Chosen) -> list[dict[str,
             row["reached"] = {s: [_reached(runs, name, task, s, arm) for task in world.names] for s in shares}
         found.append(row)
     return found
+
+
+def _reference(arm: Arm, name: str, world: World, group: str, chosen: Chosen) -> str | dict[str, str] | None:
+    """The model over which a row leads, or those of each task."""
+    if group == "claims":
+        return None
+    if group == "strength":
+        age = "" if arm.teacher_rounds == TEACHER_ROUNDS else EARLY
+        return {task: staged(f"teacher_{task}", age) for task in world.names}
+    plain = {loss: staged(chosen.get((loss, HALF), ""), HALF) for loss in LOSSES}
+    if group == "start":
+        plain = {loss: f"fresh_{arm.teachers}_{loss}" for loss in LOSSES}
+    return plain["paper" if "paper" in arm.name.split("_") and name != plain["paper"] else "opd"]
 
 
 def _of(runs: Runs, arm: Arm) -> Iterator[Result]:
