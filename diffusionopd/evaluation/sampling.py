@@ -41,10 +41,13 @@ def sample_latents(
 
 
 @torch.no_grad()
-def follow(
-    velocity: Callable[[Tensor, float], Tensor], latents: Tensor, sigmas: Tensor, multistep: bool = False
-) -> Tensor:
-    """Where the ODE of any velocity `(x, sigma)`, all `[B, C, h, w]`, ends from `latents`; as `sample_latents`."""
+def follow(velocity: Callable[[Tensor, float], Tensor], latents: Tensor, sigmas: Tensor, multistep: bool) -> Tensor:
+    """Where the ODE of any `velocity(x, sigma)` ends from `latents`, both `[B, C, h, w]`.
+
+    Args:
+        sigmas: the N + 1 noise levels of `Backbone.sigmas`.
+        multistep: as `Backbone.multistep`.
+    """
 
     def no_noise(step: int) -> Tensor:
         raise AssertionError("the ODE draws none")
