@@ -119,7 +119,7 @@ def _distillation(run_name: str, teachers: list[dict]) -> ConfigDict:
     config.train.batch_size = 4
     config.train.gradient_accumulation_steps = 3
     config.train.timestep_fraction = 0.99  # the first 9 of 10 steps
-    config.train.learning_rate = 4e-3  # on validation prompts; docs/method.md
+    config.train.learning_rate = 4e-3  # on validation prompts; docs/claims.md
     config.train.cfg = False
     # Not the paper's loss: steps and samples weigh equally. With target "mean" a step counts by its length squared, and
     # the first, where shapes find their places, 45 times less than the ninth (docs/method.md).
