@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def write_atomically(path: str | Path, content: bytes | str, *, fsync: bool = Fa
 def write_json(path: str | Path, value: Any, *, fsync: bool = False) -> Path:
     """`write_atomically` of ``value`` as indented JSON. TypeError or ValueError for what JSON cannot hold."""
     return write_atomically(path, json.dumps(value, indent=2) + "\n", fsync=fsync)
+
+
+def set_aside(path: str | Path) -> Path | None:
+    """Rename a file to the first free ``<name>.<n>``; None if it is not there or empty."""
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    free = next(aside for n in count(1) if not (aside := path.with_name(f"{path.name}.{n}")).exists())
+    return path.rename(free)
 
 
 def sha256(path: str | Path) -> str:

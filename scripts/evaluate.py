@@ -13,6 +13,7 @@ guidance) are found beside its checkpoint; flags go before them. The noise is th
 
 import argparse
 import ast
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -51,25 +52,20 @@ DEFAULT_MODEL = "stabilityai/stable-diffusion-3.5-medium"
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags left out are None, to be told from flags given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    many: dict[str, Any] = {"action": "extend", "nargs": "+"}
     which = parser.add_argument_group("models", "at least one")
     which.add_argument("--checkpoint_path", help="run folder, checkpoint-<n>, its lora/, or <run>/checkpoints/latest")
     which.add_argument(
         "--lora_hf_path", action="append", help="LoRA on the hub: owner/name[/folder or file][@revision]"
     )
-    which.add_argument(
-        "--lora", action="extend", nargs="+", help="LoRA as a folder or a file, of any format in docs/loras.md"
-    )
+    which.add_argument("--lora", **many, help="LoRA as a folder or a file, of any format in docs/loras.md")
     which.add_argument("--teacher", action="append", help="this teacher of the config, at its own guidance")
     which.add_argument("--own_task", action="store_true", help="each teacher on the dataset of its own name alone")
     which.add_argument("--base", action="store_true", help="the base model without a LoRA")
     what = "the LoRAs of --lora and --lora_hf_path, or else the config's teachers, merged into one without training"
-    which.add_argument(
-        "--merge", nargs="+", choices=METHODS, default=[], help=f"{what}, in the place of each by itself"
-    )
-    which.add_argument(
-        "--merge_scale", nargs="+", type=float, default=[1.0], help="times the merge, a model for each (1)"
-    )
-    parser.add_argument("--dataset", nargs="+", required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
+    which.add_argument("--merge", **many, choices=METHODS, default=[], help=f"{what}, in the place of each by itself")
+    which.add_argument("--merge_scale", **many, type=float, help="times the merge, a model for each (1)")
+    parser.add_argument("--dataset", **many, required=True, help=f"{', '.join(BENCHMARKS)}, a task, or a folder")
     files = "gets the files; a folder each for several models and datasets"
     parser.add_argument("--output_dir", required=True, dest="output", metavar="OUTPUT_DIR", help=files)
     parser.add_argument("--config", help="FILE:NAME or a run's config.json, for what flags leave open")
@@ -89,16 +85,16 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="score the first prompts only")
     parser.add_argument("--num_images_per_prompt", type=int, dest="images_per_prompt", help="(default 1)")
     parser.add_argument("--batch_size", type=int, help="images a process makes at a time (default 16)")
-    parser.add_argument("--rewards", nargs="+", default=[], help="in place of the datasets' own")
-    parser.add_argument("--without", nargs="+", default=[], metavar="REWARD", help="leave these rewards out")
+    parser.add_argument("--rewards", **many, default=[], help="in place of the datasets' own")
+    parser.add_argument("--without", **many, default=[], metavar="REWARD", help="leave these rewards out")
     form = "REWARD.OPTION=VALUE, as docs/rewards.md has them"
-    parser.add_argument("--reward_options", nargs="+", default=[], metavar="OPTION", help=form)
+    parser.add_argument("--reward_options", **many, default=[], metavar="OPTION", help=form)
     parser.add_argument("--save_images", action="store_true", help="write images/%%05d.jpg")
-    parser.add_argument("--resume", action="store_true", help="go on where it stopped, instead of starting over")
+    parser.add_argument("--resume", action="store_true", help="go on where the same evaluation stopped")
     parser.add_argument(
         "--dry_run", action="store_true", help="check all but the base's weights, scorers too, and stop"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace another evaluation that is in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the evaluation that is in the folder")
     parser.add_argument("--cache_dir", help="folder of the prompt embeddings (default .cache/text)")
     parser.add_argument("--text_encoder_device", help="cpu, cuda:<n>; default: the process's own GPU")
     parser.add_argument("--vae_device", help="likewise, for decoding")
@@ -231,7 +227,9 @@ def _merges(flags: argparse.Namespace, loras: list[LoraWeights]) -> list[Model]:
     if len(loras) < 2:
         what = f"--merge takes at least two LoRAs, here are {len(loras)}"
         raise EvaluationError(f"{what}: name them with --lora, or a configuration with teachers with --config")
-    scales = dict.fromkeys(flags.merge_scale)
+    scales = dict.fromkeys(flags.merge_scale or [1.0])
+    if bad := [scale for scale in scales if not 0 < abs(scale) < math.inf]:
+        raise EvaluationError(f"--merge_scale {' '.join(map(str, bad))}: give finite numbers other than 0")
     return [
         Model(f"merge-{method}" + (f"-{scale:g}" if scale != 1 else ""), merge=Merge(method, loras, scale))
         for method in dict.fromkeys(flags.merge)

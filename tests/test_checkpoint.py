@@ -144,7 +144,11 @@ def test_a_run_stands_for_its_latest_checkpoint(tmp_path):
     (root / "latest").unlink()
     with pytest.warns(UserWarning, match="checkpoint-2"), pytest.raises(CheckpointError, match=str(root)):
         locate(run)
+    trained = tmp_path / "of another trainer"  # which leaves its LoRA beside checkpoints of its own
+    (trained / "checkpoint-500").mkdir(parents=True)
+    (trained / "pytorch_lora_weights.safetensors").touch()
     for path in (
+        trained,
         root / "checkpoint-1",
         root / "checkpoint-9",
         tmp_path / "none" / "latest",

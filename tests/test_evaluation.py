@@ -334,7 +334,8 @@ def test_an_evaluation_does_not_go_on_with_other_weights_of_its_base(pipeline_fo
     folder.mkdir()
     (folder / RESULTS).write_text(json.dumps(asdict(Record(0, "p", {}, {"r": 1.0}))) + "\n")
     weights = load_file(file := next((base / "transformer").glob("*.safetensors")))
-    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, file)
+    inner = "transformer_blocks.1.attn.to_q.weight"  # not at the beginning of the file, nor at its end
+    save_file(weights | {inner: weights[inner] * 1.5}, file)
     for earlier, known in ((before, True), ({k: v for k, v in before.items() if k != "model_hash"}, False)):
         (folder / SETTINGS).write_text(json.dumps(earlier))
         files = ResultFolder(folder)
@@ -468,6 +469,12 @@ def test_loras_of_one_folder_name_have_names_of_their_own_and_another_base_no_re
     assert [model.name for model in job.models] == ["compose-lora", "ocr-lora"] and job.revision is None
 
 
+def test_a_flag_that_takes_several_may_come_several_times():
+    parse = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["parse_flags"]
+    flags = parse("--base --output_dir x --dataset a --dataset b c --without r --without s t".split())
+    assert (flags.dataset, flags.without) == (["a", "b", "c"], ["r", "s", "t"])
+
+
 def test_a_dry_run_builds_scorers_and_fits_loras_and_makes_nothing(tmp_path, capsys, monkeypatch):
     lora = {f"transformer.nonesuch.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(lora, tmp_path / "lora.safetensors")
@@ -504,6 +511,7 @@ def test_a_dry_run_builds_scorers_and_fits_loras_and_makes_nothing(tmp_path, cap
         ("--base --rewards aesthetic --reward_options aesthetic", "REWARD.OPTION=VALUE"),
         ("--base --rewards aesthetic --reward_options aesthetic.x=1", "its options:"),
         ("--base --rewards aesthetic --resolution 2048", "multiple of 8 up to 128"),
+        ("--merge sum --merge_scale 0.5 --merge_scale inf --lora LORA LORA", "--merge_scale inf"),
         ("--base --rewards jpeg_compressibility --resolution 64 --vae_device cuda:7", "vae_device is 'cuda:7'"),
         ("--base --rewards aesthetic --resolution 64 --dataset IMAGES", "reference_image, which"),
     ],

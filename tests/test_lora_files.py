@@ -281,6 +281,15 @@ def test_what_is_no_plain_lora_of_the_transformer_is_refused_with_the_way_out(tm
         assert all(fact in str(caught.value) for fact in (str(place), *facts)), caught.value
 
 
+def test_a_file_of_pefts_without_its_configuration_has_lost_its_strength(adapters, tmp_path):
+    adapters.save_peft("teacher_a", tmp_path)
+    assert load_lora(tmp_path).alpha == load_lora(tmp_path / "adapter_model.safetensors").alpha
+    (tmp_path / "adapter_config.json").unlink()
+    for place in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(AdapterError, match="adapter_config.json"):
+            load_lora(place)
+
+
 def test_the_command_that_keeps_the_transformers_part_keeps_its_scale(empty, adapters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapters.save_diffusers("teacher_a", tmp_path)
@@ -306,20 +315,22 @@ def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
     asked = []
 
     def snapshot_download(repository, **options):
-        asked.append((repository, options.get("revision"), options["allow_patterns"]))
+        asked.append((repository, options.get("revision"), options["allow_patterns"], options.get("ignore_patterns")))
         return str(folder)
 
     monkeypatch.setattr("diffusionopd.models.lora_files.snapshot_download", snapshot_download)
     everything = ["*.safetensors", "*.json", "adapter_model.bin"]
+    file = "my style.safetensors"
     for source, revision, patterns in (
         ("a/b", None, everything),
-        ("a/b/my style.safetensors", None, ["my style.safetensors", "my style.safetensors/*"]),
-        ("a/b/one", None, ["one", "one/*"]),
+        (f"a/b/{file}", None, [file, f"{file}/*", "adapter_config.json"]),
+        (f"a/b/one/{file}", None, [f"one/{file}", f"one/{file}/*", "one/adapter_config.json"]),
+        ("a/b/one", None, ["one", "one/*", "adapter_config.json"]),
         ("a/b@v1", "v1", everything),
         ("a/b@refs/pr/1", "refs/pr/1", everything),
     ):
         assert_reads(source, empty, {"proj_out": delta(*layers["proj_out"])})
-        assert asked.pop() == ("a/b", revision, patterns)
+        assert asked.pop() == ("a/b", revision, patterns, ["*/*"] if patterns is everything else None)
     with pytest.raises(AdapterError, match="a/b has no .* 'Nobody/lora'"):
         load_lora("a/b/Nobody/lora")
     count = len(asked)

@@ -101,6 +101,8 @@ def test_all_that_is_wrong_with_a_table_is_said_at_once(two, tmp_path):
         problems.remove(found)
     assert not problems
     for source, fact in (
+        (write(two, HEADER, 'a,lora0,1,"blue', "b,lora1", name="open.csv"), "open.csv, up to line 3"),
+        (write(two, HEADER, 'a,lora0,1,"blue', 'b,lora1,1,"red",', name="closed.csv"), "closed.csv, up to line 3"),
         (write(two, "lora,strenght", "x,1", name="header.csv"), "strenght"),
         (write(two, HEADER, name="empty.csv"), "empty.csv"),
         (str(tmp_path / "none.csv"), "none.csv"),

@@ -123,20 +123,20 @@ def test_parts_of_several_processes_are_merged_and_sorted_and_survive_another_nu
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([AVERAGES, RESULTS, SETTINGS])
 
 
-def test_the_same_evaluation_is_started_over_and_another_one_is_not_replaced_unasked(tmp_path):
+def test_no_evaluation_is_made_again_or_replaced_unasked(tmp_path):
     """Of pictures only its own go: those of its samples."""
     finished(tmp_path)
     for name in ("holiday.jpg", "00006.jpg"):
         (tmp_path / "images" / name).write_bytes(b"mine")
     before = files_of(tmp_path)
     for resume in (False, True):
-        for other in ({"settings": {"seed": 2}}, {"texts": TEXTS[:3]}, {"texts": TEXTS[::-1]}):
+        for other in ({"settings": {"seed": 2}}, {"texts": TEXTS[:3]}, {"texts": TEXTS[::-1]}, *[{}] * (not resume)):
             with pytest.raises(EvaluationError) as refused:
                 opened(tmp_path, resume, **other)
             assert str(tmp_path) in str(refused.value) and files_of(tmp_path) == before
     with pytest.raises(EvaluationError, match="00006.jpg"):  # which it would write
         opened(tmp_path, texts=[*TEXTS, "one more"], images=True)
-    again = opened(tmp_path)
+    again = opened(tmp_path, overwrite=True)
     assert again.done() == set()
     assert sorted(path.name for path in tmp_path.iterdir()) == [SETTINGS, "images"]
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["00006.jpg", "holiday.jpg"]
@@ -165,7 +165,7 @@ def test_pictures_are_the_evaluations_own_if_it_has_saved_some(images_saved, tmp
     if images_saved == 0:
         with pytest.raises(EvaluationError, match="00000.jpg"):
             opened(tmp_path, images=True)
-    opened(tmp_path)
+    opened(tmp_path, overwrite=True)
     assert len(list(tmp_path.glob("images/*"))) == (3 if images_saved == 0 else 0)
 
 

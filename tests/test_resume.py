@@ -514,3 +514,17 @@ def test_the_checkpoint_that_was_resumed_is_gone_on_from_and_kept(finished, monk
     assert [row["round"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert sorted(path.name for path in checkpoint.folders(root)) == ["checkpoint-1", "checkpoint-4"]
     assert_bitwise(student(root / "checkpoint-1"), before)
+
+
+def test_what_a_start_without_a_checkpoint_left_is_kept(tiny_config, tmp_path):
+    """Its metrics are the only trace of why it ended."""
+    run = tmp_path / "logs" / "run"
+    run.mkdir(parents=True)
+    left = {"metrics.jsonl": '{"round": 1, "loss": 7.0}\n', "config.json": '{"sample": {}, "train": {}}'}
+    for name, content in left.items():
+        (run / name).write_text(content)
+        (run / f"{name}.1").write_text("of an earlier one")
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl\.2"):
+        train(tiny_config(num_epochs=1, resume_from="auto"))
+    assert {name: (run / f"{name}.2").read_text() for name in left} == left
+    assert [row["round"] for row in metrics(run)] == [1] and metrics(run)[0]["loss"] != 7.0

@@ -158,7 +158,9 @@ def test_geneval2_with_all_tokens_listed_is_exactly_the_official_one(server):
 
 
 def test_geneval2_needs_probabilities_of_tokens(server):
-    for reply in (chat("Yes"), (200, {}, '{"choices": [{"message": {"content": "a"}, "logprobs": {"content": []}}]}')):
+    listed = ("[]", *(f'[{{"top_logprobs": [{{"token": "Yes", "logprob": {p}}}]}}]' for p in ("NaN", "Infinity")))
+    answers = (f'{{"choices": [{{"message": {{"content": "a"}}, "logprobs": {{"content": {x}}}}}]}}' for x in listed)
+    for reply in (chat("Yes"), *((200, {}, answer) for answer in answers)):
         server.answer = lambda number, body, reply=reply: reply
         with pytest.raises(RewardError, match="logprobs"):
             scored(GenEval2(server.address), GENEVAL2[:1])

@@ -29,7 +29,7 @@ from diffusionopd.config_schema import ConfigError
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.tasks import Task
-from diffusionopd.files import path_flag, write_atomically, write_json
+from diffusionopd.files import ensure_writable, path_flag, write_atomically, write_json
 from diffusionopd.models.conditions import NEGATIVE
 from diffusionopd.models.loading import DTYPES
 from diffusionopd.models.lora_files import LoraWeights, load_lora
@@ -179,9 +179,14 @@ def page(plan: Plan, found: Sequence[Measured], student: str) -> str:
 
 
 def write(run: Path, output: Path | None = None, prompts: int = 4, ties: bool = False) -> Path:
-    """Write the page and, beside it, its table as JSON; print the table."""
+    """Write the page and, beside it, its table as JSON; print the table. ValueError as of `measure`, and where they
+    cannot be written."""
+    output = output or (run if (run / "checkpoints").is_dir() else locate(run).parent.parent) / "merged.html"
+    if output.with_suffix(".json").exists() and not output.exists():
+        raise ConfigError([f"{output.with_suffix('.json')} is of no such page and would be replaced: choose --output"])
+    ensure_writable(output.parent, "folder of the page", "Choose another with --output, or free space.")
     plan, found = measure(run, prompts, ties)
-    file = write_atomically(output or run / "merged.html", page(plan, found, str(locate(str(run)))))
+    file = write_atomically(output, page(plan, found, str(locate(run))))
     write_json(file.with_suffix(".json"), summary(found))
     print(aligned(rows(found)))
     print(f"written: {file.absolute()}")

@@ -73,10 +73,18 @@ def _read_table(source: str, problems: Problems) -> _Rows:
         return []
     first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=first.count)  # spreadsheets of many countries write ;
-    reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows: _Rows = []
     names: list[str] | None = None
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return rows
+        except csv.Error as error:  # without strict=True, a quote left open takes in the rows after it
+            remedy = "Close every double quote before the end of its cell, and double those inside."
+            problems.add(f"{path}, up to line {reader.line_num}", f"cannot be read as a table: {error}", remedy)
+            return []
         cells, line = [cell.strip() for cell in row], reader.line_num
         if not any(cells):
             continue
@@ -96,7 +104,6 @@ def _read_table(source: str, problems: Problems) -> _Rows:
         else:
             filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
             rows.append((f"{path}, line {line}, {{}}".format, filled))
-    return rows
 
 
 def _read_list(source: Sequence[Any], problems: Problems) -> _Rows:

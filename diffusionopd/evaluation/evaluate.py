@@ -100,8 +100,8 @@ def evaluate(
     """Score the images of all prompts and write the files of `diffusionopd.evaluation.results`.
 
     Args:
-        folder: where the files go. The same evaluation is started over, unless `resume`: then scored samples are not
-            made again. Another one is refused, unless `overwrite`.
+        folder: where the files go. What was scored there before is refused, unless `resume` goes on with the same
+            evaluation or `overwrite` replaces it, the same or another.
         settings: JSON values that the images depend on, kept beside the results and compared.
         lock: of the folder, looked at before anything is written.
         rank, world: this process's share is every `world`-th sample left to do.

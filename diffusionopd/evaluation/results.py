@@ -225,13 +225,13 @@ class ResultFolder:
         Args:
             settings: JSON values that images and scores depend on.
             prompts: the prompt of each sample id.
-            resume: go on from the scored samples of an evaluation that is the same, instead of starting it over.
+            resume: go on from the scored samples of an evaluation that is the same.
             need_images: a sample whose image is not there counts as not done.
-            overwrite: start over an evaluation that is not the same, too.
+            overwrite: start over what is in the folder; with `resume`, what is not the same.
 
         Raises:
             EvaluationError: files that no evaluation wrote; without `overwrite` also results of other settings or
-                prompts (text, metadata, reference image), or of more samples.
+                prompts (text, metadata, reference image), or of more samples, and without both any results.
         """
         before = self._settings()
         try:
@@ -249,6 +249,9 @@ class ResultFolder:
         if records and differences and not overwrite:
             what = "; ".join(differences)
             raise EvaluationError(f"{self.folder} holds results of another evaluation: {what}; {_REMEDY}")
+        if records and not (resume or overwrite):
+            what = f"{self.folder} holds this evaluation, with {len(records)} of {len(prompts)} samples scored"
+            raise EvaluationError(f"{what}: go on with --resume, start over with --overwrite, or use another folder")
         if differences or not resume:
             return Start([], wanted, [self.image_path(sample_id) for sample_id in range(saved)])
         kept = [record for record in records if not need_images or self.image_path(record.sample_id).is_file()]

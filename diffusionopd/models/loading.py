@@ -30,7 +30,7 @@ from diffusionopd.models.pipeline_files import (
     hub_remedy,
     is_checkpoint,
     part_digest,
-    text_digest,
+    rows_digest,
     weight_problems,
 )
 from diffusionopd.models.schedules import flow_levels
@@ -371,8 +371,8 @@ def load_text_encoder(
 def text_key(model: str, revision: str | None = None, *, variant: str | None = None, config: str | None = None) -> str:
     """What the conditions of prompts depend on in a base model, as a short hash: the key of the disk cache.
 
-    For a folder: names, sizes and the first and last MiB of every file of its text encoders, tokenizers and processor,
-    and of the VAE if that encodes images; and which encoders its index is without. For a hub id: the repository and the
+    For a folder: every file of its text encoders, tokenizers and processor, and of the VAE if that encodes images, as
+    ``part_digest`` reads it; and which encoders its index is without. For a hub id: the repository and the
     commit that ``revision`` resolves to. For a single file: the beginning of every tensor of its text encoders, and
     what holds for its ``config``. For all, the variant and the versions (of two parts) of the libraries that encode.
     """
@@ -381,7 +381,7 @@ def text_key(model: str, revision: str | None = None, *, variant: str | None = N
     found = _find(model, revision, variant, config, "configs")
     family = found.info.family
     if found.checkpoint is not None:
-        text_digest(digest, found.checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
+        rows_digest(digest, found.checkpoint, [prefix for prefix, _ in family.IN_CHECKPOINT.values()])
     if Path(found.source).is_dir():
         for name in _absent_encoders(found.info.configs["index"], family):  # their folders may still be there
             digest.update(f"no {name}".encode())
@@ -393,8 +393,8 @@ def weights_key(
 ) -> str:
     """What images depend on in a base model beside its text, as a short hash, for evaluations that go on.
 
-    For a hub id: the repository and the commit. For a folder or a single file: names, sizes, and the first and last MiB
-    of the files of transformer, VAE and scheduler.
+    For a hub id: the repository and the commit. For a folder or a single file: those of transformer, VAE and scheduler,
+    as ``part_digest`` reads them.
     """
     found, digest = _find(model, revision, variant, config, "configs"), hashlib.sha256()
     if found.checkpoint is not None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -132,9 +132,13 @@ def _locate(source: str) -> Path:
     try:
         if inside.startswith("/") or ".." in place.split("/"):
             raise ValueError("it leads out of a repository")
-        options = {"revision": revision} if revision else {}
-        patterns = [inside, f"{inside}/*"] if inside else ["*.safetensors", "*.json", PEFT_PICKLE]
-        root = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns, **options))
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        if inside:
+            beside = str(PurePosixPath(inside).with_name(PEFT_CONFIG))  # has the alpha of PEFT's weights
+            options["allow_patterns"] = [inside, f"{inside}/*", beside]
+        else:  # of a whole base model, named by mistake, no folder comes
+            options |= {"allow_patterns": ["*.safetensors", "*.json", PEFT_PICKLE], "ignore_patterns": ["*/*"]}
+        root = Path(snapshot_download(f"{owner}/{name}", **options))
     except Exception as error:
         raise AdapterError(
             f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. "
@@ -172,7 +176,8 @@ def _file_in(path: Path) -> Path:
 def _content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors, and the PEFT configuration that is beside them or in their header, if any.
 
-    Without one and without ``.alpha`` tensors every tool but kohya's takes alpha = rank, and so does this project.
+    Without one and without ``.alpha`` tensors every tool but kohya's takes alpha = rank, and so does this project;
+    but not for a file of PEFT's name, whose alpha is then lost. AdapterError for that.
     """
     if file.suffix == ".bin":
         header: dict[str, str] = {}
@@ -188,6 +193,11 @@ def _content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     own = {key.removeprefix(DIFFUSERS_PREFIX): v for key, v in options.items() if key.startswith(DIFFUSERS_PREFIX)}
     if "lora_alpha" in options:  # of a transformer's own save_lora_adapter
         own = options
+    if file.name in (PEFT_WEIGHTS, PEFT_PICKLE) and not own and not any(key.endswith(".alpha") for key in tensors):
+        raise AdapterError(
+            f"{file} has no {PEFT_CONFIG} beside it, which holds the alpha of PEFT's LoRAs and so their strength: "
+            "fetch that file too, or rename this one if its alpha is its rank"
+        )
     return tensors, own or None
 
 

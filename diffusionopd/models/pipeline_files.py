@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -313,21 +313,26 @@ def default_config(checkpoint: Path) -> str:
     return str(fetch_diffusers_config(read_header(checkpoint))["pretrained_model_name_or_path"])
 
 
-def text_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str]) -> None:
-    """Add name, shape and the first row of every tensor under ``prefixes`` in a single file to a hash."""
+def rows_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str] = ("",)) -> None:
+    """Add name, shape and the first row of every tensor under ``prefixes`` in a .safetensors file to a hash."""
     with safe_open(checkpoint, "pt") as file:
         for name in sorted(name for name in file.keys() if name.startswith(tuple(prefixes))):  # noqa: SIM118
             part = file.get_slice(name)
             shape = part.get_shape()
             digest.update(f"{name}{shape}{part.get_dtype()}".encode())
-            row = part[:1] if shape else file.get_tensor(name)
-            digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+            row = part[:1] if len(shape) > 1 else file.get_tensor(name)
+            digest.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def part_digest(digest: Any, name: str, file: Path) -> None:
-    """Add name, size, and the first and last MiB of a file to a hash."""
+    """Add a file to a hash: name and size, and of weights what `rows_digest` reads, which changes with a LoRA that is
+    fused into them; of others the first and last MiB."""
     size = file.stat().st_size
     digest.update(f"{name}:{size}".encode())
+    if file.suffix == ".safetensors":
+        with suppress(SafetensorError):  # such as a pointer of Git LFS, of a part that nothing loads
+            rows_digest(digest, file)
+            return
     with file.open("rb") as handle:
         digest.update(handle.read(2**20))
         handle.seek(max(0, size - 2**20))

@@ -56,7 +56,7 @@ class TeacherModel(ModelInfo):
         return sum(t.numel() for t in empty.parameters()), sum(t.numel() for t in empty.buffers())
 
     def digest(self) -> str:
-        """A short hash of its weight files: names, sizes and ends."""
+        """A short hash of its weight files."""
         digest = hashlib.sha256()
         files = [self.part.checkpoint] if self.part.checkpoint else []
         for file in files or [self.part.folder / name for name in self.part.files(self._variant)]:

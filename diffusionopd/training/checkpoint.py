@@ -32,6 +32,7 @@ FORMAT = 1  # of the manifest and what it lists
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _TENSORS, _SCALARS = "tensors.safetensors", "scalars.json"
+_LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 _REPLACED = "-replaced"  # ends the name of a checkpoint whose successor of the same number is being put in place
 _NAME = re.compile(rf"checkpoint-(\d+)(?:{_REPLACED})?")
 _LEFTOVER = re.compile(r"\.partial-(.+)-(\d+)-[0-9a-f]{8}")  # host and process
@@ -123,6 +124,8 @@ def locate(path: str | Path) -> Path:
     for a run without any. Every other path is returned as it is, whatever is there.
     """
     path = Path(path)
+    if any((path / name).is_file() for name in _LORA):  # beside checkpoints of the trainer that wrote it
+        return path
     run = path.parent if path.name == LATEST and not path.is_dir() else path
     root = next((root for root in (run / "checkpoints", run) if (root / LATEST).is_file() or folders(root)), None)
     if root is None:
@@ -147,8 +150,7 @@ def find_lora(path: str | Path) -> Path:
     folder = locate(path)
     if folder.name == "lora" and (folder.parent / "config.json").is_file():
         folder = folder.parent
-    weights = ("lora/adapter_config.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
-    if not any((folder / name).is_file() for name in weights):
+    if not any((folder / name).is_file() for name in ("lora/adapter_config.json", *_LORA)):
         raise CheckpointError(
             f"no checkpoint at {folder}{looked_in(folder)}: expected a run folder, "
             "<run>/checkpoints/checkpoint-<n>, its lora/ folder, or <run>/checkpoints/latest"

@@ -24,7 +24,7 @@ from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
 from diffusionopd.distributed import TIMEOUT, by_rank, gather_over_processes, set_timeout, together
 from diffusionopd.failures import ending_together
-from diffusionopd.files import ensure_writable, write_json, writing
+from diffusionopd.files import ensure_writable, set_aside, write_json, writing
 from diffusionopd.locks import Lock, hold
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.conditions import NEGATIVE
@@ -37,7 +37,7 @@ from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
-from diffusionopd.training.checkpoint import load_state, make_newest
+from diffusionopd.training.checkpoint import folders, load_state, make_newest
 from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
@@ -316,6 +316,11 @@ def _open_metrics(plan: Plan, resume: Resume, accelerator: Accelerator, closing:
     with writing(run_dir, "run folder", _RUN_FOLDER):
         if is_main and resume.folder and resume.folder.resolve().parent == (run_dir / "checkpoints").resolve():
             make_newest(resume.folder)  # before the metrics of what was saved later go
+        if is_main and not folders(run_dir / "checkpoints"):  # of a start that never came to save one
+            kept = [aside for name in ("metrics.jsonl", "config.json") if (aside := set_aside(run_dir / name))]
+            if kept:
+                what = f"an earlier start left no checkpoint; kept of it: {', '.join(map(str, kept))}"
+                warnings.warn(what, stacklevel=2)
         metrics = MetricsWriter(run_dir / "metrics.jsonl" if is_main else None, plan.run.trackers, accelerator)
         # A round whose evaluation is still to be done is not written yet, or was by a run that crashed later; so is
         # that of the start, which is round 0.

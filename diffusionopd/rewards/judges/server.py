@@ -273,7 +273,9 @@ class JudgeServer:
             listed = choice["logprobs"]["content"][0]["top_logprobs"]
             found: dict[str, float] = {}
             for each in listed:  # two tokens may be the same text, in part of a character
-                found[each["token"]] = found.get(each["token"], 0.0) + math.exp(each["logprob"])
+                if not math.isfinite(p := math.exp(each["logprob"])):
+                    raise ValueError(f"a logprob is {each['logprob']}")
+                found[each["token"]] = found.get(each["token"], 0.0) + p
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             remedy = "; this score is made of them: use a server that does (vLLM, sglang)"
             raise self._error("gives no probabilities of tokens (logprobs)", text, remedy) from error
