@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, count: int) -> dict[str, dict[str, float]]
     names: list[str | None] = [f"lora {seed}" for seed in range(count)]
     rows = torch.cat([x] * count), Conditions.cat([text] * count)
     asked = [Request(name, x, 0.7, text, args.guidance_scale) for name in names]
-    together, apart = (Policies(backbone, adapters, together=together) for together in (True, False))
+    together, apart = (Policies(backbone, adapters, side_by_side=together) for together in (True, False))
     rounds: list[Callable[[], Any]] = [
         lambda: together.frozen(asked),
         lambda: apart.frozen(asked),

@@ -136,7 +136,7 @@ def way(
 
     def build(world: World) -> Round:
         algorithm, batches = world.setup(**switches)
-        algorithm.policies.together = not (separate or apart)
+        algorithm.policies.side_by_side = not (separate or apart)
         batches = side_by_side(batches, 1 if separate else len(batches))
         if change is not None:
             change(algorithm.policies.backbone)

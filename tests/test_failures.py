@@ -13,12 +13,13 @@ import torch.distributed as dist
 from diffusionopd.algorithms.opd import Opd
 from diffusionopd.data.prompts import load_prompts
 from diffusionopd.data.tasks import Task
-from diffusionopd.failures import OutOfMemoryError, ending_together, memory_advice
+from diffusionopd.failures import ending_together
 from diffusionopd.rewards import RewardError
 from diffusionopd.rewards.jpeg import JpegCompressibility
 from diffusionopd.training import agreement, check, setup, train
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.command import plain_errors
+from diffusionopd.training.memory import OutOfMemoryError, memory_advice
 from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.resume import RunError, find_start
 from diffusionopd.training.settings import WatchSettings

@@ -135,9 +135,9 @@ def test_prompts_of_several_lengths_in_a_batch_are_each_alone(small):
         together, _ = backbone.velocity(x, 0.6, small.texts, guidance)
         alone = [backbone.velocity(x[i : i + 1], 0.6, Conditions.of([small.rows[i]]), guidance)[0] for i in range(2)]
         swapped, _ = backbone.velocity(x, 0.6, Conditions.of(small.rows[::-1]), guidance)
-        guidances, before = torch.tensor([1.0, guidance]), backbone.evaluations
+        guidances, before = torch.tensor([1.0, guidance]), backbone.nfe
         mixed, conditional = backbone.velocity(x, torch.tensor([0.6, 0.4]), small.texts, guidances)
-        assert backbone.evaluations - before == 1 + backbone.evaluations_at(guidance)
+        assert backbone.nfe - before == 1 + backbone.nfe_at(guidance)
         own = [
             backbone.velocity(x[i : i + 1], s, Conditions.of([small.rows[i]]), g)
             for i, (s, g) in enumerate(((0.6, 1.0), (0.4, guidance)))
@@ -256,7 +256,7 @@ def test_facts_known_before_weights_load_are_the_models(small):
     with pytest.raises(ValueError, match=r"resolution.*33"):
         backbone.latent_shape(33)
     kind = backbone.guidance_of(backbone.configs)
-    assert [backbone.evaluations_at(scale) for scale in (0.0, 1.0, 3.5)] == [1, 1, 2 if kind == CLASSIFIER_FREE else 1]
+    assert [backbone.nfe_at(scale) for scale in (0.0, 1.0, 3.5)] == [1, 1, 2 if kind == CLASSIFIER_FREE else 1]
 
 
 def test_the_arguments_for_guidance_are_those_that_the_stock_pipeline_is_compared_at(small):
@@ -291,8 +291,8 @@ def test_teachers_may_adapt_every_layer_and_be_asked_together(small):
         for name, i, sigma in (("one", 0, 0.8), ("two", 1, 0.5), (None, 1, 0.5))
     ]
     found = {}
-    for policies.together in (True, False):
-        found[policies.together] = torch.cat([v for v, _ in policies.frozen(asked)])
+    for policies.side_by_side in (True, False):
+        found[policies.side_by_side] = torch.cat([v for v, _ in policies.frozen(asked)])
     assert far(found[True], found[False]) < 1e-5
     assert far(found[True][1:2], found[True][2:]) > 1e-3, "the LoRA has an effect"
 
@@ -327,8 +327,8 @@ def test_each_sample_has_its_own_lora_in_one_forward(small):
         asked.append(Request(name, x[row : row + 1], sigma, Conditions.of([small.rows[row]]), scale))
     forwards, found = [], {}
     backbone.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
-    for policies.together in (True, False):
-        found[policies.together] = torch.cat([v for v, _ in policies.frozen(asked)])
-        assert not policies.together or len(forwards) == (1 if backbone.PADDABLE else backbone.evaluations)
+    for policies.side_by_side in (True, False):
+        found[policies.side_by_side] = torch.cat([v for v, _ in policies.frozen(asked)])
+        assert not policies.side_by_side or len(forwards) == (1 if backbone.PADDABLE else backbone.nfe)
     assert far(found[True], found[False]) < 1e-5
     assert far(found[True][1:2], found[True][3:4]) > 1e-3, "the LoRA has an effect"

@@ -35,7 +35,7 @@ def test_dev_is_the_stock_pipeline_with_its_processors_tokenizer(tmp_path):
         found = [small.sample(backbone, guidance) for guidance in DEV.guidances]
         stock = [small.stock(pipe, backbone, guidance) for guidance in DEV.guidances]
     assert max(map(far, found, stock)) < 1e-5 < 1e-2 < far(*found)
-    assert backbone.evaluations == 2 * 2 * 5
+    assert backbone.nfe == 2 * 2 * 5
     asked = pipe.tokenizer.apply_chat_template(format_input(PROMPTS), tokenize=True, return_dict=True)["input_ids"]
     assert_tells_what_is_cut(tmp_path, PROMPTS, [len(ids) for ids in asked])
 
@@ -62,9 +62,9 @@ def test_a_distilled_teacher_beside_its_base_has_no_guidance(tmp_path):
     assert_tells_what_is_cut(tmp_path / "base", PROMPTS, list(map(len, ids)))
     base = load_backbone(str(tmp_path / "base"))
     teacher = read_teacher_model(str(tmp_path / "distilled"), read_model(str(tmp_path / "base")))
-    assert base.evaluations_at(4.0) == 2 and teacher.evaluations_at(4.0) == teacher.load(base).evaluations_at(4.0) == 1
+    assert base.nfe_at(4.0) == 2 and teacher.nfe_at(4.0) == teacher.load(base).nfe_at(4.0) == 1
     alone = read_teacher_model(str(tmp_path / "distilled" / "transformer"), read_model(str(tmp_path / "base")))
-    assert alone.evaluations_at(4.0) == 2
+    assert alone.nfe_at(4.0) == 2
     config, prompts = tmp_path / "config.json", tmp_path / "prompts" / "test.txt"
     prompts.parent.mkdir()
     prompts.write_text("a\n")

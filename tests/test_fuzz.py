@@ -276,11 +276,13 @@ def saved(tmp_path_factory):
     tensors["optimizer.0.step"] = torch.tensor(3.0)
 
     def write(folder):
-        scalars = {"round": 3, "num_processes": 1, "scaler": {}, "versions": {"torch": "2"}, "digests": {"a": "b"}}
+        scalars = {"round": 3, "num_processes": 1, "written_for": 1, "tasks_per_pass": 1, "diversity": {"a": 0.5}}
+        scalars |= {"scaler": {"steps": 3, "loss_scale": 1e4}, "versions": {"torch": "2"}, "digests": {"a": "b"}}
         checkpoint.save_state(folder / "state", tensors, scalars)
         (folder / "config.json").write_text(json.dumps(load_config(TINY).to_dict()))
 
     folder = checkpoint.save(root, "checkpoint-3", write)
+    resume(folder)  # whole, it is one that a run goes on from
     return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

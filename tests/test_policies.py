@@ -37,7 +37,7 @@ def requests(policies, text):
 
 def test_every_request_has_its_own_answer(policies, adapters, text, monkeypatch):
     """Equal policies are asked one after another; the base alone needs no student."""
-    policies.together = False
+    policies.side_by_side = False
     asked, used, use = requests(policies, text), [], adapters.use
     with monkeypatch.context() as patch:
         patch.setattr(adapters, "use", lambda name: (used.append(name), use(name))[1])
@@ -87,11 +87,11 @@ def test_teachers_of_any_rank_and_modules_share_a_forward_with_the_base(policies
     forwards, forward = [], policies.backbone._forward
     policies.backbone._forward = lambda x, *rest: (forwards.append(len(x)), forward(x, *rest))[1]
     found = {}
-    for policies.together in (True, False):
+    for policies.side_by_side in (True, False):
         forwards.clear()
-        found[policies.together] = policies.frozen(asked)
+        found[policies.side_by_side] = policies.frozen(asked)
         # Rows: 1 + 2 * 3 + 2 * 2 + 2 + (2 + 1), and 2 * 3 three times more, of which the copy's are alone.
-        assert forwards == ([28, 6] if policies.together else [1, 2, 6, 3, 4, 6, 6, 6])
+        assert forwards == ([28, 6] if policies.side_by_side else [1, 2, 6, 3, 4, 6, 6, 6])
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
     assert attention and adapters.active == STUDENT and not adapters._chosen
     x, conditions = asked[1].x, asked[1].conditions
@@ -99,8 +99,8 @@ def test_teachers_of_any_rank_and_modules_share_a_forward_with_the_base(policies
         torch.testing.assert_close(policies.student(x, 0.5, conditions), policies.student(x, 0.5, conditions))
     adapters.add_teacher("later", make_lora(6, rank=9))
     asked = [dataclasses.replace(asked[1], policy=policy) for policy in ("later", "narrow")]
-    policies.together = True
-    both, policies.together = policies.frozen(asked), False
+    policies.side_by_side = True
+    both, policies.side_by_side = policies.frozen(asked), False
     torch.testing.assert_close(both, policies.frozen(asked), rtol=1e-5, atol=1e-5)
 
 

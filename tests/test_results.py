@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -156,12 +155,10 @@ def test_a_damaged_evaluation_is_kept_until_it_is_to_be_replaced(tmp_path):
     assert not list(tmp_path.glob("images/*"))
 
 
-@pytest.mark.parametrize("images_saved", [None, 0, 6])
+@pytest.mark.parametrize("images_saved", [0, 6])
 def test_pictures_are_the_evaluations_own_if_it_has_saved_some(images_saved, tmp_path):
-    """An evaluation from before this was written down may have saved one of each scored sample."""
     finished(tmp_path, 3)
-    settings = {"seed": 1} | ({} if images_saved is None else {"images_saved": images_saved})
-    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / SETTINGS).write_text(json.dumps({"seed": 1, "images_saved": images_saved}))
     if images_saved == 0:
         with pytest.raises(EvaluationError, match="00000.jpg"):
             opened(tmp_path, images=True)
@@ -237,25 +234,6 @@ def test_a_resume_that_would_mix_two_evaluations_is_refused(tmp_path):
     (tmp_path / SETTINGS).write_text("[1")
     with pytest.raises(EvaluationError, match=SETTINGS):
         opened(tmp_path, resume=True, overwrite=True)
-
-
-def test_the_file_of_a_reward_that_needs_it_may_be_unknown_of_before(tmp_path):
-    """Of others, that there was none is known."""
-    for before, now, same in (
-        ({}, {"hpsv3": ["a"]}, True),
-        ({"wise": ["b"]}, {"hpsv3": ["a"], "wise": ["b"]}, True),
-        ({"hpsv3": ["a"]}, {"hpsv3": ["b"]}, False),
-        ({}, {"unifiedreward": ["a"]}, False),
-    ):
-        earlier = {"seed": 1, **({"reward_files": before} if before else {})}
-        opened(tmp_path, settings=earlier, overwrite=True).append([record(0)])
-        files = ResultFolder(tmp_path)
-        look = partial(files.look, {"seed": 1, "reward_files": now}, [Prompt(text, METADATA) for text in TEXTS])
-        if same:
-            assert len(look(resume=True).records) == 1
-        else:
-            with pytest.raises(EvaluationError, match="reward_files was"):
-                look(resume=True)
 
 
 def test_table_is_aligned():

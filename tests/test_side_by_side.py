@@ -94,9 +94,9 @@ def test_a_joined_round_is_that_of_a_batch_for_each_task(
     batches = unequal(backbone, text, **given)
     batches[0] = with_rows(batches[:1], **changes)[0]
     learner = make_opd(backbone, adapters, text, **options)
-    learner.policies.together = False
+    learner.policies.side_by_side = False
     expected, gradient = kept_gradients(learner, batches, monkeypatch)
-    learner.policies.together = True
+    learner.policies.side_by_side = True
     joined = side_by_side(batches, 2 if given else 3)
     assert len(joined) == (2 if given else 1)
     found, together = kept_gradients(learner, joined, monkeypatch)

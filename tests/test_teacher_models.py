@@ -174,7 +174,7 @@ def test_policies_of_several_transformers_are_asked_by_transformer(policies, tex
 
     policies._passes(asked)
     assert layers and not stacked(), "their weights wait yet, elsewhere"
-    together, policies.together = policies.frozen(asked), False
+    together, policies.side_by_side = policies.frozen(asked), False
     assert stacked()
     other = HostWeights(torch.nn.Linear(1, 1), policies.backbone.device)
     policies._come_to(dataclasses.replace(policies.home("teacher_c"), host=other))
@@ -184,7 +184,7 @@ def test_policies_of_several_transformers_are_asked_by_transformer(policies, tex
     answers = policies.frozen(asked)
     assert order == ["teacher_c", "teacher_d", "teacher_a", None]
     assert len(moved) == 1
-    assert policies.evaluations == 2 * (2 + 4 + 4 + 4)
+    assert policies.nfe == 2 * (2 + 4 + 4 + 4)
     torch.testing.assert_close(together, answers, rtol=1e-5, atol=1e-5)
     for request, answer in zip(asked, answers, strict=True):
         home = policies.home(request.policy)

@@ -232,7 +232,7 @@ class StudentOptimizer:
         self._adamw.load_state_dict({"state": {i: own for i, own in state.items() if own}, "param_groups": groups})
         if "scale" in scalars and self._scaler.is_enabled():
             self._scaler.load_state_dict(scalars)
-        self.steps = int(scalars.get("steps", self.steps))  # earlier versions did not save them
+        self.steps = int(scalars["steps"])
         self._kept = int(scalars.get("kept", 0))
         for i, gradient in gradients.items():
             parameter = self.parameters[i]

@@ -148,7 +148,7 @@ class RoundPlan:
 
     def nfe(self, guidance: float) -> int:
         """Forward passes of one guided velocity: a prompt alone, or with its unconditional counterpart."""
-        return self.model.evaluations_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
+        return self.model.nfe_at(guidance) if self.model else 1 if guidance <= 1.0 else 2
 
     def target_nfe(self, visits: int) -> tuple[int, int]:
         """Forward passes of teachers, and of what targets start from, for so many supervised states of each task."""
@@ -159,7 +159,7 @@ class RoundPlan:
     def teacher_nfe(self, task: Task) -> int:
         """Forward passes of one velocity of a task's teacher, which may be on a model of its own."""
         own = self.teacher_models.get(task.model)
-        return own.evaluations_at(task.guidance_scale) if own else self.nfe(task.guidance_scale)
+        return own.nfe_at(task.guidance_scale) if own else self.nfe(task.guidance_scale)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionopd.files import write_atomically
 from diffusionopd.models.conditions import Reference
 
 REFERENCE = "reference_image"
@@ -193,13 +192,3 @@ FORMATS: dict[str, tuple[str, Callable[[str, str], Prompt]]] = {
     "geneval": ("{split}_metadata.jsonl", _parse_json),
 }
 """``prompt_fn`` -> the name of its files, and what makes a prompt of a line and its place."""
-
-
-def write_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:
-    """Write a prompt file, whole or not at all. Raises PromptError where there is one already, or it cannot be."""
-    if path.exists() and not overwrite:
-        raise PromptError(f"{path} exists already; choose another --output, or replace it with --force")
-    try:
-        write_atomically(path, "".join(f"{line}\n" for line in lines), fsync=True)
-    except OSError as error:
-        raise PromptError(f"{path} cannot be written: {error.strerror}") from error

@@ -31,12 +31,8 @@ from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
 from diffusionopd.models.text_cache import TextCache
-from diffusionopd.rewards import Scorer, build_scorers, digests
+from diffusionopd.rewards import RUNTIME_OPTIONS, Scorer, build_scorers, digests
 
-_RUNTIME_OPTIONS = frozenset(
-    "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency attempts".split()
-)
-"""Options that say where a scorer runs or how long to wait for it, not what it scores."""
 _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
 
 
@@ -316,7 +312,7 @@ def _load_policies(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights
 def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
     """What images and scores depend on, as JSON values: neither the batch size nor the number of processes."""
     options = {
-        name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in _RUNTIME_OPTIONS}
+        name: {key: value for key, value in job.reward_options.get(name, {}).items() if key not in RUNTIME_OPTIONS}
         for name in benchmark.rewards
     }
     files = {name: digests(name, job.reward_options.get(name, {})) for name in benchmark.rewards}

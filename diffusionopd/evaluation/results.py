@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 RESULTS = "evaluation_results.jsonl"
 AVERAGES = "average_scores.json"
 SETTINGS = "evaluation_settings.json"
-_LATER = ("model_hash",)
-"""Settings that earlier versions did not write: what they are not known to differ in they may go on with."""
-_LATER_FILES = ("hpsv3",)
-"""Likewise rewards, of those that cannot do without their file."""
 PART = "evaluation_results.part{rank}.jsonl"
 _KEPT = "What has been scored is kept: free some space, and go on with --resume."
 _SAVED = "images_saved"
@@ -52,7 +48,7 @@ class EvaluationError(ValueError):
 class Record:
     """One scored sample: `sample_id` is prompt index times images per prompt, plus the image's number.
 
-    `reference`: SHA-256 of the image beside the prompt; "" where there is none, and in results of before.
+    `reference`: SHA-256 of the image beside the prompt; "" where there is none.
     """
 
     sample_id: int
@@ -240,9 +236,9 @@ class ResultFolder:
             if not overwrite:
                 raise
             records, resume = [], False
-        given, wanted = (before or {}).pop(_SAVED, None), len(prompts) if need_images else 0
-        # Before there was this entry, a sample that was scored may have an image.
-        saved = given if isinstance(given, int) else 1 + max((record.sample_id for record in records), default=-1)
+        saved, wanted = (before or {}).pop(_SAVED, 0), len(prompts) if need_images else 0
+        if not isinstance(saved, int):
+            raise EvaluationError(f"{self.folder / SETTINGS} has {_SAVED} {saved!r}; use another output folder")
         if taken := [path for path in map(self.image_path, range(saved, wanted)) if path.exists()]:
             raise EvaluationError(f"{taken[0]} is not of the evaluation in this folder; use another output folder")
         differences = _differences(before or {}, settings, prompts, records)
@@ -350,9 +346,6 @@ def _differences(
 ) -> list[str]:
     """What an evaluation with these settings and prompts, and the one that made the records, do not share."""
     now = json.loads(json.dumps(settings))
-    before = {**{key: now[key] for key in _LATER if key in now}, **before}
-    if late := {name: now["reward_files"][name] for name in _LATER_FILES if name in now.get("reward_files", {})}:
-        before["reward_files"] = late | before.get("reward_files", {})
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     differences = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     others = ((record.sample_id, _other(record, prompts)) for record in records)
@@ -368,7 +361,7 @@ def _other(record: Record, prompts: Sequence[Prompt]) -> str:
         return "has another prompt"
     if record.metadata != prompt.metadata:
         return "has other metadata"
-    return "has another reference image" if record.reference not in ("", prompt.image) else ""
+    return "has another reference image" if record.reference != prompt.image else ""
 
 
 def _line(record: Record) -> str:

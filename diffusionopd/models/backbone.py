@@ -109,7 +109,7 @@ class Backbone(ABC):
         return CLASSIFIER_FREE
 
     @classmethod
-    def evaluations_of(cls, guidance: float, configs: Configs) -> int:
+    def nfe_of(cls, guidance: float, configs: Configs) -> int:
         """NFE of one velocity at ``guidance``: 2 where it needs a second branch, for the negative prompt."""
         return 2 if cls.guidance_of(configs) == CLASSIFIER_FREE and guidance > 1.0 else 1
 
@@ -220,15 +220,15 @@ class Backbone(ABC):
         self.configs = {"index": index or {}, **{name: part.config for name, part in parts.items()}}
         self.negative: Conditions | None = None
         """Of the negative prompt, one row; set by whoever fills the text cache."""
-        self.evaluations = 0
+        self.nfe = 0
         """NFE so far, counted in single samples."""
         self.sharding = sharding  # if any, all processes must make the same number of forwards
         self._engine: object = None
         self._decoding = Lock()  # whoever has it uses the VAE
 
-    def evaluations_at(self, guidance: float) -> int:
+    def nfe_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
-        return self.evaluations_of(guidance, self.configs)
+        return self.nfe_of(guidance, self.configs)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """``(C, h, w)`` of the latents of a square image of ``resolution`` pixels. ValueError when it does not fit."""
@@ -260,7 +260,7 @@ class Backbone(ABC):
         else:
             sigma = torch.full((rows,), sigma, dtype=torch.float64, device=self.device)
         scales = guidance.tolist() if isinstance(guidance, Tensor) else [guidance] * rows
-        guided = [row for row, scale in enumerate(scales) if self.evaluations_at(scale) > 1]
+        guided = [row for row, scale in enumerate(scales) if self.nfe_at(scale) > 1]
         if not guided:
             v = self._evaluate(x, sigma, conditions, guidance, range(rows), prepare)
             return v, v
@@ -297,7 +297,7 @@ class Backbone(ABC):
         samples: Sequence[int],
         prepare: Callable[[Sequence[int]], object] | None,
     ) -> Tensor:
-        self.evaluations += len(x)
+        self.nfe += len(x)
         prepare = prepare or (lambda samples: None)
         x, conditions = x.to(self.dtype), conditions.to(dtype=self.dtype)
         if self.PADDABLE:

@@ -78,9 +78,9 @@ class ModelInfo:
     configs: Configs
     root: Path | None = field(default=None, kw_only=True)  # the folder of its configurations
 
-    def evaluations_at(self, guidance: float) -> int:
+    def nfe_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""
-        return self.family.evaluations_of(guidance, self.configs)
+        return self.family.nfe_of(guidance, self.configs)
 
     @property
     def defaults(self) -> Defaults:

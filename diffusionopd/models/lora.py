@@ -126,12 +126,12 @@ class Adapters:
         self._active[:] = [] if name is None else [name]
         self._chosen.clear()
 
-    def together(self, names: Collection[str | None]) -> bool:
+    def can_share(self, names: Collection[str | None]) -> bool:
         """Whether samples of one forward can have these adapters, the bare base for None: :meth:`use_each`."""
         return set(names) <= {*self._teachers, None}
 
     def use_each(self, names: Sequence[str | None]) -> None:
-        """Give each sample of the next forward its adapter, or none; those that are frozen teachers can be together.
+        """Give each sample of the next forward its adapter, or none; frozen teachers can share a forward.
 
         The adapters are side by side in each layer, and a layer adds two products over all samples whatever their
         number; adapters of smaller ranks, and those that a layer does not have, are filled up with zeros.

@@ -51,8 +51,8 @@ class MergedTeachers(Adapters):
                 layer._modules["base_layer"] = merged
         self._in_use = name
 
-    def together(self, names: Collection[str | None]) -> bool:
-        """See :meth:`Adapters.together`; merged matrices are exchanged for a whole forward."""
+    def can_share(self, names: Collection[str | None]) -> bool:
+        """See :meth:`Adapters.can_share`; merged matrices are exchanged for a whole forward."""
         return False
 
     @property

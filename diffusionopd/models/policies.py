@@ -48,23 +48,28 @@ class Policies:
     """The student and the policies of its base, and of other transformers with the same latents and texts."""
 
     def __init__(
-        self, backbone: Backbone, adapters: Adapters, others: Mapping[str, Home] | None = None, *, together: bool = True
+        self,
+        backbone: Backbone,
+        adapters: Adapters,
+        others: Mapping[str, Home] | None = None,
+        *,
+        side_by_side: bool = True,
     ) -> None:
-        """``others``: by name, the policies of other transformers than the student's base. ``together``: frozen
+        """``others``: by name, the policies of other transformers than the student's base. ``side_by_side``: frozen
         policies of one transformer may share a forward."""
         self.backbone = backbone
         self.adapters = adapters
         self.others = others or {}
-        self.together = together
+        self.side_by_side = side_by_side
         self._come: Home | None = None  # whose weights are on the device, of those that would else wait
 
     def _backbones(self) -> list[Backbone]:
         return list(dict.fromkeys([self.backbone, *(other.backbone for other in self.others.values())]))
 
     @property
-    def evaluations(self) -> int:
+    def nfe(self) -> int:
         """NFE so far of all transformers, counted in single samples."""
-        return sum(backbone.evaluations for backbone in self._backbones())
+        return sum(backbone.nfe for backbone in self._backbones())
 
     def shard(self) -> None:
         """Shard every transformer that is to be: :meth:`Backbone.shard`."""
@@ -95,7 +100,7 @@ class Policies:
                 r = requests[numbers[0]]
                 answers[numbers[0]] = self._ask(r.policy, r.x, r.sigma, r.conditions, r.guidance)
             else:
-                answers |= zip(numbers, self._ask_together([requests[i] for i in numbers]), strict=True)
+                answers |= zip(numbers, self._ask_side_by_side([requests[i] for i in numbers]), strict=True)
         if STUDENT in self.adapters.configs:
             self.adapters.use(STUDENT)
         return [answers[i] for i in range(len(requests))]
@@ -106,13 +111,13 @@ class Policies:
         for i, request in enumerate(requests):
             home = self.home(request.policy)
             own = passes.setdefault(home.backbone, {})
-            if self.together and home.adapters.together([home.adapter]):
+            if self.side_by_side and home.adapters.can_share([home.adapter]):
                 own.setdefault(_TOGETHER, [[]])[0].append(i)
             else:
                 own.setdefault(request.policy, []).append([i])
         return [numbers for own in passes.values() for several in own.values() for numbers in several]
 
-    def _ask_together(self, requests: Sequence[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _ask_side_by_side(self, requests: Sequence[Request]) -> Iterator[tuple[Tensor, Tensor]]:
         """The answers to requests of one transformer, in one forward where samples may have an adapter each."""
         counts = [len(request.x) for request in requests]
         home = self._come_to(self.home(requests[0].policy))

@@ -32,12 +32,16 @@ from diffusionopd.rewards.images import Images, to_uint8
 from diffusionopd.rewards.worker import RewardWorker, failed
 
 __all__ = [
-    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "Combined", "Composite", "Images", "RewardError",
-    "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "Weighted", "build_composite",
-    "build_scorer", "build_scorers", "check_name", "check_options", "check_prompts", "digests", "failed", "register",
-    "score_all", "to_uint8",
+    "AVERAGE", "EXTRAS", "NOT_APPLICABLE", "REGISTRY", "RUNTIME_OPTIONS", "Combined", "Composite", "Images",
+    "RewardError", "RewardUnavailableError", "RewardWorker", "Scorer", "Scores", "UnfitPromptError", "Weighted",
+    "build_composite", "build_scorer", "build_scorers", "check_name", "check_options", "check_prompts", "digests",
+    "failed", "register", "score_all", "to_uint8",
 ]  # fmt: skip
 
+RUNTIME_OPTIONS = frozenset(
+    "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
+)
+"""Options that say where a scorer runs or how long to wait for it, not what it scores."""
 REGISTRY: dict[str, str] = {
     "aesthetic": "diffusionopd.rewards.aesthetic:Aesthetic",
     "clipscore": "diffusionopd.rewards.clip:ClipScore",

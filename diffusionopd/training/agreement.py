@@ -13,7 +13,8 @@ from diffusionopd.data.prompts import Prompt
 from diffusionopd.distributed import by_rank, gather_over_processes
 from diffusionopd.files import sha256
 from diffusionopd.training import checkpoint
-from diffusionopd.training.resume import Resume, RunError, prompt_digests, versions
+from diffusionopd.training.digests import prompt_digests, versions
+from diffusionopd.training.resume import Resume, RunError
 
 _LONGEST = 60  # characters of a value in a message
 

@@ -84,11 +84,11 @@ def find_teacher_models(plan: Plan) -> dict[str, TeacherModel]:
     return found
 
 
-def load_loras(plan: Plan, models: Mapping[str, TeacherModel], rescale: bool = True) -> dict[str, LoraWeights]:
+def load_loras(plan: Plan, models: Mapping[str, TeacherModel]) -> dict[str, LoraWeights]:
     """The LoRAs of a run by adapter, those of the hub too; AdapterError that names each that cannot be used.
 
     ``models``: those of teachers that have their own. The start of the student has the scale of a fresh one,
-    ``lora_alpha / lora_rank``, unless ``rescale`` is False.
+    ``lora_alpha / lora_rank``.
     """
     base, lora = plan.read(BaseSettings), plan.read(LoraSettings)
     sources: dict[str, dict[str, str]] = {"": {}}
@@ -109,7 +109,7 @@ def load_loras(plan: Plan, models: Mapping[str, TeacherModel], rescale: bool = T
     if problems:
         raise AdapterError("\n".join(problems))
     found |= {task.adapter: found[task.adapter].scaled(task.scale) for task in plan.teachers if task.has_lora}
-    if STUDENT in found and rescale:
+    if STUDENT in found:
         found[STUDENT] = found[STUDENT].rescaled(lora.lora_alpha, lora.lora_rank)
     return found
 

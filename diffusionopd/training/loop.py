@@ -18,7 +18,6 @@ from diffusionopd.algorithms.results import Result
 from diffusionopd.distributed import together
 from diffusionopd.evaluation.evaluate import evaluate_task
 from diffusionopd.evaluation.sampling import ImageGenerator
-from diffusionopd.failures import ROUND_MEMORY, memory_advice
 from diffusionopd.files import write_json
 from diffusionopd.models.acceleration import no_new_graphs
 from diffusionopd.models.policies import STUDENT
@@ -26,8 +25,9 @@ from diffusionopd.models.settings import BaseSettings
 from diffusionopd.rewards import RewardError
 from diffusionopd.stages import stage
 from diffusionopd.training import checkpoint
+from diffusionopd.training.digests import versions
+from diffusionopd.training.memory import ROUND_MEMORY, memory_advice
 from diffusionopd.training.monitor import MonitoredBatch
-from diffusionopd.training.resume import versions
 from diffusionopd.training.setup import Run, merged_note, started
 from diffusionopd.training.stop import Stop, Stopped
 
@@ -60,13 +60,13 @@ def train(config: ConfigDict, *, dry_run: bool = False, allow_config_change: boo
                     # --- batches, and a round on them
                     start, number = time.perf_counter(), completed + 1
                     stop.doing = f"round {number}"
-                    nfe = algorithm.policies.evaluations
+                    nfe = algorithm.policies.nfe
                     result = train_round(run, number)
                     completed = number
 
                     # --- log; monitored scores arrive while the next round trains
                     _flush(run)
-                    nfe = (algorithm.policies.evaluations - nfe) * shape.num_processes
+                    nfe = (algorithm.policies.nfe - nfe) * shape.num_processes
                     row = _row(run, number, result, nfe, time.perf_counter() - start)
                     _monitor(run, number, result)
                     _show(bar, row, "reward/" if algorithm.has_rewards else "loss/")
@@ -263,7 +263,6 @@ def _write_checkpoint(run: Run, completed: int, unevaluated: dict[str, Any] | No
         "written_for": run.resume.written_for,
         "tasks_per_pass": run.plan.shape.tasks_per_pass,
         "compiled": run.plan.values["compile"],
-        "start_rescaled": run.resume.start_rescaled,
         "scaler": run.optimizer.state_scalars(),
         "versions": versions(),
         "digests": dict(run.digests),

@@ -1,58 +1,37 @@
-"""Where a run starts: the checkpoint it resumes from, what may have changed since, and another number of processes."""
+"""Where a run starts: afresh, or from a checkpoint, with what is different since then."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from ml_collections import ConfigDict
-from torch import Tensor, nn
 
-from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import (
-    FREE,
-    REFUSE,
-    REWARDS,
-    ROUND,
-    TEACHERS,
     ConfigError,
     Problems,
-    comparable,
     find_secrets,
     flatten,
     read,
     read_json_config,
     unset,
 )
-from diffusionopd.data.prompts import Prompt
-from diffusionopd.data.rounds import CASCADE, tasks_per_round
-from diffusionopd.data.tasks import FIELDS, Task, check_saved_tasks
+from diffusionopd.data.tasks import check_saved_tasks
 from diffusionopd.locks import refuse_if_held
-from diffusionopd.models.policies import Policies
 from diffusionopd.training import checkpoint
+from diffusionopd.training.changes import BATCH_KEYS, adapted_batches, changes_since
+from diffusionopd.training.digests import versions
 from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used, unsaved, with_paths
 from diffusionopd.training.settings import RunSettings
 
-# In the order of their declaration: a batch, batches per round, a backward batch, backward batches per step.
-_BATCH_KEYS = tuple(name for name, declared in SCHEMA.keys.items() if declared.resume == ROUND)
-# Options of a reward that is trained on: placement and timeouts, not the score.
-_RUNTIME_OPTIONS = frozenset(
-    "device batch_size base_url api_key_variable timeout connect_timeout retries backoff concurrency".split()
-)
 _REMEDY = (
     "Go on with the old values, start another run with --config.run_name, or add --allow_config_change to go on with "
     "the new ones."
 )
 _ROW = b'{"round": '  # begins a line of metrics.jsonl
-_SAMPLE = 4096  # values of each tensor of the base model: 4 million of SD3.5-Medium's 2.2 billion
 
 
 class RunError(ValueError):
@@ -77,9 +56,7 @@ class Resume:
     diversity: Mapping[str, float] = field(default_factory=dict)  # in its first monitored round
     allow_change: bool = False
     tasks_per_pass: int = 0  # of the rounds before; 0 for a fresh start
-    compiled: bool | None = None  # of the rounds before; None for a fresh start, and where that is not known
-    loss_scale: float = 1.0  # of the rounds before: earlier versions did not save it with the optimizer's state
-    start_rescaled: bool = True  # False: saved by a version that trained a start (train.lora_path) at its own scale
+    compiled: bool | None = None  # of the rounds before; None for a fresh start
     notes: list[str] = field(default_factory=list)  # what is different now, for people
 
     def check_digests(self, digests: Mapping[str, str]) -> None:
@@ -129,20 +106,21 @@ def find_start(config: ConfigDict, num_processes: int, allow_change: bool = Fals
     if folder is None:
         return fresh
     saved, scalars = read_saved_config(folder), checkpoint.load_scalars(folder / "state")
-    completed, written_for = scalars.get("round", -1), scalars.get("written_for", scalars.get("num_processes", 0))
-    digests, before = scalars.get("digests", {}), scalars.get("versions", {})
-    passes = scalars.get("tasks_per_pass", 1)  # one task after the other, before there was a choice
-    counts = all(isinstance(n, int) for n in (passes, completed, written_for))
-    expected = counts and completed >= 0 < min(passes, written_for)
-    if not (expected and isinstance(digests, dict) and isinstance(before, dict)):
+    completed, written_for, passes = (scalars.get(name, -1) for name in ("round", "written_for", "tasks_per_pass"))
+    digests, before, diversity = (scalars.get(name) for name in ("digests", "versions", "diversity"))
+    counts = all(isinstance(n, int) for n in (completed, written_for, passes))
+    if not (
+        counts
+        and completed >= 0 < min(written_for, passes)
+        and isinstance(digests, dict)
+        and isinstance(before, dict)
+        and isinstance(diversity, dict)
+    ):
         raise RunError(f"{folder / 'state'} is not the state of such a run; resume from another checkpoint")
     unevaluated = scalars.get("unevaluated")
-    diversity = scalars.get("diversity", {})
     start = Resume(config, given, num_processes, folder, completed, unevaluated, digests, diversity, allow_change)
     start.tasks_per_pass, start.compiled = passes, scalars.get("compiled")
-    start.start_rescaled = scalars.get("start_rescaled", False) is True
-    start.loss_scale = saved["train.loss_scale"]
-    if num_processes != written_for and all(values[name] == saved[name] for name in _BATCH_KEYS):
+    if num_processes != written_for and all(values[name] == saved[name] for name in BATCH_KEYS):
         _adapt(start, values, written_for, num_processes)
         values = flatten(start.config)
     refused, free = changes_since(saved, written_for, values, num_processes)
@@ -256,170 +234,3 @@ def _adapt(start: Resume, values: Mapping[str, Any], before: int, now: int) -> N
     start.config.update_from_flattened_dict(changes)
     listed = ", ".join(f"{name} {values[name]} -> {new}" for name, new in changes.items() if new != values[name])
     start.notes.append(f"processes {before} -> {now}, so that a round stays the same: {listed}")
-
-
-def _geometry(values: Mapping[str, Any], num_processes: int) -> dict[str, Fraction]:
-    """What a round is over all processes; the keys are for people."""
-    size, batches, part, accumulation = (values[name] for name in _BATCH_KEYS)
-    return {
-        "images per task and round": Fraction(batches * size * num_processes, tasks_per_round(values)),
-        "optimizer steps per round": Fraction(batches * size, part * accumulation),
-    }
-
-
-def adapted_batches(values: Mapping[str, Any], before: int, now: int) -> dict[str, int]:
-    """The batch keys with which ``now`` processes make the round that ``values`` describe for ``before`` processes.
-
-    A process's batches stay as large as they are, or become smaller if they must, and so do its backward batches: what
-    fitted into a GPU's memory still does. Raises ValueError naming the numbers of processes that work.
-    """
-    found = next(_solutions(values, before, now), None)
-    if found is None:
-        images, _ = _geometry(values, before).values()
-        working = [str(n) for n in range(1, int(images) + 1) if next(_solutions(values, before, n), None)]
-        raise ValueError(
-            f"the {images} images of a task in a round cannot be shared equally by them. "
-            f"Use {', '.join(working[:-1])}{' or ' * (len(working) > 1)}{working[-1]} processes."
-        )
-    return found
-
-
-def _solutions(values: Mapping[str, Any], before: int, now: int) -> Iterator[dict[str, int]]:
-    """Solutions for batches and backward batches of at most their present size, the largest first."""
-    old_size, _, old_part, _ = (values[name] for name in _BATCH_KEYS)
-    images, steps = _geometry(values, before).values()
-    for size in range(old_size, 0, -1):
-        batches = images / (size * now)  # per task
-        if batches.denominator > 1:
-            continue
-        for part in (n for n in range(min(size, old_part), 0, -1) if size % n == 0):
-            accumulation = tasks_per_round(values) * batches * size / part / steps
-            if accumulation.denominator == 1:
-                total = tasks_per_round(values) * int(batches)
-                yield dict(zip(_BATCH_KEYS, (size, total, part, int(accumulation)), strict=True))
-
-
-# --- what may change --------------------------------------------------------------------------------------------------
-
-
-def changes_since(
-    saved: Mapping[str, Any], written_for: int, values: Mapping[str, Any], num_processes: int
-) -> tuple[list[str], list[str]]:
-    """``key: old -> new``, first of what changes the experiment, then of what does not."""
-    before, now = _expanded(saved), _expanded(values)
-    refused: list[str] = []
-    free: list[str] = []
-    for name in sorted(before | now):
-        old, new = comparable(before.get(name)), comparable(now.get(name))
-        if old != new and name not in _BATCH_KEYS:
-            (refused if _is_experiment(name, before, now) else free).append(f"{name}: {old!r} -> {new!r}")
-    old_round, new_round = _geometry(saved, written_for), _geometry(values, num_processes)
-    refused += [f"{name}: {old_round[name]} -> {new}" for name, new in new_round.items() if old_round[name] != new]
-    return refused, free
-
-
-def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with a key for each field of each task, and the default of what it leaves out."""
-    flat = {name: value for name, value in values.items() if name not in ("train.teachers", "reward_options")}
-    tasks = [task for task in values["train.teachers"] if isinstance(task, Mapping)]  # the others are check()'s
-    for i, task in enumerate(tasks):
-        fields = {name: field.default for name, field in FIELDS.items()}
-        fields |= {"guidance_scale": values["sample.teacher_guidance_scale"]}
-        fields |= {name: value for name, value in task.items() if value is not None}
-        flat |= {f"train.teachers[{i}].{name}": value for name, value in fields.items()}
-    if tasks:
-        del flat["sample.teacher_guidance_scale"]
-    for reward, options in values["reward_options"].items():
-        flat |= {f"reward_options.{reward}.{name}": value for name, value in options.items()}
-    return flat
-
-
-def _is_experiment(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a change of an expanded key changes what the student is trained on, or towards."""
-    algorithms = [values["train.algorithm"] for values in (before, now)]
-    known = [(ALGORITHMS.get(values["train.algorithm"]), values) for values in (before, now)]
-    from_rewards = any(cls and cls.has_rewards for cls, _ in known)
-    with_teachers = any(cls and cls.uses_teachers(values) for cls, values in known)
-    if name == "num_epochs":  # by which a cascade's tasks share the rounds
-        return CASCADE in (before["train.task_order"], now["train.task_order"])
-    if name.startswith("reward_options."):
-        reward, option = name.split(".")[1:3]
-        return from_rewards and option not in _RUNTIME_OPTIONS and reward in _trained_on(before) | _trained_on(now)
-    if name in SCHEMA.keys and not any(is_used(name, algorithm) for algorithm in algorithms):
-        return False
-    declared = SCHEMA.keys.get(name) or FIELDS.get(name.rpartition("].")[2])
-    rule = declared.resume if declared else FREE
-    return rule == REFUSE or rule == REWARDS and from_rewards or rule == TEACHERS and with_teachers
-
-
-def _trained_on(expanded: Mapping[str, Any]) -> set[str]:
-    tasks = [value for name, value in expanded.items() if name.endswith(".proxy_reward")] or [expanded["reward_fn"]]
-    return {reward for rewards in tasks for reward in rewards}
-
-
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
-def prompt_digests(prompts: Mapping[str, Iterable[Prompt]]) -> dict[str, str]:
-    """A digest of each task's training prompts, in their order."""
-    return {
-        f"the prompts of {task}": _sha256([json.dumps([p.text, p.metadata], sort_keys=True).encode() for p in own])
-        for task, own in prompts.items()
-    }
-
-
-def weight_digests(tasks: Sequence[Task], policies: Policies) -> dict[str, str]:
-    """A digest of the tensors of each task's teacher and of a sample of those of the models; the same on every device.
-
-    The models' are by type: a run that goes on in another ``mixed_precision`` holds other numbers.
-    """
-    kind, base = policies.backbone.dtype, policies.backbone
-    digests = {f"the base model ({kind})": _sampled_digest(base.transformer, base.vae)}
-    models = {task.model: policies.home(task.adapter).backbone.transformer for task in tasks if task.model}
-    sampled = {source: _sampled_digest(transformer) for source, transformer in models.items()}
-    digests |= {f"the model of {task.name} ({kind})": sampled[task.model] for task in tasks if task.model}
-    frozen = {f"the teacher of {task.name}": task.adapter for task in tasks if task.has_lora}
-    frozen |= {f"the reference of {task.name}": task.reference_adapter for task in tasks if task.reference_adapter}
-    for what, adapter in frozen.items():
-        adapters = policies.home(adapter).adapters
-        config = adapters.configs[adapter]
-        # By plain names, as runs have them that began before the patterns were whole names.
-        alphas = {name.removeprefix("^"): alpha for name, alpha in config.alpha_pattern.items()}
-        scale = {"alpha_pattern": alphas, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-        digests[what] = _sha256(
-            [json.dumps(scale, sort_keys=True).encode(), *map(_bytes, adapters.parameters(adapter))]
-        )
-    return digests
-
-
-def _sampled_digest(*modules: nn.Module) -> str:
-    named = (parameter for module in modules for parameter in module.named_parameters())
-    return _sha256(_bytes(_sampled(parameter)) for name, parameter in named if ".lora_" not in name)
-
-
-def tensor_digest(tensors: Iterable[Tensor]) -> str:
-    """A digest of every value."""
-    return _sha256(map(_bytes, tensors))
-
-
-def versions() -> dict[str, str]:
-    """The versions on which a run's numbers depend."""
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    """Evenly spread values, always the first."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // _SAMPLE)]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

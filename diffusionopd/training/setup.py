@@ -40,6 +40,7 @@ from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import folders, load_state, make_newest
 from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
+from diffusionopd.training.digests import prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
 from diffusionopd.training.loading import (
     check_devices,
@@ -53,7 +54,7 @@ from diffusionopd.training.metrics import MetricsWriter
 from diffusionopd.training.monitor import Monitor
 from diffusionopd.training.passes import memory_lines, with_compile, with_passes
 from diffusionopd.training.plan import Plan
-from diffusionopd.training.resume import Resume, RunError, find_start, prompt_digests, tensor_digest, weight_digests
+from diffusionopd.training.resume import Resume, RunError, find_start
 from diffusionopd.training.settings import tracker_names
 from diffusionopd.training.start import choose_scale, start_from_teachers
 
@@ -182,7 +183,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     resume.check_digests(digests)
     rewards = _build_rewards(plan, str(device), closing)
     models = find_teacher_models(plan)
-    loras = load_loras(plan, models, resume.start_rescaled)
+    loras = load_loras(plan, models)
 
     # Text embeddings, then models: the encoders are gone from memory when the transformer comes
     texts, lora = [NEGATIVE], plan.read(LoraSettings)
@@ -196,7 +197,7 @@ def build(plan: Plan, resume: Resume, accelerator: Accelerator, lock: Lock, clos
     backbone.negative = text.get([NEGATIVE], device, dtype)
     merged = start_from_teachers(plan, adapters, loras, accelerator.print) if resume.folder is None else None
     others = load_teacher_models(plan, backbone, models, loras)
-    policies = Policies(backbone, adapters, others, together=plan.shape.tasks_per_pass > 1)
+    policies = Policies(backbone, adapters, others, side_by_side=plan.shape.tasks_per_pass > 1)
     digests |= (weights := weight_digests(plan.teachers, policies))
     agree(weights | {"the student": tensor_digest(adapters.parameters(STUDENT))})
     resume.check_digests(weights)
@@ -261,7 +262,7 @@ def restore(resume: Resume, optimizer: StudentOptimizer, ema: Ema | None, algori
         if ema is not None:  # a run that had no EMA until now starts its average from the student
             ema.load([tensors.get(f"ema.{i}", saved) for i, saved in enumerate(student)])
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
-        optimizer.load_state(own, {"loss_scale": resume.loss_scale, **scalars["scaler"]})
+        optimizer.load_state(own, scalars["scaler"])
         algorithm.load_state(tensors)
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise RunError(

@@ -12,12 +12,12 @@ from diffusionopd.algorithms.base import Algorithm
 from diffusionopd.algorithms.optim import NonFiniteError
 from diffusionopd.data.batches import Batch, Batches
 from diffusionopd.data.rounds import TOGETHER
-from diffusionopd.failures import ROUND_MEMORY, memory_advice
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import LoraWeights
 from diffusionopd.models.merging import Merged, merge
 from diffusionopd.models.policies import STUDENT
 from diffusionopd.models.settings import FRESH, FROM_TEACHERS, LoraSettings
+from diffusionopd.training.memory import ROUND_MEMORY, memory_advice
 from diffusionopd.training.plan import Plan
 from diffusionopd.training.resume import RunError
 

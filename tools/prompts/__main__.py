@@ -8,8 +8,8 @@
 import argparse
 import sys
 
-from diffusionopd.data.prompts import PromptError, read_prompts, write_lines
-from diffusionopd.files import path_flag
+from diffusionopd.data.prompts import PromptError, read_prompts
+from diffusionopd.files import path_flag, write_atomically
 from tools.prompts import geneval, ocr
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     kinds.choices["geneval"].add_argument("--repeat", action="store_true", help=repeat)
     flags = parser.parse_args(arguments)
     try:
-        if flags.output.exists() and not flags.force:  # before the work; `write_lines` asks again
+        if flags.output.exists() and not flags.force:
             raise PromptError(f"{flags.output} exists already; choose another --output, or replace it with --force")
         prompt_fn = "geneval" if flags.kind == "geneval" else "general_ocr"
         exclude = [prompt.text for prompt in read_prompts(flags.exclude, prompt_fn)] if flags.exclude else []
@@ -38,9 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
             lines = geneval.generate(flags.count, flags.seed, exclude, flags.repeat)
         else:
             lines = ocr.generate(flags.count, flags.seed, exclude)
-        write_lines(flags.output, lines, flags.force)
+        write_atomically(flags.output, "".join(f"{line}\n" for line in lines), fsync=True)
     except PromptError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {flags.output} cannot be written: {error.strerror}")
     print(f"{flags.output}: {flags.count} lines, {len(set(lines))} different prompts")
 
 
