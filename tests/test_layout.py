@@ -16,7 +16,7 @@ from .conftest import ROOT
 
 PACKAGE = "diffusionopd"
 
-# A file imports from its own layer and those above it; inside a layer there are no circles (CONTRIBUTING.md).
+# A file imports from its own layer and those above it; inside a layer there are no circles (docs/design.md).
 LAYERS = {
     "equations": {"rows", "transitions", "losses", "rollout"},
     "declarations": {"files", "config_schema"},

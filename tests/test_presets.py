@@ -11,6 +11,7 @@ import pytest
 from diffusionopd.data.batches import step_chances
 from diffusionopd.rewards.composite import check_weights
 from diffusionopd.training import check, load_config
+from diffusionopd.training.describe import describe
 
 from .conftest import ROOT
 
@@ -45,13 +46,13 @@ def test_mopd_has_the_published_plan():
     assert (sampler.num_steps, sampler.trained_steps) == (10, 9)
     assert (sampler.kernel, sampler.noise_level, sampler.multistep, sampler.guidance) == ("ode", 0.0, False, 4.5)
     assert (plan.run.run_dir, plan.num_prompts, plan.notes) == (Path.cwd() / "logs/mopd", (96, 96, 96), ())
-    text = plan.describe()
+    text = describe(plan)
     for part in ("stable-diffusion-3.5-medium (hub)", "logs/mopd", "GenEvalTeacher/lora (hub)", "1296", "1080"):
         assert part in text
 
 
 def test_the_plan_says_what_a_key_changes():
-    usual = plan_of(f"{OPD}:mopd").describe().splitlines()
+    usual = describe(plan_of(f"{OPD}:mopd")).splitlines()
     for key, value in (
         ("train.teachers[1].strength", "1.3"),
         ("train.teachers[1].scale", "0.7"),
@@ -59,7 +60,7 @@ def test_the_plan_says_what_a_key_changes():
         ("train.lr_scheduler", "cosine"),
         ("eval_freq", "13"),
     ):
-        changed = plan_of(f"{OPD}:mopd", GPUS, (key, value)).describe().splitlines()
+        changed = describe(plan_of(f"{OPD}:mopd", GPUS, (key, value))).splitlines()
         assert sum(value in line for line in changed if line not in usual) == 1, (key, changed)
 
 

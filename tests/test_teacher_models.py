@@ -24,6 +24,7 @@ from diffusionopd.models.policies import STUDENT, Home, Policies, Request
 from diffusionopd.models.teacher_models import HostWeights, read_teacher_model
 from diffusionopd.tiny import models
 from diffusionopd.training import check, train
+from diffusionopd.training.describe import describe
 from diffusionopd.training.resume import ResumeError, RunError
 from scripts import evaluate
 
@@ -277,10 +278,10 @@ def test_a_run_resumes_bitwise_counts_and_knows_its_model(tiny_config, deeper, t
 
 def test_what_cannot_be_run_is_said_before_weights_load(tiny_config, deeper, make_lora, tmp_path):
     size = sum(tensor.numel() for tensor in transformer_of(num_layers=6).state_dict().values())
-    said = check(with_model(tiny_config(teacher_device="cpu"), deeper), 1).describe()
+    said = describe(check(with_model(tiny_config(teacher_device="cpu"), deeper), 1))
     assert all(fact in said for fact in (str(deeper), f"{4 * size / 1e9:.3g} GB", "host"))
     lora = str(make_lora(9, targets=["0.attn.to_q"]))
-    assert lora in check(with_model(tiny_config(), deeper, lora_path=lora, scale=0.5), 1).describe()
+    assert lora in describe(check(with_model(tiny_config(), deeper, lora_path=lora, scale=0.5), 1))
     transformer_of(pos_embed_max_size=4).save_pretrained(tmp_path / "small")
     for changes, fields, key, fact in (
         ({}, {"scale": 0.5}, "train.teachers[1].scale", "0.5"),

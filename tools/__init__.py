@@ -1,1 +1,1 @@
-"""What is used beside training and evaluation: downloads, comparisons, reports, prompt generators, costs."""
+"""What is used beside training and evaluation: downloads, comparisons, galleries, publishing, prompts, costs."""

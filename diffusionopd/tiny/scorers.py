@@ -1,4 +1,4 @@
-"""The three rewards of the tiny world, under the ordinary scorer protocol (`diffusionopd.rewards.Scorer`).
+"""The rewards of the tiny world, under the ordinary scorer protocol (`diffusionopd.rewards.Scorer`).
 
 `tiny_compose`, `tiny_ocr` and `tiny_scene` are the values that the demonstration reports; the keys beside them are
 milder versions of the same, useful as training rewards.

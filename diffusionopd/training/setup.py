@@ -40,6 +40,7 @@ from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import folders, load_state, make_newest
 from diffusionopd.training.checks import check
 from diffusionopd.training.collapse import Signs
+from diffusionopd.training.describe import describe
 from diffusionopd.training.digests import prompt_digests, tensor_digest, weight_digests
 from diffusionopd.training.keys import ema_repeats, with_loras, with_model_values
 from diffusionopd.training.loading import (
@@ -114,7 +115,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         plan = with_compile(plan, resume, accelerator.device)
         if plan.model or config.train.tasks_per_pass:
             plan = with_passes(plan, resume, accelerator.device)
-        accelerator.print(plan.describe())
+        accelerator.print(describe(plan))
         for line in memory_lines(plan, accelerator.device) if accelerator.is_main_process else ():
             print(line)
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
@@ -126,7 +127,7 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         together(lambda: plan.model or read_model(**source), "reading the base model")
         resume, plan = together(partial(look, held=True), "checking the configuration")
         plan = with_passes(with_compile(plan, resume, accelerator.device), resume, accelerator.device)
-        accelerator.print(plan.describe())
+        accelerator.print(describe(plan))
         accelerator.project_configuration.project_dir = str(plan.run.run_dir)
         accelerator.project_configuration.logging_dir = str(plan.run.run_dir / "trackers")
         # A failure is told first: closing waits for threads and ends the process group.
