@@ -11,7 +11,7 @@ import torch
 
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt
-from diffusionopd.evaluation.job import Job, Model, load_models
+from diffusionopd.evaluation.job import Job, Model, load_policies
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.models.lora_files import load_lora
 from diffusionopd.tiny.models import CONTEXT
@@ -32,7 +32,7 @@ def test_a_target_draws_along_the_extrapolated_velocity(tmp_path):
     benchmark = Benchmark("compose", PROMPTS, ("tiny_compose",), 10, 1.0)
     models = [Model("base"), Model("teacher", lora)]
     job = Job(str(MODEL), models, [benchmark], tmp_path, 64, max_sequence_length=CONTEXT, cache_dir=str(tmp_path))
-    cache, policies = load_models(job, torch.float32, torch.device("cpu"))
+    cache, policies = load_policies(job, torch.float32, torch.device("cpu"))
     painter, backbone = Painter(policies, cache, seed=3, images=2), policies.backbone
     sigmas = [*backbone.sigmas(10, 64).tolist()]
     conditions = cache.get([prompt.text for prompt in PROMPTS for _ in range(2)], backbone.device)

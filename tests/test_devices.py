@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusionopd.config_schema import ConfigError
+from diffusionopd.models import text_cache
 from diffusionopd.models.loading import BackboneError, encoder_place, find_device
-from diffusionopd.training import loading, train
+from diffusionopd.training import train
 
 from .helpers import assert_bitwise, student
 
@@ -49,13 +50,13 @@ def test_a_device_that_is_not_there_stops_the_run_at_once(tiny_config, tmp_path,
 
 def test_a_device_that_is_named_is_the_one_used(finished_runs, finished, tmp_path, monkeypatch):
     """Here the training's own: nothing changes."""
-    whole, places, load = finished_runs("opd"), [], loading.load_text_encoder
+    whole, places, load = finished_runs("opd"), [], text_cache.load_text_encoder
 
     def noted(*args, **options):
         places.append((options["device"], options["dtype"]))
         return load(*args, **options)
 
-    monkeypatch.setattr(loading, "load_text_encoder", noted)
+    monkeypatch.setattr(text_cache, "load_text_encoder", noted)
     where = {"text_encoder_device": "cpu", "vae_device": "cpu", "cache_dir": str(tmp_path / "cache")}
     _, config = finished("opd", num_epochs=1, resume_from="", run_name="named", **where)
     assert_bitwise(student(train(config)), student(whole / "checkpoints" / "checkpoint-1"))

@@ -87,7 +87,7 @@ def test_rows_that_share_a_caption_show_it_once_and_columns_are_asked_one_by_one
 
 
 def test_mistakes_end_in_one_line_before_weights_load(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.gallery.load_models", lambda *arguments: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("tools.gallery.load_policies", lambda *arguments: pytest.fail("weights were loaded"))
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "adapter_config.json").write_text("{}")
     output = ["--output", str(tmp_path / "out")]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from diffusionopd.algorithms import ALGORITHMS
 from diffusionopd.config_schema import flatten, is_number, read, redacted, unset
 from diffusionopd.data.prompts import read_prompts
-from diffusionopd.evaluation.job import Job, Model, load_models
+from diffusionopd.evaluation.job import Job, Model, load_policies
 from diffusionopd.evaluation.results import EvaluationError
 from diffusionopd.evaluation.sampling import ImageGenerator
 from diffusionopd.evaluation.testsets import Benchmark, first
@@ -121,7 +121,7 @@ def draw(job: Job, seeds: Sequence[int], device: torch.device, dtype: torch.dtyp
     """
     (benchmark,) = job.benchmarks
     numbered = list(enumerate(benchmark.prompts))
-    cache, policies = load_models(job, dtype, device)
+    cache, policies = load_policies(job, dtype, device)
     with tqdm(total=len(job.models) * len(rows_of(job, seeds)), desc="drawing", unit="image") as bar:
         for model in job.models:
             backbone = policies.use(model.name).backbone

@@ -250,8 +250,8 @@ class Ema:
     """Exponential moving average of the student, as the published code keeps it (diffusers' EMAModel does the work).
 
     There the average is called after every batch, with the number n of optimizer steps done, and acts when n + 1 is a
-    multiple of ``interval``: ``repeats`` times with the same weights, if a step has so many batches. Here these
-    follow at once, there the others come with the batches of the next step.
+    multiple of ``interval``: ``repeats`` times with the same weights, if a step has so many batches, of which all but
+    the first come with the batches of the next step. Here all are applied at once.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from diffusionopd.distributed import LONGEST_TIMEOUT, together
+from diffusionopd.distributed import together
 from diffusionopd.evaluation.evaluate import evaluate
 from diffusionopd.evaluation.results import EvaluationError, ResultFolder, Summary
 from diffusionopd.evaluation.sampling import ImageGenerator
@@ -30,7 +30,7 @@ from diffusionopd.models.merging import EXACT, merge
 from diffusionopd.models.policies import Home, Policies
 from diffusionopd.models.sharding import requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel
-from diffusionopd.models.text_cache import TextCache
+from diffusionopd.models.text_cache import TextCache, filled
 from diffusionopd.rewards import RUNTIME_OPTIONS, Scorer, build_scorers, digests
 
 _OUTPUT_FOLDER = "Choose another with --output_dir, or free space."
@@ -58,6 +58,11 @@ class Model:
     own: TeacherModel | None = None
     only_on: str | None = None  # the one benchmark that it is evaluated on; None: all
     merge: Merge | None = None
+
+    @property
+    def source(self) -> str:
+        """Where its transformer is; "" for the base's."""
+        return self.own.model if self.own else ""
 
     def guidance_on(self, benchmark: Benchmark) -> float:
         """Classifier-free guidance of its images."""
@@ -215,7 +220,7 @@ def _run(
         ensure_writable(job.output, "output folder", _OUTPUT_FOLDER)
     ensure_writable(job.cache_dir, "text cache", "Choose another with --cache_dir, or free space.")
     scorers = _build_scorers(job, state)
-    cache, policies = load_models(job, dtype, device, rank, world)
+    cache, policies = load_policies(job, dtype, device, rank, world)
     results: dict[str, dict[str, dict[str, Summary]]] = {}
     for model, benchmark in job.evaluations:
         home = policies.use(model.name)
@@ -241,23 +246,25 @@ def _run(
     return results
 
 
-def load_models(
+def load_policies(
     job: Job, dtype: torch.dtype, device: torch.device, rank: int = 0, world: int = 1
 ) -> tuple[TextCache, Policies]:
     """The embeddings of a job's prompts, and its models as policies by name. Errors as of `run`."""
     loras = _find_loras(job)
-    # Text encoders are loaded only for prompts that the cache has not seen, and unloaded before the transformer comes.
-    place, precision = models.encoder_place(job.text_encoder_device, device, dtype)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
-    length = job.max_sequence_length
-    cache = TextCache(job.cache_dir, models.text_key(**job.source), length, dtype)
-    load = partial(models.load_text_encoder, **job.source, dtype=precision, device=place, max_sequence_length=length)
     texts = [NEGATIVE, *(prompt.key for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
+    placed: dict[str, Any] = {
+        "encode_on": job.text_encoder_device,
+        "device": device,
+        "dtype": dtype,
+        "rank": rank,
+        "world": world,
+    }
+    cache = filled(job.source, texts, job.cache_dir, job.max_sequence_length, **placed)  # before the transformer comes
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
     backbone.negative = cache.get([NEGATIVE], device)
-    policies = _load_policies(job, backbone, loras)
+    policies = _place_models(job, backbone, loras)
     policies.shard()
     return cache, policies
 
@@ -267,12 +274,12 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
     found: dict[str, LoraWeights] = {}
     problems: list[str] = []
     base = models.read_model(**job.source)
-    for source in dict.fromkeys((model.own or base).model for model in job.models):
-        on = [model for model in job.models if (model.own or base).model == source]
+    for source in dict.fromkeys(model.source for model in job.models):
+        on = [model for model in job.models if model.source == source]
         given = {model.name: model.lora for model in on if model.lora is not None}
         merges = {model.name: model.merge for model in on if model.merge is not None}
         parts = {f"{name}/{i}": lora for name, what in merges.items() for i, lora in enumerate(what.loras)}
-        fitted, wrong, _ = find_all(given | parts, source, on[0].own or base)
+        fitted, wrong, _ = find_all(given | parts, source or base.model, on[0].own or base)
         problems += wrong.values()
         if not wrong:
             found |= {name: fitted[name] for name in given}
@@ -284,29 +291,20 @@ def _find_loras(job: Job) -> dict[str, LoraWeights]:
     return found
 
 
-def _load_policies(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
+def _place_models(job: Job, backbone: Backbone, loras: Mapping[str, LoraWeights]) -> Policies:
     """Every model as a policy; transformers of other weights than the base's wait on the host until they are asked."""
-    adapters = Adapters(backbone.transformer)
-    beside: dict[str, tuple[Backbone, Adapters]] = {}
-    homes: dict[str, Home] = {}
-    waits = backbone.sharding is None
-    for model in job.models:
-        place = (backbone, adapters)
-        if model.own is not None:
-            if model.own.model not in beside:
-                other = model.own.load(backbone, waits=waits)
-                beside[model.own.model] = other, Adapters(other.transformer)
-            place = beside[model.own.model]
-        adapter = None
-        if model.name in loras:
-            adapter = f"model_{len(homes)}"
-            place[1].add_teacher(adapter, loras[model.name])
-        homes[model.name] = Home(*place, adapter)
-    hosts = {source: HostWeights(other.transformer, other.device) for source, (other, _) in beside.items() if waits}
-    for model in job.models:
-        if model.own is not None and waits:
-            homes[model.name] = replace(homes[model.name], host=hosts[model.own.model])
-    return Policies(backbone, adapters, homes)
+    base, homes, waits = Adapters(backbone.transformer), dict[str, Home](), backbone.sharding is None
+    for source in dict.fromkeys(model.source for model in job.models):
+        on = [model for model in job.models if model.source == source]
+        own = on[0].own
+        home = own.load(backbone, waits=waits) if own else backbone
+        adapters = Adapters(home.transformer) if own else base
+        names = {model.name: f"model_{number}" for number, model in enumerate(on) if model.name in loras}
+        for name, adapter in names.items():
+            adapters.add_teacher(adapter, loras[name])
+        host = HostWeights(home.transformer, home.device) if own and waits else None
+        homes |= {model.name: Home(home, adapters, names.get(model.name), host) for model in on}
+    return Policies(backbone, base, homes)
 
 
 def settings_of(job: Job, model: Model, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:

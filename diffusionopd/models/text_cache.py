@@ -13,17 +13,21 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusionopd.distributed import LONGEST_TIMEOUT, together
 from diffusionopd.files import write_atomically, writing
 from diffusionopd.models.conditions import Conditions, Row, TextEncoder
+from diffusionopd.models.loading import encoder_place, load_text_encoder, text_key
 from diffusionopd.models.token_limits import describe_cut
 
 _FORMAT = 2
@@ -212,3 +216,27 @@ def _checksum(row: Row) -> Tensor:
         crc = zlib.crc32(f"{name} {list(part.shape)} {part.dtype}".encode(), crc)
         crc = zlib.crc32(part.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return torch.tensor([crc])
+
+
+def filled(
+    source: Mapping[str, Any],
+    texts: Sequence[str],
+    folder: str | Path,
+    max_sequence_length: int,
+    *,
+    encode_on: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int = 0,
+    world: int = 1,
+) -> TextCache:
+    """The cache of a base model, with what it has not seen of ``texts`` encoded, each process a share.
+
+    ``source``: the base, as of `loading`. ``encode_on``: the device of the encoders, None for ``device``; they are
+    loaded for what is not there alone, and gone from memory afterwards. BackboneError, TextCacheError.
+    """
+    place, precision = encoder_place(encode_on, device, dtype)
+    load = partial(load_text_encoder, **source, dtype=precision, device=place, max_sequence_length=max_sequence_length)
+    cache = TextCache(folder, text_key(**source), max_sequence_length, dtype)
+    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
+    return cache

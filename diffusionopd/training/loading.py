@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
 from diffusionopd.config_schema import unset
-from diffusionopd.distributed import LONGEST_TIMEOUT, together
 from diffusionopd.evaluation.testsets import first
 from diffusionopd.models.acceleration import check_attention, check_compiler, choose_attention, compile_blocks
 from diffusionopd.models.backbone import Backbone
 from diffusionopd.models.loading import (
     DTYPES,
     BackboneError,
-    encoder_place,
     find_device,
     load_backbone,
-    load_text_encoder,
     read_model,
-    text_key,
 )
 from diffusionopd.models.lora import Adapters
 from diffusionopd.models.lora_files import AdapterError, LoraWeights, load_lora
@@ -32,7 +27,7 @@ from diffusionopd.models.policies import STUDENT, Home
 from diffusionopd.models.settings import BaseSettings, LoraSettings, MemorySettings
 from diffusionopd.models.sharding import EngineError, Sharding, requested_sharding
 from diffusionopd.models.teacher_models import HostWeights, TeacherModel, read_teacher_model
-from diffusionopd.models.text_cache import TextCache
+from diffusionopd.models.text_cache import TextCache, filled
 from diffusionopd.training.checkpoint import locate
 from diffusionopd.training.plan import Plan
 
@@ -197,11 +192,13 @@ def _merges(plan: Plan) -> bool:
 def fill_text_cache(
     plan: Plan, texts: Sequence[str], device: torch.device, dtype: torch.dtype, rank: int = 0, world: int = 1
 ) -> TextCache:
-    """Encode what is not cached yet, each process a share; the encoders are gone from memory afterwards."""
+    """The conditions of a run's prompts: `text_cache.filled`."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
-    length = base.max_sequence_length
-    place, precision = encoder_place(memory.text_encoder_device, device, dtype)
-    load = partial(load_text_encoder, **base.source, dtype=precision, device=place, max_sequence_length=length)
-    cache = TextCache(memory.cache_dir, text_key(**base.source), length, dtype)
-    together(lambda: cache.fill(texts, load, rank=rank, world=world), "encoding the prompts", LONGEST_TIMEOUT)
-    return cache
+    placed: dict[str, Any] = {
+        "encode_on": memory.text_encoder_device,
+        "device": device,
+        "dtype": dtype,
+        "rank": rank,
+        "world": world,
+    }
+    return filled(base.source, texts, memory.cache_dir, base.max_sequence_length, **placed)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from diffusionopd.data.noise import Stream, noise
 from diffusionopd.data.prompts import Prompt, load_prompts
-from diffusionopd.evaluation.job import Job, Model, load_models
+from diffusionopd.evaluation.job import Job, Model, load_policies
 from diffusionopd.evaluation.sampling import follow
 from diffusionopd.evaluation.testsets import Benchmark
 from diffusionopd.files import write_atomically
@@ -175,7 +175,7 @@ def measure(world: World, sources: Sequence[Source], seed: int, prompts: int, im
         [Benchmark(task.name, asked[task], (task.reward,), NUM_STEPS, 1.0) for task in world.tasks],
         output=RESULTS, resolution=RESOLUTION, seed=seed, max_sequence_length=CONTEXT,
     )  # fmt: skip
-    cache, policies = load_models(job, torch.float32, torch.device("cpu"))
+    cache, policies = load_policies(job, torch.float32, torch.device("cpu"))
     painter = Painter(policies, cache, seed, images)
     scorers = {task: build_scorer(task.reward) for task in world.tasks}
     base: dict[WorldTask, np.ndarray] = {}
