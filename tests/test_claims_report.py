@@ -169,6 +169,8 @@ def test_a_speed_is_only_decided_where_it_is_seen(results):
         (slow, fast, FAILS, -math.log(4)),
         (fast, curve((0, 0.2), (80, 0.3)), UNDECIDED, None),  # never there
         (curve((0, 0.2), (10, 0.9)), slow, UNDECIDED, None),  # before the first evaluation
+        (fast, curve((0, 0.2), (40, 0.3), (80, 0.9), (90, 0.3)), UNDECIDED, math.log(4)),  # not there at the end
+        (curve((0, 0.2), (10, 0.3), (20, 0.9), (60, 0.3), (90, 0.9)), slow, UNDECIDED, math.log(4)),  # slower to stay
     ):
         runs["closed_0"] = {seed: result("closed_0", seed, **one) for seed in (1, 2, 3)}
         runs["closed_0.7"] = {seed: result("closed_0.7", seed, **other) for seed in (1, 2, 3)}
@@ -176,11 +178,8 @@ def test_a_speed_is_only_decided_where_it_is_seen(results):
         assert part.verdict == verdict and part.mean == (value and pytest.approx(value, abs=0.02))
     points = [(0, {"ocr": 0.2}), (10, {"ocr": 0.4}), (20, {"ocr": 0.3})]
     found = [rounds_to(points, "ocr", level) for level in (0.3, 0.2, 0.41)]
-    assert found == [
-        (pytest.approx(5.0), False),
-        (0.0, False),
-        (None, False),
-    ]
+    assert found == [[pytest.approx(5.0)], [0.0], []]
+    assert rounds_to([*points, (30, {"ocr": 0.5})], "ocr", 0.35) == [pytest.approx(7.5), pytest.approx(22.5)]
 
 
 def test_files_that_are_no_results_or_of_others_are_named(results, tmp_path):

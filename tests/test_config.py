@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusion3Pipeline
 
 from diffusionopd.config_schema import ConfigError, Key, flatten, keys_of
-from diffusionopd.training import agreement, base_config, check, load_config
+from diffusionopd.training import agreement, base_config, check, load_config, train
 from diffusionopd.training.keys import SCHEMA, ema_repeats, is_used, with_paths
 from diffusionopd.training.resume import find_start
 from diffusionopd.training.settings import tracker_names
@@ -454,6 +456,39 @@ def test_rewards_that_cannot_be_had_are_named(tiny_config):
         assert [("imagereward" in n, "reward_ckpts/none.pt" in n) for n in check(config, 1).notes] == [
             (True, True)
         ] * watched
+
+
+def test_a_run_from_rewards_that_cannot_be_had_is_no_consistent_one(tiny_config, capsys):
+    missing = {"imagereward": {"checkpoint": "reward_ckpts/none.pt"}}
+    config = tiny_config(train__algorithm="nft", reward_options=missing, sample__num_image_per_prompt=2)
+    for task in config.train.teachers:
+        task["proxy_reward"] = {"imagereward": 1.0}
+    with pytest.raises(ConfigError, match=r"cannot start here: .*reward_ckpts/none\.pt"):
+        train(config, dry_run=True)
+    assert "rounds" in capsys.readouterr().out, "the plan is there all the same"
+
+
+def test_a_task_that_nothing_scores_needs_no_test_prompts_and_is_not_counted(tiny_config, tmp_path):
+    config = tiny_config(eval_freq=1)
+    task = config.train.teachers[0]
+    train_prompts = shutil.copytree(task["dataset"], tmp_path / "prompts", ignore=shutil.ignore_patterns("test*"))
+    task |= {"proxy_reward": {}, "dataset": str(train_prompts)}
+    plan = check(config, 1)
+    assert plan.num_evaluated[0] == 0 < plan.num_evaluated[1]
+    assert [f"scores them: {plan.tasks[0].name}" in note for note in plan.notes].count(True) == 1
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(512, True), (513, False)])
+def test_prompts_have_no_more_tokens_than_the_stock_pipeline_takes(tiny_config, pipeline_folder, tokens, fits):
+    config = tiny_config(max_sequence_length=tokens)
+    stock = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+    refused = nullcontext() if fits else pytest.raises(ValueError, match="512")
+    with refused:
+        stock.check_inputs("a", None, None, 64, 64, max_sequence_length=tokens)
+    if fits:
+        check(config, 1)
+    else:
+        problem_of(config, "max_sequence_length", "at most 512")
 
 
 def test_settings_without_effect_are_named_once():

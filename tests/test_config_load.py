@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from textwrap import dedent
 
 import pytest
@@ -142,6 +143,20 @@ def test_an_upstream_file_works_with_our_base(upstream, monkeypatch):
     monkeypatch.delitem(sys.modules, "imp", raising=False)
     assert check(load_config(f"{upstream}:mine"), 8).shape.images_per_round == 48
     assert sys.modules.keys().isdisjoint({"imp", "base"})
+
+
+def test_a_configuration_may_import_what_lies_beside_it(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "rewards_of_mine.py").write_text("SEED = 5\n")
+    file = own("def mine():\n    import rewards_of_mine as mine\n    return {'seed': mine.SEED}\n")
+    assert load_config(f"{file}:mine").seed == 5
+
+
+def test_threads_may_load_files_at_once(own):
+    file = own('import time\n\ndef slow():\n    time.sleep(0.05)\n    return {"seed": 3}\n')
+    with ThreadPoolExecutor(3) as pool:
+        assert [config.seed for config in pool.map(load_config, [f"{file}:slow"] * 3)] == [3, 3, 3]
+    assert "imp" not in sys.modules
 
 
 def test_a_file_may_have_functions_plain_dicts_and_config_dicts(own):

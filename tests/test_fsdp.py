@@ -171,6 +171,14 @@ def test_the_configurations_for_accelerate_ask_for_it(ask, name):
     assert requested_sharding() is not None
 
 
+def test_a_sharded_base_whose_samples_have_forwards_of_their_own_gets_them_one_by_one(backbone, monkeypatch):
+    """Else processes that have other numbers of them would make other numbers of forwards."""
+    for sharding, paddable, expected in ((None, False, 4), (object(), True, 4), (object(), False, 1)):
+        monkeypatch.setattr(backbone, "sharding", sharding)
+        monkeypatch.setattr(type(backbone), "PADDABLE", paddable)
+        assert backbone.in_step(4) == expected
+
+
 def test_processes_in_step_make_the_same_number_of_batches(monkeypatch):
     """Whatever does not divide by what, and although a scorer fails."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -307,7 +308,7 @@ def test_the_command_that_keeps_the_transformers_part_keeps_its_scale(empty, ada
 # --- where, and before weights load -----------------------------------------------------------------------------------
 
 
-def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
+def test_files_of_any_name_and_places_on_the_hub(empty, adapters, tmp_path, monkeypatch):
     """The hub's client is imitated by a folder laid out as the repository."""
     layers = random_layers({"proj_out": (32, 128)})
     folder = write(tmp_path / "snapshot", layers, lambda n: n)
@@ -331,6 +332,9 @@ def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
     ):
         assert_reads(source, empty, {"proj_out": delta(*layers["proj_out"])})
         assert asked.pop() == ("a/b", revision, patterns, ["*/*"] if patterns is everything else None)
+    for place in ("run", ""):  # in the lora/ of a checkpoint, as in a local one
+        adapters.save_peft("teacher_a", folder / place / "lora")
+        assert load_lora(f"a/b/{place}").a.keys() == load_lora(folder / place).a.keys() != layers.keys()
     with pytest.raises(AdapterError, match="a/b has no .* 'Nobody/lora'"):
         load_lora("a/b/Nobody/lora")
     count = len(asked)
@@ -339,6 +343,7 @@ def test_files_of_any_name_and_places_on_the_hub(empty, tmp_path, monkeypatch):
             load_lora(source)
     assert len(asked) == count
     write(folder, layers, lambda n: n, name="other.safetensors")
+    shutil.rmtree(folder / "lora")
     with pytest.raises(AdapterError, match=r"my style\.safetensors, other\.safetensors"):
         load_lora(folder)
     (tmp_path / "a.ckpt").write_text("")

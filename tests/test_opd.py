@@ -5,13 +5,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gc
+import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
 from diffusionopd.algorithms import opd
+from diffusionopd.algorithms.base import Models
+from diffusionopd.algorithms.opd import Opd, OpdSettings
 from diffusionopd.algorithms.optim import Ema, NonFiniteError, OptimizerSettings, StudentOptimizer
 from diffusionopd.algorithms.results import Losses
 from diffusionopd.models.policies import STUDENT
@@ -49,6 +53,20 @@ def three_pass(learner, batches):
             losses[i, step] = loss.detach()
         finals.append(states[-1])
     return losses, finals
+
+
+@pytest.mark.parametrize("target", ["mean", "velocity"])
+@pytest.mark.parametrize("solver", ["dpm1", "flow", "cps", "ddim"])
+def test_a_loss_of_one_step_is_said(backbone, adapters, text, solver, target):
+    """On SD3.5's levels of ten steps, of which the second last ends near 0."""
+    sigmas = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0])
+    learner = make_opd(backbone, adapters, text)
+    sampler = replace(learner.sampler, num_steps=10, solver=solver, noise_level=0.7)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Opd(Models(learner.policies, learner.optimizer), OpdSettings(target=target), sampler, sigmas, learner.shape)
+    expected = solver in ("cps", "ddim") and target == "mean"
+    assert ["step 9 of 9 has 99.9%" in str(warning.message) for warning in said] == [True] * expected
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ def test_cards_of_all_algorithms_say_what_was_learnt_from(run):
             assert f"`{name}`" in card.text and row in card.text
             assert ("lora`" in card.text) == algorithm.has_teachers == ("distillation" in card.data.tags)
             assert ("ocr 0.5" in card.text) == bool(tasks)
+    values = {**student.values, "train.teachers": [{**student.values["train.teachers"][0], "trigger": "sks style"}]}
+    assert ", with `sks style` |" in render_card(replace(student, values=values), "me/name")
 
 
 def test_scores_are_those_of_this_base_these_teachers_and_this_student(run, shared, tmp_path, pipeline_folder, capsys):

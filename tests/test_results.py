@@ -83,6 +83,20 @@ def test_standard_error_counts_prompts_not_images():
         assert summarise(images, weighted) == summarise(records, weighted)
 
 
+def test_the_error_is_that_of_the_printed_mean_where_prompts_come_unequally_often():
+    """As the spread of what resampled prompts would give."""
+    rng = np.random.default_rng(1)
+    counts, means = rng.choice([2, 4, 12, 18], 300), rng.uniform(0, 1, 300)
+    values = [rng.normal(mean, 0.1, count) for mean, count in zip(means, counts, strict=True)]
+    rows = [(f"p{i}", value) for i, own in enumerate(values) for value in own]
+    found = summarise([Record(i, prompt, {}, {"a": value}) for i, (prompt, value) in enumerate(rows)])["a"]
+    sums, drawn = np.array([own.sum() for own in values]), rng.integers(0, 300, (4000, 300))
+    assert math.isclose(found.mean, sums.sum() / counts.sum())
+    spread = np.std(sums[drawn].sum(1) / counts[drawn].sum(1))
+    assert math.isclose(found.standard_error, spread, rel_tol=0.06)
+    assert spread > 1.1 * error_of(*(own.mean() for own in values)), "that of a mean of prompts is another one"
+
+
 def test_averages_keep_upstreams_form(tmp_path):
     content = averages_json(summarise([record(0, 1.0), record(1, 2.0)]))
     assert content["a"] == 1.5

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from diffusionopd.algorithms.base import Algorithm, Models
@@ -31,6 +33,7 @@ KL, POLICY_GRADIENT = "kl", "policy_gradient"
 GAPS = TO_TEACHER, TO_TARGET = "teacher", "target"
 
 
+_MOST_OF_THE_LOSS = 0.9  # of one step among several: the others are hardly trained
 UNIFORM = "uniform"
 STEEPEST = 100  # of a beta density: far above, chances are too small for a float64
 _BETA = re.compile(r"beta\(\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\)")
@@ -94,6 +97,16 @@ class Opd(Algorithm):
         steps, s = self.sampler.trained_steps, self.settings
         chances = s.chances(steps) if s.step_correction else None
         self.step_weights = chances and [s.steps_per_rollout / (steps * chance) for chance in chances]
+        if s.loss == KL and s.target == "mean":
+            self._warn_of_one_step([each.kl_weight * each.b**2 for each in self.transitions[:steps]])
+
+    def _warn_of_one_step(self, weights: Sequence[float]) -> None:
+        share = max(weights) / sum(weights)
+        if len(weights) > 1 and share > _MOST_OF_THE_LOSS and (not dist.is_initialized() or dist.get_rank() == 0):
+            what = f"step {weights.index(max(weights)) + 1} of {len(weights)} has {share:.1%} of the loss's weight"
+            why = f"solver {self.sampler.solver!r} adds hardly any noise there"
+            remedy = "Set train.target to 'velocity', or lower train.timestep_fraction (docs/method.md)."
+            warnings.warn(f"{what}, as {why}. {remedy}", stacklevel=2)
 
     def round(self, batches: Sequence[Batch], step: bool = True) -> Result:
         """See :meth:`Algorithm.round`.

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -86,6 +87,8 @@ def _call(file: Path, name: str) -> Any:
     if not file.is_file():
         where = looked_in(file)
         raise ConfigError([f"--config: there is no file {file}{where}. Use for example config/opd.py:mopd"])
+    if (own := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(own)  # rewards and what else a configuration registers may be modules beside it
     with _legacy_imp():
         module = _load_source("diffusionopd_config", str(file))
         names = [key for key, value in vars(module).items() if _is_configuration(module, key, value)]
@@ -123,19 +126,23 @@ def _load_source(name: str, path: str) -> ModuleType:
     return module
 
 
+_imp = RLock()
+
+
 @contextmanager
 def _legacy_imp() -> Iterator[None]:
     """Offer ``imp.load_source``, with which upstream files read their base.py; Python 3.12 has no ``imp`` any more."""
-    before = sys.modules.get("imp")
     stand_in = ModuleType("imp")
     stand_in.load_source = _load_source  # type: ignore[attr-defined]
-    sys.modules["imp"] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules["imp"]
-        if before is not None:
-            sys.modules["imp"] = before
+    with _imp:  # of all threads, and again for a file that loads another
+        before = sys.modules.get("imp")
+        sys.modules["imp"] = stand_in
+        try:
+            yield
+        finally:
+            del sys.modules["imp"]
+            if before is not None:
+                sys.modules["imp"] = before
 
 
 def _with_defaults(schema: Schema, given: ConfigDict | Mapping[str, Any]) -> ConfigDict:

@@ -17,8 +17,8 @@ class PromptSampler:
     A group is one prompt with its `num_image_per_prompt` images; a round has `groups_per_round` of them over all
     processes. Positions `round * groups_per_round + group` walk through one fresh permutation of the prompts after
     another. Where every round visits the task, each prompt comes once before any comes twice, whatever the number of
-    processes or restarts; where only every T-th round does (`train.task_order` "alternate"), a permutation is used in
-    pieces, and prompts repeat before all have come.
+    processes or restarts; where some rounds alone do (`train.task_order` "alternate", `train.tasks_per_round`), a
+    permutation is used in pieces, and prompts repeat before all have come.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, task_index: int, groups_per_round: int) -> None:

@@ -169,7 +169,8 @@ def check_tasks(
             _check_teacher(place, fields, problems)
             _check_target(place, fields, problems)
         options = values.get("reward_options", {}) if problems.good("reward_options") else {}
-        prompts.append(_check_dataset(place, fields, with_test, scored, options, problems))
+        evaluated = with_test and fields["proxy_reward"] != {}  # else there is nothing to score
+        prompts.append(_check_dataset(place, fields, evaluated, scored, options, problems))
         tasks.append(Task(**{name: fields[name] for name in FIELDS}))
     for name, count in Counter(str(task.name) for task in tasks).items():
         if count > 1:

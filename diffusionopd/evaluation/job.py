@@ -135,6 +135,9 @@ class Job:
 
     def check_fits(self, base: ModelInfo) -> None:
         """Raise EvaluationError for what the base, or a model's own transformer, cannot draw."""
+        if problem := base.length_problem(self.max_sequence_length):
+            what = f"max_sequence_length is {self.max_sequence_length}, but {problem}"
+            raise EvaluationError(f"{what}: set --max_sequence_length")
         for model, benchmark in self.evaluations:
             info, scale = model.own or base, model.guidance_on(benchmark)
             if problem := info.guidance_problem(scale):
@@ -232,7 +235,7 @@ def _run(
             benchmark.prompts,
             {name: scorers[name] for name in benchmark.rewards},
             job.folder(model, benchmark),
-            batch_size=job.batch_size,
+            batch_size=home.backbone.in_step(job.batch_size),
             save_images=job.save_images,
             resume=job.resume,
             overwrite=job.overwrite,

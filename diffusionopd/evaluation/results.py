@@ -98,25 +98,26 @@ def read_records(path: Path) -> list[Record]:
 def summarise(records: Sequence[Record], combined: Combined | None = None) -> dict[str, Summary]:
     """Mean, standard error and count of every score, over the samples to which it applies.
 
-    The standard error is that of the mean over prompts: the images of one text (and one reference image) are averaged
-    first, because they are not independent draws, whether they come from several images a prompt or from a prompt that
-    is in the test set several times (GenEval's has each of its 553 four times). It is 0 for a single prompt.
+    The standard error is over prompts: the images of one text (and one reference image) are one cluster, because they
+    are not independent draws, whether they come from several images a prompt or from a prompt that is in the test set
+    several times (GenEval's has each of its 553 four times). It is 0 for a single prompt.
 
     Args:
         combined: name -> scores whose means are averaged without weights (`Scorer`s say which); left out unless each of
             them applies to some sample. They are scores of different samples, so that their errors are independent.
             Or `Weighted`, which may have the name of the score that it averages.
     """
-    by_score: dict[str, dict[tuple[str, Any], list[float]]] = {}
+    by_score: dict[str, list[_Term]] = {}
     for record in records:
         for name, value in record.scores.items():
             if value != NOT_APPLICABLE:
-                by_score.setdefault(name, {}).setdefault(record.subject, []).append(value)
-    summaries = {name: _summary(list(by_prompt.values())) for name, by_prompt in by_score.items()}
+                by_score.setdefault(name, []).append((record.subject, value, 1.0))
+    summaries = {name: _summary(terms) for name, terms in by_score.items()}
     for name, parts in (combined or {}).items():
         if isinstance(parts, Weighted):
             if parts.of in summaries and parts.by in summaries:
-                summaries[name] = _weighted(records, parts)
+                weighed = [(r.subject, r.scores[parts.of], r.scores[parts.by]) for r in records]
+                summaries[name] = _summary([term for term in weighed if NOT_APPLICABLE not in term[1:]])
         elif all(part in summaries for part in parts):
             found = [summaries[part] for part in parts]
             mean = math.fsum(part.mean for part in found) / len(found)
@@ -125,25 +126,19 @@ def summarise(records: Sequence[Record], combined: Combined | None = None) -> di
     return summaries
 
 
-def _weighted(records: Sequence[Record], figure: Weighted) -> Summary:
-    """The ratio of two sums, with the error of the linearised ratio, over prompts as in `_summary`."""
-    pairs = [(record.subject, record.scores[figure.of], record.scores[figure.by]) for record in records]
-    pairs = [pair for pair in pairs if NOT_APPLICABLE not in pair[1:]]
-    total = math.fsum(weight for _, _, weight in pairs)
-    mean = math.fsum(value * weight for _, value, weight in pairs) / total if total else 0.0
+_Term = tuple[tuple[str, Any], float, float]  # prompt, value, weight
+
+
+def _summary(terms: Sequence[_Term]) -> Summary:
+    """The weighted mean, with the error of the linearised ratio of two sums over prompts."""
+    total = math.fsum(weight for *_, weight in terms)
+    mean = math.fsum(value * weight for _, value, weight in terms) / total if total else 0.0
     residuals: dict[tuple[str, Any], float] = {}
-    for prompt, value, weight in pairs:
+    for prompt, value, weight in terms:
         residuals[prompt] = residuals.get(prompt, 0.0) + weight * (value - mean)
     n = len(residuals)
     spread = math.sqrt(n / (n - 1) * math.fsum(each**2 for each in residuals.values())) if n > 1 else 0.0
-    return Summary(mean, spread / total if total else 0.0, len(pairs), n)
-
-
-def _summary(values_by_prompt: Sequence[Sequence[float]]) -> Summary:
-    values = [value for values in values_by_prompt for value in values]
-    prompts = [sum(values) / len(values) for values in values_by_prompt]
-    error = float(np.std(prompts, ddof=1)) / math.sqrt(len(prompts)) if len(prompts) > 1 else 0.0
-    return Summary(math.fsum(values) / len(values), error, len(values), len(prompts))
+    return Summary(mean, spread / total if total else 0.0, len(terms), n)
 
 
 def averages_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:

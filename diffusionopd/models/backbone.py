@@ -81,6 +81,8 @@ class Backbone(ABC):
     """See :meth:`tokens_around`."""
     FIXED_LENGTH: ClassVar[bool] = True
     """Whether every prompt's conditions have one shape, so that batches of a size do."""
+    LONGEST_PROMPT: ClassVar[int | None] = None
+    """Tokens that its stock pipeline takes at most; None for any number."""
     PADDABLE: ClassVar[bool] = True
     """Whether a sample's velocity stays the same beside longer ones; if not, each sample has a forward of its own."""
     READS_IMAGES: ClassVar[bool] = False
@@ -225,6 +227,11 @@ class Backbone(ABC):
         self.sharding = sharding  # if any, all processes must make the same number of forwards
         self._engine: object = None
         self._decoding = Lock()  # whoever has it uses the VAE
+
+    def in_step(self, batch_size: int) -> int:
+        """How many samples processes that share a sharded transformer may give it at a time, so that whoever has fewer
+        makes as many forwards."""
+        return batch_size if self.PADDABLE or self.sharding is None else 1
 
     def nfe_at(self, guidance: float) -> int:
         """NFE of one velocity at ``guidance``: 1 or 2."""

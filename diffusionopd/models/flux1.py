@@ -32,6 +32,7 @@ class Flux1(Backbone):
         "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=28, guidance_scale=3.5, max_sequence_length=512, mixed_precision="bf16")
+    LONGEST_PROMPT = 512
     OPTIONAL = ("image_encoder", "feature_extractor")
     SHARED = {
         "transformer": ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),

@@ -92,6 +92,11 @@ class ModelInfo:
         """:meth:`Backbone.guidance_of` this model."""
         return self.family.guidance_of(self.configs)
 
+    def length_problem(self, tokens: int) -> str:
+        """Why its prompts cannot have so many tokens; empty if they can."""
+        most = self.family.LONGEST_PROMPT
+        return f"the pipeline of {self.model} takes at most {most} tokens" if most and tokens > most else ""
+
     def guidance_problem(self, guidance: float) -> str:
         """Why it cannot be asked at ``guidance``; empty if it can."""
         if self.guidance == NO_GUIDANCE and guidance != 1.0:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -126,19 +127,20 @@ def _locate(source: str) -> Path:
     """The local folder or file of ``source``, downloaded first when it is a hub id."""
     path = Path(source)
     if path.exists():
-        return path / "lora" if (path / "lora" / PEFT_CONFIG).is_file() else path
+        return _inside(path)
     place, _, revision = source.partition("@")
     owner, name, inside = (place.rstrip("/").split("/", 2) + ["", ""])[:3]
     try:
         if inside.startswith("/") or ".." in place.split("/"):
             raise ValueError("it leads out of a repository")
-        options: dict[str, Any] = {"revision": revision} if revision else {}
+        fetch = partial(snapshot_download, f"{owner}/{name}", **({"revision": revision} if revision else {}))
         if inside:
             beside = str(PurePosixPath(inside).with_name(PEFT_CONFIG))  # has the alpha of PEFT's weights
-            options["allow_patterns"] = [inside, f"{inside}/*", beside]
-        else:  # of a whole base model, named by mistake, no folder comes
-            options |= {"allow_patterns": ["*.safetensors", "*.json", PEFT_PICKLE], "ignore_patterns": ["*/*"]}
-        root = Path(snapshot_download(f"{owner}/{name}", **options))
+            root = Path(fetch(allow_patterns=[inside, f"{inside}/*", beside]))
+        else:  # of a whole base model, named by mistake, no other folder comes
+            root = Path(fetch(allow_patterns=["lora/*"]))
+            if _inside(root) == root:
+                fetch(allow_patterns=["*.safetensors", "*.json", PEFT_PICKLE], ignore_patterns=["*/*"])
     except Exception as error:
         raise AdapterError(
             f"no LoRA at {source!r}: no such local path, and the hub gave {type(error).__name__}: {error}. "
@@ -146,7 +148,12 @@ def _locate(source: str) -> Path:
         ) from error
     if not (root / inside).exists():
         raise AdapterError(f"the hub repository {owner}/{name} has no folder or file {inside!r}")
-    return root / inside
+    return _inside(root / inside)
+
+
+def _inside(path: Path) -> Path:
+    """The LoRA of a checkpoint, or ``path`` itself."""
+    return path / "lora" if (path / "lora" / PEFT_CONFIG).is_file() else path
 
 
 def _file_in(path: Path) -> Path:

@@ -29,6 +29,7 @@ class QwenImage(Backbone):
         "to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=50, guidance_scale=4.0, max_sequence_length=512, mixed_precision="bf16")
+    LONGEST_PROMPT = 1024
     FIXED_LENGTH = False
     NEGATIVE_PROMPT = " "  # as on the model's card
     GUIDANCE_ARGUMENT = "true_cfg_scale"

@@ -38,6 +38,7 @@ class StableDiffusion3(Backbone):
         "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
     )  # fmt: skip
     DEFAULTS = Defaults(num_steps=40, guidance_scale=4.5, max_sequence_length=128, mixed_precision="fp16")
+    LONGEST_PROMPT = 512
     OPTIONAL = ("image_encoder", "feature_extractor")
     MAY_LACK = ("text_encoder_3", "tokenizer_3")
     SHARED = {

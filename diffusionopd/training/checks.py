@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,20 +126,24 @@ def check(config: ConfigDict, num_processes: int, *, sources: bool = True, model
     run, watch = read(RunSettings, values), read(WatchSettings, values)
     shape = round_shape(batches, len(tasks), num_processes, run.num_epochs, values["seed"])
     notes = (*_notes(values, sampler, algorithm, settings, shape), *lora_notes)
-    notes += _reward_notes(tasks, algorithm, watch) if sources else ()
+    notes += tuple(_reward_notes(tasks, watch)) if sources and not algorithm.has_rewards else ()
     train, test = (tuple(counts[split] for counts in num_prompts) for split in ("train", "test"))
     plan = Plan(settings, sampler, shape, tasks, model, own, values, algorithm, run, watch, train, test, notes)
     return replace(plan, notes=(*notes, *plan.costly()))
 
 
-def _reward_notes(tasks: Sequence[Task], algorithm: type[Algorithm], watch: WatchSettings) -> tuple[str, ...]:
-    """Rewards that cannot be had here, of those that are asked."""
-    if not (algorithm.has_rewards or watch.monitor_freq or watch.eval_freq):
-        return ()
-    without = "the run cannot start" if algorithm.has_rewards else "it is left out"
+def absent_rewards(tasks: Sequence[Task], watch: WatchSettings) -> list[str]:
+    """What is lacking here for each reward that cannot be built, one line each."""
     names = dict.fromkeys(name for task in tasks for name in task.proxy_reward)
-    absent = {name: what for name in names if (what := lacking(name, watch.reward_options.get(name, {})))}
-    return tuple(f"reward {name} cannot be had here, {without}: {what}" for name, what in absent.items())
+    return [what for name in names if (what := lacking(name, watch.reward_options.get(name, {})))]
+
+
+def _reward_notes(tasks: Sequence[Task], watch: WatchSettings) -> Iterator[str]:
+    """Rewards that are left out of a run that can do without: none can be built, or none is named."""
+    if watch.monitor_freq or watch.eval_freq:
+        yield from (f"a reward is left out, it cannot be had here: {what}" for what in absent_rewards(tasks, watch))
+    if watch.eval_freq and (unscored := [task.name for task in tasks if not task.proxy_reward]):
+        yield f"not evaluated, as no proxy_reward scores them: {', '.join(unscored)}"
 
 
 def _notes(
@@ -253,6 +257,9 @@ def _check_fits(
             model.family.shape_of(values["resolution"], model.configs)
         except ValueError as error:
             problems.add("resolution", f"is {values['resolution']}: {error}", "")
+    name = "max_sequence_length"
+    if problems.good(name) and (problem := model.length_problem(values[name])):
+        problems.add(name, f"is {values[name]}, but {problem}", "Nothing could sample the student as it was trained.")
     name, targets = "train.lora_target_modules", values["train.lora_target_modules"]
     if problems.good(name) and targets:
         try:

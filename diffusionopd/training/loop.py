@@ -207,7 +207,7 @@ def _evaluate(run: Run, stop: Stop) -> dict[str, float] | None:
                         generate,
                         run.test[name],
                         scorers,
-                        batch_size=run.plan.watch.test_batch_size,
+                        batch_size=run.backbone.in_step(run.plan.watch.test_batch_size),
                         rank=run.accelerator.process_index,
                         world=run.plan.shape.num_processes,
                         in_step=run.backbone.sharding is not None,

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from diffusionopd.algorithms.base import Algorithm, Models
 from diffusionopd.algorithms.optim import Ema, EmaSettings, OptimizerSettings, StudentOptimizer
-from diffusionopd.config_schema import is_number
+from diffusionopd.config_schema import ConfigError, is_number
 from diffusionopd.data.batches import Batches, NoiseSettings
 from diffusionopd.data.prompts import Prompt, load_folders
 from diffusionopd.data.sampler import PromptSampler
@@ -38,7 +38,7 @@ from diffusionopd.models.text_cache import TextCache
 from diffusionopd.rewards import RewardError, RewardWorker, build_composite, build_scorer
 from diffusionopd.training.agreement import agree, data_facts, setup_facts
 from diffusionopd.training.checkpoint import folders, load_state, make_newest
-from diffusionopd.training.checks import check
+from diffusionopd.training.checks import absent_rewards, check
 from diffusionopd.training.collapse import Signs
 from diffusionopd.training.describe import describe
 from diffusionopd.training.digests import prompt_digests, tensor_digest, weight_digests
@@ -118,6 +118,8 @@ def started(config: ConfigDict, *, dry_run: bool = False, allow_config_change: b
         accelerator.print(describe(plan))
         for line in memory_lines(plan, accelerator.device) if accelerator.is_main_process else ():
             print(line)
+        if plan.algorithm.has_rewards and (absent := absent_rewards(plan.tasks, plan.watch)):
+            raise ConfigError(f"the run cannot start here: {what}" for what in absent)
         accelerator.print("dry run: the configuration is complete and consistent, nothing was started")
         yield None
         return
@@ -279,7 +281,7 @@ def _load_prompts(
         task.name: load_folders(task.folders, task.prompt_fn, "train", trigger=task.trigger)[0] for task in plan.tasks
     }
     test, parts = {}, {}
-    for task in plan.tasks if plan.watch.eval_freq else ():
+    for task in (task for task in plan.tasks if plan.watch.eval_freq and task.proxy_reward):
         most = plan.watch.eval_num_prompts or None
         test[task.name], places = load_folders(task.folders, task.prompt_fn, "test", most, task.trigger)
         parts[task.name] = places if len(places) > 1 else {}

@@ -108,10 +108,10 @@ def _reached(runs: Runs, name: str, task: str, share: float, arm: Arm) -> str:
     numbers = []
     for seed in shared:
         start, goal = runs["base"][seed].validation[task], runs[teacher][seed].validation[task]
-        number, _ = rounds_to(runs[name][seed].curve, task, start + share * (goal - start))
-        if number is None:
+        found = rounds_to(runs[name][seed].curve, task, start + share * (goal - start))
+        if not found:
             return f"> {runs[name][seed].rounds}"
-        numbers.append(number)
+        numbers.append(found[0])
     return f"{fmean(numbers):.0f}" if numbers else "–"
 
 
@@ -142,8 +142,9 @@ def part_cells(part: Part) -> list[str]:
             f"{part.seeds_needed} seeds would decide it" if part.seeds_needed else "more than 20 seeds would be needed"
         )
         verdict += ": one seed" if part.seed_error is None else f": {more}, if mean and spread stay"
-    error = "–" if part.seed_error is None else f"{part.seed_error:.3f}"
-    return [part.name, f"{part.mean:+.3f}", f"{part.prompt_error:.3f} / {error}", seeds, verdict]
+    by_seeds = "–" if part.seed_error is None else f"{part.seed_error:.3f}"
+    by_prompts = f"{part.prompt_error:.3f}" if part.clusters else "–"  # of a speed it is not known
+    return [part.name, f"{part.mean:+.3f}", f"{by_prompts} / {by_seeds}", seeds, verdict]
 
 
 def _world(folder: Path, world: World) -> dict[str, Any] | None:

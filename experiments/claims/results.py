@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -129,14 +130,12 @@ def overall(result: Result, world: World) -> float:
     return fmean(result.validation[task] for task in world.names)
 
 
-def rounds_to(curve: Sequence[tuple[int, Mapping[str, float]]], task: str, level: float) -> tuple[float | None, bool]:
-    """Rounds, with fraction, at which the linearly interpolated curve first has a level (None: never), and whether
-    that is seen: not when it is there at the start or before the first evaluation after it."""
+def rounds_to(curve: Sequence[tuple[int, Mapping[str, float]]], task: str, level: float) -> list[float]:
+    """Rounds, with fraction, at which the linearly interpolated curve rises to a level; the first is 0 where it
+    is there at the start."""
     points = [(number, scores[task]) for number, scores in curve]
-    for i, (number, score) in enumerate(points):
-        if score >= level:
-            if i == 0:
-                return float(number), False
-            before, low = points[i - 1]
-            return before + (level - low) / (score - low) * (number - before), i > 1
-    return None, False
+    found = [0.0] if points[0][1] >= level else []
+    for (before, low), (number, score) in pairwise(points):
+        if low < level <= score:
+            found.append(before + (level - low) / (score - low) * (number - before))
+    return found

@@ -71,16 +71,20 @@ class Part:
         wanted = (n for n in range(2, MOST_SEEDS + 1) if abs(self.mean or 0) > self._bound(n))
         return next(wanted, None) if self.seed_error is not None and not self.open_because else None
 
-    def _bound(self, seeds: int) -> float:
+    def fails_among(self, parts: int) -> bool:
+        """Whether it is below 0 though there are so many parts, each of which might be by chance (Bonferroni)."""
+        return self.verdict == FAILS and (self.mean or 0.0) < -self._bound(len(self.values), 0.05 / parts)
+
+    def _bound(self, seeds: int, chance: float = 0.05) -> float:
         if self.seed_error is None or seeds < 2:
             return math.inf
-        by_seeds = _t(seeds) * self.seed_error * (len(self.values) / seeds) ** 0.5
-        return math.hypot(by_seeds, _t(self.clusters) * self.prompt_error if self.prompt_error else 0.0)
+        by_seeds = _t(seeds, chance) * self.seed_error * (len(self.values) / seeds) ** 0.5
+        return math.hypot(by_seeds, _t(self.clusters, chance) * self.prompt_error if self.prompt_error else 0.0)
 
 
-def _t(number: int) -> float:
-    """Half of the 95% interval of a mean of so many, in standard errors."""
-    return float(stats.t.ppf(0.975, number - 1))
+def _t(number: int, chance: float) -> float:
+    """Half of the interval that misses a mean of so many by this chance, in standard errors."""
+    return float(stats.t.ppf(1 - chance / 2, number - 1))
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,13 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """A part that fails decides; else every part has to hold."""
+        """A part that fails, also by the bound for so many, decides; else every part has to hold."""
+        if any(part.fails_among(len(self.parts)) for part in self.parts):
+            return FAILS
         found = {part.verdict for part in self.parts} or {UNMEASURED}
-        return next(verdict for verdict in (FAILS, UNMEASURED, UNDECIDED, HOLDS) if verdict in found)
+        if UNMEASURED in found:
+            return UNMEASURED
+        return HOLDS if found == {HOLDS} else UNDECIDED
 
 
 def contrast(runs: Runs, name: str, terms: Terms) -> Part:
@@ -172,7 +180,8 @@ def claims(runs: Runs, world: World) -> list[Claim]:
         Claim(
             "Less noise is faster: the ODE needs fewer rounds (the paper: up to 5 times) than noise.",
             "Logarithm of the rounds until the validation curve has a share of the teacher's gain, noisy over "
-            "the ODE, is above 0. Undecided where a run never gets there, or does before its first evaluation.",
+            "the ODE, is above 0. Undecided where a run never gets there, does before its first evaluation, ends below "
+            "it, or where the last time that the curves rise to it has another verdict than the first.",
             list(_speeds(runs, world)),
         ),
     ]  # fmt: skip
@@ -231,19 +240,28 @@ def _speeds(runs: Runs, world: World) -> Iterator[Part]:
 
 
 def speed(runs: Runs, name: str, slow: str, fast: str, task: str, share: float) -> Part:
-    """``ln`` of the rounds of one run over those of another to a share of the teacher's gain, on validation."""
+    """``ln`` of the rounds of one run over those of another to a share of the teacher's gain, on validation.
+
+    By the first time that a curve rises to it; curves of few prompts fall again, so that the last time must not have
+    another verdict.
+    """
     needed = [slow, fast, f"teacher_{task}"]
     if missing := [run for run in needed if not runs.get(run)]:
         return Part(name, {}, why_none=f"no run of {', '.join(missing)}")
-    values, why = {}, ""
+    first, last, why = dict[int, float](), dict[int, float](), ""
     for seed in sorted(set.intersection(*(set(runs[run]) for run in needed))):
         start, goal = runs[fast][seed].curve[0][1][task], runs[f"teacher_{task}"][seed].validation[task]
-        found = [rounds_to(runs[run][seed].curve, task, start + share * (goal - start)) for run in (slow, fast)]
-        if all(seen and number for number, seen in found):
-            values[seed] = math.log(found[0][0] / found[1][0])  # type: ignore[operator]
+        level, curves = start + share * (goal - start), [runs[run][seed].curve for run in (slow, fast)]
+        found = [rounds_to(curve, task, level) for curve in curves]
+        if all(times and times[0] > curve[1][0] for times, curve in zip(found, curves, strict=True)):
+            first[seed], last[seed] = (math.log(found[0][i] / found[1][i]) for i in (0, -1))
+            if any(curve[-1][1][task] < level for curve in curves):
+                why = why or "a curve ends below the level"
         else:
             why = "never reached, or before the first evaluation, in a seed"
-    return Part(name, values, why_none="" if values or why else "no seed has all", open_because=why)
+    if not why and Part(name, first).verdict != (other := Part(name, last)).verdict:
+        why = f"by the last time that the curves rise to the level {other.mean:+.3f} ± {other.bound:.3f}"
+    return Part(name, first, why_none="" if first or why else "no seed has all", open_because=why)
 
 
 def _estimators(variance: Sequence[Mapping[str, Any]]) -> Iterator[Part]:

@@ -164,6 +164,7 @@ def _task(task: Mapping[str, Any], values: Mapping[str, Any], has_teachers: bool
     weight, scale = first(task.get("weight"), 1.0), first(task.get("scale"), 1.0)
     name = f"{task['name']} (weight {weight:g})" if weight != 1 else str(task["name"])
     prompts = ", ".join(map(_code, task.get("datasets") or [task.get("dataset")]))
+    prompts += f", with {_code(task['trigger'])}" if task.get("trigger") else ""
     if not has_teachers:
         return [name, ", ".join(f"{reward} {weight:g}" for reward, weight in task["proxy_reward"].items()), prompts]
     guidance = first(task.get("guidance_scale"), values["sample.teacher_guidance_scale"])
