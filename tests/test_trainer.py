@@ -261,7 +261,7 @@ def test_one_process_equals_two(tiny_config, tmp_path):
 def test_a_complete_text_cache_never_loads_an_encoder(finished, monkeypatch):
     _, config = finished("opd", rounds=2)
     monkeypatch.setattr(
-        "diffusionopd.training.loading.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
+        "diffusionopd.models.text_cache.load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded")
     )
     assert train(config) is not None
 

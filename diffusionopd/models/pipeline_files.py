@@ -325,14 +325,13 @@ def rows_digest(digest: Any, checkpoint: Path, prefixes: Sequence[str] = ("",)) 
 
 
 def part_digest(digest: Any, name: str, file: Path) -> None:
-    """Add a file to a hash: name and size, and of weights what `rows_digest` reads, which changes with a LoRA that is
-    fused into them; of others the first and last MiB."""
+    """Add a file to a hash: name, size, the first and last MiB, and of weights what `rows_digest` reads, which changes
+    with a LoRA that is fused into them."""
     size = file.stat().st_size
     digest.update(f"{name}:{size}".encode())
     if file.suffix == ".safetensors":
         with suppress(SafetensorError):  # such as a pointer of Git LFS, of a part that nothing loads
             rows_digest(digest, file)
-            return
     with file.open("rb") as handle:
         digest.update(handle.read(2**20))
         handle.seek(max(0, size - 2**20))
