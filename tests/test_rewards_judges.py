@@ -158,7 +158,10 @@ def test_geneval2_with_all_tokens_listed_is_exactly_the_official_one(server):
 
 
 def test_geneval2_needs_probabilities_of_tokens(server):
-    listed = ("[]", *(f'[{{"top_logprobs": [{{"token": "Yes", "logprob": {p}}}]}}]' for p in ("NaN", "Infinity")))
+    listed = (
+        "[]",
+        *(f'[{{"top_logprobs": [{{"token": "Yes", "logprob": {p}}}]}}]' for p in ("NaN", "Infinity", "3.0")),
+    )
     answers = (f'{{"choices": [{{"message": {{"content": "a"}}, "logprobs": {{"content": {x}}}}}]}}' for x in listed)
     for reply in (chat("Yes"), *((200, {}, answer) for answer in answers)):
         server.answer = lambda number, body, reply=reply: reply

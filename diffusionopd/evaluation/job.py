@@ -256,14 +256,11 @@ def load_policies(
     loras = _find_loras(job)
     decode_on = models.find_device(job.vae_device, device, "vae_device")
     texts = [NEGATIVE, *(prompt.key for benchmark in job.benchmarks for prompt in benchmark.prompts)]
-    placed: dict[str, Any] = {
-        "encode_on": job.text_encoder_device,
-        "device": device,
-        "dtype": dtype,
-        "rank": rank,
-        "world": world,
-    }
-    cache = filled(job.source, texts, job.cache_dir, job.max_sequence_length, **placed)  # before the transformer comes
+    where, length, encode_on = job.cache_dir, job.max_sequence_length, job.text_encoder_device
+    # Before the transformer comes: the encoders are gone by then.
+    cache = filled(
+        job.source, texts, where, length, encode_on=encode_on, device=device, dtype=dtype, rank=rank, world=world
+    )
     sharding = requested_sharding() if world > 1 else None
     backbone = models.load_backbone(**job.source, dtype=dtype, device=device, vae_device=decode_on, sharding=sharding)
     backbone.negative = cache.get([NEGATIVE], device)

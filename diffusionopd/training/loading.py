@@ -194,11 +194,7 @@ def fill_text_cache(
 ) -> TextCache:
     """The conditions of a run's prompts: `text_cache.filled`."""
     base, memory = plan.read(BaseSettings), plan.read(MemorySettings)
-    placed: dict[str, Any] = {
-        "encode_on": memory.text_encoder_device,
-        "device": device,
-        "dtype": dtype,
-        "rank": rank,
-        "world": world,
-    }
-    return filled(base.source, texts, memory.cache_dir, base.max_sequence_length, **placed)
+    where, length, encode_on = memory.cache_dir, base.max_sequence_length, memory.text_encoder_device
+    return filled(
+        base.source, texts, where, length, encode_on=encode_on, device=device, dtype=dtype, rank=rank, world=world
+    )

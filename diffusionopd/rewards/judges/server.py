@@ -273,7 +273,7 @@ class JudgeServer:
             listed = choice["logprobs"]["content"][0]["top_logprobs"]
             found: dict[str, float] = {}
             for each in listed:  # two tokens may be the same text, in part of a character
-                if not math.isfinite(p := math.exp(each["logprob"])):
+                if not (p := math.exp(each["logprob"])) <= 1.001:  # nor is NaN
                     raise ValueError(f"a logprob is {each['logprob']}")
                 found[each["token"]] = found.get(each["token"], 0.0) + p
         except (LookupError, TypeError, ValueError, OverflowError) as error:
