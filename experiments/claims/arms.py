@@ -25,15 +25,15 @@ PAPER = {"train.target": "mean", "train.self_normalize": False}
 LOSSES = {"opd": ("our loss", OURS), "paper": ("the paper's loss", PAPER)}
 STRENGTHS, FEW = (0.75, 1.0, 1.25, 1.5, 2.0), (0.75, 1.0, 1.5)
 RATES = {
-    "multitask_nft": (5e-4, 1e-3, 2e-3),
-    "multitask_guard": (3e-4, 5e-4, 1e-3),
+    "multitask_nft": (5e-4, 1e-3, 2e-3, 4e-3),
+    "multitask_guard": (3e-4, 5e-4, 1e-3, 2e-3),
     "cascade_nft": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "cascade_alone": (5e-4, 1e-3, 2e-3, 4e-3),
     "opd": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "paper": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    "sft": (1e-3, 4e-3, 8e-3, 1.6e-2),
+    "sft": (1e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "closed": (1e-3, 4e-3, 8e-3, 1.6e-2),
-    "plain": (5e-4, 1e-3, 2e-3, 4e-3),
+    "plain": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "centred": (1e-3, 2e-3, 4e-3),
 }
 """Learning rates tried (the teachers' own: 2e-3): three, and more where validation chose the edge of them."""
