@@ -15,7 +15,7 @@ from experiments.claims import run as driver
 from experiments.claims.arms import OPD_ROUNDS, RATES, TEACHER_ROUNDS
 from experiments.claims.config import arms_of
 from experiments.claims.results import ClaimsError, Result
-from experiments.claims.run import Run, Runner, plan, run_all
+from experiments.claims.run import Run, Runner, forecast, plan, run_all
 from experiments.claims.worlds import SPLITS, TINY, WORLDS, split_captions
 
 from .conftest import ROOT
@@ -82,19 +82,19 @@ def test_every_arm_is_a_sound_configuration_and_baselines_cost_the_same(monkeypa
             assert {stage: rounds * costs[baseline] for stage, rounds in stages.items()} == pytest.approx(wanted)
 
 
-def result(run: Run, rounds: int) -> Result:
-    scores = dict.fromkeys(WORLDS[run.world].names, 0.5)
+def result(run: Run, rounds: int, score: float = 0.5) -> Result:
+    scores = dict.fromkeys(WORLDS[run.world].names, score)
     test = {task: [0.5, 0.6] for task in scores}
     facts = run.world, run.arm, run.stage, run.seed, True, TINY.digest(), rounds, 1.0, 1.0, 1.0, 0.0, 0.0
     return Result(*facts, [(0, scores)], test, "none", "2026-01-01")
 
 
-def finish(runner: Runner, run: Run) -> None:
+def finish(runner: Runner, run: Run, score: float = 0.5) -> None:
     """Leave what a finished run leaves."""
     if run.rounds:
         runner.lora(run).mkdir(parents=True, exist_ok=True)
     rounds = runner.rounds(run) if run.rounds else 0
-    write_atomically(runner.file(run), json.dumps(asdict(result(run, rounds))))
+    write_atomically(runner.file(run), json.dumps(asdict(result(run, rounds, score))))
 
 
 @pytest.fixture
@@ -146,6 +146,24 @@ def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(d
     runner.file(runs[-1]).write_text("{")
     with pytest.raises(ClaimsError, match=r"opd_0\.001-seed1\.json"):
         runner.is_done(runs[-1])
+
+
+def test_what_is_left_is_said_for_the_chosen_arm(driven):
+    runner = replace(driven[0], quick=False)
+    runs = plan("tiny", ["opd_0.001", "opd_0.002"], [1, 2])
+    teachers = [run for run in runs if run.arm.startswith("teacher")]
+    ends = [run for run in runs if run.arm == "opd_0.002" and run.stage == ""]
+    others = [run for run in runs if (run.arm, run.stage, run.seed) in (("opd_0.001", "80", 1), ("opd_0.002", "80", 2))]
+    first = next(run for run in runs if (run.arm, run.stage, run.seed) == ("opd_0.002", "80", 1))
+    assert "17 runs,   17 to do" in forecast(runs, runner), "the first rate stands for the chosen one"
+    for run in (*teachers, *others):
+        finish(runner, run)
+    finish(runner, first, score=0.6)
+    assert "17 runs,    2 to do" in forecast(runs, runner) and "in all 0.0" not in forecast(runs, runner)
+    for run in ends:
+        finish(runner, run)
+    runner.lora(ends[0]).rmdir()
+    assert "17 runs,    0 to do      0.0 core-hours" in forecast(runs, runner), "nobody builds on what is gone"
 
 
 def test_of_several_candidates_the_chosen_one_is_tested():

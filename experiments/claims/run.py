@@ -345,13 +345,18 @@ def _depth(run: Run) -> int:
     return max((1 + _depth(each) for each in run.needs), default=0)
 
 
-def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
-    """Do what has no result yet, ``jobs`` at a time; returns the messages of what failed."""
+def to_do(runs: Sequence[Run], runner: Runner) -> dict[Run, None]:
+    """What has no result yet, and what that builds on where its folder is gone: made again, it has the same weights."""
     wanted = dict.fromkeys(run for run in runs if not runner.is_done(run))
-    # What a run builds on is made again, to the same weights, where its folder is gone.
     for run in reversed(runs):
         if run in wanted and not (run.rounds and runner.can_teach(run)):
             wanted |= dict.fromkeys(each for each in run.needs if not runner.can_teach(each))
+    return wanted
+
+
+def run_all(runs: Sequence[Run], runner: Runner, jobs: int) -> list[str]:
+    """Do what is to do, ``jobs`` at a time; returns the messages of what failed."""
+    wanted = to_do(runs, runner)
     started: dict[Run, Future] = {}
 
     def do(run: Run) -> None:
@@ -404,18 +409,24 @@ def measure_more(runner: Runner, groups: Sequence[str], runs: Sequence[Run]) -> 
 
 
 def forecast(runs: Sequence[Run], runner: Runner) -> str:
-    """What is left to do and its cost, by world and group; of each choice, the first arm stands for the chosen one."""
-    rows, total = [], 0.0
+    """What is left to do and its cost, by world and group; the first arm of a choice stands for the chosen one until
+    validation has chosen."""
+    chosen = chosen_arms(runner.results, dict.fromkeys(run.world for run in runs))
+    decided = {(world, arms_in(world)[arm].choice) for world, arm, _ in chosen}
     first = {(run.world, run.what.choice): run.arm for run in reversed(runs) if run.what.choice}
-    chosen = (run for run in runs if first.get((run.world, run.what.choice)) == run.arm)
-    runner = replace(runner, chosen=frozenset((run.world, run.arm, run.stage) for run in chosen))
+    stand_in = {(run.world, run.arm, run.stage) for run in runs if first.get((run.world, run.what.choice)) == run.arm}
+    stand_in = {one for one in stand_in if (one[0], arms_in(one[0])[one[1]].choice) not in decided}
+    runner = replace(runner, chosen=chosen | stand_in)
+    runs = [run for run in runs if not runner.waits(run)]
+    wanted, rows, total = to_do(runs, runner), [], 0.0
     for world in dict.fromkeys(run.world for run in runs):
         for group in GROUPS:
-            own = [run for run in runs if run.world == world and run.what.group == group and not runner.waits(run)]
-            left, hours = sum(not runner.is_done(run) for run in own), sum(map(runner.cost, own)) / 3600
+            own = [run for run in runs if run.world == world and run.what.group == group]
+            left = [run for run in own if run in wanted]
+            hours = sum(map(runner.cost, left)) / 3600
             total += hours
             if own:
-                rows.append(f"  {world:10} {group:9} {len(own):4} runs, {left:4} to do  {hours:7.1f} core-hours")
+                rows.append(f"  {world:10} {group:9} {len(own):4} runs, {len(left):4} to do  {hours:7.1f} core-hours")
     return "\n".join([*rows, f"  in all {total:.1f} core-hours (estimated)"])
 
 
