@@ -17,7 +17,7 @@ from diffusionopd.models.lora_files import load_lora
 from diffusionopd.tiny.models import CONTEXT
 from experiments.claims.beyond import MODEL, Painter, Source, figures, sources
 from experiments.claims.results import ClaimsError
-from experiments.claims.run import Runner
+from experiments.claims.runs import Runner
 from experiments.claims.worlds import TINY
 
 from .conftest import ROOT

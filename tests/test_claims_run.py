@@ -15,7 +15,8 @@ from experiments.claims import run as driver
 from experiments.claims.arms import OPD_ROUNDS, RATES, TEACHER_ROUNDS
 from experiments.claims.config import arms_of
 from experiments.claims.results import ClaimsError, Result
-from experiments.claims.run import Run, Runner, forecast, plan, run_all
+from experiments.claims.run import forecast, run_all
+from experiments.claims.runs import Run, Runner, plan
 from experiments.claims.worlds import SPLITS, TINY, WORLDS, split_captions
 
 from .conftest import ROOT

@@ -47,8 +47,8 @@ from diffusionopd.tiny.models import CONTEXT
 from diffusionopd.tiny.render import RESOLUTION
 from diffusionopd.training.collapse import diversities, thumbnails
 from experiments.claims.arms import HALF, LOSSES, Arm
-from experiments.claims.results import ClaimsError, read_results
-from experiments.claims.run import RESULTS, Run, Runner, arms_in
+from experiments.claims.results import RESULTS, ClaimsError, read_results
+from experiments.claims.runs import Run, Runner, arms_in
 from experiments.claims.worlds import TINY, World, WorldTask
 
 MODEL = ROOT / "assets" / "tiny" / "model"

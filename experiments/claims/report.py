@@ -26,11 +26,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments.claims.arms import AT_TEACHERS, EARLY, GROUPS, HALF, LOSSES, SHIPPED, TEACHER_ROUNDS, Arm
 from experiments.claims.config import arms_of
 from experiments.claims.figures import drawing, figures, means
-from experiments.claims.results import Chosen, ClaimsError, Result, Runs, candidates, read_results, rounds_to, staged
+from experiments.claims.results import (
+    RESULTS,
+    Chosen,
+    ClaimsError,
+    Result,
+    Runs,
+    candidates,
+    read_results,
+    rounds_to,
+    staged,
+)
 from experiments.claims.verdicts import Claim, Part, claims, contrast, fights, lead, sixth
 from experiments.claims.worlds import CANDIDATES, TINY, WORLDS, World
 
-RESULTS = Path(__file__).with_name("results")
 STRENGTHS = f"{TINY.name}-strengths.png"
 COST_NOTE = (
     "Scores: mean over the different test prompts ± standard error over them, then standard deviation over seeds. "

@@ -12,6 +12,7 @@ from statistics import fmean
 from experiments.claims.config import arms_of
 from experiments.claims.worlds import World
 
+RESULTS = Path(__file__).with_name("results")
 REMEDY = "python experiments/claims/run.py"
 
 
