@@ -136,6 +136,19 @@ def test_verdicts_in_every_direction(results):
     assert judged(results(without=("base",)))[0] == UNMEASURED
 
 
+def test_a_claim_is_judged_for_each_loss_too(results):
+    rates = [name for name in arms_of(TINY) if name.startswith("paper_")]
+    poor = [result(f"{rate}.80", seed, 0.5) for rate in rates for seed in (1, 2, 3)]
+    found = claims(read_results(results(*poor), TINY)[0], TINY)
+    ours, theirs, longer = "our loss", "the paper's loss", ", twice the rounds"
+    assert {student: claim.verdict for student, claim in found[1].by_student.items()} == {
+        **{ours: HOLDS, theirs: FAILS},
+        **{ours + longer: HOLDS, theirs + longer: HOLDS},
+    }
+    assert {student: claim.verdict for student, claim in found[2].by_student.items()} == {ours: HOLDS, theirs: FAILS}
+    assert found[1].verdict == FAILS and not found[0].by_student
+
+
 def test_what_is_missing_is_named(results):
     runs, _ = read_results(results(without=("sft", "centred_0.3", "teacher_ocr")), TINY)
     parts = {part.name: part for claim in claims(runs, TINY) for part in claim.parts}
@@ -202,7 +215,9 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
     text = (tmp_path / "out" / "claims.md").read_text()
     assert all(arm.label in text for arm in arms_of(TINY).values() if arm.group != "claims" or arm.kind != "same")
     content = json.loads((tmp_path / "out" / "claims.json").read_text())
-    assert all(claim["statement"] in text for world in content for claim in world["claims"]) and len(printed) == 7
+    assert all(claim["statement"] in text for world in content for claim in world["claims"]) and len(printed) == 13
+    assert "| | of our loss, twice the rounds | **holds** |" in text
+    assert "  of our loss, twice the rounds: holds" in printed
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
     for row in rows(*read_results(folder, TINY)[:1], TINY, "start", {}):

@@ -260,11 +260,11 @@ def write(results: Path, output: Path) -> list[str]:
     (output / "claims.json").write_text(
         json.dumps(as_json(found, estimators), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    verdicts = [
-        f"{one['world'].name}: {number}. {claim.verdict:17s} {claim.statement}"
-        for one in found
-        for number, claim in enumerate(one["claims"], 1)
-    ]
+    verdicts = []
+    for one in found:
+        for number, claim in enumerate(one["claims"], 1):
+            verdicts.append(f"{one['world'].name}: {number}. {claim.verdict:17s} {claim.statement}")
+            verdicts += [f"  of {student}: {own.verdict}" for student, own in claim.by_student.items()]
     verdicts.append(f"shipped teachers: 6. {estimators.verdict:17s} {estimators.statement}")
     return [*verdicts, f"wrote {output / 'claims.md'}, claims.json and the plots"]
 

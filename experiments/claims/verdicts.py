@@ -27,7 +27,8 @@ Terms = Sequence[tuple[float, str, str]]
 
 @dataclass(frozen=True)
 class Part:
-    """One number that has to be above 0; ``open_because``: what keeps it from being decided whatever it is."""
+    """One number that has to be above 0; ``about``: which of several students it is of; ``open_because``: what keeps it
+    from being decided whatever it is."""
 
     name: str
     values: Mapping[int, float]  # by seed
@@ -35,6 +36,7 @@ class Part:
     clusters: int = 0  # of prompts, that it is from; of several tasks the fewest
     why_none: str = ""
     open_because: str = ""
+    about: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -104,6 +106,12 @@ class Claim:
         if UNMEASURED in found:
             return UNMEASURED
         return HOLDS if found == {HOLDS} else UNDECIDED
+
+    @property
+    def by_student(self) -> dict[str, Claim]:
+        """The same claim of each student alone that its parts are about."""
+        students = dict.fromkeys(part.about for part in self.parts if part.about)
+        return {each: replace(self, parts=[part for part in self.parts if part.about == each]) for each in students}
 
 
 def contrast(runs: Runs, name: str, terms: Terms) -> Part:
@@ -218,7 +226,8 @@ def _student(runs: Runs, world: World) -> Iterator[Part]:
     rows |= {f"{label}, twice the rounds": run.removesuffix(".80") for label, run in rows.items()}
     for label, run in rows.items():
         for task in world.names:
-            yield contrast(runs, f"{label}, {task}", [(1.0, run, task), (-0.97, f"teacher_{task}", task)])
+            one = contrast(runs, f"{label}, {task}", [(1.0, run, task), (-0.97, f"teacher_{task}", task)])
+            yield replace(one, about=label)
 
 
 def _equal_cost(runs: Runs, world: World) -> Iterator[Part]:
@@ -229,7 +238,8 @@ def _equal_cost(runs: Runs, world: World) -> Iterator[Part]:
     for label, run in {"our loss": "opd.80", "the paper's loss": "paper.80"}.items():
         for cost, others in baselines.items():
             for other in others:
-                yield lead(runs, world, f"{label} - {other.partition('.')[0]}, {cost}", run, other)
+                one = lead(runs, world, f"{label} - {other.partition('.')[0]}, {cost}", run, other)
+                yield replace(one, about=label)
 
 
 def _speeds(runs: Runs, world: World) -> Iterator[Part]:
