@@ -149,18 +149,20 @@ def test_what_is_done_is_not_repeated_and_a_teacher_that_is_gone_is_made_again(d
         runner.is_done(runs[-1])
 
 
-def test_what_is_left_is_said_for_the_chosen_arm(driven):
-    runner = replace(driven[0], quick=False)
+def test_what_is_left_is_said_for_the_chosen_arm(driven, monkeypatch):
+    monkeypatch.setattr(Runner, "cost", lambda self, run: 3600.0)
+    runner, *_ = driven
     runs = plan("tiny", ["opd_0.001", "opd_0.002"], [1, 2])
     teachers = [run for run in runs if run.arm.startswith("teacher")]
     ends = [run for run in runs if run.arm == "opd_0.002" and run.stage == ""]
     others = [run for run in runs if (run.arm, run.stage, run.seed) in (("opd_0.001", "80", 1), ("opd_0.002", "80", 2))]
     first = next(run for run in runs if (run.arm, run.stage, run.seed) == ("opd_0.002", "80", 1))
-    assert "17 runs,   17 to do" in forecast(runs, runner), "the first rate stands for the chosen one"
+    whole = forecast(runs, runner)
+    assert "17 runs,   17 to do     17.0 core-hours" in whole, "the first rate stands for the chosen one"
     for run in (*teachers, *others):
         finish(runner, run)
     finish(runner, first, score=0.6)
-    assert "17 runs,    2 to do" in forecast(runs, runner) and "in all 0.0" not in forecast(runs, runner)
+    assert "17 runs,    2 to do      2.0 core-hours" in forecast(runs, runner)
     for run in ends:
         finish(runner, run)
     runner.lora(ends[0]).rmdir()
