@@ -218,6 +218,7 @@ def test_the_page_has_every_arm_and_claim(results, tmp_path):
     assert all(claim["statement"] in text for world in content for claim in world["claims"]) and len(printed) == 13
     assert "| | of our loss, twice the rounds | **holds** |" in text
     assert "  of our loss, twice the rounds: holds" in printed
+    assert content[0]["claims"][1]["by_student"]["our loss, twice the rounds"] == HOLDS
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
     for row in rows(*read_results(folder, TINY)[:1], TINY, "start", {}):

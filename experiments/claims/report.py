@@ -200,7 +200,9 @@ def as_json(found: Sequence[Mapping[str, Any]], estimators: Claim) -> list[dict[
 
     def claim(one: Claim) -> dict[str, Any]:
         parts = [{**asdict(p), "mean": p.mean, "seed_error": p.seed_error, "verdict": p.verdict} for p in one.parts]
-        return {"statement": one.statement, "rule": one.rule, "verdict": one.verdict, "parts": parts}
+        students = {student: own.verdict for student, own in one.by_student.items()}
+        verdicts = {"verdict": one.verdict, "by_student": students}
+        return {"statement": one.statement, "rule": one.rule, **verdicts, "parts": parts}
 
     worlds = [
         {

@@ -116,9 +116,9 @@ def forecast(runs: Sequence[Run], runner: Runner) -> str:
     validation has chosen."""
     chosen = chosen_arms(runner.results, dict.fromkeys(run.world for run in runs))
     decided = {(world, arms_in(world)[arm].choice) for world, arm, _ in chosen}
-    first = {(run.world, run.what.choice): run.arm for run in reversed(runs) if run.what.choice}
-    stand_in = {(run.world, run.arm, run.stage) for run in runs if first.get((run.world, run.what.choice)) == run.arm}
-    stand_in = {one for one in stand_in if (one[0], arms_in(one[0])[one[1]].choice) not in decided}
+    open_ = [run for run in runs if run.what.choice and (run.world, run.what.choice) not in decided]
+    first = {(run.world, run.what.choice): run.arm for run in reversed(open_)}
+    stand_in = {(run.world, run.arm, run.stage) for run in open_ if first[run.world, run.what.choice] == run.arm}
     runner = replace(runner, chosen=chosen | stand_in)
     runs = [run for run in runs if not runner.waits(run)]
     wanted, rows, total = to_do(runs, runner), [], 0.0
